@@ -1,0 +1,46 @@
+"""Errors that end a command, each with the exit code that scripts can rely on.
+
+A message states the rule, the value that broke it, and the remedy, in this order.
+"""
+
+
+class LrmcError(Exception):
+    """Base of every error that a command reports without a traceback."""
+
+    exit_code = 1
+
+
+class ConfigError(LrmcError, ValueError):
+    """A setting is unknown, of the wrong type or out of range."""
+
+    exit_code = 2
+
+
+class IncompleteArtifactError(LrmcError):
+    """An input is missing, or the stage that makes it has not finished."""
+
+    exit_code = 3
+
+
+class DataError(LrmcError, ValueError):
+    """An input is corrupt, or two inputs contradict each other."""
+
+    exit_code = 4
+
+
+class DirectoryInUseError(LrmcError):
+    """Another process is working in the same output directory."""
+
+    exit_code = 5
+
+
+class ResourceError(LrmcError):
+    """The machine or the cluster cannot give what was asked for."""
+
+    exit_code = 6
+
+
+class DiskError(LrmcError):
+    """Reading or writing failed: disk full, read-only, or no permission."""
+
+    exit_code = 7
