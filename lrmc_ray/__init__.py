@@ -1,1 +1,1 @@
-"""Teach a language model a new domain without losing what it knows: Logits Replay + MoClip on Ray."""
+"""Teach a language model a new domain without losing what it knows."""

@@ -1,0 +1,1 @@
+"""The Parquet contract, the examples that enter it, and the order in which it is read."""

@@ -1,0 +1,1 @@
+"""The demo: a small chat model, a database of countries and cities, and questions about it."""

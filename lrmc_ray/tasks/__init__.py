@@ -1,0 +1,1 @@
+"""Tasks for lm-eval: ours, and how to add more."""

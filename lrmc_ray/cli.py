@@ -1,0 +1,110 @@
+"""The command ``lrmc``: every stage as a subcommand, and the arguments that they share."""
+
+import argparse
+import importlib
+import sys
+from pathlib import Path
+
+from lrmc_ray.config import RunSettings, apply_overrides, find_space, read_toml, validate
+
+STAGES = {
+    "record": "Stage 0: record the candidate tokens of the training data",
+    "train": "Stage 1: fine-tune on the recorded candidates with MoClip",
+    "evaluate": "score a model: domain gain and forgetting against its base",
+    "tune": "search tau, delta_max and more; does all of the above",
+    "report": "table, figure and report.html of a finished or running search",
+    "mlflow-sync": "bring MLflow up to date with the files of a search",
+}
+
+
+def add_run_arguments(parser: argparse.ArgumentParser, *, default_space: str | None = None) -> None:
+    """The arguments of every stage that works from a settings file."""
+    parser.add_argument(
+        "--space",
+        default=default_space,
+        metavar="FILE",
+        help="settings in TOML, or the name of one in tune_spaces/"
+        + (f" (default: {default_space})" if default_space else ""),
+    )
+    parser.add_argument("--model", metavar="M", help="directory or Hugging Face id of the base")
+    parser.add_argument(
+        "--train-data",
+        metavar="FILE",
+        action="append",
+        help="JSONL of messages, or of prompt and completion; may be given several times",
+    )
+    parser.add_argument(
+        "--domain-tasks", metavar="TASKS", help="comma-separated tasks that should improve"
+    )
+    parser.add_argument(
+        "--general-tasks", metavar="TASKS", help="comma-separated tasks that must not get worse"
+    )
+    parser.add_argument(
+        "--output",
+        type=Path,
+        default=Path("runs"),
+        metavar="DIR",
+        help="where everything is kept (default: runs)",
+    )
+    parser.add_argument(
+        "--address",
+        default="local",
+        help="Ray cluster to join: auto, or host:port (default: start Ray on this machine)",
+    )
+    parser.add_argument("--json", action="store_true", help="results as one JSON object on stdout")
+    parser.add_argument("--verbose", action="store_true", help="show the workers' output, too")
+    parser.add_argument(
+        "overrides",
+        nargs="*",
+        metavar="section.key=value",
+        help="any setting, for example train.lr=1e-5 search.trials=20",
+    )
+
+
+def settings_from(arguments: argparse.Namespace) -> RunSettings:
+    """The settings that the command line asks for.
+
+    Raises:
+        ConfigError: a setting is unknown or out of range.
+        IncompleteArtifactError: the settings file does not exist.
+    """
+    path = find_space(arguments.space) if arguments.space else None
+    values = read_toml(path) if path else {}
+    values = apply_overrides(values, arguments.overrides)
+    named: dict[tuple[str, str], object] = {
+        ("model", "name"): arguments.model,
+        ("data", "train"): arguments.train_data,
+        ("evaluate", "domain_tasks"): _names(arguments.domain_tasks),
+        ("evaluate", "general_tasks"): _names(arguments.general_tasks),
+    }
+    for (section, key), value in named.items():
+        if value is not None:
+            values.setdefault(section, {})[key] = value
+    return validate(RunSettings, values, str(path) if path else "settings")
+
+
+def _names(text: str | None) -> list[str] | None:
+    return None if text is None else [name.strip() for name in text.split(",") if name.strip()]
+
+
+def main() -> int:
+    """Run ``lrmc STAGE ...``; heavy imports wait until the stage is known."""
+    from lrmc_ray.console import run_command
+
+    parser = argparse.ArgumentParser(
+        prog="lrmc",
+        description="Teach a language model a new domain without losing what it knows.",
+        epilog="`lrmc STAGE --help` explains a stage; `python -m lrmc_ray.STAGE` is the same.",
+    )
+    stages = parser.add_subparsers(dest="stage", metavar="STAGE", required=True)
+    for name, text in STAGES.items():
+        stages.add_parser(name, help=text, add_help=False)
+    arguments, rest = parser.parse_known_args(sys.argv[1:2])
+    module = importlib.import_module(
+        "lrmc_ray." + ("tracking" if arguments.stage == "mlflow-sync" else arguments.stage)
+    )
+    return run_command(module.main, sys.argv[2:] + rest)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,443 @@
+"""Settings: one frozen class per stage, read from TOML, changed by ``section.key=value``.
+
+A run is described by one TOML file with a section per stage (``tune_spaces/demo.toml`` shows all
+of them). Everything that changes the science is in ``model``, ``data``, ``record``, ``train`` and
+``evaluate`` and enters the fingerprints; ``resources`` only says where and how fast it runs.
+"""
+
+import difflib
+import math
+import tomllib
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self, TypeVar
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+
+from lrmc_ray.errors import ConfigError, IncompleteArtifactError
+
+DEMO = "demo"
+"""Names the embedded model and the embedded data."""
+
+
+def _as_tuple(value: Any) -> Any:
+    """TOML has lists only, and one string may stand for a list of one."""
+    if isinstance(value, str):
+        return (value,)
+    return tuple(value) if isinstance(value, list) else value
+
+
+Strings = Annotated[tuple[str, ...], BeforeValidator(_as_tuple)]
+Range = Annotated[tuple[int, int], BeforeValidator(_as_tuple)]
+Betas = Annotated[tuple[float, float], BeforeValidator(_as_tuple)]
+
+
+class Settings(BaseModel):
+    """Base of all settings: unknown keys, wrong types and non-finite numbers are errors."""
+
+    model_config = ConfigDict(
+        frozen=True, extra="forbid", strict=True, allow_inf_nan=False, use_attribute_docstrings=True
+    )
+
+
+class ModelSettings(Settings):
+    """Which model is taught."""
+
+    name: str = DEMO
+    """Directory or Hugging Face id of a causal LM; ``demo`` is SmolLM2-135M-Instruct."""
+    revision: str | None = None
+    """Commit, branch or tag on the Hub; none for a directory."""
+
+
+class DataSettings(Settings):
+    """What it is taught."""
+
+    train: Strings = (DEMO,)
+    """JSONL files of ``messages`` or of ``prompt`` and ``completion``; ``demo`` is NL2SQL."""
+    max_length: int = Field(1024, ge=2)
+    """Most tokens of one sample, prompt included."""
+    on_long: Literal["error", "drop", "truncate"] = "error"
+    """What happens to a longer sample."""
+
+
+class RecordSettings(Settings):
+    """Stage 0: how much of the base model's distribution is kept."""
+
+    tau: float | None = Field(None, gt=0, le=1)
+    """Probability that each recorded set reaches; by default the largest that training asks for."""
+    k_min: int = Field(2, ge=1)
+    """Fewest candidates of a position; training can cut to fewer, not to more."""
+    k_max: int = Field(1024, ge=1)
+    """Most candidates of a supervised position."""
+    prompt_k_max: int = Field(64, ge=0)
+    """Most candidates of a prompt position (for the anchor); 0 records none."""
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        for name, most in (("k_max", self.k_max), ("prompt_k_max", self.prompt_k_max)):
+            if most < self.k_min and not (name == "prompt_k_max" and most == 0):
+                raise ValueError(
+                    f"{name} must be at least k_min, got {most} < {self.k_min}; lower record.k_min"
+                )
+        return self
+
+
+class TrainSettings(Settings):
+    """Stage 1: the loss, the optimizer and the budget."""
+
+    loss: Literal["restricted", "full", "soft", "active_only"] = "restricted"
+    """``restricted`` is the paper's, ``full`` ordinary fine-tuning."""
+    tau: float = Field(0.99, gt=0, le=1)
+    """Probability that the candidates of a position cover."""
+    k_min: int = Field(1, ge=1)
+    """Fewest candidates; 2 keeps positions active of which the base model was sure."""
+    tail_samples: int = Field(0, ge=0)
+    """Sampled tokens that stand for the mass outside the candidates; 0 is the paper's loss."""
+    anchor_weight: float = Field(1.0, ge=0)
+    """Weight of the KL to the base model on prompt positions; 0 is the paper."""
+    optimizer: Literal["moclip", "adamw", "adam_atan2"] = "moclip"
+    """``adam_atan2`` is MoClip without the cap."""
+    lr: float = Field(3e-5, gt=0, lt=1)
+    """Peak learning rate."""
+    betas: Betas | None = None
+    """Decay of the moments; default (0.9, 0.99) for MoClip, (0.9, 0.999) for AdamW."""
+    weight_decay: float = Field(0.0, ge=0)
+    """Decoupled weight decay, multiplied by the learning rate."""
+    delta_max: float = Field(45.0, gt=0, le=180)
+    """Largest angle between gradient and momentum, in degrees; 180 switches the cap off."""
+    clip: Literal["scale", "momentum", "project", "rotate", "none"] = "scale"
+    """Reading of the cap."""
+    angle: Literal["tensor", "global"] = "tensor"
+    """One angle per tensor, or one for the whole model."""
+    second_moment: Literal["raw", "capped"] = "raw"
+    """Whether the second moment sees the gradient before or after the cap."""
+    atan2_scale: float = Field(1.27, gt=0)
+    """Factor a of the step a * atan2(m, sqrt(v))."""
+    schedule: Literal["constant", "linear", "cosine"] = "constant"
+    """Learning rate after the warm-up; linear and cosine end at 0."""
+    warmup_steps: int = Field(0, ge=0)
+    """Steps over which the learning rate rises linearly."""
+    steps: int = Field(30, ge=1)
+    """Optimizer updates."""
+    batch_size: int = Field(8, ge=1)
+    """Samples per step, over all workers."""
+    micro_batches: int = Field(4, ge=1)
+    """Fixed parts of a batch; at least the largest number of workers."""
+    max_grad_norm: float | None = Field(None, gt=0)
+    """Gradient clipping by norm; none by default."""
+    precision: Literal["fp32", "bf16"] = "fp32"
+    """``bf16`` runs the forward pass under autocast; weights stay float32."""
+    reduction: Literal["strict", "fast"] = "strict"
+    """``strict``: bit-identical for every number of workers; ``fast``: one all-reduce."""
+    seed: int = Field(0, ge=0)
+    """Order of the samples, dropout and sampled tails."""
+    checkpoint_every: int = Field(10, ge=1)
+    """Steps between checkpoints."""
+    probe_every: int = Field(10, ge=0)
+    """Steps between measurements of the outside mass; 0 switches them off."""
+    probe_positions: int = Field(64, ge=2)
+    """Positions per measurement, each over the full vocabulary."""
+    max_bad_steps: int = Field(5, ge=1)
+    """Consecutive steps without a finite gradient after which training fails."""
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        if self.micro_batches > self.batch_size:
+            raise ValueError(
+                f"micro_batches must not exceed batch_size, got {self.micro_batches} > "
+                f"{self.batch_size}; lower train.micro_batches"
+            )
+        if self.warmup_steps > self.steps:
+            raise ValueError(
+                f"warmup_steps must not exceed steps, got {self.warmup_steps} > {self.steps}; "
+                "lower train.warmup_steps"
+            )
+        if self.betas and not all(0 <= beta < 1 for beta in self.betas):
+            raise ValueError(f"betas must be in [0, 1), got {self.betas}")
+        return self
+
+
+class EvaluateSettings(Settings):
+    """How a model is scored, the base and every tuned one alike."""
+
+    domain_tasks: Strings = ("nl2sql",)
+    """Tasks that should improve: ours, or any name that lm-eval knows."""
+    general_tasks: Strings = ("wordnet", "capitals", "plain_english")
+    """Tasks that must not get worse."""
+    batch_size: int = Field(8, ge=1)
+    """Sequences per forward pass."""
+    precision: Literal["fp32", "bf16"] = "fp32"
+    """Type of the weights during evaluation."""
+    limit: int | None = Field(None, ge=1)
+    """Items per task; none for all."""
+    drift_samples: int = Field(16, ge=0)
+    """Texts on which KL(base || tuned) is measured; 0 switches it off."""
+
+
+class ParameterRange(Settings):
+    """One searched setting of ``train``."""
+
+    low: float | None = None
+    """Smallest value."""
+    high: float | None = None
+    """Largest value."""
+    log: bool = False
+    """Search the logarithm."""
+    choices: Annotated[tuple[float | str, ...] | None, BeforeValidator(_as_tuple)] = None
+    """Values to choose from, in place of low and high."""
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        if self.choices is not None:
+            if self.low is not None or self.high is not None or self.log:
+                raise ValueError("give either low and high, or choices, not both")
+            if not self.choices:
+                raise ValueError("choices must not be empty")
+            return self
+        if self.low is None or self.high is None:
+            raise ValueError("low and high must both be given, or choices")
+        if not self.low < self.high:
+            raise ValueError(f"low < high must hold, got low={self.low}, high={self.high}")
+        if self.log and self.low <= 0:
+            raise ValueError(f"log = true needs low > 0, got {self.low}")
+        return self
+
+
+class SearchSettings(Settings):
+    """Which trials are run, and what makes one better."""
+
+    name: str = Field("study", pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]{0,63}$")
+    """Names the study in MLflow and on disk."""
+    trials: int = Field(10, ge=1)
+    """Trials in all, the defaults and the yardstick included."""
+    forgetting_weight: float = Field(1.0, ge=0)
+    """``combined`` = domain gain - forgetting_weight * forgetting."""
+    yardstick_lr: float | None = Field(3e-5, gt=0, lt=1)
+    """Learning rate of the plain fine-tuning trial; none leaves it out."""
+    seed: int = Field(0, ge=0)
+    """Of Optuna's sampler."""
+    startup_trials: int = Field(4, ge=1)
+    """Random trials before the sampler (TPE) models the objective."""
+    keep_models: Literal["best", "all"] = "best"
+    """Which tuned models stay on disk."""
+
+
+class ResourceSettings(Settings):
+    """Where it runs; does not change a result (``train.reduction = "strict"``)."""
+
+    workers: Range | None = None
+    """Fewest and most training workers of a trial; derived by default."""
+    max_concurrent: int | None = Field(None, ge=1)
+    """Trials side by side; derived by default."""
+    actors: Range | None = None
+    """Fewest and most recording actors; derived by default."""
+    cpus_per_worker: int = Field(1, ge=1)
+    """CPU cores, and torch threads, of a worker or an actor."""
+    gpus_per_worker: float = Field(0, ge=0)
+    """GPUs of a worker or an actor."""
+
+
+class RunSettings(Settings):
+    """Everything, as one TOML file says it."""
+
+    model: ModelSettings = ModelSettings()
+    data: DataSettings = DataSettings()
+    record: RecordSettings = RecordSettings()
+    train: TrainSettings = TrainSettings()
+    evaluate: EvaluateSettings = EvaluateSettings()
+    search: SearchSettings = SearchSettings()
+    parameters: dict[str, ParameterRange] = Field(default_factory=dict)
+    """Searched settings of ``train`` by name."""
+    resources: ResourceSettings = ResourceSettings()
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        if self.train.k_min > self.record.k_min:
+            raise ValueError(
+                f"train.k_min must not exceed record.k_min, got {self.train.k_min} > "
+                f"{self.record.k_min}; raise record.k_min"
+            )
+        if self.record.tau is not None and self.record.tau < self.wanted_tau():
+            raise ValueError(
+                f"record.tau must be at least every tau that training asks for, got "
+                f"{self.record.tau} < {self.wanted_tau()}; leave record.tau out"
+            )
+        if self.train.anchor_weight > 0 and self.record.prompt_k_max == 0:
+            raise ValueError(
+                "train.anchor_weight > 0 needs recorded prompt positions, got "
+                "record.prompt_k_max = 0; set it to 64, or train.anchor_weight to 0"
+            )
+        for name, searched in self.parameters.items():
+            if name not in TrainSettings.model_fields:
+                raise ValueError(f"parameters.{name} is no setting of train{_suggest(name)}")
+            for value in searched.choices or (searched.low, searched.high):
+                try:
+                    trial_settings(self.train, {name: value})
+                except ConfigError as error:
+                    raise ValueError(f"parameters.{name}: {error}") from None
+        return self
+
+    def wanted_tau(self) -> float:
+        """The largest tau that training, or any trial of the search, asks for."""
+        searched = self.parameters.get("tau")
+        values = [self.train.tau]
+        if searched is not None:
+            values += [float(value) for value in searched.choices or (searched.high or 0.0,)]
+        return max(values)
+
+    def recorded_tau(self) -> float:
+        """The tau at which Stage 0 records: one from which every trial can be cut."""
+        return self.record.tau if self.record.tau is not None else self.wanted_tau()
+
+
+SettingsType = TypeVar("SettingsType", bound=Settings)
+
+
+def _suggest(key: str, known: Iterable[str] = TrainSettings.model_fields) -> str:
+    close = difflib.get_close_matches(key, list(known), n=1)
+    return f". Did you mean '{close[0]}'?" if close else ""
+
+
+def _known_keys(settings: type[Settings], location: tuple[Any, ...]) -> list[str]:
+    """Keys of the class that ``location`` (all but its last part) leads to."""
+    for part in location[:-1]:
+        field = settings.model_fields.get(str(part))
+        if field is None or not isinstance(field.annotation, type):
+            return []
+        if not issubclass(field.annotation, Settings):
+            return []
+        settings = field.annotation
+    return list(settings.model_fields)
+
+
+def _range_text(settings: type[Settings], location: tuple[Any, ...]) -> str:
+    """The unit and meaning of the setting at ``location``, from its docstring."""
+    for part in location:
+        field = settings.model_fields.get(str(part))
+        if field is None:
+            return ""
+        if isinstance(field.annotation, type) and issubclass(field.annotation, Settings):
+            settings = field.annotation
+            continue
+        return f" ({(field.description or '').split(chr(10))[0]})" if field.description else ""
+    return ""
+
+
+def validate(settings: type[SettingsType], values: Mapping[str, Any], source: str) -> SettingsType:
+    """``settings`` made from ``values``.
+
+    Raises:
+        ConfigError: with every broken setting, its value, the rule and the nearest known name.
+    """
+    try:
+        return settings.model_validate(dict(values))
+    except ValidationError as error:
+        lines = []
+        for problem in error.errors():
+            key = ".".join(str(part) for part in problem["loc"])
+            if problem["type"] == "extra_forbidden":
+                known = _known_keys(settings, problem["loc"])
+                lines.append(f"unknown setting {key}{_suggest(str(problem['loc'][-1]), known)}")
+            elif problem["type"] == "value_error":
+                message = problem["msg"].removeprefix("Value error, ")
+                lines.append(f"{key}: {message}" if key else message)
+            else:
+                rule = problem["msg"].replace("Input should be", "must be")
+                meaning = _range_text(settings, problem["loc"])
+                lines.append(f"{key} {rule}, got {problem['input']!r}{meaning}")
+        raise ConfigError(f"{source}: " + "; ".join(lines)) from None
+
+
+def trial_settings(base: TrainSettings, params: Mapping[str, Any]) -> TrainSettings:
+    """``base`` with one trial's ``params`` laid over it.
+
+    Raises:
+        ConfigError: a parameter is unknown or out of range.
+    """
+    values = base.model_dump()
+    for name, value in params.items():
+        whole = isinstance(value, float) and TrainSettings.model_fields[name].annotation is int
+        values[name] = int(value) if whole and value == math.floor(value) else value
+    return validate(TrainSettings, values, "trial")
+
+
+def find_space(name: str) -> Path:
+    """The space file ``name``: a path, or one of those shipped in ``tune_spaces/``.
+
+    Raises:
+        IncompleteArtifactError: there is no such file.
+    """
+    here = Path(__file__).parent
+    shipped = [folder for folder in (here / "tune_spaces", here.parent / "tune_spaces")]
+    if Path(name).is_file():
+        return Path(name)
+    for folder in shipped:
+        for candidate in (folder / Path(name).name, folder / f"{Path(name).name}.toml"):
+            if candidate.is_file() and Path(name).parent.name in ("", "tune_spaces"):
+                return candidate
+    names = sorted({path.name for folder in shipped for path in folder.glob("*.toml")})
+    raise IncompleteArtifactError(
+        f"space file {name} does not exist; give a path, or one of those that are shipped: "
+        + ", ".join(names)
+    )
+
+
+def read_toml(path: Path) -> dict[str, Any]:
+    """The content of a TOML file.
+
+    Raises:
+        ConfigError: the file is not TOML.
+        IncompleteArtifactError: the file does not exist.
+    """
+    try:
+        return tomllib.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise IncompleteArtifactError(f"{path} does not exist; give a settings file") from None
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path} is not valid TOML: {error}") from None
+
+
+def apply_overrides(values: dict[str, Any], overrides: Iterable[str]) -> dict[str, Any]:
+    """``values`` with every ``section.key=value`` laid over it; values are written as in TOML.
+
+    A bare word that is not TOML is taken as a string, so ``train.loss=full`` needs no quotes.
+
+    Raises:
+        ConfigError: an override has no ``=`` or no key.
+    """
+    result = _copy(values)
+    for override in overrides:
+        key, equals, text = override.partition("=")
+        parts = key.strip().split(".")
+        if not equals or not all(parts):
+            raise ConfigError(
+                f"an override is written section.key=value, got {override!r}; "
+                "for example train.lr=1e-5"
+            )
+        try:
+            value = tomllib.loads(f"value = {text}")["value"]
+        except tomllib.TOMLDecodeError:
+            value = text
+        table = result
+        for part in parts[:-1]:
+            inner = table.setdefault(part, {})
+            if not isinstance(inner, dict):
+                raise ConfigError(f"{key} cannot be set: {part} is not a section")
+            table = inner
+        table[parts[-1]] = value
+    return result
+
+
+def _copy(values: Mapping[str, Any]) -> dict[str, Any]:
+    return {k: _copy(v) if isinstance(v, Mapping) else v for k, v in values.items()}
+
+
+def load_settings(space: Path | None, overrides: Iterable[str] = ()) -> RunSettings:
+    """The settings of a run from its TOML file (defaults without one) and the overrides.
+
+    Raises:
+        ConfigError: see :func:`validate`.
+    """
+    values = read_toml(space) if space is not None else {}
+    source = str(space) if space is not None else "settings"
+    return validate(RunSettings, apply_overrides(values, overrides), source)

@@ -1,0 +1,306 @@
+"""Run lm-eval-harness on one model and keep every item's scores.
+
+All tasks, ours and those of the Hub, go through lm-eval's own runner. Beside the accuracy that it
+computes, the smooth scores that the objective needs are taken from the log-likelihoods that it
+already has: no forward pass is added.
+"""
+
+import difflib
+import logging
+import math
+import os
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+
+from lrmc_ray.errors import ConfigError, DataError
+
+_log = logging.getLogger(__name__)
+
+DRIFT_POSITIONS = 8
+"""Positions of a text at which KL(base || tuned) is measured."""
+
+Group = Literal["domain", "general"]
+
+
+@dataclass(frozen=True)
+class ScoreRequest:
+    """What is to be scored."""
+
+    tasks: tuple[tuple[str, Group], ...]
+    """Names as in the settings, each with its group."""
+    batch_size: int
+    precision: Literal["fp32", "bf16"]
+    limit: int | None
+    split: Literal["dev", "test"]
+    """Which questions the demo's own domain task asks."""
+    drift_samples: int
+    """Texts to choose for measuring drift, where ``drift_texts`` does not name them."""
+    drift_texts: "dict[Group, list[list[int]]] | None" = None
+    """Token ids of the base model's texts; a tuned model is compared on the same ones."""
+
+
+@dataclass(frozen=True)
+class ScoreResult:
+    """What scoring gives back: plain data, small enough to send."""
+
+    rows: list[dict[str, Any]]
+    """Rows of ``items.parquet``."""
+    texts: dict[Group, list[list[int]]]
+    """Token ids of the texts on which drift is measured."""
+    logprobs: dict[Group, np.ndarray]
+    """The model's log-probabilities there, float32 [positions, vocabulary]."""
+
+
+def score(model_directory: Path, request: ScoreRequest) -> ScoreResult:
+    """Score the model in ``model_directory``.
+
+    Raises:
+        ConfigError: a task does not exist.
+        DataError: a task cannot be run or scored.
+    """
+    os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
+    import datasets
+    import torch
+    from lm_eval.models.huggingface import HFLM
+
+    from lrmc_ray.models import load_model, load_tokenizer
+
+    datasets.disable_progress_bars()
+    for name in ("lm_eval", "lm-eval", "evaluate", "datasets"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    dtype = torch.bfloat16 if request.precision == "bf16" else torch.float32
+    model = load_model(model_directory, dtype=dtype).to(device)
+    tokenizer = load_tokenizer(model_directory)
+    lm = HFLM(
+        pretrained=model,
+        tokenizer=tokenizer,
+        batch_size=request.batch_size,
+        device=device,
+    )
+    rows: list[dict[str, Any]] = []
+    texts: dict[Group, list[list[int]]] = {"domain": [], "general": []}
+    with tempfile.TemporaryDirectory() as scratch:
+        manager = task_manager([name for name, _ in request.tasks], Path(scratch), request.split)
+        for name, group in request.tasks:
+            samples = _run(lm, manager, name, request.limit)
+            rows.extend(_rows(name, group, samples, tokenizer))
+            texts[group].extend(_drift_texts(samples, tokenizer))
+    chosen = request.drift_texts
+    if chosen is None:
+        chosen = {group: _spread(part, request.drift_samples) for group, part in texts.items()}
+    return ScoreResult(
+        rows,
+        chosen,
+        {group: drift_logprobs(model, part) for group, part in chosen.items()},
+    )
+
+
+def task_manager(names: Sequence[str], scratch: Path, split: Literal["dev", "test"]) -> Any:
+    """lm-eval's task manager with our tasks; its own are indexed only where they are asked for.
+
+    Raises:
+        ConfigError: a name is neither ours nor lm-eval's; the nearest names are given.
+    """
+    from lm_eval.tasks import TaskManager
+
+    from lrmc_ray.tasks.registry import OURS, materialize
+
+    ours = {part for parts in OURS.values() for part in parts}
+    materialize(scratch, **_demo_paths(names, split))
+    foreign = [name for name in names if name not in OURS and name not in ours]
+    manager = TaskManager(include_path=str(scratch), include_defaults=bool(foreign))
+    for name in foreign:
+        if name not in manager.all_tasks and not Path(name).is_file():
+            close = difflib.get_close_matches(name, [*OURS, *manager.all_tasks], n=3)
+            hint = f"; did you mean {' or '.join(close)}?" if close else ""
+            raise ConfigError(
+                f"task {name} is neither one of ours ({', '.join(OURS)}) nor one of lm-eval's{hint}"
+            )
+    return manager
+
+
+def _demo_paths(names: Sequence[str], split: Literal["dev", "test"]) -> dict[str, Path]:
+    """The demo's database and questions, made only if its task is asked for."""
+    if not any("nl2sql" in name for name in names):
+        return {}
+    from lrmc_ray.demo.files import demo_files
+    from lrmc_ray.models import cache_directory
+
+    files = demo_files(cache_directory())
+    return {
+        "nl2sql_test_path": files.dev if split == "dev" else files.test,
+        "database_path": files.database,
+    }
+
+
+def _run(lm: Any, manager: Any, name: str, limit: int | None) -> dict[str, list[dict[str, Any]]]:
+    """lm-eval's samples of every task that ``name`` stands for."""
+    from lm_eval import simple_evaluate
+
+    from lrmc_ray.tasks.registry import OURS
+
+    samples: dict[str, list[dict[str, Any]]] = {}
+    for part in OURS.get(name, (name,)):
+        loaded = manager.load([part])
+        metadata = [task.config.metadata or {} for task in loaded["tasks"].values()]
+        chat = all(isinstance(m, Mapping) and m.get("chat_template") for m in metadata)
+        results = simple_evaluate(
+            model=lm,
+            tasks=[part],
+            task_manager=manager,
+            limit=limit,
+            apply_chat_template=chat,
+            bootstrap_iters=0,
+            log_samples=True,
+        )
+        if not results or not results.get("samples"):
+            raise DataError(f"task {part} has no items; check its data files")
+        samples.update(results["samples"])
+        for task_name, task in loaded["tasks"].items():
+            for sample in samples[task_name]:
+                sample["output_type"] = task.OUTPUT_TYPE
+                sample["metric_names"] = [m["metric"] for m in task.config.metric_list or []]
+    return samples
+
+
+def _rows(
+    name: str, group: Group, samples: Mapping[str, list[dict[str, Any]]], tokenizer: Any
+) -> Iterator[dict[str, Any]]:
+    """The rows of one requested task; a group's subtasks become its items."""
+    gold_suffix = "_gold"
+    for task, items in samples.items():
+        if task.endswith(gold_suffix) and task.removesuffix(gold_suffix) in samples:
+            continue
+        golds = {
+            str(item["doc_id"]): _mean_token_probability(item, tokenizer)
+            for item in samples.get(task + gold_suffix, [])
+        }
+        first_filter = items[0]["filter"] if items else None
+        for item in items:
+            if item["filter"] != first_filter:
+                continue
+            kind, metrics, weight = _metrics(task, item, tokenizer)
+            gold = golds.get(str(item["doc_id"]))
+            if gold is not None:
+                metrics["gold_probability"] = gold
+            prefix = "" if len(samples) - bool(golds) == 1 else f"{task}/"
+            for metric, value in metrics.items():
+                yield {
+                    "task": name,
+                    "group": group,
+                    "kind": kind,
+                    "metric": metric,
+                    "item_id": f"{prefix}{item['doc_id']}",
+                    "value": float(value),
+                    "weight": weight,
+                    "output": _output(item) if metric == "accuracy" else None,
+                }
+
+
+def _metrics(
+    task: str, item: Mapping[str, Any], tokenizer: Any
+) -> tuple[str, dict[str, float], float]:
+    """Kind of task, metrics and weight of one item."""
+    output_type = item["output_type"]
+    if output_type == "multiple_choice":
+        likelihoods = np.array([float(answer[0]) for answer in item["filtered_resps"]])
+        gold = item["target"]
+        if not isinstance(gold, int) or not 0 <= gold < len(likelihoods):
+            raise DataError(f"task {task}: the right choice must be one index, got {gold!r}")
+        shares = np.exp(likelihoods - likelihoods.max())
+        shares /= shares.sum()
+        accuracy = float(item.get("acc", likelihoods.argmax() == gold))
+        return "choice", {"accuracy": accuracy, "probability": float(shares[gold])}, 1.0
+    if output_type == "loglikelihood_rolling":
+        text = item["arguments"][0][0]
+        tokens = len(tokenizer(text, add_special_tokens=False)["input_ids"])
+        likelihood = _number(item["filtered_resps"][0])
+        return "text", {"cross_entropy": -likelihood / tokens}, float(tokens)
+    if output_type == "loglikelihood":
+        likelihood, is_greedy = item["filtered_resps"][0]
+        return (
+            "choice",
+            {"accuracy": float(is_greedy), "probability": math.exp(float(likelihood))},
+            1.0,
+        )
+    values = {
+        metric: float(item[metric])
+        for metric in item["metrics"]
+        if isinstance(item.get(metric), int | float | bool | np.generic)
+    }
+    for metric in ("execution_accuracy", "acc", "exact_match", *item["metric_names"], *values):
+        if metric in values and 0 <= values[metric] <= 1:
+            others = {name: v for name, v in values.items() if name != metric}
+            return "generation", {"accuracy": values[metric], **others}, 1.0
+    raise DataError(
+        f"task {task} has no metric between 0 and 1 per item (it has {', '.join(values) or 'none'})"
+        "; choose another task"
+    )
+
+
+def _number(answer: Any) -> float:
+    return float(answer[0]) if isinstance(answer, tuple | list) else float(answer)
+
+
+def _mean_token_probability(item: Mapping[str, Any], tokenizer: Any) -> float:
+    """Geometric mean of the gold answer's token probabilities."""
+    likelihood, _ = item["filtered_resps"][0]
+    answer = item["arguments"][0][1]
+    tokens = len(tokenizer(answer, add_special_tokens=False)["input_ids"])
+    return math.exp(float(likelihood) / max(1, tokens))
+
+
+def _output(item: Mapping[str, Any]) -> str | None:
+    """What the model said, where it said something."""
+    answer = item["filtered_resps"][0]
+    return answer if isinstance(answer, str) else None
+
+
+def _drift_texts(samples: Mapping[str, list[dict[str, Any]]], tokenizer: Any) -> list[list[int]]:
+    """Token ids of the items' texts: context, and continuation where the task gives one."""
+    texts = []
+    for items in samples.values():
+        if items and items[0]["output_type"] == "generate_until":
+            continue  # no answer is given, and its prompts are those of the gold task
+        for item in items:
+            parts = [part for part in item["arguments"][0] if isinstance(part, str)]
+            ids = tokenizer("".join(parts), add_special_tokens=False)["input_ids"]
+            if len(ids) > DRIFT_POSITIONS:
+                texts.append(ids[:1024])
+    return texts
+
+
+def _spread(texts: list[list[int]], count: int) -> list[list[int]]:
+    """``count`` of the texts, evenly spread."""
+    if len(texts) <= count:
+        return texts
+    return [texts[index * len(texts) // count] for index in range(count)]
+
+
+def drift_logprobs(model: Any, texts: Sequence[Sequence[int]]) -> np.ndarray:
+    """Log-probabilities over the vocabulary at the last positions of each text, float32 [P, V]."""
+    import torch
+
+    device = next(model.parameters()).device
+    parts = []
+    for ids in texts:
+        with torch.inference_mode():
+            output = model(input_ids=torch.tensor([ids], device=device), use_cache=False)
+        logits_PV = output.logits[0, -DRIFT_POSITIONS - 1 : -1].float()
+        parts.append(logits_PV.log_softmax(-1).cpu().numpy())
+    vocabulary_size = model.config.get_text_config().vocab_size
+    return np.concatenate(parts) if parts else np.zeros((0, vocabulary_size), np.float32)
+
+
+def mean_kl(base_PV: np.ndarray, tuned_PV: np.ndarray) -> float | None:
+    """Mean over positions of KL(base || tuned), in nats; None without positions."""
+    if not len(base_PV):
+        return None
+    divergence = (np.exp(base_PV.astype(np.float64)) * (base_PV - tuned_PV)).sum(axis=-1)
+    return float(divergence.mean())

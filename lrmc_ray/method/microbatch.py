@@ -1,0 +1,175 @@
+"""Micro-batches: padded token ids, and the positions at which a loss is taken.
+
+A position is *active* if its loss can be other than zero. With the restricted loss a position
+whose candidate set holds the gold token alone has loss 0 and gradient 0 (method, point 3). Since
+the model is causal, a sequence can then be cut behind its last active position, and a sequence
+without one can be left out of the forward pass; the gradient stays exactly the same (point 4).
+The divisors do not change: they count every supervised and every prompt position.
+
+Shape suffixes: B = sequences, T = tokens (padded), P = recorded positions of one sequence,
+N = positions of a micro-batch at which a loss is taken.
+"""
+
+import dataclasses
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from lrmc_ray.method.subsets import CandidateSets, cut
+
+_NO_CANDIDATES = CandidateSets(
+    offsets=torch.zeros(1, dtype=torch.int64),
+    token_ids=torch.zeros(0, dtype=torch.int32),
+    logprobs=torch.zeros(0, dtype=torch.float16),
+    gold_ids=torch.zeros(0, dtype=torch.int32),
+)
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One recorded sequence."""
+
+    sample_id: str
+    input_ids_T: Tensor
+    """Token ids, int64."""
+    positions_P: Tensor
+    """Ascending positions whose next token is predicted, int64."""
+    is_supervised_P: Tensor
+    """True at positions to be learned, False at prompt positions (the anchor's)."""
+    candidates: CandidateSets
+    """P rows."""
+
+
+@dataclass(frozen=True)
+class LossPositions:
+    """Where hidden states are read in the padded batch, and what is compared there."""
+
+    row_N: Tensor
+    column_N: Tensor
+    candidates: CandidateSets
+
+
+@dataclass(frozen=True)
+class MicroBatch:
+    """Sequences padded on the right, with their loss positions and the divisors' counts.
+
+    There is no attention mask: in a causal model nothing before the padding sees it.
+    """
+
+    input_ids_BT: Tensor
+    supervised: LossPositions
+    anchored: LossPositions
+    num_supervised: int
+    """Supervised positions, inactive ones included."""
+    num_prompt: int
+    """Recorded prompt positions, inactive ones included."""
+    num_tokens: int
+    """Tokens of the sequences before trimming."""
+    num_processed: int
+    """Tokens that the forward pass sees, padding not counted."""
+
+
+@dataclass(frozen=True)
+class Activity:
+    """Which positions can have a loss other than zero."""
+
+    singletons: bool
+    """Whether a candidate set of one token can (full loss, or a sampled tail)."""
+    anchor: bool
+    """Whether prompt positions have a loss at all."""
+
+    def of(self, sample: Sample) -> Tensor:
+        """Active positions of ``sample``, boolean [P]."""
+        is_active_P = sample.is_supervised_P | self.anchor
+        if self.singletons:
+            return is_active_P
+        return is_active_P & (sample.candidates.sizes > 1)
+
+
+def active_length(sample: Sample, activity: Activity) -> int:
+    """Tokens of ``sample`` up to its last active position; 0 if it has none."""
+    active_P = sample.positions_P[activity.of(sample)]
+    return int(active_P[-1]) + 1 if len(active_P) else 0
+
+
+def collate(samples: Sequence[Sample], activity: Activity, *, trim: bool = True) -> MicroBatch:
+    """Pad ``samples`` into one micro-batch.
+
+    Args:
+        samples: the sequences.
+        activity: which positions count as active.
+        trim: cut behind the last active position and leave out sequences without one; the
+            gradient is the same without it, only slower.
+    """
+    lengths = [
+        active_length(sample, activity) if trim else len(sample.input_ids_T) for sample in samples
+    ]
+    kept = [(s, n) for s, n in zip(samples, lengths, strict=True) if n > 0]
+    longest = max((n for _, n in kept), default=0)
+    input_ids_BT = torch.zeros(len(kept), longest, dtype=torch.int64)
+    for row, (sample, length) in enumerate(kept):
+        input_ids_BT[row, :length] = sample.input_ids_T[:length]
+    active = [activity.of(sample) for sample, _ in kept]
+    return MicroBatch(
+        input_ids_BT=input_ids_BT,
+        supervised=_loss_positions(
+            [(s, a & s.is_supervised_P) for (s, _), a in zip(kept, active, strict=True)]
+        ),
+        anchored=_loss_positions(
+            [(s, a & ~s.is_supervised_P) for (s, _), a in zip(kept, active, strict=True)]
+        ),
+        num_supervised=sum(int(s.is_supervised_P.sum()) for s in samples),
+        num_prompt=sum(int((~s.is_supervised_P).sum()) for s in samples),
+        num_tokens=sum(len(s.input_ids_T) for s in samples),
+        num_processed=sum(lengths),
+    )
+
+
+def _loss_positions(chosen: Sequence[tuple[Sample, Tensor]]) -> LossPositions:
+    rows, columns, candidates = [], [], [_NO_CANDIDATES]
+    for row, (sample, chosen_P) in enumerate(chosen):
+        index = chosen_P.nonzero()[:, 0]
+        rows.append(torch.full_like(index, row))
+        columns.append(sample.positions_P[index])
+        candidates.append(sample.candidates.rows(index))
+    none = torch.zeros(0, dtype=torch.int64)
+    return LossPositions(
+        torch.cat([none, *rows]),
+        torch.cat([none, *columns]),
+        CandidateSets.concatenate(candidates),
+    )
+
+
+def deal(samples: Sequence[Sample], num_micro_batches: int, activity: Activity) -> list[list[int]]:
+    """Indices of ``samples`` for each of the fixed micro-batches of a global batch.
+
+    Neighbours in length go together, so little is padding. The result depends on the samples
+    alone: not on who computes which micro-batch.
+    """
+    order = sorted(range(len(samples)), key=lambda i: (active_length(samples[i], activity), i))
+    size, extra = divmod(len(order), num_micro_batches)
+    parts, start = [], 0
+    for part in range(num_micro_batches):
+        stop = start + size + (part < extra)
+        parts.append(order[start:stop])
+        start = stop
+    return parts
+
+
+def cut_sample(sample: Sample, tau: float, *, k_min: int) -> Sample:
+    """``sample`` with the candidates of its supervised positions cut at ``tau``.
+
+    Prompt positions keep what was recorded: the anchor wants as much of the base model as there is.
+    """
+    supervised = sample.is_supervised_P.nonzero()[:, 0]
+    prompt = (~sample.is_supervised_P).nonzero()[:, 0]
+    candidates = CandidateSets.concatenate(
+        [
+            cut(sample.candidates.rows(supervised), tau, k_min=k_min),
+            sample.candidates.rows(prompt),
+        ]
+    )
+    in_order = torch.cat([supervised, prompt]).argsort()
+    return dataclasses.replace(sample, candidates=candidates.rows(in_order))

@@ -1,0 +1,587 @@
+"""MoClip: AdamW with a cap on the angle between gradient and momentum, and an arctan2 step.
+
+The optimizer of "Logits Replay + MoClip" (arXiv 2510.09152), as this project reads it. Per
+parameter tensor, with gradient g, first moment m (``exp_avg`` *before* the step), second moment v
+(``exp_avg_sq``), both zero at the start, and t = 1, 2, ... (``step``)::
+
+    theta = angle(g, m)                            the tensors taken as vectors
+    g'    = cap(g, m, delta_max)                   see the readings
+    m     = beta1 m + (1 - beta1) g'
+    v     = beta2 v + (1 - beta2) g^2              g'^2 with second_moment="capped"
+    w     = w (1 - lr weight_decay) - lr a atan2(m / (1 - beta1^t), sqrt(v / (1 - beta2^t)))
+
+The arctan2 step is that of Adam-atan2 (arXiv 2407.05872; a = 1.27). It needs no epsilon, does not
+change when all gradients are scaled, and bounds what is added to the decayed weight:
+|dw_i| <= lr a pi / 2.
+
+That the angle is capped is the paper's; its formula could not be read. Each reading is a value of
+``clip``, and the default is our choice. Where theta <= delta = ``delta_max``, g' = g; beyond it,
+with x^ = x / ||x||:
+
+- ``"scale"`` (default): g' = (delta / theta) g. The direction stays, a misaligned gradient counts
+  less.
+- ``"momentum"``: g' = s g with the largest s in [0, 1] for which the *momentum* turns by at most
+  delta: s = min(1, beta1 ||m|| sin(delta) / ((1 - beta1) ||g|| sin(theta - delta))). Binds on
+  outlier batches only.
+- ``"rotate"``: g turned towards m until the angle is delta, its norm kept. Can inflate the
+  momentum and diverge.
+- ``"project"``: the nearest point to g in the cone of half-angle delta around m, which is the
+  rotated g times max(0, cos(theta - delta)). Never ascends, but feeds m to itself.
+- ``"none"``: g' = g at every angle, which is Adam-atan2.
+
+All of them are g' = p g + q m, where p and q depend on <g, g>, <g, m> and <m, m> alone: one pass
+over memory for the dot products, one for the update.
+
+Where there is no angle, or no direction to turn to:
+
+- m = 0 (the first step) or g = 0: no angle. g' = g; the statistics leave the tensor out. A zero
+  gradient still decays both moments, and the weight still moves.
+- theta = 180 degrees: ``scale`` and ``momentum`` follow their formulas (s = delta / 180; m stops at
+  zero). ``project`` and ``rotate`` find no edge of the cone nearer than another: g' = 0.
+- A vector of one element cannot turn: ``project`` and ``rotate`` leave it alone, for with g' = 0 its
+  momentum could never change sign. ``scale`` and ``momentum`` follow their formulas.
+- delta_max = 180: bit-identical with ``clip="none"``, but the angles are measured.
+- A gradient that is not finite has no angle: it goes through, as in torch's optimizers.
+"""
+
+import functools
+import itertools
+import math
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, NamedTuple, get_args
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.optim import Optimizer
+
+# Shape suffix (this file): P = parameters, or vectors in general.
+
+Clip = Literal["scale", "momentum", "project", "rotate", "none"]
+Angle = Literal["tensor", "global"]
+SecondMoment = Literal["raw", "capped"]
+
+NUM_ANGLE_BINS = 36
+"""Bins of the histogram of theta, 5 degrees each."""
+
+# Below this sine of theta, rounding decides to which side of the axis g lies.
+_COLLINEAR_SINE = 1e-6
+# Elements per thread that a CPU takes through the whole update at a time: gradient, weight, both
+# moments and the temporaries stay in a second-level cache, so that main memory is passed over once.
+_CACHED_ELEMENTS = 1 << 16
+# In smaller tensors, calling a compiled function costs more than it saves.
+_MIN_COMPILED_ELEMENTS = 1 << 12
+
+
+class CappedGradient(NamedTuple):
+    """The capped gradients of P vectors: g' = ``p_P`` g + ``q_P`` m."""
+
+    p_P: Tensor
+    q_P: Tensor
+    theta_P: Tensor
+    """Angle between g and m before the cap, in radians; NaN where there is none."""
+
+
+def dot_products(grad: Tensor, momentum: Tensor) -> Tensor:
+    """``[<g, g>, <g, m>, <m, m>]`` of two vectors, in float64.
+
+    With a float32 cosine the angle would be off by up to 0.03 degrees near 0 and 180.
+    """
+    g, m = grad.double(), momentum.double()
+    return torch.stack((g.dot(g), g.dot(m), m.dot(m)))
+
+
+def cap_angle(
+    dots_P3: Tensor, numel_P: Tensor, *, delta_max: float, clip: Clip, beta1: float
+) -> CappedGradient:
+    """Cap the angle of P gradients to their momenta (see the module's docstring).
+
+    Args:
+        dots_P3: Their ``dot_products``.
+        numel_P: Their numbers of elements.
+        delta_max: The cap, in degrees.
+        clip: The reading of the cap.
+        beta1: Decay of the first moment; matters to ``"momentum"`` only.
+    """
+    delta = math.radians(delta_max)
+    gg_P, gm_P, mm_P = dots_P3.unbind(-1)
+    g_norm_P, m_norm_P = gg_P.sqrt(), mm_P.sqrt()
+    # 0 / 0 where g or m is zero, and NaN is never above delta.
+    theta_P = (gm_P / (g_norm_P * m_norm_P)).clamp(-1.0, 1.0).acos()
+    excess_P = theta_P - delta
+    is_capped_P = excess_P > 0
+    p_P, q_P = torch.ones_like(theta_P), torch.zeros_like(theta_P)
+    if clip == "scale":
+        p_P = delta / theta_P
+    elif clip == "momentum":
+        # Law of sines in the triangle of beta1 m, (1 - beta1) s g and their sum.
+        turned_P = beta1 * m_norm_P * math.sin(delta)
+        p_P = (turned_P / ((1 - beta1) * g_norm_P * excess_P.sin())).clamp(max=1.0)
+    elif clip in ("project", "rotate"):
+        # The point at angle delta on the arc from m^ to g^, as in spherical interpolation.
+        sine_P = theta_P.sin()
+        length_P = excess_P.cos().clamp(min=0.0) if clip == "project" else p_P
+        length_P = torch.where(sine_P > _COLLINEAR_SINE, length_P / sine_P, 0.0)
+        p_P = length_P * math.sin(delta)
+        q_P = length_P * excess_P.sin() * g_norm_P / m_norm_P
+        is_capped_P &= numel_P > 1
+    # torch.where, not `if`: an `if` on a CUDA tensor would wait for the device.
+    return CappedGradient(
+        torch.where(is_capped_P, p_P, 1.0), torch.where(is_capped_P, q_P, 0.0), theta_P
+    )
+
+
+class StepScalars(NamedTuple):
+    """The numbers of one step: floats, or 0-d tensors for a compiled function."""
+
+    first_rate: Any
+    """1 - beta1"""
+    second_rate: Any
+    """1 - beta2"""
+    first_scale: Any
+    """1 / (1 - beta1^t)"""
+    second_scale: Any
+    """1 / (1 - beta2^t)"""
+    decay: Any
+    """1 - lr weight_decay"""
+    step_size: Any
+    """lr a"""
+
+
+class TensorUpdate(NamedTuple):
+    """All that the update of one tensor takes."""
+
+    param: Tensor
+    grad: Tensor
+    exp_avg: Tensor
+    exp_avg_sq: Tensor
+    p: Tensor | None
+    """0-d; None is 1."""
+    q: Tensor | None
+    """0-d; None is 0."""
+    scalars: StepScalars
+
+
+def moclip_update(
+    update: TensorUpdate, second_moment: SecondMoment
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The new ``(param, exp_avg, exp_avg_sq)`` of one tensor, whose g' is p g + q m."""
+    param, grad, exp_avg, exp_avg_sq, p, q, scalars = update
+    capped = grad = grad.to(exp_avg.dtype)
+    if p is not None:
+        capped = p * grad
+    if q is not None:
+        capped = capped + q * exp_avg
+    seen = capped if second_moment == "capped" else grad
+    exp_avg = exp_avg + scalars.first_rate * (capped - exp_avg)
+    exp_avg_sq = exp_avg_sq + scalars.second_rate * (seen * seen - exp_avg_sq)
+    direction = arctan2_nonnegative(
+        scalars.first_scale * exp_avg, (scalars.second_scale * exp_avg_sq).sqrt()
+    )
+    new_param = scalars.decay * param.to(exp_avg.dtype) - scalars.step_size * direction
+    return new_param.to(param.dtype), exp_avg, exp_avg_sq
+
+
+def store_moclip_update_(update: TensorUpdate, second_moment: SecondMoment) -> None:
+    """``moclip_update`` in place."""
+    old = update.param, update.exp_avg, update.exp_avg_sq
+    for tensor, new in zip(old, moclip_update(update, second_moment), strict=True):
+        tensor.copy_(new)
+
+
+def foreach_moclip_update_(updates: Sequence[TensorUpdate], second_moment: SecondMoment) -> None:
+    """``moclip_update`` in place for tensors of one group, by torch's uncompiled kernels."""
+    params, grads, exp_avgs, exp_avg_sqs, ps, qs, scalars = map(list, zip(*updates, strict=True))
+    first_rate, second_rate, _, _, decay, step_size = scalars[0]
+    # Neither copies anything where the dtypes agree.
+    grads = [g.to(m.dtype) for g, m in zip(grads, exp_avgs, strict=True)]
+    wide_params = [w.to(m.dtype) for w, m in zip(params, exp_avgs, strict=True)]
+    capped = grads if ps[0] is None else torch._foreach_mul(grads, ps)
+    if qs[0] is not None:
+        torch._foreach_add_(capped, torch._foreach_mul(exp_avgs, qs))
+    seen = capped if second_moment == "capped" else grads
+    torch._foreach_lerp_(exp_avgs, capped, first_rate)
+    torch._foreach_lerp_(exp_avg_sqs, torch._foreach_mul(seen, seen), second_rate)
+    directions = torch._foreach_mul(exp_avgs, [s.first_scale for s in scalars])
+    roots = torch._foreach_mul(exp_avg_sqs, [s.second_scale for s in scalars])
+    torch._foreach_sqrt_(roots)
+    for direction, root in zip(directions, roots, strict=True):
+        direction.atan2_(root)
+    if decay != 1:
+        torch._foreach_mul_(wide_params, decay)
+    torch._foreach_add_(wide_params, directions, alpha=-step_size)
+    for param, wide in zip(params, wide_params, strict=True):
+        if param is not wide:
+            param.copy_(wide)
+
+
+# atan(r) / r - 1 on [0, 1] in powers r^2, r^4, ...: minimax fit, relative error of atan 1.7e-8.
+_ARCTAN_COEFFICIENTS = (
+    -0.33333152741099736,
+    0.19993772502342402,
+    -0.14211049341057566,
+    0.1066597135756238,
+    -0.07552127621924969,
+    0.04321069684741966,
+    -0.01636714557384127,
+    0.002920483671578123,
+)
+
+
+def arctan2_nonnegative(y: Tensor, x: Tensor) -> Tensor:
+    """``atan2(y, x)`` for x >= 0, in float32 with a relative error below 5e-7.
+
+    torch.atan2 covers four quadrants to the last bit; that would be half of a compiled step.
+    """
+    if y.dtype != torch.float32:
+        return torch.atan2(y, x)
+    height = y.abs()
+    # Not below the smallest normal number: the angle of (0, 0) is 0.
+    longer = torch.maximum(height, x).clamp_min(torch.finfo(torch.float32).tiny)
+    r = torch.minimum(height, x) / longer
+    r_squared = r * r
+    series = torch.full_like(r, _ARCTAN_COEFFICIENTS[-1])
+    for coefficient in reversed(_ARCTAN_COEFFICIENTS[:-1]):
+        series = series * r_squared + coefficient
+    octant = r + r * (r_squared * series)
+    return torch.where(height > x, math.pi / 2 - octant, octant).copysign(y)
+
+
+@functools.cache
+def _compile(function: Callable[..., Any]) -> Callable[..., Any]:
+    """``torch.compile`` for tensors of every size; compiles at the first call."""
+    options = {"cpp.enable_floating_point_contract_flag": "fast"}
+    return torch.compile(function, dynamic=True, options=options)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class AngleStatistics:
+    """Angles between gradient and momentum, before the cap, since the last report.
+
+    A count is one tensor in one step. Tensors without an angle (first step, zero gradient) and
+    groups with ``clip="none"`` are left out. Means are NaN where nothing was counted.
+    """
+
+    num_angles: int
+    mean_deg: float
+    clipped_share: float
+    """Share of the counted tensors that the cap changed. 0: it never binds; 1: it always does."""
+    clipped_element_share: float
+    """The same, each tensor weighted by its number of elements."""
+    histogram: tuple[int, ...]
+    """Counts of the angles in ``NUM_ANGLE_BINS`` bins from 0 to 180 degrees."""
+
+
+class MoClip(Optimizer):
+    """MoClip (see the module's docstring).
+
+    State per parameter: ``step`` (0-d float32, on the host), ``exp_avg`` and ``exp_avg_sq``
+    (float32 for bf16 and fp16 parameters). All arguments from ``lr`` to ``atan2_scale`` can be set
+    per parameter group. A half-precision parameter is rounded once per step, so an update below
+    half its last bit is lost: keep float32 parameters for small learning rates.
+
+    Args:
+        params: Parameters, or groups of them.
+        lr: Learning rate.
+        betas: Decay of the first and the second moment, in [0, 1).
+        weight_decay: Decoupled, as in AdamW: per step the weight shrinks by ``lr * weight_decay``.
+        delta_max: Largest angle between gradient and momentum, in degrees, in (0, 180].
+        clip: Reading of the cap.
+        angle: ``"tensor"``: each tensor has its own angle. ``"global"``: all tensors, of all groups
+            that say so, are one long vector with one angle.
+        second_moment: Whether v sees the ``"raw"`` or the ``"capped"`` gradient.
+        atan2_scale: a, the factor of the arctan2 step.
+        reduce_dots: For sharded parameters. Sums a float64 tensor of four numbers per parameter
+            over the shards, in place, e.g. ``torch.distributed.all_reduce``. Every step calls it
+            once, on every shard, before any weight moves. The parameters are the local shards.
+        compiled: Compile the update by ``torch.compile`` at the first step. Without a working
+            compiler, warns and goes on uncompiled.
+
+    Raises:
+        ValueError: A value is out of range.
+    """
+
+    _angle_totals: Tensor | None = None
+
+    def __init__(
+        self,
+        params: Iterable[Tensor] | Iterable[dict[str, Any]],
+        lr: float,
+        betas: tuple[float, float] = (0.9, 0.99),
+        weight_decay: float = 0.0,
+        delta_max: float = 45.0,
+        clip: Clip = "scale",
+        angle: Angle = "tensor",
+        second_moment: SecondMoment = "raw",
+        atan2_scale: float = 1.27,
+        *,
+        reduce_dots: Callable[[Tensor], object] | None = None,
+        compiled: bool = False,
+    ) -> None:
+        self.reduce_dots = reduce_dots
+        self.compiled = compiled
+        defaults = {
+            "lr": lr,
+            "betas": betas,
+            "weight_decay": weight_decay,
+            "delta_max": delta_max,
+            "clip": clip,
+            "angle": angle,
+            "second_moment": second_moment,
+            "atan2_scale": atan2_scale,
+        }
+        super().__init__(params, defaults)
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add a group; its values go before the constructor's."""
+        _check_settings(**{**self.defaults, **param_group})
+        super().add_param_group(param_group)
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
+        """Update all parameters that have a gradient; returns the result of ``closure``.
+
+        Raises:
+            TypeError: A gradient is sparse. Nothing has changed then.
+        """
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        for param in self._params():
+            _check_gradient(param)
+            if param.grad is not None and not self.state[param]:
+                dtype = torch.promote_types(param.dtype, torch.float32)
+                self.state[param] = {
+                    "step": torch.tensor(0.0),
+                    "exp_avg": torch.zeros_like(param, dtype=dtype),
+                    "exp_avg_sq": torch.zeros_like(param, dtype=dtype),
+                }
+        caps = self._cap_angles()
+        for group, capped in zip(self.param_groups, caps, strict=True):
+            self._update(group, capped)
+        return loss
+
+    def angle_statistics(self) -> AngleStatistics:
+        """Report the angles since the last call. Waits for the device, which ``step`` never does."""
+        totals = [0.0] * (NUM_ANGLE_BINS + 5)
+        if self._angle_totals is not None:
+            totals = self._angle_totals.tolist()
+            self._angle_totals = None
+        *histogram, num_angles, sum_deg, num_clipped, elements, clipped_elements = totals
+        return AngleStatistics(
+            num_angles=int(num_angles),
+            mean_deg=sum_deg / num_angles if num_angles else math.nan,
+            clipped_share=num_clipped / num_angles if num_angles else math.nan,
+            clipped_element_share=clipped_elements / elements if elements else math.nan,
+            histogram=tuple(map(int, histogram)),
+        )
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Load a state; the moments keep the dtype in which they were saved."""
+        super().load_state_dict(state_dict)
+        # torch casts state to the parameter's dtype, which would round float32 moments to bf16.
+        saved_ids = itertools.chain.from_iterable(g["params"] for g in state_dict["param_groups"])
+        for saved_id, param in zip(saved_ids, self._params(), strict=True):
+            if saved := state_dict["state"].get(saved_id):
+                for name in ("exp_avg", "exp_avg_sq"):
+                    moment = torch.empty_like(param, dtype=saved[name].dtype, requires_grad=False)
+                    self.state[param][name] = moment.copy_(saved[name])
+
+    def __getstate__(self) -> dict[str, Any]:
+        # torch would drop both from a deep copy or a pickle.
+        kept = {"reduce_dots": self.reduce_dots, "compiled": self.compiled}
+        return {**super().__getstate__(), **kept}
+
+    def _params(self) -> Iterator[Tensor]:
+        return itertools.chain.from_iterable(group["params"] for group in self.param_groups)
+
+    def _cap_angles(self) -> list[CappedGradient | None]:
+        """One entry per group; None where its gradients are not capped."""
+        if all(group["clip"] == "none" for group in self.param_groups):
+            return [None] * len(self.param_groups)
+        # One row per parameter, with or without a gradient: all shards must sum the same shape.
+        rows = [
+            self._measure(param, group["clip"])
+            for group in self.param_groups
+            for param in group["params"]
+        ]
+        measured_P4 = torch.stack([row.to(rows[0].device) for row in rows])
+        if self.reduce_dots is not None:
+            self.reduce_dots(measured_P4)
+        by_group = measured_P4.split([len(group["params"]) for group in self.param_groups])
+        global_4 = sum(
+            group_P4.sum(0)
+            for group_P4, group in zip(by_group, self.param_groups, strict=True)
+            if group["angle"] == "global"
+        )
+        caps: list[CappedGradient | None] = []
+        for group_P4, group in zip(by_group, self.param_groups, strict=True):
+            if group["clip"] == "none":
+                caps.append(None)
+                continue
+            vectors_P4 = global_4.expand_as(group_P4) if group["angle"] == "global" else group_P4
+            capped = cap_angle(
+                vectors_P4[:, :3],
+                vectors_P4[:, 3],
+                delta_max=group["delta_max"],
+                clip=group["clip"],
+                beta1=group["betas"][0],
+            )
+            self._count_angles(capped, group_P4[:, 3])
+            caps.append(capped)
+        return caps
+
+    def _measure(self, param: Tensor, clip: Clip) -> Tensor:
+        """Dot products and number of elements; zeros where there is nothing to cap."""
+        dots_3 = torch.zeros(3, dtype=torch.float64, device=param.device)
+        if param.grad is None or clip == "none":
+            return F.pad(dots_3, (0, 1))
+        vectors = param.grad.reshape(-1), self.state[param]["exp_avg"].reshape(-1)
+        if self._is_compiled(param):
+            dots_3 = self._run_compiled(dot_products, *vectors)
+        else:
+            for pieces in _cached_pieces(vectors):
+                dots_3 += dot_products(*pieces)
+        return F.pad(dots_3, (0, 1), value=param.numel())
+
+    def _count_angles(self, capped: CappedGradient, numel_P: Tensor) -> None:
+        has_angle_P = (numel_P > 0) & capped.theta_P.isfinite()
+        theta_deg_P = torch.where(has_angle_P, capped.theta_P.rad2deg(), 0.0)
+        is_clipped_P = has_angle_P & ((capped.p_P != 1) | (capped.q_P != 0))
+        bins_P = (theta_deg_P * (NUM_ANGLE_BINS / 180)).long().clamp(max=NUM_ANGLE_BINS - 1)
+        counts_5P = torch.stack(
+            (has_angle_P, theta_deg_P, is_clipped_P, numel_P * has_angle_P, numel_P * is_clipped_P)
+        )
+        if self._angle_totals is None:
+            self._angle_totals = numel_P.new_zeros(NUM_ANGLE_BINS + 5)
+        self._angle_totals.index_add_(0, bins_P, counts_5P[0])
+        self._angle_totals[NUM_ANGLE_BINS:] += counts_5P.sum(1)
+
+    def _update(self, group: dict[str, Any], capped: CappedGradient | None) -> None:
+        """Move the parameters of one group."""
+        second_moment: SecondMoment = group["second_moment"]
+        ps, qs = itertools.repeat(None), itertools.repeat(None)
+        if capped is not None:
+            ps = capped.p_P.unbind()
+            if group["clip"] in ("project", "rotate"):
+                qs = capped.q_P.unbind()
+        uncompiled = []
+        for param, p, q in zip(group["params"], ps, qs):
+            if param.grad is None:
+                continue
+            state = self.state[param]
+            state["step"] += 1
+            update = TensorUpdate(
+                param,
+                param.grad,
+                state["exp_avg"],
+                state["exp_avg_sq"],
+                p if p is None else p.to(param.device),
+                q if q is None else q.to(param.device),
+                # tolist, unlike item, is no read of a device, and this tensor is on the host.
+                _step_scalars(group, state["step"].tolist()),
+            )
+            if self._is_compiled(param):
+                self._run_compiled(store_moclip_update_, _for_compiler(update), second_moment)
+            else:
+                uncompiled.append(update)
+        for batch in _batches(uncompiled):
+            foreach_moclip_update_(batch, second_moment)
+
+    def _is_compiled(self, param: Tensor) -> bool:
+        return self.compiled and param.is_contiguous() and param.numel() >= _MIN_COMPILED_ELEMENTS
+
+    def _run_compiled(self, function: Callable[..., Any], *args: Any) -> Any:
+        try:
+            return _compile(function)(*args)
+        except Exception as error:
+            self.compiled = False
+            warnings.warn(f"X {type(error).__mro__} {error}", RuntimeWarning, stacklevel=2)
+            return function(*args)
+
+
+def _step_scalars(group: dict[str, Any], step: float) -> StepScalars:
+    beta1, beta2 = group["betas"]
+    return StepScalars(
+        first_rate=1 - beta1,
+        second_rate=1 - beta2,
+        first_scale=1 / (1 - beta1**step),
+        second_scale=1 / (1 - beta2**step),
+        decay=1 - group["lr"] * group["weight_decay"],
+        step_size=group["lr"] * group["atan2_scale"],
+    )
+
+
+def _for_compiler(update: TensorUpdate) -> TensorUpdate:
+    """Flat tensors and no floats, so that one compilation serves all shapes and steps."""
+    dtype = update.exp_avg.dtype
+    ones = torch.ones((), dtype=dtype, device=update.param.device)
+    return TensorUpdate(
+        *(tensor.detach().reshape(-1) for tensor in update[:4]),
+        p=ones if update.p is None else update.p.to(dtype),
+        q=torch.zeros_like(ones) if update.q is None else update.q.to(dtype),
+        scalars=StepScalars(*torch.tensor(update.scalars, dtype=dtype).unbind()),
+    )
+
+
+def _cached_pieces(tensors: Sequence[Tensor]) -> Iterator[tuple[Tensor, ...]]:
+    """Flat pieces of contiguous tensors of one size, as large as caches take together."""
+    size = _CACHED_ELEMENTS * torch.get_num_threads()
+    return zip(*(tensor.view(-1).split(size) for tensor in tensors), strict=True)
+
+
+def _batches(updates: Iterable[TensorUpdate]) -> Iterator[list[TensorUpdate]]:
+    """What goes into one call: a piece that stays in cache on a CPU, all tensors elsewhere."""
+    rest = []
+    for update in updates:
+        tensors, others = update[:4], update[4:]
+        if update.param.is_cpu and all(tensor.is_contiguous() for tensor in tensors):
+            for pieces in _cached_pieces(tensors):
+                yield [TensorUpdate(*pieces, *others)]
+        else:
+            rest.append(update)
+    if rest:
+        yield rest
+
+
+def _check_gradient(param: Tensor) -> None:
+    if param.grad is not None and param.grad.layout != torch.strided:
+        raise TypeError(
+            f"MoClip needs dense gradients, got {param.grad.layout} for a parameter of shape "
+            f"{tuple(param.shape)}; build an nn.Embedding with sparse=False"
+        )
+
+
+def _check_settings(
+    *,
+    lr: float,
+    betas: tuple[float, float],
+    weight_decay: float,
+    delta_max: float,
+    clip: str,
+    angle: str,
+    second_moment: str,
+    atan2_scale: float,
+    **_: object,
+) -> None:
+    if not 0.0 < delta_max <= 180.0:
+        raise ValueError(
+            f"delta_max must be in (0, 180] degrees, got {delta_max}; 180 switches the cap off"
+        )
+    if not all(0.0 <= beta < 1.0 for beta in betas):
+        raise ValueError(f"betas must be in [0, 1), got {betas}")
+    numbers = {"lr": lr, "weight_decay": weight_decay, "atan2_scale": atan2_scale}
+    for name, number in numbers.items():
+        if not 0.0 <= number < math.inf:
+            raise ValueError(f"{name} must be finite and not negative, got {number}")
+    choices = {
+        "clip": (clip, Clip),
+        "angle": (angle, Angle),
+        "second_moment": (second_moment, SecondMoment),
+    }
+    for name, (choice, known) in choices.items():
+        if choice not in get_args(known):
+            raise ValueError(f"{name} must be one of {', '.join(get_args(known))}, got {choice!r}")

@@ -1,0 +1,402 @@
+"""Stage 1 without Ray: fixed micro-batches, one gradient, one update.
+
+    L = sum over supervised positions of loss / N  +  anchor_weight * sum over prompt positions / P
+
+N and P count the positions of the whole global batch, over all workers and micro-batches, so the
+result does not depend on how the batch is divided. A global batch is M fixed micro-batches; worker
+r of W computes those with j mod W == r, each with its own random seed.
+
+- ``strict``: the gradients of the micro-batches are added in the order 0 .. M-1 on every worker.
+  Floating-point addition is not associative, so only a fixed order gives the same bits for every W.
+- ``fast``: each worker adds its own, then one all-reduce; equal up to rounding.
+
+A head that is tied to the embedding gets a gradient of its own first, and the two are added once
+at the end: otherwise the order of their additions would depend on who computes what.
+"""
+
+import dataclasses
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from lrmc_ray.method.microbatch import Activity, MicroBatch, Sample, collate, deal
+from lrmc_ray.method.restricted_loss import (
+    active_only_cross_entropy,
+    anchor_kl,
+    draw_tail,
+    full_cross_entropy,
+    restricted_cross_entropy,
+    soft_cross_entropy,
+)
+
+
+@dataclass(frozen=True)
+class LossSettings:
+    """Which loss is taken; names as in the settings of ``train``."""
+
+    loss: Literal["restricted", "full", "soft", "active_only"]
+    tail_samples: int
+    anchor_weight: float
+    seed: int
+
+    @property
+    def activity(self) -> Activity:
+        """Which positions can have a loss other than zero."""
+        return Activity(
+            singletons=self.loss == "full"
+            or (self.loss != "active_only" and self.tail_samples > 0),
+            anchor=self.anchor_weight > 0,
+        )
+
+
+@dataclass(frozen=True)
+class OutputHead:
+    """How hidden states become logits: ``softcap(scale * (hidden @ weight.T + bias))``."""
+
+    weight_VD: Tensor
+    bias_V: Tensor | None = None
+    logit_scale: float = 1.0
+    softcap: float | None = None
+
+
+@dataclass(frozen=True)
+class WorkerGroup:
+    """Who computes what; W = 1 needs no process group."""
+
+    rank: int = 0
+    world_size: int = 1
+
+    def sum_(self, tensor: Tensor) -> None:
+        """Add ``tensor`` over the workers, in place."""
+        if self.world_size > 1:
+            dist.all_reduce(tensor)
+
+    def broadcast_(self, tensor: Tensor, source: int) -> None:
+        """Give every worker the ``tensor`` of worker ``source``, in place."""
+        if self.world_size > 1:
+            dist.broadcast(tensor, src=source)
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """What one step did; sums are over the global batch."""
+
+    step: int
+    sample_ids: list[str]
+    loss: float
+    """Mean over supervised positions, in nats."""
+    anchor: float
+    """Mean over prompt positions of the KL to the base model, in nats."""
+    grad_norm: float
+    lr: float
+    num_supervised: int
+    num_active: int
+    num_tokens: int
+    num_processed: int
+    num_padded: int
+    """Token slots of the padded forward passes."""
+    mean_candidates: float
+    """Mean size of the candidate sets of active supervised positions."""
+    is_applied: bool
+    """False if the gradient was not finite and the update was left out."""
+
+
+@dataclass(frozen=True)
+class Gradients:
+    """What the backward passes of one global batch leave beside the gradients themselves."""
+
+    loss_sum: float
+    anchor_sum: float
+    micro_batches: list[MicroBatch]
+
+
+def learning_rate(
+    step: int,
+    *,
+    peak: float,
+    warmup_steps: int,
+    steps: int,
+    schedule: Literal["constant", "linear", "cosine"],
+) -> float:
+    """The learning rate of ``step`` (from 0): a linear warm-up, then the schedule, down to 0."""
+    if step < warmup_steps:
+        return peak * (step + 1) / warmup_steps
+    progress = (step - warmup_steps) / max(1, steps - warmup_steps)
+    match schedule:
+        case "constant":
+            return peak
+        case "linear":
+            return peak * (1 - progress)
+        case "cosine":
+            return peak * 0.5 * (1 + math.cos(math.pi * progress))
+
+
+def micro_batch_seed(seed: int, step: int, index: int) -> int:
+    """The random seed of one micro-batch, whoever computes it."""
+    return ((seed * 1_000_003 + step) * 1_009 + index) % 2**63
+
+
+def loss_sums(
+    hidden_BTD: Tensor,
+    head: OutputHead,
+    batch: MicroBatch,
+    settings: LossSettings,
+    tail: tuple[Tensor, Tensor] | None,
+) -> tuple[Tensor, Tensor]:
+    """The summed loss over supervised and the summed KL over prompt positions, in nats."""
+    tail_ids, tail_logweights = tail if tail is not None else (None, None)
+    options = {
+        "bias_V": head.bias_V,
+        "logit_scale": head.logit_scale,
+        "softcap": head.softcap,
+    }
+    where = batch.supervised
+    hidden_ND = hidden_BTD[where.row_N, where.column_N]
+    match settings.loss:
+        case "restricted":
+            main = restricted_cross_entropy(
+                hidden_ND,
+                head.weight_VD,
+                where.candidates,
+                tail_ids=tail_ids,
+                tail_logweights=tail_logweights,
+                **options,
+            )
+        case "soft":
+            main = soft_cross_entropy(hidden_ND, head.weight_VD, where.candidates, **options)
+        case "full":
+            main = full_cross_entropy(
+                hidden_ND, head.weight_VD, where.candidates.gold_ids, **options
+            )
+        case "active_only":
+            main = active_only_cross_entropy(hidden_ND, head.weight_VD, where.candidates, **options)
+    if settings.anchor_weight == 0 or not len(batch.anchored.row_N):
+        return main, main.new_zeros(())
+    where = batch.anchored
+    anchor = anchor_kl(
+        hidden_BTD[where.row_N, where.column_N],
+        head.weight_VD,
+        where.candidates,
+        tail_ids=tail_ids,
+        tail_logweights=tail_logweights,
+        **options,
+    )
+    return main, anchor
+
+
+def compute_gradients(
+    forward: Callable[[Tensor], Tensor],
+    head: OutputHead,
+    parameters: Sequence[nn.Parameter],
+    micro_batches: list[MicroBatch],
+    settings: LossSettings,
+    group: WorkerGroup,
+    *,
+    step: int,
+    reduction: Literal["strict", "fast"],
+    autocast: torch.dtype | None = None,
+    on_hidden: Callable[[int, Tensor, MicroBatch], None] | None = None,
+) -> Gradients:
+    """Leave the gradient of the global batch in ``parameters``, the same on every worker.
+
+    Args:
+        forward: token ids [B, T] to hidden states [B, T, D].
+        head: the output head.
+        parameters: what is trained.
+        micro_batches: all M parts of the global batch, on every worker.
+        settings: the loss.
+        group: this worker and the others.
+        step: optimizer step, from 0; seeds dropout and the sampled tail.
+        reduction: see the module.
+        autocast: type of the forward pass, none for that of the weights.
+        on_hidden: called with (index, hidden states, micro-batch) for this worker's parts.
+    """
+    device = head.weight_VD.device
+    supervised = sum(batch.num_supervised for batch in micro_batches)
+    prompt = max(1, sum(batch.num_prompt for batch in micro_batches))
+    tail = None
+    if settings.tail_samples:
+        ids, logweights = draw_tail(
+            settings.tail_samples, head.weight_VD.shape[0], seed=settings.seed, step=step
+        )
+        tail = ids.to(device), logweights.to(device)
+    untied, tensors = _untie(head, parameters)
+    sums_M2 = torch.zeros(len(micro_batches), 2, dtype=torch.float64, device=device)
+    total: list[Tensor] = []
+    for tensor in tensors:
+        tensor.grad = None
+    for wave in range(0, len(micro_batches), group.world_size):
+        index = wave + group.rank
+        if index < len(micro_batches) and len(micro_batches[index].input_ids_BT):
+            torch.manual_seed(micro_batch_seed(settings.seed, step, index))
+            batch = micro_batches[index]
+            with torch.autocast(device.type, dtype=autocast, enabled=autocast is not None):
+                hidden_BTD = forward(batch.input_ids_BT.to(device))
+            if on_hidden is not None:
+                on_hidden(index, hidden_BTD.detach(), batch)
+            main, anchor = loss_sums(hidden_BTD, untied, batch, settings, tail)
+            (main / supervised + settings.anchor_weight * anchor / prompt).backward()
+            sums_M2[index, 0] = main.detach()
+            sums_M2[index, 1] = anchor.detach()
+        if reduction == "strict" and group.world_size > 1:
+            present = min(group.world_size, len(micro_batches) - wave)
+            _add_in_order(total, tensors, group, sources=present)
+    if total:
+        for tensor, gradient in zip(tensors, total, strict=True):
+            tensor.grad = gradient
+    for tensor in tensors:
+        if tensor.grad is None:
+            tensor.grad = torch.zeros_like(tensor)
+        if reduction == "fast":
+            group.sum_(tensor.grad)
+    for own, parameter in ((untied.weight_VD, head.weight_VD), (untied.bias_V, head.bias_V)):
+        if own is not None and own is not parameter and own.grad is not None:
+            assert parameter is not None
+            parameter.grad = own.grad if parameter.grad is None else parameter.grad.add_(own.grad)
+    group.sum_(sums_M2)  # each row is zero on all workers but one, so this is exact
+    loss_sum, anchor_sum = sums_M2.sum(dim=0).tolist()
+    return Gradients(loss_sum, anchor_sum, micro_batches)
+
+
+def _untie(head: OutputHead, parameters: Sequence[nn.Parameter]) -> tuple[OutputHead, list[Tensor]]:
+    """The head with gradients of its own, and every tensor whose gradient is to be added up."""
+
+    def own(tensor: Tensor | None) -> Tensor | None:
+        if tensor is None or not any(tensor is parameter for parameter in parameters):
+            return tensor
+        return tensor.detach().requires_grad_()
+
+    untied = dataclasses.replace(head, weight_VD=own(head.weight_VD), bias_V=own(head.bias_V))
+    tensors: list[Tensor] = list(parameters)
+    tensors += [
+        mine
+        for mine, theirs in ((untied.weight_VD, head.weight_VD), (untied.bias_V, head.bias_V))
+        if mine is not None and mine is not theirs
+    ]
+    return untied, tensors
+
+
+def _add_in_order(
+    total: list[Tensor], tensors: Sequence[Tensor], group: WorkerGroup, *, sources: int
+) -> None:
+    """Add one wave's gradients to ``total``, worker after worker, and clear them.
+
+    With one worker this is what backward itself does: it adds each gradient to ``.grad`` in turn.
+    """
+    for position, tensor in enumerate(tensors):
+        for source in range(sources):
+            if source == group.rank and tensor.grad is not None:
+                gradient = tensor.grad
+            else:
+                gradient = torch.zeros_like(tensor)
+            group.broadcast_(gradient, source)
+            if position == len(total):
+                total.append(gradient)
+            else:
+                total[position].add_(gradient)
+        tensor.grad = None
+
+
+def train(
+    forward: Callable[[Tensor], Tensor],
+    head: OutputHead,
+    optimizer: torch.optim.Optimizer,
+    batch_of_step: Callable[[int], list[Sample]],
+    settings: LossSettings,
+    group: WorkerGroup,
+    *,
+    first_step: int,
+    steps: int,
+    num_micro_batches: int,
+    lr_of_step: Callable[[int], float],
+    reduction: Literal["strict", "fast"] = "strict",
+    max_grad_norm: float | None = None,
+    max_bad_steps: int = 5,
+    autocast: torch.dtype | None = None,
+    trim: bool = True,
+    on_hidden: Callable[[int, int, Tensor, MicroBatch], None] | None = None,
+) -> Iterator[StepResult]:
+    """Take the steps ``first_step`` .. ``steps - 1`` and yield after each.
+
+    Raises:
+        FloatingPointError: ``max_bad_steps`` steps in a row had no finite loss and gradient.
+    """
+    parameters = [p for g in optimizer.param_groups for p in g["params"]]
+    bad_steps = 0
+    for step in range(first_step, steps):
+        samples = batch_of_step(step)
+        activity = settings.activity
+        parts = deal(samples, num_micro_batches, activity)
+        micro_batches = [collate([samples[i] for i in part], activity, trim=trim) for part in parts]
+
+        def seen(index: int, hidden_BTD: Tensor, batch: MicroBatch, step: int = step) -> None:
+            if on_hidden is not None:
+                on_hidden(step, index, hidden_BTD, batch)
+
+        gradients = compute_gradients(
+            forward,
+            head,
+            parameters,
+            micro_batches,
+            settings,
+            group,
+            step=step,
+            reduction=reduction,
+            autocast=autocast,
+            on_hidden=seen,
+        )
+        grad_norm = float(
+            nn.utils.clip_grad_norm_(parameters, max_grad_norm or math.inf, foreach=True)
+        )
+        lr = lr_of_step(step)
+        is_finite = math.isfinite(grad_norm) and math.isfinite(gradients.loss_sum)
+        if is_finite:
+            bad_steps = 0
+            for param_group in optimizer.param_groups:
+                param_group["lr"] = lr
+            optimizer.step()
+        else:
+            bad_steps += 1
+            if bad_steps >= max_bad_steps:
+                raise FloatingPointError(
+                    f"{bad_steps} steps in a row without a finite loss and gradient (step {step}: "
+                    f"loss sum {gradients.loss_sum}, gradient norm {grad_norm}); lower train.lr, "
+                    "or look for broken samples at this step in ledger.jsonl"
+                )
+        optimizer.zero_grad(set_to_none=True)
+        yield _summarize(step, samples, gradients, grad_norm, lr, is_finite)
+
+
+def _summarize(
+    step: int,
+    samples: list[Sample],
+    gradients: Gradients,
+    grad_norm: float,
+    lr: float,
+    is_applied: bool,
+) -> StepResult:
+    batches = gradients.micro_batches
+    supervised = sum(batch.num_supervised for batch in batches)
+    prompt = sum(batch.num_prompt for batch in batches)
+    active = sum(len(batch.supervised.row_N) for batch in batches)
+    candidates = sum(len(batch.supervised.candidates.token_ids) for batch in batches)
+    return StepResult(
+        step=step,
+        sample_ids=[sample.sample_id for sample in samples],
+        loss=gradients.loss_sum / supervised,
+        anchor=gradients.anchor_sum / max(1, prompt),
+        grad_norm=grad_norm,
+        lr=lr,
+        num_supervised=supervised,
+        num_active=active,
+        num_tokens=sum(batch.num_tokens for batch in batches),
+        num_processed=sum(batch.num_processed for batch in batches),
+        num_padded=sum(batch.input_ids_BT.numel() for batch in batches),
+        mean_candidates=candidates / max(1, active),
+        is_applied=is_applied,
+    )

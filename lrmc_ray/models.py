@@ -1,0 +1,187 @@
+"""Load, identify and save Hugging Face causal language models.
+
+A model is always a local directory here: an id on the Hub is downloaded first, and the demo's
+model is made from what is installed. Code from a model's repository is never run
+(``trust_remote_code`` stays off), and weights come from safetensors.
+"""
+
+import hashlib
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from lrmc_ray.artifacts import file_digest
+from lrmc_ray.config import DEMO, ModelSettings
+from lrmc_ray.errors import DataError, IncompleteArtifactError
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+    from lrmc_ray.method.training_loop import OutputHead
+
+WEIGHT_SUFFIX = ".safetensors"
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer.model",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+    "chat_template.jinja",
+    "chat_template.json",
+)
+
+
+def cache_directory() -> Path:
+    """Where converted models are kept: ``$LRMC_CACHE``, or ``~/.cache/lrmc_ray``."""
+    return Path(os.environ.get("LRMC_CACHE", "~/.cache/lrmc_ray")).expanduser()
+
+
+def local_directory(settings: ModelSettings) -> Path:
+    """The directory that holds the model, made or downloaded where needed.
+
+    Raises:
+        IncompleteArtifactError: it is no directory and the Hub does not have it or is out of reach.
+        DataError: the directory lacks a configuration, weights or a tokenizer.
+    """
+    if settings.name == DEMO:
+        from lrmc_ray.demo.base_model import demo_base_model
+
+        directory = demo_base_model(cache_directory())
+    elif Path(settings.name).is_dir():
+        directory = Path(settings.name).resolve()
+    else:
+        directory = _download(settings)
+    for needed, remedy in (
+        (["config.json"], "save the model with save_pretrained"),
+        ([f"*{WEIGHT_SUFFIX}"], "save the weights as safetensors with save_pretrained"),
+        (["tokenizer.json", "tokenizer.model", "vocab.json"], "save its tokenizer there as well"),
+    ):
+        if not any(any(directory.glob(pattern)) for pattern in needed):
+            raise DataError(f"model {settings.name} has no {' or '.join(needed)}; {remedy}")
+    return directory
+
+
+def _download(settings: ModelSettings) -> Path:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    try:
+        return Path(
+            snapshot_download(
+                settings.name,
+                revision=settings.revision,
+                allow_patterns=[f"*{WEIGHT_SUFFIX}", "*.json", *TOKENIZER_FILES],
+            )
+        )
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise IncompleteArtifactError(
+            f"model {settings.name} is neither a directory nor to be had from the Hugging Face Hub "
+            f"({reason}); check the name, log in with `hf auth login`, or give a directory"
+        ) from None
+
+
+def model_fingerprint(directory: Path) -> str:
+    """SHA-256 of the configuration and the weights, whatever the directory is called."""
+    digest = hashlib.sha256()
+    for path in [directory / "config.json", *sorted(directory.glob(f"*{WEIGHT_SUFFIX}"))]:
+        digest.update(file_digest(path).encode())
+    return digest.hexdigest()
+
+
+def tokenizer_fingerprint(directory: Path) -> str:
+    """SHA-256 of the tokenizer's files, the chat template among them."""
+    digest = hashlib.sha256()
+    for name in TOKENIZER_FILES:
+        if (directory / name).is_file():
+            digest.update(f"{name} {file_digest(directory / name)}\n".encode())
+    return digest.hexdigest()
+
+
+def load_tokenizer(directory: Path) -> Any:
+    """The tokenizer of a model directory."""
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(directory, local_files_only=True)
+
+
+def load_model(directory: Path, *, dtype: "torch.dtype | None" = None) -> Any:
+    """The causal LM of a model directory, float32 unless told otherwise, in evaluation mode."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(
+        directory, dtype=dtype or torch.float32, local_files_only=True, use_safetensors=True
+    )
+    return model.eval()
+
+
+def head_of(model: Any) -> "OutputHead":
+    """The output head of ``model``, checked against the model's own logits.
+
+    Raises:
+        DataError: hidden states times head do not give the model's logits, so neither the recorded
+            sets nor the sparse loss would be right.
+    """
+    import torch
+
+    from lrmc_ray.method.training_loop import OutputHead
+
+    config = model.config.get_text_config()
+    layer = model.get_output_embeddings()
+    if layer is None:
+        raise DataError(f"{type(model).__name__} has no output head; a causal LM is needed")
+    scale = float(getattr(config, "logit_scale", None) or 1.0)
+    scale /= float(getattr(config, "logits_scaling", None) or 1.0)
+    head = OutputHead(
+        weight_VD=layer.weight,
+        bias_V=getattr(layer, "bias", None),
+        logit_scale=scale,
+        softcap=getattr(config, "final_logit_softcapping", None),
+    )
+    ids_BT = torch.arange(1, 9, device=layer.weight.device)[None] % layer.weight.shape[0]
+    with torch.no_grad():
+        expected_TV = model(input_ids=ids_BT, use_cache=False).logits[0].float()
+        actual_TV = logits(hidden_states(model, ids_BT)[0], head).float()
+    if not torch.allclose(expected_TV, actual_TV, atol=1e-2, rtol=1e-2):
+        difference = (expected_TV - actual_TV).abs().max().item()
+        raise DataError(
+            f"the head of {type(model).__name__} is not supported: logits made from its hidden "
+            f"states differ by {difference:.3g} from its own"
+        )
+    return head
+
+
+def hidden_states(model: Any, input_ids_BT: "Tensor") -> "Tensor":
+    """Final hidden states [B, T, D], the input of the output head.
+
+    Sequences are padded on the right: in a causal model nothing before the padding sees it, so no
+    mask is needed.
+    """
+    output = model.base_model(input_ids=input_ids_BT, use_cache=False)
+    hidden: Tensor = output.last_hidden_state
+    return hidden
+
+
+def logits(hidden_ND: "Tensor", head: "OutputHead") -> "Tensor":
+    """Logits over the whole vocabulary, [N, V]."""
+    import torch
+    import torch.nn.functional as F
+
+    logits_NV = F.linear(hidden_ND, head.weight_VD, head.bias_V) * head.logit_scale
+    if head.softcap is not None:
+        logits_NV = head.softcap * torch.tanh(logits_NV / head.softcap)
+    return logits_NV
+
+
+def save_model(model: Any, tokenizer_directory: Path, directory: Path) -> None:
+    """Save ``model`` as safetensors beside a copy of the tokenizer in ``tokenizer_directory``."""
+    import shutil
+
+    model.save_pretrained(directory, safe_serialization=True)
+    for name in TOKENIZER_FILES:
+        if (tokenizer_directory / name).is_file():
+            shutil.copyfile(tokenizer_directory / name, directory / name)

@@ -1,0 +1,90 @@
+"""Start Ray for one command, or join a cluster, and leave nothing behind."""
+
+import contextlib
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+from lrmc_ray.errors import ResourceError
+
+TRIAL_SLOT = "lrmc_trial"
+"""Custom resource of the node where searches run: one unit per waiting trial driver.
+
+A trial's driver only waits for its workers. Were it to hold CPUs, the elastic policy, which counts
+all CPUs of a node, would ask for workers that can never start.
+"""
+TRIAL_SLOTS = 64
+
+_ENVIRONMENT = {
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "RAY_DATA_DISABLE_PROGRESS_BARS": "1",  # the commands show their own
+    "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "120",
+    "RAY_AUTH_MODE": "token",
+    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+    "HF_HUB_DISABLE_TELEMETRY": "1",
+    "TOKENIZERS_PARALLELISM": "false",
+}
+
+
+def local_cpus() -> int:
+    """CPU cores that this process may use."""
+    return len(os.sched_getaffinity(0))
+
+
+@contextlib.contextmanager
+def ray_session(
+    address: str = "local", *, num_cpus: int | None = None, verbose: bool = False
+) -> Iterator[None]:
+    """Ray for the duration of a command; a session that is already running is used as it is.
+
+    Args:
+        address: ``local`` starts Ray on this machine, ``auto`` or ``host:port`` joins a cluster.
+        num_cpus: cores that a local session may use; all by default.
+        verbose: show the workers' output.
+
+    Raises:
+        ResourceError: the cluster cannot be reached.
+    """
+    for name, value in _ENVIRONMENT.items():
+        os.environ.setdefault(name, value)
+    import ray
+
+    if ray.is_initialized():
+        yield
+        return
+    try:
+        if address == "local":
+            _ensure_token()
+            ray.init(
+                address="local",
+                num_cpus=num_cpus or local_cpus(),
+                resources={TRIAL_SLOT: TRIAL_SLOTS},
+                include_dashboard=False,
+                log_to_driver=verbose,
+                logging_level="WARNING",
+            )
+        else:
+            ray.init(address=address, log_to_driver=verbose, logging_level="WARNING")
+    except ConnectionError as error:
+        raise ResourceError(
+            f"no Ray cluster answers at {address} ({error}); start one with `ray up cluster.yaml`, "
+            "or leave --address out to use this machine"
+        ) from None
+    try:
+        yield
+    finally:
+        ray.shutdown()
+
+
+def _ensure_token() -> None:
+    """Make the secret that Ray's processes show each other, readable by its owner only."""
+    if os.environ["RAY_AUTH_MODE"] != "token" or "RAY_AUTH_TOKEN" in os.environ:
+        return
+    path = Path(os.environ.get("RAY_AUTH_TOKEN_PATH", "~/.ray/auth_token")).expanduser()
+    if not path.exists():
+        import secrets
+
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.touch(mode=0o600)
+        path.write_text(secrets.token_hex(32))
+    path.chmod(0o600)

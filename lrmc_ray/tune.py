@@ -1,0 +1,591 @@
+"""The main command: search the settings that learn the domain and forget least.
+
+    python -m lrmc_ray.tune                     # the embedded demo
+    python -m lrmc_ray.tune --space tune_spaces/tau_delta_max.toml --model M --train-data F
+
+Records once, scores the base once, then runs trials side by side with Ray Tune; Optuna proposes
+their settings. The same command again goes on where it stopped, also after kill -9.
+"""
+
+import argparse
+import importlib.metadata
+import json
+import logging
+import platform
+import shutil
+import sys
+import threading
+import time
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from lrmc_ray.artifacts import (
+    PARTIAL,
+    file_digest,
+    fingerprint,
+    lock_directory,
+    read_manifest,
+    write_json,
+)
+from lrmc_ray.config import RunSettings
+from lrmc_ray.console import progress, run_command, setup_logging
+from lrmc_ray.errors import ResourceError
+from lrmc_ray.ray_session import TRIAL_SLOT, ray_session
+
+if TYPE_CHECKING:
+    import optuna
+
+    from lrmc_ray.search import TrialQueue
+    from lrmc_ray.tracking import StudyTracker
+
+_log = logging.getLogger(__name__)
+
+STUDY_FILE = "study.json"
+BEST_MODEL = "best_model"
+SOME_TRIALS_FAILED = 10
+"""Exit code of a finished search with failed trials."""
+
+
+def study_identity(settings: RunSettings) -> dict[str, Any]:
+    """What makes two searches the same one: all but how many trials, how fast, what is kept."""
+    identity = settings.model_dump(mode="json", exclude={"resources"})
+    for key in ("trials", "keep_models"):
+        del identity["search"][key]
+    return identity
+
+
+class Search:
+    """One search in its directory: the study, the trials, MLflow's copy, the report."""
+
+    def __init__(self, settings: RunSettings, output: Path, tracking_uri: str | None) -> None:
+        """Open the search in ``output``, which holds the records and scores that searches share."""
+        from lrmc_ray.tracking import default_tracking_uri
+
+        self.settings = settings
+        self.output = output.resolve()
+        self.id = fingerprint(_json_ready(study_identity(settings)))
+        self.directory = self.output / f"{settings.search.name}-{self.id}"
+        self.tracking_uri = tracking_uri or default_tracking_uri(self.output)
+        self.description: dict[str, Any] = {}
+        self._lock = threading.Lock()
+        self.tracker: StudyTracker | None = None
+
+    # The study's description, study.json
+
+    def open(self) -> None:
+        """Read ``study.json``, or begin it."""
+        self.directory.mkdir(parents=True, exist_ok=True)
+        path = self.directory / STUDY_FILE
+        if path.is_file():
+            self.description = json.loads(path.read_text(encoding="utf-8"))
+            return
+        settings = _json_ready(self.settings.model_dump(mode="json"))
+        self.description = {
+            "schema": 1,
+            "id": f"{self.settings.search.name}-{self.id}",
+            "name": self.settings.search.name,
+            "created": datetime.now(UTC).isoformat(timespec="seconds"),
+            "state": "RUNNING",
+            "objective": "combined",
+            "forgetting_weight": self.settings.search.forgetting_weight,
+            "space": settings.pop("parameters"),
+            "settings": settings,
+            "versions": _versions(),
+            "stage_seconds": {},
+            "record": {},
+            "trials": [],
+            "best": None,
+            "final": {},
+        }
+        self._write()
+
+    def _write(self) -> None:
+        write_json(self.directory / STUDY_FILE, self.description)
+
+    def entry(self, number: int) -> dict[str, Any]:
+        """The description of trial ``number``, added if it is new."""
+        trials: list[dict[str, Any]] = self.description["trials"]
+        for trial in trials:
+            if trial["number"] == number:
+                return trial
+        trial = {"number": number}
+        trials.append(trial)
+        trials.sort(key=lambda trial: trial["number"])
+        return trial
+
+    # Stages that every trial shares
+
+    def prepare(self) -> tuple[Path, Path]:
+        """The record and the base model's scores, made if they are not there."""
+        from lrmc_ray.evaluate import evaluate
+        from lrmc_ray.models import local_directory
+        from lrmc_ray.record import record
+
+        recorded = record(self.settings, self.output)
+        manifest = read_manifest(recorded, made_by="python -m lrmc_ray.record")
+        self.description["record"] = manifest["summary"]
+        self.description["stage_seconds"]["record"] = manifest["seconds"]
+        tasks = [*self.settings.evaluate.domain_tasks, *self.settings.evaluate.general_tasks]
+        with progress("Scoring the base model", total=len(tasks), unit="tasks") as bar:
+            base = evaluate(
+                self.settings,
+                local_directory(self.settings.model),
+                self.output,
+                split="dev",
+                parallel=self.slots(),
+            )
+            bar.advance(len(tasks))
+        scored = read_manifest(base, made_by="python -m lrmc_ray.evaluate")
+        self.description["stage_seconds"]["base_evaluation"] = scored["seconds"]
+        self.description["base_scores"] = _relative(base, self.directory)
+        self._write()
+        return recorded, base
+
+    def slots(self) -> int:
+        """Workers that the machine or cluster can hold at once.
+
+        Raises:
+            ResourceError: not even one.
+        """
+        import ray
+
+        resources = self.settings.resources
+        total = ray.cluster_resources()
+        if resources.gpus_per_worker:
+            kind, each = "GPU", resources.gpus_per_worker
+        else:
+            kind, each = "CPU", float(resources.cpus_per_worker)
+        slots = int(total.get(kind, 0) // each)
+        if slots < 1:
+            raise ResourceError(
+                f"one worker needs {each:g} {kind}, the cluster has {total.get(kind, 0):g}; lower "
+                f"resources.{kind.lower()}s_per_worker"
+            )
+        return slots
+
+    # The trials
+
+    def run_trials(self, recorded: Path, base: Path) -> None:
+        """Run every trial that has not ended, side by side."""
+        from ray import tune
+
+        from lrmc_ray.search import StudySearcher, TrialQueue, open_study
+
+        study = open_study(self.directory / "study.db", self.id)
+        queue = TrialQueue(study, self.settings)
+        self._adopt(study)
+        if queue.is_finished:
+            return
+        concurrent, workers = self.shares()
+        settings = self.settings.model_copy(
+            update={"resources": self.settings.resources.model_copy(update={"workers": workers})}
+        )
+        searcher = StudySearcher(queue, lambda *change: self._on_change(study, queue, *change))
+        scratch = self.directory / "tune"
+        shutil.rmtree(scratch, ignore_errors=True)
+        trainable = tune.with_resources(
+            tune.with_parameters(
+                _trainable,
+                settings=settings.model_dump(mode="json"),
+                study_directory=str(self.directory),
+                record=str(recorded),
+                base_scores=str(base),
+            ),
+            {TRIAL_SLOT: 1},
+        )
+        tuner = tune.Tuner(
+            trainable,
+            tune_config=tune.TuneConfig(
+                search_alg=searcher,
+                num_samples=-1,  # the searcher says when it is finished
+                max_concurrent_trials=concurrent,
+            ),
+            run_config=tune.RunConfig(
+                name="tune",
+                storage_path=str(self.directory),
+                verbose=0,
+                failure_config=tune.FailureConfig(max_failures=0),
+            ),
+        )
+        failure: list[BaseException] = []
+
+        def fit() -> None:
+            try:
+                tuner.fit()
+            except BaseException as error:
+                failure.append(error)
+
+        # In a side thread: signals stay with this one, which also shows the progress.
+        thread = threading.Thread(target=fit, name="tune", daemon=True)
+        thread.start()
+        self._watch(thread)
+        if failure:
+            raise failure[0]
+        shutil.rmtree(scratch, ignore_errors=True)
+
+    def shares(self) -> tuple[int, tuple[int, int]]:
+        """Trials side by side, and the fewest and most workers of each."""
+        resources = self.settings.resources
+        slots = self.slots()
+        wanted = resources.max_concurrent or max(1, self.settings.search.trials // 4)
+        concurrent = min(wanted, slots // (resources.workers[0] if resources.workers else 1))
+        if concurrent < 1:
+            assert resources.workers is not None
+            raise ResourceError(
+                f"a trial needs {resources.workers[0]} workers, {slots} fit; lower "
+                "resources.workers"
+            )
+        most = slots // concurrent
+        if resources.workers:
+            return concurrent, (resources.workers[0], min(resources.workers[1], most))
+        return concurrent, (1, most)
+
+    def _adopt(self, study: "optuna.Study") -> None:
+        """Bring ``study.json`` up to the study: a crash may have come between the two."""
+        for trial in study.get_trials(deepcopy=False):
+            if trial.user_attrs.get("ready"):
+                self._describe(trial)
+        self._choose_best()
+        self._write()
+
+    def _on_change(
+        self,
+        study: "optuna.Study",
+        queue: "TrialQueue",
+        number: int,
+        result: Mapping[str, Any] | None,
+        cause: str | None,
+    ) -> None:
+        """A trial starts (neither result nor cause) or has ended."""
+        from lrmc_ray.trial import failure_cause, trial_directory
+
+        directory = trial_directory(self.directory, number)
+        if cause is not None:
+            queue.fail(number, failure_cause(directory) or cause)
+        with self._lock:
+            trial = study.get_trials(deepcopy=False)[number]
+            entry = self._describe(trial)
+            if self.tracker is not None:
+                if result is None and cause is None:
+                    self.tracker.child(number, entry["settings"], role=entry["role"])
+                    self.tracker.forward(number, self.directory / entry["metrics_file"])
+                elif cause is not None:
+                    self.tracker.finish(number, "FAILED", cause=entry["cause"])
+                else:
+                    self.tracker.finish(number, "FINISHED", entry["results"])
+            if result is not None or cause is not None:
+                self._choose_best()
+                self._remove_models()
+            self._write()
+
+    def _describe(self, trial: "optuna.trial.FrozenTrial") -> dict[str, Any]:
+        """Bring the entry of ``trial`` up to date."""
+        from lrmc_ray.config import trial_settings
+        from lrmc_ray.search import OBJECTIVE
+        from lrmc_ray.trial import read_result, trial_directory
+
+        entry = self.entry(trial.number)
+        directory = trial_directory(self.directory, trial.number)
+        name = trial.state.name
+        tuned = trial_settings(
+            self.settings.train, {**trial.params, **trial.user_attrs["overrides"]}
+        )
+        entry |= {
+            "role": trial.user_attrs["role"],
+            "state": "RUNNING" if name == "WAITING" else name,
+            "cause": trial.user_attrs.get("cause"),
+            "params": dict(trial.params),
+            "settings": _json_ready(tuned.model_dump(mode="json")),
+            "directory": _relative(directory, self.directory),
+            "metrics_file": _relative(directory / "training" / "metrics.jsonl", self.directory),
+            "scores": None,
+            "results": {},
+            "cost": {},
+        }
+        entry.setdefault("started", time.time())
+        result = read_result(directory)
+        if name == "COMPLETE" and result is not None and OBJECTIVE in result["results"]:
+            entry |= {
+                "scores": f"{entry['directory']}/{result['scores']}",
+                "results": result["results"],
+                "cost": result["cost"],
+            }
+        if name in ("COMPLETE", "FAIL"):
+            entry.setdefault("ended", time.time())
+        return entry
+
+    def _choose_best(self) -> None:
+        finished = [t for t in self.description["trials"] if "eval/combined" in t["results"]]
+        best = max(
+            finished, key=lambda t: (t["results"]["eval/combined"], -t["number"]), default=None
+        )
+        self.description["best"] = best["number"] if best else None
+
+    def _kept(self) -> set[int]:
+        """Trials whose models the end of the search still needs."""
+        trials = self.description["trials"]
+        kept = {t["number"] for t in trials if t["state"] == "RUNNING" or t["role"] == "yardstick"}
+        return kept | {self.description["best"]}
+
+    def _remove_models(self) -> None:
+        if self.settings.search.keep_models == "all":
+            return
+        kept = self._kept()
+        for trial in self.description["trials"]:
+            if trial["number"] not in kept:
+                model = self.directory / trial["directory"] / "training" / "model"
+                shutil.rmtree(model, ignore_errors=True)
+
+    def _watch(self, thread: threading.Thread) -> None:
+        """Show the trials until the last has ended."""
+        from lrmc_ray.watch import watch
+
+        watch(
+            self.directory,
+            total=self.settings.search.trials,
+            is_running=thread.is_alive,
+            read=self._snapshot,
+        )
+
+    def _snapshot(self) -> list[dict[str, Any]]:
+        with self._lock:
+            return [dict(trial) for trial in self.description["trials"]]
+
+    # The end
+
+    def score_finalists(self) -> None:
+        """Score base, best and yardstick on the questions that no choice was made on."""
+        from lrmc_ray.evaluate import evaluate
+        from lrmc_ray.models import local_directory
+
+        best = self.description["best"]
+        yardsticks = [
+            t["number"]
+            for t in self.description["trials"]
+            if t["role"] == "yardstick" and t["state"] == "COMPLETE"
+        ]
+        models = {"base": local_directory(self.settings.model)}
+        for name, numbers in (
+            ("best", [best] if best is not None else []),
+            ("yardstick", yardsticks),
+        ):
+            for number in numbers:
+                directory = self.directory / self.entry(number)["directory"]
+                models[name] = directory / "training" / "model"
+        final: dict[str, Any] = {}
+        base: Path | None = None
+        with progress("Scoring on the test questions", total=len(models), unit="models") as bar:
+            for name, model in models.items():
+                if not model.is_dir():
+                    continue
+                scores = evaluate(
+                    self.settings,
+                    model,
+                    self.output,
+                    split="test",
+                    base=base,
+                    parallel=self.slots(),
+                )
+                base = base or scores
+                final[name] = _relative(scores, self.directory)
+                bar.advance(1)
+        self.description["final"] = final
+        self._write()
+
+    def export(self) -> Path | None:
+        """Copy the best trial's model, with its model card, to ``best_model``."""
+        from lrmc_ray.model_card import write_model_card
+
+        if self.description["best"] is None:
+            return None
+        trial = self.entry(self.description["best"])
+        source = self.directory / trial["directory"] / "training" / "model"
+        final = self.directory / BEST_MODEL
+        marker = final / "lrmc.json"
+        wanted = {"study": self.description["id"], "trial": trial["number"], **trial["settings"]}
+        if marker.is_file() and json.loads(marker.read_text()) == wanted:
+            return final
+        partial = final.with_name(BEST_MODEL + PARTIAL)
+        shutil.rmtree(partial, ignore_errors=True)
+        shutil.copytree(source, partial)
+        write_json(partial / marker.name, wanted)
+        write_model_card(partial, self.directory)
+        shutil.rmtree(final, ignore_errors=True)
+        partial.rename(final)
+        return final
+
+    def report(self) -> Path:
+        """Write the report of what there is, and send it to MLflow."""
+        from lrmc_ray.report import FIGURE_FILE, write_report
+
+        path = write_report(self.directory)
+        if self.tracker is not None:
+            self.tracker.log_artifact(path)
+            self.tracker.log_artifact(self.directory / FIGURE_FILE)
+        return path
+
+    @property
+    def num_failed(self) -> int:
+        """Trials that failed."""
+        return sum(trial["state"] == "FAIL" for trial in self.description["trials"])
+
+    @property
+    def is_finished(self) -> bool:
+        """Whether the search has ended, with as many trials as are asked for now."""
+        trials = self.description["trials"]
+        return (
+            self.description["state"] == "FINISHED"
+            and len(trials) >= self.settings.search.trials
+            and all(trial["state"] in ("COMPLETE", "FAIL") for trial in trials)
+        )
+
+    def end(self) -> None:
+        """Declare the search finished."""
+        self.description["state"] = "FINISHED"
+        self.description["ended"] = time.time()
+        self._write()
+
+
+def _trainable(config: dict[str, Any], **fixed: Any) -> None:
+    """What Ray Tune runs: one trial, one report."""
+    from ray import tune
+
+    from lrmc_ray.trial import run_trial
+
+    tune.report(run_trial(config, **fixed))
+
+
+def _json_ready(value: Any) -> Any:
+    return json.loads(json.dumps(value))
+
+
+def _relative(path: Path, directory: Path) -> str:
+    import os
+
+    return os.path.relpath(path.resolve(), directory.resolve())
+
+
+def _versions() -> dict[str, str]:
+    names = ("lrmc-ray", "ray", "torch", "transformers", "optuna", "mlflow", "lm-eval", "pyarrow")
+    return {"python": platform.python_version()} | {
+        name: importlib.metadata.version(name) for name in names
+    }
+
+
+def _datasets(settings: RunSettings) -> list[dict[str, str]]:
+    from lrmc_ray.record import training_files
+
+    return [
+        {"name": path.stem, "digest": file_digest(path)[:32], "source": str(path)}
+        for path in training_files(settings)
+    ]
+
+
+def tune(search: Search, address: str, *, verbose: bool) -> None:
+    """Run ``search`` to its end, or as far as it gets.
+
+    Raises:
+        LrmcError: it cannot go on; what there is has been reported.
+    """
+    from lrmc_ray.tracking import StudyTracker
+
+    settings = search.settings
+    with ExitStack() as stack:
+        space = search.directory / "settings.json"
+        write_json(space, _json_ready(settings.model_dump(mode="json")))
+        search.tracker = stack.enter_context(
+            StudyTracker(
+                search.tracking_uri,
+                study_id=search.description["id"],
+                study_name=search.description["name"],
+                directory=search.directory,
+                params=_flat(search.description["settings"]),
+                datasets=_datasets(settings),
+                catch_up=f"lrmc mlflow-sync {search.directory}",
+            )
+        )
+        search.tracker.log_artifact(space, "config")
+        stack.enter_context(ray_session(address, verbose=verbose))
+        recorded, base = search.prepare()
+        try:
+            search.run_trials(recorded, base)
+        except BaseException:
+            if any(trial["results"] for trial in search.description["trials"]):
+                search.report()
+            raise
+        search.score_finalists()
+        search.export()
+        search.report()
+        search.end()
+
+
+def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in values.items():
+        name = f"{prefix}{key}"
+        flat |= _flat(value, f"{name}.") if isinstance(value, Mapping) else {name: value}
+    return flat
+
+
+def main(argv: Sequence[str]) -> int:
+    """The command ``python -m lrmc_ray.tune``."""
+    from lrmc_ray.cli import add_run_arguments, settings_from
+
+    parser = argparse.ArgumentParser(
+        prog="python -m lrmc_ray.tune",
+        description="Search the settings that learn the domain and forget least. Without arguments "
+        "it runs the embedded demo: SmolLM2-135M learns to answer questions about countries and "
+        "cities in SQL.",
+    )
+    add_run_arguments(parser, default_space="demo")
+    parser.add_argument(
+        "--tracking-uri",
+        metavar="URI",
+        help="MLflow server or database (default: sqlite in the output directory)",
+    )
+    arguments = parser.parse_args(argv)
+    setup_logging(arguments.verbose)
+    settings = settings_from(arguments)
+    from lrmc_ray.record import training_files
+
+    training_files(settings)
+    search = Search(settings, arguments.output, arguments.tracking_uri)
+    with lock_directory(search.directory):
+        search.open()
+        if search.is_finished:
+            print("This search has finished; nothing was done again.", file=sys.stderr)
+        else:
+            tune(search, arguments.address, verbose=arguments.verbose)
+    _print_end(search, arguments)
+    return SOME_TRIALS_FAILED if search.num_failed else 0
+
+
+def _print_end(search: Search, arguments: argparse.Namespace) -> None:
+    from lrmc_ray.report import as_json, headline, load_study, summary_table
+
+    study = load_study(search.directory)
+    if arguments.json:
+        print(json.dumps(as_json(study)))
+        return
+    from rich.console import Console
+
+    console = Console()
+    console.print(summary_table(study))
+    for sentence in headline(study):
+        console.print(sentence.text)
+    model = search.directory / BEST_MODEL
+    command = f"--space {arguments.space}" if arguments.space != "demo" else ""
+    print(f"\nReport  {search.directory / 'report.html'}")
+    print(f"Figure  {search.directory / 'gain_vs_forgetting.png'}")
+    print(f"Model   {model}")
+    print("\nNext:")
+    print(f"  mlflow ui --backend-store-uri {search.tracking_uri}")
+    print(f"  python -m lrmc_ray.evaluate --tuned {model}")
+    print(f"  ray up cluster.yaml && python -m lrmc_ray.tune --address auto {command}".rstrip())
+
+
+if __name__ == "__main__":
+    sys.exit(run_command(main))
