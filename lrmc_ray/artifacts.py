@@ -74,7 +74,7 @@ def read_manifest(directory: Path, *, made_by: str) -> dict[str, Any]:
     path = directory / MANIFEST
     try:
         manifest = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         raise IncompleteArtifactError(
             f"{directory} has no {MANIFEST}, so it does not exist or its stage did not finish; "
             f"run `{made_by}` (again: it goes on where it stopped)"

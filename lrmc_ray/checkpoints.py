@@ -7,6 +7,7 @@ if there were checkpoints and none is good, that is an error and never a silent 
 
 import logging
 import os
+import pickle
 import shutil
 from pathlib import Path
 from typing import Any
@@ -31,10 +32,7 @@ def save_checkpoint(directory: Path, step: int, state: dict[str, Any], *, keep: 
         torch.save(state, file)
         file.flush()
         os.fsync(file.fileno())
-    write_manifest(
-        partial,
-        {"kind": "checkpoint", "step": step, "sha256": file_digest(partial / STATE)},
-    )
+    write_manifest(partial, _manifest(partial / STATE, step))
     shutil.rmtree(final, ignore_errors=True)
     os.replace(partial, final)
     for old in list_checkpoints(directory)[:-keep]:
@@ -42,9 +40,13 @@ def save_checkpoint(directory: Path, step: int, state: dict[str, Any], *, keep: 
     return final
 
 
+def _manifest(state: Path, step: int) -> dict[str, Any]:
+    return {"kind": "checkpoint", "step": step, "sha256": file_digest(state)}
+
+
 def list_checkpoints(directory: Path) -> list[Path]:
     """The checkpoints in ``directory``, oldest first, good or not."""
-    return sorted(path for path in directory.glob("step_*") if not path.name.endswith(PARTIAL))
+    return sorted(directory.glob("step_" + "[0-9]" * 8))
 
 
 def load_newest(directory: Path) -> dict[str, Any] | None:
@@ -59,14 +61,17 @@ def load_newest(directory: Path) -> dict[str, Any] | None:
     for path in reversed(checkpoints):
         try:
             manifest = read_manifest(path, made_by="python -m lrmc_ray.train")
-            if not (path / STATE).is_file() or file_digest(path / STATE) != manifest["sha256"]:
-                raise DataError(f"{path / STATE} is missing or not what was written")
+            if manifest != _manifest(path / STATE, int(path.name.removeprefix("step_"))):
+                raise DataError(f"{path / STATE} is not what was written")
             state: dict[str, Any] = torch.load(
                 path / STATE, map_location="cpu", weights_only=True, mmap=True
             )
             return state
-        except (LrmcError, KeyError) as error:
+        except (LrmcError, FileNotFoundError) as error:
             _log.warning("checkpoint %s is damaged (%s); using the one before", path.name, error)
+        except (pickle.UnpicklingError, RuntimeError):
+            # What torch says of it ends in the advice to load it all the same.
+            _log.warning("checkpoint %s is no saved state; using the one before", path.name)
     if checkpoints:
         raise DataError(
             f"all {len(checkpoints)} checkpoints in {directory} are damaged; restore one from a "

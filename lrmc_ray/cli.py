@@ -79,7 +79,9 @@ def settings_from(arguments: argparse.Namespace) -> RunSettings:
     }
     for (section, key), value in named.items():
         if value is not None:
-            values.setdefault(section, {})[key] = value
+            table = values.setdefault(section, {})
+            if isinstance(table, dict):  # else the validation says what is wrong
+                table[key] = value
     return validate(RunSettings, values, str(path) if path else "settings")
 
 

@@ -6,13 +6,14 @@ of them). Everything that changes the science is in ``model``, ``data``, ``recor
 """
 
 import difflib
-import math
+import re
 import tomllib
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self, TypeVar
+from typing import Annotated, Any, Literal, Self, TypeVar, get_args
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+from pydantic.fields import FieldInfo
 
 from lrmc_ray.errors import ConfigError, IncompleteArtifactError
 
@@ -27,7 +28,7 @@ def _as_tuple(value: Any) -> Any:
     return tuple(value) if isinstance(value, list) else value
 
 
-Strings = Annotated[tuple[str, ...], BeforeValidator(_as_tuple)]
+Strings = Annotated[tuple[str, ...], Field(min_length=1), BeforeValidator(_as_tuple)]
 Range = Annotated[tuple[int, int], BeforeValidator(_as_tuple)]
 Betas = Annotated[tuple[float, float], BeforeValidator(_as_tuple)]
 
@@ -129,7 +130,7 @@ class TrainSettings(Settings):
     """``bf16`` runs the forward pass under autocast; weights stay float32."""
     reduction: Literal["strict", "fast"] = "strict"
     """``strict``: bit-identical for every number of workers; ``fast``: one all-reduce."""
-    seed: int = Field(0, ge=0)
+    seed: int = Field(0, ge=0, lt=2**32)
     """Order of the samples, dropout and sampled tails."""
     checkpoint_every: int = Field(10, ge=1)
     """Steps between checkpoints."""
@@ -214,7 +215,7 @@ class SearchSettings(Settings):
     """``combined`` = domain gain - forgetting_weight * forgetting."""
     yardstick_lr: float | None = Field(3e-5, gt=0, lt=1)
     """Learning rate of the plain fine-tuning trial; none leaves it out."""
-    seed: int = Field(0, ge=0)
+    seed: int = Field(0, ge=0, lt=2**32)
     """Of Optuna's sampler."""
     startup_trials: int = Field(4, ge=1)
     """Random trials before the sampler (TPE) models the objective."""
@@ -236,6 +237,15 @@ class ResourceSettings(Settings):
     gpus_per_worker: float = Field(0, ge=0)
     """GPUs of a worker or an actor."""
 
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        for name, limits in (("workers", self.workers), ("actors", self.actors)):
+            if limits and not 1 <= limits[0] <= limits[1]:
+                raise ValueError(
+                    f"{name} must be [fewest, most] with 1 <= fewest <= most, got {list(limits)}"
+                )
+        return self
+
 
 class RunSettings(Settings):
     """Everything, as one TOML file says it."""
@@ -252,21 +262,6 @@ class RunSettings(Settings):
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
-        if self.train.k_min > self.record.k_min:
-            raise ValueError(
-                f"train.k_min must not exceed record.k_min, got {self.train.k_min} > "
-                f"{self.record.k_min}; raise record.k_min"
-            )
-        if self.record.tau is not None and self.record.tau < self.wanted_tau():
-            raise ValueError(
-                f"record.tau must be at least every tau that training asks for, got "
-                f"{self.record.tau} < {self.wanted_tau()}; leave record.tau out"
-            )
-        if self.train.anchor_weight > 0 and self.record.prompt_k_max == 0:
-            raise ValueError(
-                "train.anchor_weight > 0 needs recorded prompt positions, got "
-                "record.prompt_k_max = 0; set it to 64, or train.anchor_weight to 0"
-            )
         for name, searched in self.parameters.items():
             if name not in TrainSettings.model_fields:
                 raise ValueError(f"parameters.{name} is no setting of train{_suggest(name)}")
@@ -275,15 +270,34 @@ class RunSettings(Settings):
                     trial_settings(self.train, {name: value})
                 except ConfigError as error:
                     raise ValueError(f"parameters.{name}: {error}") from None
+        if self._largest("k_min") > self.record.k_min:
+            raise ValueError(
+                f"train.k_min must not exceed record.k_min, got {self._largest('k_min'):g} > "
+                f"{self.record.k_min}; raise record.k_min"
+            )
+        if self.record.tau is not None and self.record.tau < self.wanted_tau():
+            raise ValueError(
+                f"record.tau must be at least every tau that training asks for, got "
+                f"{self.record.tau} < {self.wanted_tau()}; leave record.tau out"
+            )
+        if self._largest("anchor_weight") > 0 and self.record.prompt_k_max == 0:
+            raise ValueError(
+                "train.anchor_weight > 0 needs recorded prompt positions, got "
+                "record.prompt_k_max = 0; set it to 64, or train.anchor_weight to 0"
+            )
         return self
 
     def wanted_tau(self) -> float:
         """The largest tau that training, or any trial of the search, asks for."""
-        searched = self.parameters.get("tau")
-        values = [self.train.tau]
+        return self._largest("tau")
+
+    def _largest(self, name: str) -> float:
+        """The largest value that a number of ``train`` has, in any trial of the search."""
+        searched = self.parameters.get(name)
+        values = [getattr(self.train, name)]
         if searched is not None:
-            values += [float(value) for value in searched.choices or (searched.high or 0.0,)]
-        return max(values)
+            values += searched.choices or (searched.high,)
+        return float(max(values))
 
     def recorded_tau(self) -> float:
         """The tau at which Stage 0 records: one from which every trial can be cut."""
@@ -292,35 +306,34 @@ class RunSettings(Settings):
 
 SettingsType = TypeVar("SettingsType", bound=Settings)
 
+_RULES = {
+    "model_type": "must be a section of settings",
+    "dict_type": "must be a section of settings",
+    "tuple_type": "must be a list",
+    "missing": "is missing",
+    "too_short": "must not be empty",
+}
+"""What pydantic says in Python's terms, in TOML's."""
+_SHOULD = re.compile("^[A-Z][a-z]+ should")
+
 
 def _suggest(key: str, known: Iterable[str] = TrainSettings.model_fields) -> str:
     close = difflib.get_close_matches(key, list(known), n=1)
     return f". Did you mean '{close[0]}'?" if close else ""
 
 
-def _known_keys(settings: type[Settings], location: tuple[Any, ...]) -> list[str]:
-    """Keys of the class that ``location`` (all but its last part) leads to."""
-    for part in location[:-1]:
-        field = settings.model_fields.get(str(part))
-        if field is None or not isinstance(field.annotation, type):
-            return []
-        if not issubclass(field.annotation, Settings):
-            return []
-        settings = field.annotation
-    return list(settings.model_fields)
-
-
-def _range_text(settings: type[Settings], location: tuple[Any, ...]) -> str:
-    """The unit and meaning of the setting at ``location``, from its docstring."""
+def _locate(
+    settings: type[Settings], location: tuple[Any, ...]
+) -> tuple[type[Settings], FieldInfo | None]:
+    """The section that ``location`` leads to, and the last known setting on the way."""
+    field = None
     for part in location:
-        field = settings.model_fields.get(str(part))
-        if field is None:
-            return ""
-        if isinstance(field.annotation, type) and issubclass(field.annotation, Settings):
-            settings = field.annotation
-            continue
-        return f" ({(field.description or '').split(chr(10))[0]})" if field.description else ""
-    return ""
+        if field is not None:
+            inner = (get_args(field.annotation) or (field.annotation,))[-1]
+            if isinstance(inner, type) and issubclass(inner, Settings):
+                settings = inner
+        field = settings.model_fields.get(str(part), field)
+    return settings, field
 
 
 def validate(settings: type[SettingsType], values: Mapping[str, Any], source: str) -> SettingsType:
@@ -335,15 +348,16 @@ def validate(settings: type[SettingsType], values: Mapping[str, Any], source: st
         lines = []
         for problem in error.errors():
             key = ".".join(str(part) for part in problem["loc"])
+            section, field = _locate(settings, problem["loc"])
             if problem["type"] == "extra_forbidden":
-                known = _known_keys(settings, problem["loc"])
-                lines.append(f"unknown setting {key}{_suggest(str(problem['loc'][-1]), known)}")
+                close = _suggest(str(problem["loc"][-1]), section.model_fields)
+                lines.append(f"unknown setting {key}{close}")
             elif problem["type"] == "value_error":
                 message = problem["msg"].removeprefix("Value error, ")
                 lines.append(f"{key}: {message}" if key else message)
             else:
-                rule = problem["msg"].replace("Input should be", "must be")
-                meaning = _range_text(settings, problem["loc"])
+                rule = _RULES.get(problem["type"]) or _SHOULD.sub("must", problem["msg"])
+                meaning = f" ({field.description})" if field and field.description else ""
                 lines.append(f"{key} {rule}, got {problem['input']!r}{meaning}")
         raise ConfigError(f"{source}: " + "; ".join(lines)) from None
 
@@ -356,8 +370,10 @@ def trial_settings(base: TrainSettings, params: Mapping[str, Any]) -> TrainSetti
     """
     values = base.model_dump()
     for name, value in params.items():
-        whole = isinstance(value, float) and TrainSettings.model_fields[name].annotation is int
-        values[name] = int(value) if whole and value == math.floor(value) else value
+        field = TrainSettings.model_fields.get(name)
+        is_whole = isinstance(value, float) and value.is_integer()
+        # Ranges and choices are read as floats, whatever they are of.
+        values[name] = int(value) if field and field.annotation is int and is_whole else value
     return validate(TrainSettings, values, "trial")
 
 
@@ -393,7 +409,7 @@ def read_toml(path: Path) -> dict[str, Any]:
         return tomllib.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise IncompleteArtifactError(f"{path} does not exist; give a settings file") from None
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+    except ValueError as error:  # of TOML, of UTF-8, or a number of thousands of digits
         raise ConfigError(f"{path} is not valid TOML: {error}") from None
 
 
@@ -416,7 +432,7 @@ def apply_overrides(values: dict[str, Any], overrides: Iterable[str]) -> dict[st
             )
         try:
             value = tomllib.loads(f"value = {text}")["value"]
-        except tomllib.TOMLDecodeError:
+        except ValueError:
             value = text
         table = result
         for part in parts[:-1]:

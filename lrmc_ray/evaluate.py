@@ -27,7 +27,7 @@ from lrmc_ray.artifacts import (
 from lrmc_ray.config import ModelSettings, RunSettings
 from lrmc_ray.console import progress, run_command, setup_logging
 from lrmc_ray.errors import IncompleteArtifactError, LrmcError
-from lrmc_ray.ray_session import ray_session
+from lrmc_ray.ray_session import RAY_LOG, ray_session
 
 if TYPE_CHECKING:
     from lrmc_ray.harness import ScoreResult
@@ -247,7 +247,7 @@ def main(argv: list[str]) -> int:
         models.append(local_directory(ModelSettings(name=arguments.tuned)))
     scored: list[Path] = []
     with (
-        ray_session(arguments.address, verbose=arguments.verbose),
+        ray_session(arguments.address, log=arguments.output / RAY_LOG, verbose=arguments.verbose),
         progress("Evaluating", total=len(models), unit="models") as bar,
     ):
         for model in models:

@@ -1,7 +1,9 @@
 """Start Ray for one command, or join a cluster, and leave nothing behind."""
 
 import contextlib
+import logging
 import os
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -14,10 +16,12 @@ A trial's driver only waits for its workers. Were it to hold CPUs, the elastic p
 all CPUs of a node, would ask for workers that can never start.
 """
 TRIAL_SLOTS = 64
+RAY_LOG = "ray.log"
 
 _ENVIRONMENT = {
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_DATA_DISABLE_PROGRESS_BARS": "1",  # the commands show their own
+    "RAY_AIR_NEW_OUTPUT": "0",  # Tune's own tables on stdout
     "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "120",
     "RAY_AUTH_MODE": "token",
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
@@ -33,12 +37,17 @@ def local_cpus() -> int:
 
 @contextlib.contextmanager
 def ray_session(
-    address: str = "local", *, num_cpus: int | None = None, verbose: bool = False
+    address: str = "local",
+    *,
+    log: Path,
+    num_cpus: int | None = None,
+    verbose: bool = False,
 ) -> Iterator[None]:
     """Ray for the duration of a command; a session that is already running is used as it is.
 
     Args:
         address: ``local`` starts Ray on this machine, ``auto`` or ``host:port`` joins a cluster.
+        log: file for what Ray's own processes say, unless ``verbose``.
         num_cpus: cores that a local session may use; all by default.
         verbose: show the workers' output.
 
@@ -48,10 +57,24 @@ def ray_session(
     for name, value in _ENVIRONMENT.items():
         os.environ.setdefault(name, value)
     import ray
+    import ray.data
 
+    if not verbose:
+        logging.getLogger("ray.data").setLevel(logging.ERROR)
     if ray.is_initialized():
         yield
         return
+    with contextlib.nullcontext() if verbose else _stderr_to(log):
+        _start(address, num_cpus, verbose)
+        try:
+            yield
+        finally:
+            ray.shutdown()
+
+
+def _start(address: str, num_cpus: int | None, verbose: bool) -> None:
+    import ray
+
     try:
         if address == "local":
             _ensure_token()
@@ -70,10 +93,30 @@ def ray_session(
             f"no Ray cluster answers at {address} ({error}); start one with `ray up cluster.yaml`, "
             "or leave --address out to use this machine"
         ) from None
+
+
+@contextlib.contextmanager
+def _stderr_to(log: Path) -> Iterator[None]:
+    """Send what is written past Python to ``log``.
+
+    Ray's C++ core writes errors to the terminal that Ray itself calls harmless
+    (https://github.com/ray-project/ray/issues/53727); Python's own stderr stays where it is.
+    """
+    log.parent.mkdir(parents=True, exist_ok=True)
+    sys.stderr.flush()
+    terminal = os.dup(2)
+    shown, python_stderr = os.fdopen(os.dup(2), "w", buffering=1), sys.stderr
+    with log.open("ab") as file:
+        os.dup2(file.fileno(), 2)
+    sys.stderr = shown
     try:
         yield
     finally:
-        ray.shutdown()
+        shown.flush()
+        sys.stderr = python_stderr
+        os.dup2(terminal, 2)
+        os.close(terminal)
+        shown.close()
 
 
 def _ensure_token() -> None:

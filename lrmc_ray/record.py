@@ -31,7 +31,7 @@ from lrmc_ray.artifacts import (
 from lrmc_ray.config import DEMO, RunSettings
 from lrmc_ray.console import progress, run_command, setup_logging
 from lrmc_ray.errors import DataError
-from lrmc_ray.ray_session import ray_session
+from lrmc_ray.ray_session import RAY_LOG, ray_session
 
 _log = logging.getLogger(__name__)
 
@@ -478,7 +478,7 @@ def main(argv: list[str]) -> int:
     setup_logging(arguments.verbose)
     settings = settings_from(arguments)
     training_files(settings)
-    with ray_session(arguments.address, verbose=arguments.verbose):
+    with ray_session(arguments.address, log=arguments.output / RAY_LOG, verbose=arguments.verbose):
         directory = record(settings, arguments.output)
     manifest = read_manifest(directory, made_by="python -m lrmc_ray.record")
     if arguments.json:

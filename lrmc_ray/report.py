@@ -1143,9 +1143,8 @@ def main(argv: Sequence[str]) -> int:
         console.print(sentence.text, markup=False)
     for note in study.notes:
         console.print(f"Note: {note}", markup=False)
-    console.print(
-        f"\nThe report is {path}, its figure {path.with_name(FIGURE_FILE)}.", markup=False
-    )
+    # Not through rich, which would break a long path in two.
+    print(f"\nReport  {path}\nFigure  {path.with_name(FIGURE_FILE)}")
     return 0
 
 

@@ -176,6 +176,14 @@ class StudySearcher(Searcher):
         cause = "its process died" if error else f"its objective is {value}, not a finite number"
         self._on_change(number, None, cause)
 
+    def __getstate__(self) -> dict[str, Any]:
+        """Nothing: Tune pickles its searcher for a restore that is never made."""
+        return {}
+
+    def __deepcopy__(self, _memo: dict[int, Any]) -> "StudySearcher":
+        """Itself: there is one study."""
+        return self
+
     def save(self, checkpoint_path: str) -> None:
         """Nothing: the study is on disk."""
 

@@ -16,13 +16,13 @@ or by :func:`sync`. Both bring MLflow up to a *study description*, which is the 
      "datasets": [{"name": "nl2sql", "digest": "9a0c", "source": "/data/nl2sql.jsonl"}],
      "artifacts": [{"path": "space.toml", "folder": "config"}]}
 
-Only ``id``, ``name``, ``trials`` and a trial's ``number`` and ``state`` must be there. Times are
-seconds since 1970. Results that are not numbers are left out.
+Results are logged at step 0, MLflow's step of values that have no curve; those that are not
+numbers are left out. Only ``id``, ``name``, ``trials`` and a trial's ``number`` and ``state`` must
+be there. Times are seconds since 1970. Relative paths start at the study's directory.
 
-Relative paths start at the study's directory. Sending is idempotent: runs are found again by their
-tags ``lrmc.study`` and ``lrmc.trial``, and of each metric only steps beyond the last one that
-MLflow has are sent. So MLflow keeps the first value of a step that was redone after a crash, and
-the local file the last.
+Sending is idempotent: runs are found again by their tags ``lrmc.study`` and ``lrmc.trial``, and of
+each metric only steps beyond the last one that MLflow has are sent. So MLflow keeps the first value
+of a step that was redone after a crash, and the local file the last.
 """
 
 import copy
@@ -51,12 +51,13 @@ EXPERIMENT = "lrmc_ray"
 """Default name of the MLflow experiment."""
 STUDY_TAG = "lrmc.study"
 TRIAL_TAG = "lrmc.trial"
+ROLE_TAG = "lrmc.role"
 CAUSE_TAG = "lrmc.cause"
 
 _PARENT_TAG = "mlflow.parentRunId"
 _MAX_BACKOFF_SECONDS = 60.0
-# MLflow's limits.
-_METRICS_PER_BATCH, _PARAMS_PER_BATCH = 1000, 100
+# MLflow's limits; of metrics it takes 1000, but a slow server must answer before the timeout.
+_METRICS_PER_BATCH, _PARAMS_PER_BATCH = 500, 100
 _KEY_LENGTH, _PARAM_LENGTH, _TAG_LENGTH, _DIGEST_LENGTH = 250, 6000, 8000, 36
 # MLflow's own names of a run's states, and Optuna's of a trial's.
 _STATUSES = {
@@ -84,7 +85,10 @@ def default_tracking_uri(output: Path) -> str:
 
 
 def metric_name(name: str) -> str:
-    """``name`` as MLflow accepts it: ``nl2sql/acc,none`` becomes ``nl2sql/acc_none``."""
+    """``name`` as MLflow accepts it, for params and tags too.
+
+    ``nl2sql/acc,none`` becomes ``nl2sql/acc_none``.
+    """
     allowed = re.sub(r"[^A-Za-z0-9_\-. :/]", "_", name)
     # MLflow also refuses names that mean something else as a path.
     return posixpath.normpath(allowed).lstrip("/.")[:_KEY_LENGTH] or "_"
@@ -98,13 +102,15 @@ class Forwarded:
     """Runs created."""
     points: int
     """Metric values logged."""
+    trade_off_path: str
+    """Where MLflow's page shows the trade-off; see :attr:`StudyTracker.trade_off_path`."""
 
 
 class StudyTracker:
     """Shows a running study in MLflow without ever holding it up; a context manager.
 
     Every method only notes what should be seen and returns; a side thread brings MLflow up to it.
-    Leaving the ``with`` block ends the study's run as FINISHED, KILLED (Ctrl-C, SIGTERM) or FAILED.
+    Leaving the ``with`` block closes it: FINISHED, KILLED (Ctrl-C, SIGTERM) or FAILED.
 
     Args:
         tracking_uri: where to; see :func:`default_tracking_uri`.
@@ -144,6 +150,7 @@ class StudyTracker:
             "tags": dict(tags or {}),
             "datasets": [dict(dataset) for dataset in datasets],
             "artifacts": [],
+            "started": time.time(),
         }
         self._trials: dict[int, dict[str, Any]] = {}
         self._mirror = _Mirror(tracking_uri, experiment, directory)
@@ -161,7 +168,7 @@ class StudyTracker:
         number: int,
         params: Mapping[str, Any],
         *,
-        role: str = "",
+        role: str = "search",
         tags: Mapping[str, str] | None = None,
     ) -> None:
         """Show trial ``number`` as running; on resume the run that it had is used again."""
@@ -219,7 +226,7 @@ class StudyTracker:
             self._study |= {"state": status, "cause": cause, "ended": time.time()}
         self._closing.set()
         self._wake.set()
-        self._thread.join(min(timeout_seconds, 10.0) if self._is_failing else timeout_seconds)
+        self._thread.join(timeout_seconds)
         if not self._is_complete:
             _logger.warning(
                 "MLflow at %s does not have everything. Nothing is lost; to catch up, run `%s`",
@@ -227,6 +234,15 @@ class StudyTracker:
                 self._catch_up,
             )
         return self._is_complete
+
+    @property
+    def trade_off_path(self) -> str | None:
+        """Where MLflow's page shows forgetting against domain gain, one point per trial.
+
+        To be put behind the server's address, ``http://127.0.0.1:5000/`` for a plain ``mlflow ui``.
+        None as long as MLflow has not answered.
+        """
+        return self._mirror.trade_off_path
 
     def __enter__(self) -> Self:
         return self
@@ -237,6 +253,8 @@ class StudyTracker:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
+        if self._closing.is_set():
+            return
         if kind is None:
             self.close()
         elif issubclass(kind, Exception):
@@ -272,19 +290,16 @@ class StudyTracker:
                 return
 
     def _warn(self, error: Exception) -> None:
-        root: BaseException = error
-        while parent := root.__cause__ or (None if root.__suppress_context__ else root.__context__):
-            root = parent
+        root = _root_cause(error)
         kind = f"{type(root).__name__} {getattr(error, 'error_code', '')}"
         if kind in self._warned:
             return
         self._warned.add(kind)
         _logger.warning(
-            "MLflow at %s misses data (%s: %s). The run goes on and nothing is lost; "
+            "MLflow at %s misses data (%s). The run goes on and nothing is lost; "
             "it is tried again, and `%s` catches up later",
             self._uri,
-            type(root).__name__,
-            str(root).split("\n")[0][:200],
+            _in_one_line(root),
             self._catch_up,
         )
 
@@ -301,6 +316,8 @@ def sync(study_dir: Path, tracking_uri: str, experiment: str = EXPERIMENT) -> Fo
         ResourceError: MLflow cannot be reached.
     """
     study = read_study(study_dir)
+    has_ended = all(_status(trial["state"]) in _ENDED for trial in study["trials"])
+    study.setdefault("state", "FINISHED" if has_ended else "RUNNING")
     _prepare_mlflow()
     from mlflow.exceptions import MlflowException
 
@@ -309,14 +326,14 @@ def sync(study_dir: Path, tracking_uri: str, experiment: str = EXPERIMENT) -> Fo
     try:
         mirror.update(study, warn=problems.append)
     except (MlflowException, OSError) as error:  # requests' errors are OSErrors
-        reason = str(error).split("\n")[0][:300]
         raise ResourceError(
-            f"MLflow at {tracking_uri} must answer, but: {reason}; start it, or give another "
-            "--tracking-uri, and run this again"
+            f"MLflow at {tracking_uri} must answer, but {_in_one_line(_root_cause(error))}; "
+            "start it, or give another --tracking-uri, and run this again"
         ) from error
     if problems:
         raise DataError("; ".join(str(problem) for problem in problems))
-    return Forwarded(runs=mirror.runs_created, points=mirror.points_sent)
+    assert mirror.trade_off_path is not None
+    return Forwarded(mirror.runs_created, mirror.points_sent, mirror.trade_off_path)
 
 
 def read_study(study_dir: Path) -> dict[str, Any]:
@@ -356,15 +373,19 @@ def _prepare_mlflow() -> None:
         "DO_NOT_TRACK": "true",
         # With the defaults, one call to a dead server takes four minutes.
         "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1",
-        "MLFLOW_HTTP_REQUEST_TIMEOUT": "10",
+        "MLFLOW_HTTP_REQUEST_TIMEOUT": "30",
         "MLFLOW_ARTIFACT_UPLOAD_DOWNLOAD_TIMEOUT": "30",
         "MLFLOW_ALLOW_PICKLE_DESERIALIZATION": "false",
+        # Our stdout is for results.
+        "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",
     }.items():
         os.environ.setdefault(name, value)
     import mlflow  # noqa: F401  # it configures its loggers
 
     for name in ("mlflow", "alembic"):
         logging.getLogger(name).setLevel(logging.WARNING)
+    # It would report every retry; we report every cause once.
+    logging.getLogger("urllib3.connectionpool").setLevel(logging.ERROR)
 
 
 @dataclass
@@ -380,7 +401,6 @@ class _MirroredRun:
     """Highest step by metric."""
     offset: int = 0
     """Bytes of the metrics file that were read."""
-    last_line: StepMetrics | None = None
     artifacts: dict[str, tuple[int, int]] = field(default_factory=dict)
     """Modification time (ns) and size of each artifact sent, by its path."""
     finished_as: Mapping[str, Any] | None = None
@@ -394,6 +414,7 @@ class _Mirror:
         self._uri = tracking_uri
         self._experiment = experiment
         self._directory = directory
+        self.trade_off_path: str | None = None
         self.runs_created = 0
         self.points_sent = 0
         self.forget()
@@ -423,18 +444,20 @@ class _Mirror:
             self._client = MlflowClient(self._uri)
             self._experiment_id = self._find_experiment(self._client)
             self._load_runs(self._client, study_id)
+            self._save_view(self._client, study_id, str(study["name"]))
         tags = {STUDY_TAG: study_id}
         parent = self._update_run(self._client, None, str(study["name"]), tags, study, study, warn)
         for trial in study["trials"]:
-            number, role = int(trial["number"]), trial.get("role") or ""
+            number, role = int(trial["number"]), trial.get("role") or "search"
             tags = {
                 STUDY_TAG: study_id,
                 TRIAL_TAG: str(number),
+                ROLE_TAG: role,
                 _PARENT_TAG: parent.run_id,
-                **({"lrmc.role": role} if role else {}),
             }
-            name = f"trial {number} {role}".strip()
-            self._update_run(self._client, number, name, tags, trial, study, warn)
+            self._update_run(
+                self._client, number, f"trial {number} {role}", tags, trial, study, warn
+            )
 
     def _find_experiment(self, client: "MlflowClient") -> str:
         found = client.get_experiment_by_name(self._experiment)
@@ -445,6 +468,18 @@ class _Mirror:
             database = Path(self._uri.removeprefix("sqlite:///"))
             location = (database.absolute().parent / "mlartifacts").as_uri()
         return client.create_experiment(self._experiment, artifact_location=location)
+
+    def _save_view(self, client: "MlflowClient", study_id: str, study_name: str) -> None:
+        key = f"lrmc-{study_id}"
+        tag = f"mlflow.sharedViewState.{key}"
+        if tag not in client.get_experiment(self._experiment_id).tags:
+            client.set_experiment_tag(
+                self._experiment_id, tag, _trade_off_view(study_id, study_name)
+            )
+        self.trade_off_path = (
+            f"#/experiments/{self._experiment_id}/runs?workflowType=machine_learning"
+            f"&compareRunsMode=CHART&viewStateShareKey={key}"
+        )
 
     def _load_runs(self, client: "MlflowClient", study_id: str) -> None:
         token: str | None = None
@@ -481,7 +516,7 @@ class _Mirror:
         tags = tags | dict(wanted.get("tags") or {})
         if wanted.get("cause"):
             tags[CAUSE_TAG] = str(wanted["cause"])
-        tags = {key: str(value)[:_TAG_LENGTH] for key, value in tags.items()}
+        tags = {metric_name(key): str(value)[:_TAG_LENGTH] for key, value in tags.items()}
         if number not in self._runs:
             run = client.create_run(
                 self._experiment_id,
@@ -514,8 +549,9 @@ class _Mirror:
             have.has_datasets = True
 
         lines = self._read_new_lines(have, wanted, warn)
-        if status in _ENDED and (results := _numbers(wanted.get("results") or {})):
-            lines.append(_results_line(have, wanted, results))
+        if status in _ENDED:
+            results = _numbers(wanted.get("results") or {})
+            lines.append(StepMetrics(0, wanted.get("ended") or time.time(), results))
         self.points_sent += _log_lines(client, have, lines)
         for artifact in wanted.get("artifacts") or ():
             self._send_artifact(client, have, artifact, warn)
@@ -540,9 +576,7 @@ class _Mirror:
         except (DataError, OSError) as error:
             warn(error)
             return []
-        lines = last_of_each_step(new_lines)
-        have.last_line = lines[-1] if lines else have.last_line
-        return lines
+        return last_of_each_step(new_lines)
 
     def _send_artifact(
         self,
@@ -560,6 +594,65 @@ class _Mirror:
         if have.artifacts.get(str(path)) != (stat.st_mtime_ns, stat.st_size):
             client.log_artifact(have.run_id, str(path), artifact.get("folder") or None)
             have.artifacts[str(path)] = (stat.st_mtime_ns, stat.st_size)
+
+
+def _trade_off_view(study_id: str, study_name: str) -> str:
+    """A saved view, as the button "Views" of MLflow's page of runs stores it in a tag.
+
+    The format is MLflow 3.17's own. A page that does not know it shows its default charts.
+    """
+
+    def chart(kind: str, **settings: Any) -> dict[str, Any]:
+        return {
+            "uuid": f"lrmc-{kind}",
+            "type": kind,
+            "metricSectionId": "lrmc",
+            "runsCountToCompare": 100,
+            "deleted": False,
+            "isGenerated": False,
+            **settings,
+        }
+
+    state = {
+        "searchFilter": f"tags.`{STUDY_TAG}` = '{study_id}'",
+        "runsHiddenMode": "SHOW_ALL",
+        # Groups show their runs at once, while a parent's children are folded away.
+        "groupBy": {
+            "aggregateFunction": "average",
+            "groupByKeys": [{"mode": "tag", "groupByData": ROLE_TAG}],
+        },
+        "useGroupedValuesInCharts": False,
+        "compareRunCharts": [
+            chart(
+                "SCATTER",
+                xaxis={"key": "eval/domain_gain", "type": "METRIC"},
+                yaxis={"key": "eval/forgetting", "type": "METRIC"},
+            ),
+            chart("BAR", metricKey="eval/combined"),
+            chart("LINE", metricKey="train/loss", selectedMetricKeys=["train/loss"]),
+        ],
+        "compareRunSections": [
+            {
+                "uuid": "lrmc",
+                "name": "Trade-off",
+                "display": True,
+                "isReordered": False,
+                "deleted": False,
+                "isGenerated": False,
+            }
+        ],
+        # Otherwise sections are sorted by name.
+        "isAccordionReordered": True,
+    }
+    now = round(1000 * time.time())
+    return json.dumps(
+        {
+            "name": f"{study_name}: forgetting against domain gain",
+            "createdAt": now,
+            "updatedAt": now,
+            "state": json.dumps(state),
+        }
+    )
 
 
 def _mirrored(client: "MlflowClient", run: "Run") -> _MirroredRun:
@@ -592,15 +685,6 @@ def _log_lines(client: "MlflowClient", have: _MirroredRun, lines: Iterable[StepM
     return len(points)
 
 
-def _results_line(
-    have: _MirroredRun, wanted: Mapping[str, Any], results: dict[str, float]
-) -> StepMetrics:
-    """Final scores belong to the trained model, so to the last step."""
-    if have.last_line is None:
-        return StepMetrics(0, wanted.get("ended") or time.time(), results)
-    return StepMetrics(have.last_line.step, have.last_line.time, results)
-
-
 def _log_datasets(
     client: "MlflowClient", run_id: str, datasets: Iterable[Mapping[str, str]]
 ) -> None:
@@ -619,6 +703,17 @@ def _log_datasets(
         for dataset in datasets
     ]
     client.log_inputs(run_id, inputs)
+
+
+def _root_cause(error: BaseException) -> BaseException:
+    """What began it: MLflow wraps a refused connection in five layers of text."""
+    while parent := error.__cause__ or (None if error.__suppress_context__ else error.__context__):
+        error = parent
+    return error
+
+
+def _in_one_line(error: BaseException) -> str:
+    return f"{type(error).__name__}: {error}".splitlines()[0][:200]
 
 
 def _status(state: str) -> str:

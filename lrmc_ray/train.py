@@ -31,7 +31,7 @@ from lrmc_ray.artifacts import (
 from lrmc_ray.config import RunSettings, TrainSettings, validate
 from lrmc_ray.console import progress, run_command, setup_logging
 from lrmc_ray.errors import DataError, LrmcError, ResourceError
-from lrmc_ray.ray_session import ray_session
+from lrmc_ray.ray_session import RAY_LOG, ray_session
 
 _log = logging.getLogger(__name__)
 
@@ -195,7 +195,7 @@ def _cause(error: BaseException) -> BaseException:
 
 
 def _most_telling(errors: Iterable[BaseException]) -> BaseException:
-    """An error of the loop itself, if there is one: it makes the other workers' collectives fail."""
+    """An error of the loop itself, if there is one: it breaks the others' collectives."""
     causes = list(errors)
     own = [e for e in causes if not _is_worker_loss(_cause(e)) and "gloo" not in str(e).lower()]
     return (own or causes)[0]
@@ -384,12 +384,12 @@ class TrainingRun:
             bias_V=self.head.bias_V,
             logit_scale=self.head.logit_scale,
             softcap=self.head.softcap,
-            share=min(1.0, self.settings.probe_positions / len(where.row_N)),
+            num_positions=self.settings.probe_positions,
             seed=step,
         )
         self.rho = {"subset/rho": measured.mean}
         stale = 1 - self.settings.tau
-        if self._is_writer and measured.mean - 2 * measured.standard_error > stale + 0.01:
+        if self._is_writer and measured.mean - 2 * measured.stderr > stale + 0.01:
             _log.warning(
                 "step %d: the tuned model puts %.3f of its probability outside the candidates, "
                 "more than 1 - tau = %.3f: the subsets are getting stale",
@@ -535,7 +535,7 @@ def main(argv: list[str]) -> int:
     from lrmc_ray.record import record, training_files
 
     training_files(settings)
-    with ray_session(arguments.address, verbose=arguments.verbose):
+    with ray_session(arguments.address, log=arguments.output / RAY_LOG, verbose=arguments.verbose):
         recorded = record(settings, arguments.output)
         identity = {"record": recorded.name, **settings.train.model_dump(mode="json")}
         directory = arguments.output / "training" / fingerprint(identity)

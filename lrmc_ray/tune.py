@@ -33,7 +33,7 @@ from lrmc_ray.artifacts import (
 from lrmc_ray.config import RunSettings
 from lrmc_ray.console import progress, run_command, setup_logging
 from lrmc_ray.errors import ResourceError
-from lrmc_ray.ray_session import TRIAL_SLOT, ray_session
+from lrmc_ray.ray_session import RAY_LOG, TRIAL_SLOT, ray_session
 
 if TYPE_CHECKING:
     import optuna
@@ -230,7 +230,7 @@ class Search:
         """Trials side by side, and the fewest and most workers of each."""
         resources = self.settings.resources
         slots = self.slots()
-        wanted = resources.max_concurrent or max(1, self.settings.search.trials // 4)
+        wanted = resources.max_concurrent or max(2, self.settings.search.trials // 4)
         concurrent = min(wanted, slots // (resources.workers[0] if resources.workers else 1))
         if concurrent < 1:
             assert resources.workers is not None
@@ -508,7 +508,7 @@ def tune(search: Search, address: str, *, verbose: bool) -> None:
             )
         )
         search.tracker.log_artifact(space, "config")
-        stack.enter_context(ray_session(address, verbose=verbose))
+        stack.enter_context(ray_session(address, log=search.directory / RAY_LOG, verbose=verbose))
         recorded, base = search.prepare()
         try:
             search.run_trials(recorded, base)

@@ -353,6 +353,34 @@ def test_a_comparison_repeats_whatever_the_order_of_the_rows(base, tuned):
     assert other.domain_gain.low != first.domain_gain.low
 
 
+def test_tasks_are_resampled_independently():
+    """Two tasks with the same item scores: their mean spreads 1 / sqrt(2) as far as one."""
+    deltas = np.random.default_rng(0).normal(0.1, 0.1, 40)
+
+    def scores(shift: np.ndarray) -> Scores:
+        return Scores.from_rows(
+            row
+            for task in ("first", "second", "general")
+            for metric in ("accuracy", "probability")
+            for row in rows_of(
+                task,
+                "general" if task == "general" else "domain",
+                "choice",
+                metric,
+                (0.5 + shift) if metric == "probability" else np.ones(40),
+            )
+        )
+
+    comparison = compare(
+        scores(0 * deltas), scores(deltas), forgetting_weight=1.0, resamples=20_000
+    )
+    two, one = comparison.domain_gain_replicates, comparison.forgetting_replicates
+    # The relative error of each standard deviation is 0.005.
+    assert two.std() / one.std() == pytest.approx(1 / math.sqrt(2), rel=0.03)
+    # Groups are independent, too: the correlation's error is 0.007.
+    assert abs(np.corrcoef(two, one)[0, 1]) < 0.03
+
+
 def test_another_task_does_not_change_a_tasks_draws(base, tuned):
     def without(scores: Scores, task: str) -> Scores:
         return Scores.from_rows(row for row in scores.items.to_pylist() if row["task"] != task)

@@ -56,10 +56,21 @@ def test_negating_an_interval_swaps_its_ends():
 
 
 def test_percentile_interval_takes_the_quantiles_of_the_replicates():
+    interval = percentile_interval(300.0, np.arange(1001))
+    assert (interval.value, interval.low, interval.high) == pytest.approx((300.0, 25.0, 975.0))
+    interval = percentile_interval(300.0, np.arange(1001), confidence=0.5)
+    assert (interval.value, interval.low, interval.high) == pytest.approx((300.0, 250.0, 750.0))
+
+
+def test_percentile_interval_contains_its_value():
     interval = percentile_interval(7.0, np.arange(1001))
-    assert (interval.value, interval.low, interval.high) == pytest.approx((7.0, 25.0, 975.0))
-    interval = percentile_interval(7.0, np.arange(1001), confidence=0.5)
-    assert (interval.value, interval.low, interval.high) == pytest.approx((7.0, 250.0, 750.0))
+    assert (interval.low, interval.high) == pytest.approx((7.0, 975.0))
+    interval = percentile_interval(999.0, np.arange(1001))
+    assert (interval.low, interval.high) == pytest.approx((25.0, 999.0))
+
+
+def test_an_interval_reads_as_value_and_ends():
+    assert str(Interval(0.6125, -0.52, 0.7)) == "0.613 [-0.520, 0.700]"
 
 
 # Bootstrap

@@ -7,6 +7,7 @@ it is at inference, where the prompt's tokens are fixed before the first answer 
 
 import hashlib
 import json
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -61,8 +62,10 @@ def read_rows(paths: Sequence[Path]) -> Iterator[tuple[str, Mapping[str, Any]]]:
                 place = f"{path}:{number}"
                 try:
                     row = json.loads(line.decode("utf-8-sig" if number == 1 else "utf-8"))
-                except (json.JSONDecodeError, UnicodeDecodeError) as error:
-                    problems.append(f"{place}: not valid JSON: {error}")
+                    # JSON can spell half a surrogate pair, which no text contains.
+                    json.dumps(row, ensure_ascii=False).encode()
+                except (ValueError, RecursionError) as error:
+                    problems.append(f"{place}: not valid JSON in UTF-8: {error}")
                     continue
                 if not isinstance(row, dict):
                     problems.append(f"{place}: not a JSON object")
@@ -119,8 +122,14 @@ def messages_of(row: Mapping[str, Any]) -> list[dict[str, str]]:
 
 
 def sample_id_of(row: Mapping[str, Any]) -> str:
-    """The row's own ``id``, or the first 16 hex digits of its content's SHA-256."""
+    """The row's own ``id``, or the first 16 hex digits of its content's SHA-256.
+
+    Raises:
+        DataError: the ``id`` is neither text nor a whole number.
+    """
     if "id" in row:
+        if type(row["id"]) not in (str, int):
+            raise DataError(f"'id' must be a string or an integer, got {row['id']!r}")
         return str(row["id"])
     canonical = json.dumps(row, sort_keys=True, ensure_ascii=True)
     return hashlib.sha256(canonical.encode()).hexdigest()[:16]
@@ -130,7 +139,8 @@ def encode(sample_id: str, messages: list[dict[str, str]], tokenizer: Any) -> Ex
     """Token ids and label mask of a conversation.
 
     Raises:
-        DataError: the chat template rewrites earlier turns, so no mask would be right.
+        DataError: the chat template refuses the conversation, or rewrites earlier turns, so no
+            mask would be right.
     """
     segments = _chat_segments(messages, tokenizer)
     input_ids: list[int] = []
@@ -156,8 +166,15 @@ def _chat_segments(messages: list[dict[str, str]], tokenizer: Any) -> list[tuple
             for m in messages
         ]
 
+    from jinja2 import TemplateError
+
     def render(part: list[dict[str, str]], *, ask: bool) -> str:
-        text: str = tokenizer.apply_chat_template(part, tokenize=False, add_generation_prompt=ask)
+        try:
+            text: str = tokenizer.apply_chat_template(
+                part, tokenize=False, add_generation_prompt=ask
+            )
+        except TemplateError as error:
+            raise DataError(f"the chat template refuses this conversation: {error}") from None
         return text
 
     whole = render(messages, ask=False)
@@ -166,8 +183,14 @@ def _chat_segments(messages: list[dict[str, str]], tokenizer: Any) -> list[tuple
     for index, message in enumerate(messages):
         if message["role"] != "assistant":
             continue
-        before = render(messages[:index], ask=True) if index else ""
         after = render(messages[: index + 1], ask=False)
+        if index:
+            before = render(messages[:index], ask=True)
+        else:
+            # Nothing was asked: the answer begins behind the header that follows a question.
+            question = [{"role": "user", "content": ""}]
+            header = render(question, ask=True).removeprefix(render(question, ask=False))
+            before = header and "".join(after.partition(header)[:2])
         if not (whole.startswith(after) and after.startswith(before) and len(before) >= done):
             raise DataError(
                 "the chat template renders an earlier turn differently once a later one follows, "
@@ -196,6 +219,7 @@ def encode_rows(
     """
     problems: list[str] = []
     places: dict[str, str] = {}
+    copies: Counter[str] = Counter()
     for place, row in rows:
         try:
             example = encode(sample_id_of(row), messages_of(row), tokenizer)
@@ -209,8 +233,8 @@ def encode_rows(
                     f"{place}: id {sample_id!r} was used before, at {places[sample_id]}"
                 )
                 continue
-            copies = sum(known.split("#")[0] == sample_id for known in places)
-            sample_id = f"{sample_id}#{copies}"  # the same text twice is learned twice
+            copies[sample_id] += 1
+            sample_id = f"{sample_id}#{copies[sample_id]}"  # the same text twice is learned twice
         places[sample_id] = place
         ids, is_target = example.input_ids, example.is_target
         if len(ids) > max_length:
@@ -226,7 +250,10 @@ def encode_rows(
             summary.truncated += 1
             ids, is_target = ids[:max_length], is_target[:max_length]
         if not any(is_target):
-            problems.append(f"{place}: no supervised token")
+            problems.append(
+                f"{place}: none of its first {len(ids)} tokens is to be learned; raise "
+                "data.max_length, or put a prompt before the answer"
+            )
             continue
         summary.samples += 1
         summary.tokens += len(ids)

@@ -103,9 +103,9 @@ def read_part(path: Path, provenance: Mapping[str, str]) -> pa.Table:
     remedy = "record again: remove its directory and run the same command"
     try:
         table = pq.read_table(path, page_checksum_verification=True)
-    except (OSError, pa.ArrowException) as error:
+        metadata = {k.decode(): v.decode() for k, v in (table.schema.metadata or {}).items()}
+    except (OSError, pa.ArrowException, UnicodeDecodeError) as error:
         raise DataError(f"{path} is damaged ({error}); {remedy}") from None
-    metadata = {k.decode(): v.decode() for k, v in (table.schema.metadata or {}).items()}
     version = metadata.get("lrmc.schema_version", "absent")
     if version != SCHEMA_VERSION:
         raise DataError(
@@ -189,7 +189,15 @@ class Records:
         self.manifest = read_manifest(directory, made_by="python -m lrmc_ray.record")
         if self.manifest.get("kind") != "records":
             raise DataError(f"{directory} is no record but {self.manifest.get('kind')}; give one")
-        self.parts = [PartInfo(**part) for part in self.manifest["files"]]
+        try:
+            self.parts = [PartInfo(**part) for part in self.manifest["files"]]
+            self._provenance: dict[str, str] = self.manifest["provenance"]
+            self._vocabulary_size: int = self.manifest["vocabulary_size"]
+        except (KeyError, TypeError) as error:
+            raise DataError(
+                f"the manifest of {directory} is damaged ({error}); remove {directory} and run "
+                "`python -m lrmc_ray.record` again"
+            ) from None
         self._starts = [0, *itertools.accumulate(part.rows for part in self.parts)]
         self._cache: OrderedDict[int, pa.Table] = OrderedDict()
         self._max_cached_bytes = max_cached_bytes
@@ -202,7 +210,7 @@ class Records:
         return to_sample(
             self._table(part),
             index - self._starts[part],
-            vocabulary_size=self.manifest["vocabulary_size"],
+            vocabulary_size=self._vocabulary_size,
             source=str(self.directory / self.parts[part].name),
         )
 
@@ -231,7 +239,7 @@ class Records:
             raise DataError(f"{path} is missing; {remedy}")
         if file_digest(path) != info.sha256:
             raise DataError(f"{path} is not the file that was recorded (SHA-256 differs); {remedy}")
-        table = read_part(path, self.manifest["provenance"])
+        table = read_part(path, self._provenance)
         if table.num_rows != info.rows:
             raise DataError(f"{path} has {table.num_rows} rows, not {info.rows}; {remedy}")
         return table

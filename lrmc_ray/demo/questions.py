@@ -95,6 +95,11 @@ def make_examples(
         }
 
 
+def prompt(question: str) -> str:
+    """What the model is asked: the tables, and the question."""
+    return f"{schema_text()}\nWrite a SQL query: {question}"
+
+
 def _draw_examples(
     connection: sqlite3.Connection, split: Split, values: Values, wanted: int, seed: int
 ) -> list[Example]:
@@ -133,7 +138,7 @@ def _questions_of_kind(
                 "question": question,
                 "sql": sql,
                 "messages": [
-                    {"role": "user", "content": f"{schema_text()}\n{question}"},
+                    {"role": "user", "content": prompt(question)},
                     {"role": "assistant", "content": sql},
                 ],
             }

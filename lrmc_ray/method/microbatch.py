@@ -50,6 +50,12 @@ class LossPositions:
     column_N: Tensor
     candidates: CandidateSets
 
+    def to(self, device: torch.device) -> "LossPositions":
+        """The same on another device."""
+        return LossPositions(
+            self.row_N.to(device), self.column_N.to(device), self.candidates.to(device)
+        )
+
 
 @dataclass(frozen=True)
 class MicroBatch:
@@ -70,22 +76,29 @@ class MicroBatch:
     num_processed: int
     """Tokens that the forward pass sees, padding not counted."""
 
+    def to(self, device: torch.device) -> "MicroBatch":
+        """The same on another device."""
+        return dataclasses.replace(
+            self,
+            input_ids_BT=self.input_ids_BT.to(device),
+            supervised=self.supervised.to(device),
+            anchored=self.anchored.to(device),
+        )
+
 
 @dataclass(frozen=True)
 class Activity:
-    """Which positions can have a loss other than zero."""
+    """How many candidates a position must have for its loss to be other than zero."""
 
-    singletons: bool
-    """Whether a candidate set of one token can (full loss, or a sampled tail)."""
-    anchor: bool
-    """Whether prompt positions have a loss at all."""
+    supervised: int
+    """Of a supervised position: 2, or 1 where the loss sees tokens outside the candidates."""
+    prompt: float
+    """The same of a prompt position; infinity without an anchor."""
 
     def of(self, sample: Sample) -> Tensor:
         """Active positions of ``sample``, boolean [P]."""
-        is_active_P = sample.is_supervised_P | self.anchor
-        if self.singletons:
-            return is_active_P
-        return is_active_P & (sample.candidates.sizes > 1)
+        needed_P = torch.where(sample.is_supervised_P, float(self.supervised), self.prompt)
+        return sample.candidates.sizes >= needed_P
 
 
 def active_length(sample: Sample, activity: Activity) -> int:

@@ -10,8 +10,8 @@ parameter tensor, with gradient g, first moment m (``exp_avg`` *before* the step
     v     = beta2 v + (1 - beta2) g^2              g'^2 with second_moment="capped"
     w     = w (1 - lr weight_decay) - lr a atan2(m / (1 - beta1^t), sqrt(v / (1 - beta2^t)))
 
-The arctan2 step is that of Adam-atan2 (arXiv 2407.05872; a = 1.27). It needs no epsilon, does not
-change when all gradients are scaled, and bounds what is added to the decayed weight:
+The arctan2 step is that of Adam-atan2 (arXiv 2407.05872; a = 1.27, b = 1). It needs no epsilon,
+does not change when all gradients are scaled, and bounds what is added to the decayed weight:
 |dw_i| <= lr a pi / 2.
 
 That the angle is capped is the paper's; its formula could not be read. Each reading is a value of
@@ -27,7 +27,8 @@ with x^ = x / ||x||:
   momentum and diverge.
 - ``"project"``: the nearest point to g in the cone of half-angle delta around m, which is the
   rotated g times max(0, cos(theta - delta)). Never ascends, but feeds m to itself.
-- ``"none"``: g' = g at every angle, which is Adam-atan2.
+- ``"none"``: g' = g at every angle. This is Adam-atan2; bit for bit ``AdamAtan2`` of the package
+  adam-atan2-pytorch, whose ``decoupled_wd=True`` would divide ``weight_decay`` by the first lr.
 
 All of them are g' = p g + q m, where p and q depend on <g, g>, <g, m> and <m, m> alone: one pass
 over memory for the dot products, one for the update.
@@ -36,9 +37,9 @@ Where there is no angle, or no direction to turn to:
 
 - m = 0 (the first step) or g = 0: no angle. g' = g; the statistics leave the tensor out. A zero
   gradient still decays both moments, and the weight still moves.
-- theta = 180 degrees: ``scale`` and ``momentum`` follow their formulas (s = delta / 180; m stops at
-  zero). ``project`` and ``rotate`` find no edge of the cone nearer than another: g' = 0.
-- A vector of one element cannot turn: ``project`` and ``rotate`` leave it alone, for with g' = 0 its
+- theta = 180 degrees: ``scale`` and ``momentum`` follow their formulas (s = delta / 180; m stops
+  at zero). ``project`` and ``rotate`` find no edge of the cone nearer than another: g' = 0.
+- One element cannot turn: ``project`` and ``rotate`` leave it alone, because with g' = 0 its
   momentum could never change sign. ``scale`` and ``momentum`` follow their formulas.
 - delta_max = 180: bit-identical with ``clip="none"``, but the angles are measured.
 - A gradient that is not finite has no angle: it goes through, as in torch's optimizers.
@@ -136,17 +137,17 @@ def cap_angle(
 class StepScalars(NamedTuple):
     """The numbers of one step: floats, or 0-d tensors for a compiled function."""
 
-    first_rate: Any
+    first_rate: float | Tensor
     """1 - beta1"""
-    second_rate: Any
+    second_rate: float | Tensor
     """1 - beta2"""
-    first_scale: Any
+    first_scale: float | Tensor
     """1 / (1 - beta1^t)"""
-    second_scale: Any
+    second_scale: float | Tensor
     """1 / (1 - beta2^t)"""
-    decay: Any
+    decay: float | Tensor
     """1 - lr weight_decay"""
-    step_size: Any
+    step_size: float | Tensor
     """lr a"""
 
 
@@ -252,8 +253,9 @@ def arctan2_nonnegative(y: Tensor, x: Tensor) -> Tensor:
 @functools.cache
 def _compile(function: Callable[..., Any]) -> Callable[..., Any]:
     """``torch.compile`` for tensors of every size; compiles at the first call."""
-    options = {"cpp.enable_floating_point_contract_flag": "fast"}
-    return torch.compile(function, dynamic=True, options=options)
+    return torch.compile(
+        function, dynamic=True, options={"cpp.enable_floating_point_contract_flag": "fast"}
+    )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -340,7 +342,7 @@ class MoClip(Optimizer):
         super().add_param_group(param_group)
 
     @torch.no_grad()
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Update all parameters that have a gradient; returns the result of ``closure``.
 
         Raises:
@@ -352,6 +354,7 @@ class MoClip(Optimizer):
                 loss = closure()
         for param in self._params():
             _check_gradient(param)
+        for param in self._params():
             if param.grad is not None and not self.state[param]:
                 dtype = torch.promote_types(param.dtype, torch.float32)
                 self.state[param] = {
@@ -365,7 +368,7 @@ class MoClip(Optimizer):
         return loss
 
     def angle_statistics(self) -> AngleStatistics:
-        """Report the angles since the last call. Waits for the device, which ``step`` never does."""
+        """Report the angles since the last call. Waits for the device, as ``step`` never does."""
         totals = [0.0] * (NUM_ANGLE_BINS + 5)
         if self._angle_totals is not None:
             totals = self._angle_totals.tolist()
@@ -380,15 +383,18 @@ class MoClip(Optimizer):
         )
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Load a state; the moments keep the dtype in which they were saved."""
+        """Load a copy of a state; the moments keep the dtype in which they were saved."""
         super().load_state_dict(state_dict)
-        # torch casts state to the parameter's dtype, which would round float32 moments to bf16.
+        # torch casts the moments to the parameter's dtype, float32 ones to bf16, and shares `step`
+        # with the optimizer that saved it.
         saved_ids = itertools.chain.from_iterable(g["params"] for g in state_dict["param_groups"])
         for saved_id, param in zip(saved_ids, self._params(), strict=True):
             if saved := state_dict["state"].get(saved_id):
+                state = self.state[param]
+                state["step"] = saved["step"].to("cpu", copy=True)
                 for name in ("exp_avg", "exp_avg_sq"):
                     moment = torch.empty_like(param, dtype=saved[name].dtype, requires_grad=False)
-                    self.state[param][name] = moment.copy_(saved[name])
+                    state[name] = moment.copy_(saved[name])
 
     def __getstate__(self) -> dict[str, Any]:
         # torch would drop both from a deep copy or a pickle.
@@ -411,12 +417,11 @@ class MoClip(Optimizer):
         measured_P4 = torch.stack([row.to(rows[0].device) for row in rows])
         if self.reduce_dots is not None:
             self.reduce_dots(measured_P4)
-        by_group = measured_P4.split([len(group["params"]) for group in self.param_groups])
-        global_4 = sum(
-            group_P4.sum(0)
-            for group_P4, group in zip(by_group, self.param_groups, strict=True)
-            if group["angle"] == "global"
-        )
+        by_group = torch.split(measured_P4, [len(group["params"]) for group in self.param_groups])
+        global_4 = measured_P4.new_zeros(4)
+        for group_P4, group in zip(by_group, self.param_groups, strict=True):
+            if group["angle"] == "global":
+                global_4 += group_P4.sum(0)
         caps: list[CappedGradient | None] = []
         for group_P4, group in zip(by_group, self.param_groups, strict=True):
             if group["clip"] == "none":
@@ -439,7 +444,7 @@ class MoClip(Optimizer):
         dots_3 = torch.zeros(3, dtype=torch.float64, device=param.device)
         if param.grad is None or clip == "none":
             return F.pad(dots_3, (0, 1))
-        vectors = param.grad.reshape(-1), self.state[param]["exp_avg"].reshape(-1)
+        vectors = _flat(param.grad), _flat(self.state[param]["exp_avg"])
         if self._is_compiled(param):
             dots_3 = self._run_compiled(dot_products, *vectors)
         else:
@@ -463,13 +468,14 @@ class MoClip(Optimizer):
     def _update(self, group: dict[str, Any], capped: CappedGradient | None) -> None:
         """Move the parameters of one group."""
         second_moment: SecondMoment = group["second_moment"]
-        ps, qs = itertools.repeat(None), itertools.repeat(None)
+        ps: Sequence[Tensor | None] = [None] * len(group["params"])
+        qs = ps
         if capped is not None:
             ps = capped.p_P.unbind()
             if group["clip"] in ("project", "rotate"):
                 qs = capped.q_P.unbind()
         uncompiled = []
-        for param, p, q in zip(group["params"], ps, qs):
+        for param, p, q in zip(group["params"], ps, qs, strict=True):
             if param.grad is None:
                 continue
             state = self.state[param]
@@ -481,7 +487,6 @@ class MoClip(Optimizer):
                 state["exp_avg_sq"],
                 p if p is None else p.to(param.device),
                 q if q is None else q.to(param.device),
-                # tolist, unlike item, is no read of a device, and this tensor is on the host.
                 _step_scalars(group, state["step"].tolist()),
             )
             if self._is_compiled(param):
@@ -495,11 +500,18 @@ class MoClip(Optimizer):
         return self.compiled and param.is_contiguous() and param.numel() >= _MIN_COMPILED_ELEMENTS
 
     def _run_compiled(self, function: Callable[..., Any], *args: Any) -> Any:
+        from torch._dynamo.exc import BackendCompilerFailed  # takes seconds to import
+
         try:
             return _compile(function)(*args)
-        except Exception as error:
+        except BackendCompilerFailed as error:
             self.compiled = False
-            warnings.warn(f"X {type(error).__mro__} {error}", RuntimeWarning, stacklevel=2)
+            warnings.warn(
+                f"compiled=True needs a compiler that torch.compile can use, got "
+                f"{str(error).splitlines()[0]}; going on uncompiled",
+                RuntimeWarning,
+                stacklevel=2,
+            )
             return function(*args)
 
 
@@ -518,29 +530,41 @@ def _step_scalars(group: dict[str, Any], step: float) -> StepScalars:
 def _for_compiler(update: TensorUpdate) -> TensorUpdate:
     """Flat tensors and no floats, so that one compilation serves all shapes and steps."""
     dtype = update.exp_avg.dtype
-    ones = torch.ones((), dtype=dtype, device=update.param.device)
-    return TensorUpdate(
-        *(tensor.detach().reshape(-1) for tensor in update[:4]),
-        p=ones if update.p is None else update.p.to(dtype),
-        q=torch.zeros_like(ones) if update.q is None else update.q.to(dtype),
-        scalars=StepScalars(*torch.tensor(update.scalars, dtype=dtype).unbind()),
+    one = torch.ones((), dtype=dtype, device=update.param.device)
+    return TensorUpdate._make(
+        (
+            *(_flat(tensor) for tensor in update[:4]),
+            one if update.p is None else update.p.to(dtype),
+            torch.zeros_like(one) if update.q is None else update.q.to(dtype),
+            _scalar_tensors(update.scalars, dtype),
+        )
     )
 
 
+def _flat(tensor: Tensor) -> Tensor:
+    # .data, because a view is compiled anew for each rank of the tensor it was taken of.
+    return tensor.reshape(-1).data
+
+
+@functools.lru_cache(maxsize=16)
+def _scalar_tensors(scalars: StepScalars, dtype: torch.dtype) -> StepScalars:
+    return StepScalars(*torch.tensor(scalars, dtype=dtype).unbind())
+
+
 def _cached_pieces(tensors: Sequence[Tensor]) -> Iterator[tuple[Tensor, ...]]:
-    """Flat pieces of contiguous tensors of one size, as large as caches take together."""
+    """Flat pieces of contiguous tensors of one size, as large as a CPU's caches take together."""
     size = _CACHED_ELEMENTS * torch.get_num_threads()
-    return zip(*(tensor.view(-1).split(size) for tensor in tensors), strict=True)
+    return zip(*(torch.split(tensor.view(-1), size) for tensor in tensors), strict=True)
 
 
 def _batches(updates: Iterable[TensorUpdate]) -> Iterator[list[TensorUpdate]]:
     """What goes into one call: a piece that stays in cache on a CPU, all tensors elsewhere."""
     rest = []
     for update in updates:
-        tensors, others = update[:4], update[4:]
+        tensors = update[:4]
         if update.param.is_cpu and all(tensor.is_contiguous() for tensor in tensors):
             for pieces in _cached_pieces(tensors):
-                yield [TensorUpdate(*pieces, *others)]
+                yield [TensorUpdate._make((*pieces, *update[4:]))]
         else:
             rest.append(update)
     if rest:

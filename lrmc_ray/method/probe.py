@@ -1,21 +1,31 @@
-"""Outside-mass probe."""
+"""The outside mass of the current model: how stale the recorded candidate sets have become.
+
+The restricted loss never pushes probability back into S, so rho = 1 - p(S) of the model in
+training can grow past the 1 - tau it started below, unseen by the loss. It takes the full
+vocabulary to see it; a sample of positions every few steps is enough.
+"""
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from lrmc_ray.method.restricted_loss import _segment_logsumexp, _shape, candidate_logits
+from lrmc_ray.method.candidate_logits import segment_logsumexp, shape_logits
 from lrmc_ray.method.subsets import CandidateSets
+
+_CHUNK_ELEMENTS = 2**22  # of the [n, V] logits: 16 MiB in float32
 
 
 class OutsideMass(NamedTuple):
-    """Mean outside mass of a sample of positions."""
+    """Mean outside mass over a sample of positions, with its standard error."""
 
     mean: float
-    standard_error: float
+    stderr: float
+    """Sample standard deviation / sqrt(positions), the finite population not counted; NaN for one
+    position."""
     num_positions: int
 
 
@@ -25,22 +35,45 @@ def outside_mass(
     weight_VD: Tensor,
     candidates: CandidateSets,
     *,
+    num_positions: int,
+    seed: int,
     bias_V: Tensor | None = None,
     logit_scale: float = 1.0,
     softcap: float | None = None,
-    share: float = 1.0,
-    seed: int = 0,
 ) -> OutsideMass:
-    """Mean rho = 1 - q(S) of the current model on a sampled share of positions."""
-    num = max(1, round(share * candidates.num_rows))
-    index = torch.randperm(candidates.num_rows, generator=torch.Generator().manual_seed(seed))[:num]
-    index = index.to(hidden_ND.device)
-    sets, hidden = candidates.rows(index), hidden_ND[index]
-    z = candidate_logits(hidden, weight_VD, sets, bias_V=bias_V, logit_scale=logit_scale, softcap=softcap)
-    dtype = z.dtype
-    full = hidden.to(dtype) @ weight_VD.to(dtype).T
-    if bias_V is not None:
-        full = full + bias_V
-    rho = -torch.expm1(_segment_logsumexp(z, sets) - _shape(full, logit_scale, softcap).logsumexp(-1))
-    rho = rho.clamp_min(0).double()
-    return OutsideMass(float(rho.mean()), float(rho.std() / num**0.5) if num > 1 else float("nan"), num)
+    """Mean of rho = 1 - p(S) of the current model over sampled positions.
+
+    Args:
+        hidden_ND: [N, D] last hidden states of the current model.
+        weight_VD: [V, D] weight of the output head.
+        candidates: N candidate sets, on the same device.
+        num_positions: how many of the N positions to look at; all of them if there are no more.
+        seed: which ones, drawn without replacement.
+        bias_V: see ``HeadOptions`` in ``candidate_logits``.
+        logit_scale: as there.
+        softcap: as there.
+
+    Raises:
+        ValueError: no positions.
+    """
+    if num_positions < 1 or not len(hidden_ND):
+        raise ValueError(
+            f"num_positions must be at least 1 of at least 1, got {num_positions} of "
+            f"{len(hidden_ND)}"
+        )
+    generator = torch.Generator().manual_seed(seed)
+    sample = torch.randperm(len(hidden_ND), generator=generator)[:num_positions]
+    step = max(1, _CHUNK_ELEMENTS // len(weight_VD))
+    dtype = torch.promote_types(hidden_ND.dtype, torch.float32)
+    rho = []
+    for index in torch.split(sample.to(hidden_ND.device), step):
+        sets = candidates.rows(index)
+        logits_nV = (hidden_ND[index].to(weight_VD.dtype) @ weight_VD.T).to(dtype)
+        if bias_V is not None:
+            logits_nV += bias_V
+        logits_nV = shape_logits(logits_nV, logit_scale, softcap)
+        inside_n = segment_logsumexp(logits_nV[sets.row_ids, sets.token_ids], sets)
+        rho.append(-torch.expm1(inside_n - logits_nV.logsumexp(-1)))
+    rho_n = torch.cat(rho).double().clamp(0.0, 1.0)
+    spread = float(rho_n.std()) if len(rho_n) > 1 else math.nan
+    return OutsideMass(float(rho_n.mean()), spread / math.sqrt(len(rho_n)), len(rho_n))

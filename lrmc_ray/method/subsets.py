@@ -34,13 +34,19 @@ from torch import Tensor
 # Shape suffixes (this file):
 #   N = positions, V = vocabulary size, n = positions of one chunk, P = padded tokens per position.
 
+_DTYPES = {
+    "offsets": torch.int64,
+    "token_ids": torch.int32,
+    "logprobs": torch.float16,
+    "gold_ids": torch.int32,
+}
 _MASS_UNIT = 2**40
 _LOWEST = torch.finfo(torch.float16).min
 _CHUNK_ELEMENTS = 2**21  # of the [n, V] temporaries: 16 MiB in float64
 _FIRST_K = 128  # most rows need fewer; only the others are searched to k_max
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class CandidateSets:
     """Candidate tokens of N positions in CSR form; a row is one position.
 
@@ -125,16 +131,10 @@ class CandidateSets:
     def check(self, vocabulary_size: int) -> None:
         """Raise ``ValueError`` unless these sets may be given to the loss.
 
-        Checked: dtypes and shapes, monotone offsets, ids in [0, vocabulary_size), the gold token
-        in its row, no token twice in a row, log-probabilities finite and at most 0.
+        Checked: dtypes and lengths, rising offsets, ids in [0, vocabulary_size), log-probabilities
+        finite, at most 0 and descending, no token twice in a row, the gold token in its row.
         """
-        expected = {
-            "offsets": torch.int64,
-            "token_ids": torch.int32,
-            "logprobs": torch.float16,
-            "gold_ids": torch.int32,
-        }
-        for name, dtype in expected.items():
+        for name, dtype in _DTYPES.items():
             tensor = getattr(self, name)
             if tensor.dtype != dtype or tensor.dim() != 1:
                 raise ValueError(
@@ -145,37 +145,41 @@ class CandidateSets:
         if self.offsets.numel() != self.num_rows + 1 or self.logprobs.numel() != nnz:
             raise ValueError(
                 "offsets must be one longer than gold_ids and logprobs as long as token_ids, got "
-                f"{self.offsets.numel()}, {self.num_rows}, {self.logprobs.numel()} and {nnz}"
+                f"lengths {self.offsets.numel()}, {self.num_rows}, {self.logprobs.numel()}, {nnz}"
             )
-        if int(self.offsets[0]) != 0 or int(self.offsets[-1]) != nnz or bool(
-            (self.sizes < 0).any()
-        ):
+        first, last = int(self.offsets[0]), int(self.offsets[-1])
+        if first != 0 or last != nnz or (self.sizes < 1).any():
             raise ValueError(
-                f"offsets must rise from 0 to the number of entries {nnz}, got "
-                f"{self.offsets[0]} to {self.offsets[-1]}, smallest step "
-                f"{self.sizes.min() if self.num_rows else 0}"
+                f"offsets must rise from 0 to the number of entries, {nnz}, got {first} to {last} "
+                f"with sizes {self.sizes.tolist()[:8]}"
             )
         for name in ("token_ids", "gold_ids"):
             ids = getattr(self, name)
-            wrong = (ids < 0) | (ids >= vocabulary_size)
-            if wrong.any():
+            is_wrong = (ids < 0) | (ids >= vocabulary_size)
+            if is_wrong.any():
                 raise ValueError(
-                    f"{name} must be in [0, {vocabulary_size}), got {int(ids[wrong][0])}; "
-                    "the record was made with another tokenizer or is damaged"
+                    f"{name} must be in [0, {vocabulary_size}), got {int(ids[is_wrong][0])}; is it "
+                    "the record of another tokenizer?"
                 )
-        wrong = ~(self.logprobs.isfinite() & (self.logprobs <= 0))
-        if wrong.any():
+        is_wrong = ~(self.logprobs.isfinite() & (self.logprobs <= 0))
+        if is_wrong.any():
             raise ValueError(
-                f"logprobs must be finite and at most 0, got {float(self.logprobs[wrong][0])}"
+                f"logprobs must be finite and at most 0, got {float(self.logprobs[is_wrong][0])}"
             )
-        keys = self.row_ids * vocabulary_size + self.token_ids
-        if keys.unique().numel() != nnz:
+        rows = self.row_ids
+        is_rising = (rows[1:] == rows[:-1]) & (self.logprobs[1:] > self.logprobs[:-1])
+        if is_rising.any():
+            entry = int(is_rising.nonzero()[0])
+            raise ValueError(
+                f"logprobs must descend within a row, got {float(self.logprobs[entry])} before "
+                f"{float(self.logprobs[entry + 1])} in row {int(rows[entry])}"
+            )
+        if torch.unique(rows * vocabulary_size + self.token_ids).numel() != nnz:
             raise ValueError("token_ids must be distinct within a row, got a token twice")
-        golds = torch.zeros_like(self.gold_ids).index_add_(
-            0, self.row_ids, self.is_gold.to(self.gold_ids.dtype)
-        )
-        if (golds != 1).any():
-            row = int((golds != 1).nonzero()[0])
+        has_gold = torch.zeros_like(self.gold_ids, dtype=torch.bool)
+        has_gold[rows[self.is_gold]] = True
+        if not has_gold.all():
+            row = int((~has_gold).nonzero()[0])
             raise ValueError(
                 f"each row must contain its gold token, row {row} lacks {int(self.gold_ids[row])}"
             )
@@ -222,6 +226,9 @@ def select_candidates(
         raise ValueError(
             f"gold_N must be in [0, {vocabulary_size}), got {gold_N.min()} to {gold_N.max()}"
         )
+    if not num_rows:
+        none = gold_N.int()
+        return CandidateSets(none.new_zeros(1, dtype=torch.int64), none, none.half(), none)
     rows_per_chunk = max(1, _CHUNK_ELEMENTS // vocabulary_size)
     workspace_nV = logits_NV.new_empty(
         (min(rows_per_chunk, num_rows), vocabulary_size), dtype=torch.float64
@@ -235,7 +242,7 @@ def select_candidates(
             cap_N[start : start + rows_per_chunk].clamp_max(vocabulary_size),
             workspace_nV,
         )
-        for start in range(0, max(num_rows, 1), rows_per_chunk)
+        for start in range(0, num_rows, rows_per_chunk)
     ]
     return CandidateSets.concatenate(parts)
 
@@ -319,9 +326,7 @@ def _select_chunk(
     )
 
 
-def _threshold(
-    logits_nV: Tensor, lse_n: Tensor, tau: float, k_min: int, cap_n: Tensor
-) -> Tensor:
+def _threshold(logits_nV: Tensor, lse_n: Tensor, tau: float, k_min: int, cap_n: Tensor) -> Tensor:
     """[n, 1], a logit such that the first K tokens of the row, and few others, reach it.
 
     Taken among the maxima of blocks of the vocabulary, so topk sees these alone. They are some of
@@ -332,7 +337,7 @@ def _threshold(
     widest = int(cap_n.max())
     block = max(1, min(16, vocabulary_size // (2 * widest)))
     num_blocks = vocabulary_size // block
-    blocks = logits_nV[:, : block * num_blocks].unflatten(1, (block, num_blocks))
+    blocks = logits_nV[:, : block * num_blocks].view(-1, block, num_blocks)
     maxima_nb = blocks.amax(1)
     threshold_n = torch.empty_like(lse_n, dtype=logits_nV.dtype)
     rest = torch.arange(len(lse_n), device=lse_n.device)

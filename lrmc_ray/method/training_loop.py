@@ -3,18 +3,16 @@
     L = sum over supervised positions of loss / N  +  anchor_weight * sum over prompt positions / P
 
 N and P count the positions of the whole global batch, over all workers and micro-batches, so the
-result does not depend on how the batch is divided. A global batch is M fixed micro-batches; worker
-r of W computes those with j mod W == r, each with its own random seed.
+result does not depend on how the batch is divided. A global batch is M fixed micro-batches, dealt
+in turn to the W workers, each with its own random seed. Those without an active position are left
+out.
 
 - ``strict``: the gradients of the micro-batches are added in the order 0 .. M-1 on every worker.
   Floating-point addition is not associative, so only a fixed order gives the same bits for every W.
 - ``fast``: each worker adds its own, then one all-reduce; equal up to rounding.
-
-A head that is tied to the embedding gets a gradient of its own first, and the two are added once
-at the end: otherwise the order of their additions would depend on who computes what.
 """
 
-import dataclasses
+import functools
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -24,6 +22,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from lrmc_ray.method.candidate_logits import HeadOptions
 from lrmc_ray.method.microbatch import Activity, MicroBatch, Sample, collate, deal
 from lrmc_ray.method.restricted_loss import (
     active_only_cross_entropy,
@@ -47,11 +46,9 @@ class LossSettings:
     @property
     def activity(self) -> Activity:
         """Which positions can have a loss other than zero."""
-        return Activity(
-            singletons=self.loss == "full"
-            or (self.loss != "active_only" and self.tail_samples > 0),
-            anchor=self.anchor_weight > 0,
-        )
+        sees_outside = self.loss == "full" or (self.loss == "restricted" and self.tail_samples > 0)
+        anchor = math.inf if self.anchor_weight == 0 else 1 if self.tail_samples else 2
+        return Activity(supervised=1 if sees_outside else 2, prompt=anchor)
 
 
 @dataclass(frozen=True)
@@ -62,6 +59,11 @@ class OutputHead:
     bias_V: Tensor | None = None
     logit_scale: float = 1.0
     softcap: float | None = None
+
+    @property
+    def options(self) -> HeadOptions:
+        """All but the weight, as the losses take it."""
+        return {"bias_V": self.bias_V, "logit_scale": self.logit_scale, "softcap": self.softcap}
 
 
 @dataclass(frozen=True)
@@ -150,11 +152,7 @@ def loss_sums(
 ) -> tuple[Tensor, Tensor]:
     """The summed loss over supervised and the summed KL over prompt positions, in nats."""
     tail_ids, tail_logweights = tail if tail is not None else (None, None)
-    options = {
-        "bias_V": head.bias_V,
-        "logit_scale": head.logit_scale,
-        "softcap": head.softcap,
-    }
+    options = head.options
     where = batch.supervised
     hidden_ND = hidden_BTD[where.row_N, where.column_N]
     match settings.loss:
@@ -225,74 +223,52 @@ def compute_gradients(
             settings.tail_samples, head.weight_VD.shape[0], seed=settings.seed, step=step
         )
         tail = ids.to(device), logweights.to(device)
-    untied, tensors = _untie(head, parameters)
-    sums_M2 = torch.zeros(len(micro_batches), 2, dtype=torch.float64, device=device)
+    # Other gradients need no help with one worker: backward adds each micro-batch's to ``.grad`` at
+    # once. To the head's it adds several times, for the candidates, the tail and the anchor.
+    ordered: Sequence[Tensor] = []
+    if reduction == "strict":
+        ordered = [p for p in parameters if group.world_size > 1 or p is head.weight_VD]
     total: list[Tensor] = []
-    for tensor in tensors:
-        tensor.grad = None
-    for wave in range(0, len(micro_batches), group.world_size):
-        index = wave + group.rank
-        if index < len(micro_batches) and len(micro_batches[index].input_ids_BT):
+    sums_M2 = torch.zeros(len(micro_batches), 2, dtype=torch.float64, device=device)
+    busy = [index for index, batch in enumerate(micro_batches) if len(batch.input_ids_BT)]
+    for parameter in parameters:
+        parameter.grad = None
+    for first in range(0, len(busy), group.world_size):
+        wave = busy[first : first + group.world_size]
+        if group.rank < len(wave):
+            index = wave[group.rank]
+            batch = micro_batches[index].to(device)
             torch.manual_seed(micro_batch_seed(settings.seed, step, index))
-            batch = micro_batches[index]
             with torch.autocast(device.type, dtype=autocast, enabled=autocast is not None):
-                hidden_BTD = forward(batch.input_ids_BT.to(device))
+                hidden_BTD = forward(batch.input_ids_BT)
             if on_hidden is not None:
                 on_hidden(index, hidden_BTD.detach(), batch)
-            main, anchor = loss_sums(hidden_BTD, untied, batch, settings, tail)
-            (main / supervised + settings.anchor_weight * anchor / prompt).backward()
+            main, anchor = loss_sums(hidden_BTD, head, batch, settings, tail)
+            loss = main / supervised + settings.anchor_weight * anchor / prompt
+            loss.backward()  # type: ignore[no-untyped-call]
             sums_M2[index, 0] = main.detach()
             sums_M2[index, 1] = anchor.detach()
-        if reduction == "strict" and group.world_size > 1:
-            present = min(group.world_size, len(micro_batches) - wave)
-            _add_in_order(total, tensors, group, sources=present)
-    if total:
-        for tensor, gradient in zip(tensors, total, strict=True):
-            tensor.grad = gradient
-    for tensor in tensors:
-        if tensor.grad is None:
-            tensor.grad = torch.zeros_like(tensor)
+        _add_in_order(total, ordered, group, sources=len(wave))
+    for tensor, gradient in zip(ordered, total, strict=False):  # no total, no busy micro-batch
+        tensor.grad = gradient
+    for parameter in parameters:
+        if parameter.grad is None:
+            parameter.grad = torch.zeros_like(parameter)
         if reduction == "fast":
-            group.sum_(tensor.grad)
-    for own, parameter in ((untied.weight_VD, head.weight_VD), (untied.bias_V, head.bias_V)):
-        if own is not None and own is not parameter and own.grad is not None:
-            assert parameter is not None
-            parameter.grad = own.grad if parameter.grad is None else parameter.grad.add_(own.grad)
+            group.sum_(parameter.grad)
     group.sum_(sums_M2)  # each row is zero on all workers but one, so this is exact
     loss_sum, anchor_sum = sums_M2.sum(dim=0).tolist()
     return Gradients(loss_sum, anchor_sum, micro_batches)
 
 
-def _untie(head: OutputHead, parameters: Sequence[nn.Parameter]) -> tuple[OutputHead, list[Tensor]]:
-    """The head with gradients of its own, and every tensor whose gradient is to be added up."""
-
-    def own(tensor: Tensor | None) -> Tensor | None:
-        if tensor is None or not any(tensor is parameter for parameter in parameters):
-            return tensor
-        return tensor.detach().requires_grad_()
-
-    untied = dataclasses.replace(head, weight_VD=own(head.weight_VD), bias_V=own(head.bias_V))
-    tensors: list[Tensor] = list(parameters)
-    tensors += [
-        mine
-        for mine, theirs in ((untied.weight_VD, head.weight_VD), (untied.bias_V, head.bias_V))
-        if mine is not None and mine is not theirs
-    ]
-    return untied, tensors
-
-
 def _add_in_order(
     total: list[Tensor], tensors: Sequence[Tensor], group: WorkerGroup, *, sources: int
 ) -> None:
-    """Add one wave's gradients to ``total``, worker after worker, and clear them.
-
-    With one worker this is what backward itself does: it adds each gradient to ``.grad`` in turn.
-    """
+    """Add the gradients of the first ``sources`` workers to ``total``, in turn, and clear them."""
     for position, tensor in enumerate(tensors):
         for source in range(sources):
-            if source == group.rank and tensor.grad is not None:
-                gradient = tensor.grad
-            else:
+            gradient = tensor.grad if source == group.rank else None
+            if gradient is None:
                 gradient = torch.zeros_like(tensor)
             group.broadcast_(gradient, source)
             if position == len(total):
@@ -334,10 +310,6 @@ def train(
         parts = deal(samples, num_micro_batches, activity)
         micro_batches = [collate([samples[i] for i in part], activity, trim=trim) for part in parts]
 
-        def seen(index: int, hidden_BTD: Tensor, batch: MicroBatch, step: int = step) -> None:
-            if on_hidden is not None:
-                on_hidden(step, index, hidden_BTD, batch)
-
         gradients = compute_gradients(
             forward,
             head,
@@ -348,11 +320,12 @@ def train(
             step=step,
             reduction=reduction,
             autocast=autocast,
-            on_hidden=seen,
+            on_hidden=functools.partial(on_hidden, step) if on_hidden is not None else None,
         )
-        grad_norm = float(
-            nn.utils.clip_grad_norm_(parameters, max_grad_norm or math.inf, foreach=True)
-        )
+        norm = nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+        if max_grad_norm is not None:
+            nn.utils.clip_grads_with_norm_(parameters, max_grad_norm, norm)
+        grad_norm = float(norm)
         lr = lr_of_step(step)
         is_finite = math.isfinite(grad_norm) and math.isfinite(gradients.loss_sum)
         if is_finite:

@@ -1,1 +1,1 @@
-"""Tasks for lm-eval: ours, and how to add more."""
+"""Tasks for lm-eval: what the models are tested on."""

@@ -88,7 +88,7 @@ def open_database(path: str) -> sqlite3.Connection:
             case sqlite3.SQLITE_SELECT | sqlite3.SQLITE_RECURSIVE:
                 allowed = True
             case sqlite3.SQLITE_READ:
-                # No schema: the rows of a WITH clause or a subquery, which are checked by themselves.
+                # No schema: rows of a WITH clause or a subquery, which are checked by themselves.
                 allowed = schema is None or str(first).lower() in tables
             case sqlite3.SQLITE_FUNCTION:
                 allowed = str(second).lower() in FUNCTIONS

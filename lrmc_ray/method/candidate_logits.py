@@ -1,0 +1,274 @@
+r"""The operator under the losses: logits of the candidates alone, gradients of the rows they touch.
+
+With hidden states H [N, D], the head's weight W [V, D] and the candidate sets as a CSR pattern::
+
+    z[e] = H[row(e)] . W[token(e)]             a sampled dense-dense product, nnz dot products
+    dH   = sum over a row's entries  of dz[e] W[token(e)]
+    dW   = sum over a token's entries of dz[e] H[row(e)]
+
+Neither the logits [N, V] nor a dense gradient [V, D] is made. Time and memory follow nnz, the
+number of entries, instead of N V. Both sums are bags of weighted rows, which
+``torch.nn.functional.embedding_bag`` computes; for dW the entries are sorted by token first, and
+the finished rows are added to the weight's gradient block by block.
+
+**The weight's gradient goes straight into** ``weight.grad`` (made once, of zeros, where it is
+None) when ``backward()`` accumulates into a leaf weight that has no hooks. Every other case gets
+an ordinary dense gradient through autograd: a weight computed from others (merged LoRA factors, a
+slice), hooks registered on the weight, ``torch.autograd.grad`` and gradcheck. Tied weights work:
+the embedding adds its part to the same ``grad``. DistributedDataParallel works as well, since it
+reads ``grad`` once all parts have arrived. There is no double backward.
+"""
+
+from __future__ import annotations
+
+import warnings
+from typing import Any, Literal, TypedDict
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+from torch.autograd.graph import get_gradient_edge
+
+from lrmc_ray.method.subsets import CandidateSets
+
+# Shape suffixes (this file):
+#   N = positions, D = hidden size, V = vocabulary size, R = given tokens; nnz entries in all.
+
+Backend = Literal["auto", "sparse", "gather", "dense"]
+
+
+class HeadOptions(TypedDict, total=False):
+    """How the output head makes logits: ``softcap tanh(logit_scale (H W' + b) / softcap)``."""
+
+    bias_V: Tensor | None
+    """[V] bias, None for none."""
+    logit_scale: float
+    """Factor on the logits, 1.0 for none (Cohere; Granite divides by its logits_scaling)."""
+    softcap: float | None
+    """Bound on the logits, None for none (Gemma)."""
+
+
+_CHUNK_ELEMENTS = 2**19  # of a block of weight rows' gradients: 2 MiB in float32, fits a cache
+# A dense product does about this many multiplications in the time of one here. CPU: measured, one
+# thread, float32. CUDA: arithmetic over bandwidth, not measured.
+_DENSE_SPEEDUP = {"cpu": 6, "cuda": 64}
+
+with warnings.catch_warnings():
+    # Torch says once per process that CSR tensors are in beta; have it said here, unheard.
+    warnings.simplefilter("ignore")
+    torch.sparse_csr_tensor([0], [], [], size=(0, 0))
+
+
+def candidate_logits(
+    hidden_ND: Tensor,
+    weight_VD: Tensor,
+    candidates: CandidateSets,
+    *,
+    bias_V: Tensor | None = None,
+    logit_scale: float = 1.0,
+    softcap: float | None = None,
+    backend: Backend = "auto",
+) -> Tensor:
+    """Logits of every candidate.
+
+    Args:
+        hidden_ND: [N, D] last hidden states, one row per row of ``candidates``.
+        weight_VD: [V, D] weight of the output head, maybe tied to the embedding.
+        candidates: N candidate sets, on the same device.
+        bias_V: see ``HeadOptions``.
+        logit_scale: see ``HeadOptions``.
+        softcap: see ``HeadOptions``.
+        backend: ``"sparse"``: the operator of this module. ``"gather"``: the same by a gathered
+            [nnz, D] copy of the weight, the plain reference. ``"dense"``: all [N, V] logits, then
+            the candidates' are picked out. ``"auto"``: sparse, but dense where the candidates are
+            more than a sixth (CUDA: a 64th) of all logits, and gather on other devices.
+
+    Returns:
+        [nnz], float32 (float64 if an input is float64), in the order of ``candidates.token_ids``.
+
+    Raises:
+        ValueError: unknown backend, or hidden states and candidate sets of different number.
+    """
+    if len(hidden_ND) != candidates.num_rows:
+        raise ValueError(
+            "hidden_ND must have one row per candidate set, got "
+            f"{len(hidden_ND)} rows and {candidates.num_rows} sets"
+        )
+    if backend == "auto":
+        backend = _choose_backend(hidden_ND, weight_VD, candidates)
+    dtype = _compute_dtype(hidden_ND, weight_VD)
+    if backend == "sparse":
+        logits: Tensor = _SampledProduct.apply(  # type: ignore[no-untyped-call]
+            hidden_ND, weight_VD, candidates.offsets, candidates.token_ids
+        )
+    elif backend == "gather":
+        hidden = hidden_ND[candidates.row_ids].to(dtype)
+        logits = (hidden * weight_VD[candidates.token_ids].to(dtype)).sum(-1)
+    elif backend == "dense":
+        logits_NV = hidden_ND.to(dtype) @ weight_VD.to(dtype).T
+        logits = logits_NV[candidates.row_ids, candidates.token_ids]
+    else:
+        raise ValueError(f"backend must be auto, sparse, gather or dense, got {backend!r}")
+    if bias_V is not None:
+        logits = logits + bias_V[candidates.token_ids]
+    return shape_logits(logits, logit_scale, softcap)
+
+
+def token_logits(
+    hidden_ND: Tensor,
+    weight_VD: Tensor,
+    token_ids_R: Tensor,
+    *,
+    bias_V: Tensor | None = None,
+    logit_scale: float = 1.0,
+    softcap: float | None = None,
+) -> Tensor:
+    """[N, R] logits of the same R distinct tokens at every position; else as above."""
+    dtype = _compute_dtype(hidden_ND, weight_VD)
+    rows_RD = _TakeRows.apply(weight_VD, token_ids_R)  # type: ignore[no-untyped-call]
+    logits_NR = hidden_ND.to(dtype) @ rows_RD.to(dtype).T
+    if bias_V is not None:
+        logits_NR = logits_NR + bias_V[token_ids_R]
+    return shape_logits(logits_NR, logit_scale, softcap)
+
+
+def shape_logits(logits: Tensor, logit_scale: float, softcap: float | None) -> Tensor:
+    """``softcap tanh(logit_scale x / softcap)``, or ``logit_scale x`` without a softcap."""
+    if logit_scale != 1.0:
+        logits = logits * logit_scale
+    return logits if softcap is None else softcap * torch.tanh(logits / softcap)
+
+
+def segment_logsumexp(values: Tensor, candidates: CandidateSets) -> Tensor:
+    """[N], the log-sum-exp over each row's entries of ``values`` [nnz]."""
+    highest_N = torch.segment_reduce(values.detach(), "max", offsets=candidates.offsets)
+    shifted = values - highest_N[candidates.row_ids]
+    return torch.segment_reduce(shifted.exp(), "sum", offsets=candidates.offsets).log() + highest_N
+
+
+def _compute_dtype(hidden_ND: Tensor, weight_VD: Tensor) -> torch.dtype:
+    return torch.promote_types(torch.promote_types(hidden_ND.dtype, weight_VD.dtype), torch.float32)
+
+
+def _choose_backend(hidden_ND: Tensor, weight_VD: Tensor, candidates: CandidateSets) -> Backend:
+    dense_speedup = _DENSE_SPEEDUP.get(hidden_ND.device.type)
+    if dense_speedup is None:
+        return "gather"
+    num_logits = len(hidden_ND) * len(weight_VD)
+    return "dense" if candidates.token_ids.numel() * dense_speedup > num_logits else "sparse"
+
+
+def _bags(rows_XD: Tensor, index: Tensor, offsets: Tensor, weights: Tensor) -> Tensor:
+    """One row per bag: ``sum of weights[e] rows[index[e]]`` over the bag's entries."""
+    return F.embedding_bag(
+        index, rows_XD, offsets, mode="sum", per_sample_weights=weights, include_last_offset=True
+    )
+
+
+def _in_dtype(weight_VD: Tensor, token_ids: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """The weight as ``dtype`` and the entries' columns in it; casts no more rows than occur."""
+    if weight_VD.dtype == dtype:
+        return weight_VD, token_ids
+    occurring, columns = torch.unique(token_ids, return_inverse=True)
+    return weight_VD[occurring].to(dtype), columns.int()
+
+
+def _gradient_target(weight_VD: Tensor) -> tuple[Tensor | None, Tensor | None]:
+    """Where to add rows of the weight's gradient, and what backward has to return for it.
+
+    Both None where the gradient is not wanted; returned None where it goes to ``weight.grad``.
+    """
+    hooks = weight_VD._backward_hooks or weight_VD._post_accumulate_grad_hooks
+    if weight_VD.is_leaf and not hooks:
+        try:
+            # Does this very backward pass accumulate into the leaf?
+            if not torch._C._will_engine_execute_node(get_gradient_edge(weight_VD).node):
+                return None, None
+        except RuntimeError:
+            pass  # torch.autograd.grad wants the gradient returned
+        else:
+            if weight_VD.grad is None:
+                weight_VD.grad = torch.zeros_like(weight_VD)
+            return weight_VD.grad, None
+    gradient_VD = torch.zeros_like(weight_VD)
+    return gradient_VD, gradient_VD
+
+
+class _SampledProduct(torch.autograd.Function):
+    """``z[e] = hidden[row(e)] . weight[token(e)]`` for the entries e of a CSR pattern."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, hidden_ND: Tensor, weight_VD: Tensor, offsets: Tensor, token_ids: Tensor
+    ) -> Tensor:
+        # The leaf itself, beside the saved tensor: checkpointing may unpack a copy of that.
+        ctx.weight_VD = weight_VD
+        ctx.save_for_backward(hidden_ND, weight_VD, offsets, token_ids)
+        dtype = _compute_dtype(hidden_ND, weight_VD)
+        rows_XD, columns = _in_dtype(weight_VD, token_ids, dtype)
+        pattern = torch.sparse_csr_tensor(
+            offsets.int(),
+            columns,
+            torch.zeros(columns.shape, dtype=dtype, device=columns.device),
+            size=(len(hidden_ND), len(rows_XD)),
+            check_invariants=False,
+        )
+        product: Tensor = torch.sparse.sampled_addmm(
+            pattern, hidden_ND.to(dtype), rows_XD.T, beta=0.0
+        )
+        return product.values()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
+        hidden_ND, weight_VD, offsets, token_ids = ctx.saved_tensors
+        gradient_ND = gradient_VD = None
+        if ctx.needs_input_grad[0]:
+            rows_XD, columns = _in_dtype(weight_VD, token_ids, gradient.dtype)
+            gradient_ND = _bags(rows_XD, columns, offsets.int(), gradient).to(hidden_ND.dtype)
+        if ctx.needs_input_grad[1]:
+            target_VD, gradient_VD = _gradient_target(ctx.weight_VD)
+            if target_VD is not None:
+                _add_weight_gradient(target_VD, hidden_ND, offsets, token_ids, gradient)
+        return gradient_ND, gradient_VD, None, None
+
+
+def _add_weight_gradient(
+    target_VD: Tensor, hidden_ND: Tensor, offsets: Tensor, token_ids: Tensor, gradient: Tensor
+) -> None:
+    """Add ``sum of gradient[e] hidden[row(e)]`` to the rows of the tokens that occur."""
+    hidden_ND = hidden_ND.to(gradient.dtype)
+    positions = torch.arange(len(hidden_ND), dtype=torch.int32, device=offsets.device)
+    positions = positions.repeat_interleave(offsets.diff(), output_size=len(token_ids))
+    token_ids, order = token_ids.sort(stable=True)
+    tokens, counts = torch.unique_consecutive(token_ids, return_counts=True)
+    positions, gradient = positions[order], gradient[order]
+    bounds = F.pad(counts.cumsum(0), (1, 0)).int()
+    step = max(1, _CHUNK_ELEMENTS // hidden_ND.shape[1])
+    edges = [*bounds[::step].tolist(), len(token_ids)]
+    for chunk in range((len(tokens) + step - 1) // step):
+        first, last = edges[chunk], edges[chunk + 1]
+        block = slice(chunk * step, (chunk + 1) * step)
+        offsets_in_block = bounds[chunk * step : (chunk + 1) * step + 1] - first
+        rows = _bags(hidden_ND, positions[first:last], offsets_in_block, gradient[first:last])
+        target_VD.index_add_(0, tokens[block], rows.to(target_VD.dtype))
+
+
+class _TakeRows(torch.autograd.Function):
+    """``weight[token_ids]`` for distinct tokens, with the gradient as above."""
+
+    @staticmethod
+    def forward(ctx: Any, weight_VD: Tensor, token_ids: Tensor) -> Tensor:
+        ctx.weight_VD = weight_VD
+        ctx.save_for_backward(token_ids)
+        return weight_VD[token_ids]
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient_RD: Tensor) -> tuple[Tensor | None, None]:
+        (token_ids,) = ctx.saved_tensors
+        target_VD, gradient_VD = _gradient_target(ctx.weight_VD)
+        if target_VD is not None:
+            target_VD.index_add_(0, token_ids, gradient_RD.to(target_VD.dtype))
+        return gradient_VD, None

