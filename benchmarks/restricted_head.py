@@ -113,22 +113,26 @@ def cuda_peers() -> dict[str, Method]:
     return found
 
 
-def bandwidth_bytes_per_second(device: torch.device) -> float:
+def bandwidth_bytes_per_second(device: torch.device, clock: Callable[[], float]) -> float:
     """Best of several copies of 256 MiB, bytes read plus bytes written."""
     source = torch.ones(2**26, device=device)
     target = torch.empty_like(source)
-    seconds = [timed(lambda: target.copy_(source), device) for _ in range(8)]
+    seconds = [timed(lambda: target.copy_(source), device, clock) for _ in range(8)]
     return 2 * source.nbytes / min(seconds)
 
 
-def timed(function: Callable[[], object], device: torch.device) -> float:
+def timed(
+    function: Callable[[], object],
+    device: torch.device,
+    clock: Callable[[], float] = time.perf_counter,
+) -> float:
     if device.type == "cuda":
         torch.cuda.synchronize(device)
-    start = time.perf_counter()
+    start = clock()
     function()
     if device.type == "cuda":
         torch.cuda.synchronize(device)
-    return time.perf_counter() - start
+    return clock() - start
 
 
 def peak_bytes(function: Callable[[], object], device: torch.device) -> int | None:
@@ -155,6 +159,7 @@ def peak_bytes(function: Callable[[], object], device: torch.device) -> int | No
 def measure(size: str, args: argparse.Namespace) -> dict[str, object]:
     num_rows, hidden_size, vocabulary_size, mean_size = (int(x) for x in size.split(","))
     device, dtype = torch.device(args.device), getattr(torch, args.dtype)
+    clock = time.process_time if args.clock == "cpu" else time.perf_counter
     generator = torch.Generator().manual_seed(args.seed)
     candidates = zipf_candidates(num_rows, vocabulary_size, mean_size, generator)
     candidates.check(vocabulary_size)
@@ -193,9 +198,9 @@ def measure(size: str, args: argparse.Namespace) -> dict[str, object]:
         for name, method in found.items():
             # The fast ones more often: a disturbance is longer than they are.
             for _ in range(5 if "sparse" in name else 1):
-                seconds[name].append(timed(step(method), device))
-        seconds[first].append(timed(first_step(found["restricted, sparse"]), device))
-    bandwidth = bandwidth_bytes_per_second(device)
+                seconds[name].append(timed(step(method), device, clock))
+        seconds[first].append(timed(first_step(found["restricted, sparse"]), device, clock))
+    bandwidth = bandwidth_bytes_per_second(device, clock)
     row_bytes = distinct * hidden_size * weight.element_size()
     limit = 4 * row_bytes / bandwidth
     median = {name: statistics.median(values) for name, values in seconds.items()}
@@ -245,7 +250,15 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=1, help="torch threads on the CPU")
     parser.add_argument("--device", default="cpu", help="cpu or cuda")
     parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"])
+    parser.add_argument(
+        "--clock",
+        default="wall",
+        choices=["wall", "cpu"],
+        help="cpu: processor time of this process, for a machine with other work; one thread only",
+    )
     args = parser.parse_args()
+    if args.clock == "cpu" and (args.threads != 1 or args.device != "cpu"):
+        parser.error("--clock cpu adds up threads and sees no GPU: it takes --threads 1 on the CPU")
     torch.set_num_threads(args.threads)
     results = [measure(size, args) for size in args.sizes]
     print(
@@ -256,6 +269,7 @@ def main() -> None:
                 "device": args.device,
                 "dtype": args.dtype,
                 "threads": args.threads,
+                "clock": args.clock,
                 "repeats": args.repeats,
                 "seed": args.seed,
                 "results": results,

@@ -3,6 +3,7 @@
 import argparse
 import importlib
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 from lrmc_ray.config import RunSettings, apply_overrides, find_space, read_toml, validate
@@ -89,6 +90,33 @@ def _names(text: str | None) -> list[str] | None:
     return None if text is None else [name.strip() for name in text.split(",") if name.strip()]
 
 
+def mlflow_sync(argv: Sequence[str]) -> int:
+    """The command ``lrmc mlflow-sync``."""
+    from lrmc_ray.artifacts import lock_directory
+    from lrmc_ray.tracking import default_tracking_uri, read_study, sync
+
+    parser = argparse.ArgumentParser(
+        prog="lrmc mlflow-sync",
+        description="Send to MLflow what it lacks of a search; nothing is sent twice.",
+    )
+    parser.add_argument(
+        "directory", type=Path, metavar="DIR", help="directory of the search, as `tune` named it"
+    )
+    parser.add_argument(
+        "--tracking-uri",
+        metavar="URI",
+        help="MLflow server or database (default: sqlite in the search's output directory)",
+    )
+    arguments = parser.parse_args(argv)
+    directory = arguments.directory.resolve()
+    uri = arguments.tracking_uri or default_tracking_uri(directory.parent)
+    read_study(directory)  # before a lock is left where there is no search
+    with lock_directory(directory):
+        added = sync(directory, uri)
+    print(f"{added.runs} runs and {added.points} metric values were added to {uri}")
+    return 0
+
+
 def main() -> int:
     """Run ``lrmc STAGE ...``; heavy imports wait until the stage is known."""
     from lrmc_ray.console import run_command
@@ -102,9 +130,9 @@ def main() -> int:
     for name, text in STAGES.items():
         stages.add_parser(name, help=text, add_help=False)
     arguments, rest = parser.parse_known_args(sys.argv[1:2])
-    module = importlib.import_module(
-        "lrmc_ray." + ("tracking" if arguments.stage == "mlflow-sync" else arguments.stage)
-    )
+    if arguments.stage == "mlflow-sync":
+        return run_command(mlflow_sync, sys.argv[2:] + rest)
+    module = importlib.import_module(f"lrmc_ray.{arguments.stage}")
     return run_command(module.main, sys.argv[2:] + rest)
 
 

@@ -169,8 +169,8 @@ class EvaluateSettings(Settings):
     """Sequences per forward pass."""
     precision: Literal["fp32", "bf16"] = "fp32"
     """Type of the weights during evaluation."""
-    limit: int | None = Field(None, ge=1)
-    """Items per task; none for all."""
+    limit: int | None = Field(None, ge=2)
+    """Items per task; none for all. An interval needs at least two."""
     drift_samples: int = Field(16, ge=0)
     """Texts on which KL(base || tuned) is measured; 0 switches it off."""
 

@@ -9,6 +9,7 @@ import errno
 import functools
 import logging
 import os
+import select
 import signal
 import sys
 import time
@@ -112,13 +113,13 @@ def _report(error: Exception) -> int:
 
 def _drop_closed_stdout() -> bool:
     """Whether nobody reads stdout any more; what is left in its buffer is then dropped."""
-    try:
-        sys.stdout.flush()
-    except BrokenPipeError:
-        # The interpreter flushes once more at exit and would complain.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return True
-    return False
+    poll = select.poll()
+    poll.register(1, 0)
+    if not poll.poll(0):
+        return False
+    # The interpreter flushes once more at exit and would complain.
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+    return True
 
 
 def _say(line: str) -> None:

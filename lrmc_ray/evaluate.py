@@ -263,30 +263,44 @@ def main(argv: list[str]) -> int:
             )
             bar.advance(1)
     base = Scores.load(scored[0])
-    tuned = Scores.load(scored[-1])
-    compared = compare(
-        base, tuned, forgetting_weight=settings.search.forgetting_weight, seed=settings.search.seed
-    )
-    numbers = compared.metrics() | read_manifest(scored[-1], made_by=MADE_BY)["drift"]
-    if arguments.json:
-        print(json.dumps({"scores": [str(path) for path in scored], **numbers}))
-        return 0
     table = Table(title="95 % intervals in brackets")
-    for column in ("task", "metric", "base", *(["tuned", "change"] if arguments.tuned else [])):
+    for column in ("task", "metric", "base"):
         table.add_column(column)
-    for task in compared.tasks:
-        for change in task.metrics:
-            cells = [task.task, change.metric, str(change.before)]
-            if arguments.tuned:
-                cells += [str(change.after), str(change.delta)]
-            table.add_row(*cells)
-    Console().print(table)
-    if arguments.tuned:
-        print(f"domain gain {compared.domain_gain}, forgetting {compared.forgetting}")
-        for name, value in read_manifest(scored[-1], made_by=MADE_BY)["drift"].items():
-            print(f"{name} {value:.4f} nats per position")
-    else:
+    if not arguments.tuned:
+        if arguments.json:
+            values = {
+                f"{task}/{metric}": items.value.value
+                for (task, metric), items in base.metrics.items()
+            }
+            print(json.dumps({"scores": str(scored[0]), **values}))
+            return 0
+        for (task, metric), items in base.metrics.items():
+            table.add_row(task, metric, str(items.value))
+        Console().print(table)
         print(f"The scores are in {scored[0]}. Next: {MADE_BY} --tuned DIR")
+        return 0
+    search = settings.search
+    compared = compare(
+        base,
+        Scores.load(scored[1]),
+        forgetting_weight=search.forgetting_weight,
+        seed=search.seed,
+    )
+    drift = read_manifest(scored[1], made_by=MADE_BY)["drift"]
+    if arguments.json:
+        paths = [str(path) for path in scored]
+        print(json.dumps({"scores": paths, **compared.metrics(), **drift}))
+        return 0
+    table.add_column("tuned")
+    table.add_column("change")
+    for task_change in compared.tasks:
+        for change in task_change.metrics:
+            cells = [str(change.before), str(change.after), str(change.delta)]
+            table.add_row(task_change.task, change.metric, *cells)
+    Console().print(table)
+    print(f"domain gain {compared.domain_gain}, forgetting {compared.forgetting}")
+    for name, value in drift.items():
+        print(f"{name} {value:.4f} nats per position")
     return 0
 
 

@@ -196,7 +196,7 @@ def _rows(
                     "group": group,
                     "kind": kind,
                     "metric": metric,
-                    "item_id": f"{prefix}{item['doc_id']}",
+                    "item_id": f"{prefix}{item['doc'].get('id', item['doc_id'])}",
                     "value": float(value),
                     "weight": weight,
                     "output": _output(item) if metric == "accuracy" else None,

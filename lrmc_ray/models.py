@@ -34,6 +34,11 @@ TOKENIZER_FILES = (
 )
 
 
+def _first_line(error: Exception) -> str:
+    """The first line of an error's message; its class where there is none."""
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)
+
+
 def cache_directory() -> Path:
     """Where converted models are kept: ``$LRMC_CACHE``, or ``~/.cache/lrmc_ray``."""
     return Path(os.environ.get("LRMC_CACHE", "~/.cache/lrmc_ray")).expanduser()
@@ -77,10 +82,10 @@ def _download(settings: ModelSettings) -> Path:
             )
         )
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
-        reason = str(error).strip().splitlines()[0]
         raise IncompleteArtifactError(
             f"model {settings.name} is neither a directory nor to be had from the Hugging Face Hub "
-            f"({reason}); check the name, log in with `hf auth login`, or give a directory"
+            f"({_first_line(error)}); check the name, log in with `hf auth login`, or give a "
+            "directory"
         ) from None
 
 
@@ -105,17 +110,32 @@ def load_tokenizer(directory: Path) -> Any:
     """The tokenizer of a model directory."""
     from transformers import AutoTokenizer
 
-    return AutoTokenizer.from_pretrained(directory, local_files_only=True)
+    return AutoTokenizer.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
 
 
 def load_model(directory: Path, *, dtype: "torch.dtype | None" = None) -> Any:
-    """The causal LM of a model directory, float32 unless told otherwise, in evaluation mode."""
+    """The causal LM of a model directory, float32 unless told otherwise, in evaluation mode.
+
+    Raises:
+        DataError: transformers cannot load it, or not without code of the model's own.
+    """
     import torch
+    from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM
 
-    model = AutoModelForCausalLM.from_pretrained(
-        directory, dtype=dtype or torch.float32, local_files_only=True, use_safetensors=True
-    )
+    try:
+        model: Any = AutoModelForCausalLM.from_pretrained(
+            directory,
+            dtype=dtype or torch.float32,
+            local_files_only=True,
+            use_safetensors=True,
+            trust_remote_code=False,  # None, the default, asks the user, and y runs the code
+        )
+    except (ValueError, OSError, SafetensorError) as error:
+        raise DataError(
+            f"{directory} must hold a causal LM that transformers knows, without code of its own: "
+            f"{_first_line(error)}; choose another model, or save this one again"
+        ) from None
     return model.eval()
 
 
@@ -143,9 +163,12 @@ def head_of(model: Any) -> "OutputHead":
         softcap=getattr(config, "final_logit_softcapping", None),
     )
     ids_BT = torch.arange(1, 9, device=layer.weight.device)[None] % layer.weight.shape[0]
+    was_training = model.training
+    model.eval()  # dropout would make two forward passes differ
     with torch.no_grad():
         expected_TV = model(input_ids=ids_BT, use_cache=False).logits[0].float()
         actual_TV = logits(hidden_states(model, ids_BT)[0], head).float()
+    model.train(was_training)
     if not torch.allclose(expected_TV, actual_TV, atol=1e-2, rtol=1e-2):
         difference = (expected_TV - actual_TV).abs().max().item()
         raise DataError(

@@ -264,12 +264,15 @@ def _describe(path: Path, table: Any) -> dict[str, Any]:
     tau = float(table.schema.metadata[b"lrmc.tau"])
     candidates = {True: 0, False: 0}
     for row in range(table.num_rows):
-        is_supervised = table["is_supervised"][row].values.to_numpy(zero_copy_only=False)
-        sizes = np.diff(table["candidate_offsets"][row].values.to_numpy())
-        outside = table["outside_mass"][row].values.to_numpy()
+        row_of = {
+            name: table[name][row].values for name in table.column_names if name != "sample_id"
+        }
+        is_supervised = row_of["is_supervised"].to_numpy(zero_copy_only=False)
+        sizes = np.diff(row_of["candidate_offsets"].to_numpy())
+        outside = row_of["outside_mass"].to_numpy()
         counts["supervised"] += int(is_supervised.sum())
         counts["prompt"] += int((~is_supervised).sum())
-        counts["active"] += int((sizes[is_supervised] > 1).sum())
+        counts["active"] += int(_is_active(row_of, tau)[is_supervised].sum())
         counts["capped"] += int((outside[is_supervised] > 1 - tau + 1e-7).sum())
         candidates[True] += int(sizes[is_supervised].sum())
         candidates[False] += int(sizes[~is_supervised].sum())
@@ -286,6 +289,16 @@ def _describe(path: Path, table: Any) -> dict[str, Any]:
         "k_counts": histogram[used].tolist(),
         **counts,
     }
+
+
+def _is_active(row: Mapping[str, Any], tau: float) -> Any:
+    """Positions with a candidate beside gold, were the set as small as ``tau`` allows."""
+    import numpy as np
+
+    first = row["candidate_offsets"].to_numpy()[:-1]
+    ids = row["candidate_ids"].to_numpy()[first]
+    mass = np.exp(row["candidate_logprobs"].to_numpy(zero_copy_only=False)[first].astype(float))
+    return (ids != row["gold_ids"].to_numpy()) | (mass < tau)
 
 
 def summarize(plan: Mapping[str, Any], parts: Sequence[Mapping[str, Any]]) -> dict[str, Any]:

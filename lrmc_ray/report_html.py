@@ -269,8 +269,7 @@ def drawing(figure: "Figure", name: str) -> Drawing:
     from markupsafe import Markup
 
     height = figure.layout.height
-    # "<" would end the script element early; JSON has an escape for it.
-    data = figure.to_json().replace("<", "\\u003c")
+    data = figure.to_json()  # Escapes "<", so it cannot end the script element.
     options = '{"displayModeBar": false, "responsive": true, "scrollZoom": false}'
     return Drawing(
         place=Markup(f'<div id="{name}" class="figure" style="height: {height}px"></div>'),
@@ -359,11 +358,10 @@ pre i { font-style: normal; color: var(--soft); }
 .tag.defaults { background: #4f46e5; } .tag.fail { background: var(--fail); }
 .curves { display: grid; grid-template-columns: repeat(auto-fit, minmax(280px, 1fr)); gap: 16px; }
 .curves > div { min-width: 0; }
-.legend { font-size: 0.875rem; margin: 4px 0 0; }
+.legend { display: flex; flex-wrap: wrap; gap: 2px 16px; font-size: 0.875rem; margin: 4px 0 0; }
 .key, .mark { display: inline-block; height: 3px; width: 16px; border-radius: 2px;
   vertical-align: middle; margin: 0 5px 0 0; }
 .mark { height: 10px; width: 10px; border-radius: 50%; }
-.key:not(:first-child), .mark:not(:first-child) { margin-left: 12px; }
 .whisker .zero { stroke: #94a3b8; stroke-width: 1; }
 .whisker .bar { stroke-width: 2; } .whisker .better { stroke: var(--best); fill: var(--best); }
 .whisker .worse { stroke: var(--yardstick); fill: var(--yardstick); }
@@ -452,7 +450,7 @@ _TEMPLATE = """{% macro chosen(rows) %}
 <section>
 <h2>What was learned against what was forgotten</h2>
 {{ front.place }}
-<p class="legend">{% for role, text in roles %}<span class="mark" style="background: {{ colours[role] }}"></span>{{ text }} {% endfor %}<span class="key" style="background: {{ colours.front }}"></span>Pareto front</p>
+<p class="legend">{% for role, text in roles %}<span><i class="mark" style="background: {{ colours[role] }}"></i>{{ text }}</span> {% endfor %}<span><i class="key" style="background: {{ colours.front }}"></i>Pareto front</span></p>
 <p class="caption">Every point is a trial; touch one for its parameters. Right: the general tasks got worse; left of 0 they improved. Up: the domain tasks got better. Bars are 95 % intervals. The dotted line is the Pareto front: trials that no other trial beats in both. All on the items that the search used. {{ front_note }}</p>
 </section>
 {% endif %}
@@ -513,7 +511,7 @@ _TEMPLATE = """{% macro chosen(rows) %}
 <div class="curves">
 {% for title, figure in curves %}<div><h3>{{ title }}</h3>{{ figure.place }}</div>{% endfor %}
 </div>
-<p class="legend">{% for role, text in curve_roles %}<span class="key" style="background: {{ colours[role] }}"></span>{{ text }} {% endfor %}</p>
+<p class="legend">{% for role, text in curve_roles %}<span><i class="key" style="background: {{ colours[role] }}"></i>{{ text }}</span> {% endfor %}</p>
 <p class="caption">Losses of different kinds (restricted, full) cannot be compared with each other. rho is the probability outside the recorded candidates under the model of that step; the angle is the one between gradient and momentum.</p>
 </section>
 {% endif %}

@@ -18,8 +18,8 @@ FloatArray = NDArray[np.float64]
 BoolArray = NDArray[np.bool_]
 
 CONFIDENCE = 0.95
-# Resamples are counted in blocks of about this many cells, which stay in the cache: twice as fast as
-# blocks of 4 million, and 2,000 resamples of MMLU's 14,000 items need no matrix of 224 MB.
+# Resamples are counted in blocks of about this many cells, which stay in the cache: twice as fast
+# as blocks of 4 million, and 2,000 resamples of MMLU's 14,000 items need no matrix of 224 MB.
 _MAX_BLOCK_CELLS = 100_000
 
 

@@ -21,8 +21,8 @@ numbers are left out. Only ``id``, ``name``, ``trials`` and a trial's ``number``
 be there. Times are seconds since 1970. Relative paths start at the study's directory.
 
 Sending is idempotent: runs are found again by their tags ``lrmc.study`` and ``lrmc.trial``, and of
-each metric only steps beyond the last one that MLflow has are sent. So MLflow keeps the first value
-of a step that was redone after a crash, and the local file the last.
+each metric only steps beyond the last one that MLflow has are sent. So of a step that had been sent
+and was redone after a crash MLflow keeps the first value, and the local file the last.
 """
 
 import copy
@@ -37,7 +37,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Self, TypeVar
+from typing import TYPE_CHECKING, Any, Self
 
 from lrmc_ray.errors import DataError, IncompleteArtifactError, ResourceError
 from lrmc_ray.metrics_log import StepMetrics, last_of_each_step, read_new_lines
@@ -56,8 +56,7 @@ CAUSE_TAG = "lrmc.cause"
 
 _PARENT_TAG = "mlflow.parentRunId"
 _MAX_BACKOFF_SECONDS = 60.0
-# MLflow's limits; of metrics it takes 1000, but a slow server must answer before the timeout.
-_METRICS_PER_BATCH, _PARAMS_PER_BATCH = 500, 100
+# MLflow's limits. Its client splits what is too much for one request.
 _KEY_LENGTH, _PARAM_LENGTH, _TAG_LENGTH, _DIGEST_LENGTH = 250, 6000, 8000, 36
 # MLflow's own names of a run's states, and Optuna's of a trial's.
 _STATUSES = {
@@ -74,7 +73,6 @@ _STATUSES = {
 
 _ENDED = ("FINISHED", "FAILED", "KILLED")
 
-_T = TypeVar("_T")
 _Warn = Callable[[Exception], None]
 _logger = logging.getLogger(__name__)
 
@@ -265,8 +263,9 @@ class StudyTracker:
     def _work(self) -> None:
         backoff = self._poll_seconds
         while True:
-            is_last = self._closing.is_set()
+            # In this order: a wake-up after it is not lost.
             self._wake.clear()
+            is_last = self._closing.is_set()
             with self._lock:
                 study = copy.deepcopy(self._study | {"trials": list(self._trials.values())})
             try:
@@ -534,12 +533,10 @@ class _Mirror:
             # A param that is there cannot be changed, and MLflow refuses the attempt.
             if metric_name(key) not in have.params
         ]
-        for batch in _batches(params, _PARAMS_PER_BATCH):
-            client.log_batch(have.run_id, params=batch)
-            have.params |= {param.key: param.value for param in batch}
         new_tags = [RunTag(k, v) for k, v in tags.items() if have.tags.get(k) != v]
-        for tags_batch in _batches(new_tags, _PARAMS_PER_BATCH):
-            client.log_batch(have.run_id, tags=tags_batch)
+        if params or new_tags:
+            client.log_batch(have.run_id, params=params, tags=new_tags)
+        have.params |= {param.key: param.value for param in params}
         have.tags |= tags
         if CAUSE_TAG in have.tags and CAUSE_TAG not in tags:
             client.delete_tag(have.run_id, CAUSE_TAG)
@@ -680,8 +677,8 @@ def _log_lines(client: "MlflowClient", have: _MirroredRun, lines: Iterable[StepM
             if line.step > have.last_steps.get(key, -1):
                 points.append(Metric(key, value, round(1000 * line.time), line.step))
                 have.last_steps[key] = line.step
-    for batch in _batches(points, _METRICS_PER_BATCH):
-        client.log_batch(have.run_id, metrics=batch)
+    if points:
+        client.log_batch(have.run_id, metrics=points)
     return len(points)
 
 
@@ -737,8 +734,3 @@ def _flat(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, An
             yield from _flat(value, f"{prefix}{key}.")
         else:
             yield f"{prefix}{key}", value
-
-
-def _batches(items: Sequence[_T], size: int) -> Iterator[Sequence[_T]]:
-    for start in range(0, len(items), size):
-        yield items[start : start + size]

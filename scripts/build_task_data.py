@@ -63,6 +63,7 @@ def wordnet_items(count_tokens: CountTokens) -> list[Row]:
 
     generator = random.Random(f"{SEED} wordnet")
     items = []
+    defined: set[int] = set()
     for file, lemmas in sorted(by_file.items()):
         if len(lemmas) < 2 * NEAREST or file == "03":  # 03 is the top of the hierarchy: "thing"
             continue
@@ -71,7 +72,7 @@ def wordnet_items(count_tokens: CountTokens) -> list[Row]:
             gloss = synset["gloss"]
             if not (3 <= count_tokens(gloss) <= MAX_GLOSS_TOKENS) or UNWANTED.search(gloss):
                 continue
-            if _mentions(gloss, synset["words"]):
+            if _mentions(gloss, synset["words"]) or senses[lemma] in defined:
                 continue
             others = [
                 other
@@ -81,6 +82,7 @@ def wordnet_items(count_tokens: CountTokens) -> list[Row]:
             ]
             if len(others) < 3:
                 continue
+            defined.add(senses[lemma])
             choices = [lemma, *generator.sample(others, 3)]
             generator.shuffle(choices)
             question = f"Definition: {gloss}\nWord:"

@@ -362,6 +362,7 @@ def test_a_trial_lays_its_parameters_over_the_settings():
         ("'3'", "3"),
         ("", ""),
         ("a=b", "a=b"),
+        ("'tis", "'tis"),
         ("[1, 2]", [1, 2]),
         ('["a", "b"]', ["a", "b"]),
         ("[a, b]", "[a, b]"),

@@ -30,6 +30,7 @@ from lrmc_ray.report import (
 from lrmc_ray.report_html import (
     Curve,
     curve_figure,
+    drawing,
     flatten,
     number,
     percent,
@@ -391,6 +392,19 @@ def test_a_domain_of_texts_is_told_in_nats(own):
     )
 
 
+def test_a_cross_entropy_below_one_is_no_percentage(own):
+    for path in [own / "base_scores", *(own / f"trials/{n:04d}/scores" for n in FINISHED)]:
+        rows = [
+            row | {"value": row["value"] / 10} if row["metric"] == "cross_entropy" else row
+            for row in Scores.load(path).items.to_pylist()
+        ]
+        Scores.from_rows(rows).save(path)
+    before = load_study(own).best.comparison.task("plain_english").metric("cross_entropy").before
+    assert before.value < 1
+    text = visible_text(write_report(own).read_text())
+    assert f"cross entropy, counts in the objective {before.value:.3f} {before.low:.3f} to" in text
+
+
 def test_without_a_finished_trial_the_report_says_so(own):
     edit(own, best=None, trials={n: {"state": "FAIL", "cause": "no disk"} for n in range(10)})
     loaded = load_study(own)
@@ -421,6 +435,18 @@ def test_final_scores_replace_the_searchs_in_the_verdict(own):
     text = visible_text(write_report(own).read_text())
     assert "items that no choice was made on: nl2sql. On the search's own items: wordnet" in text
     assert "lucky side" not in text
+
+
+def test_rounding_does_not_make_items_fresh(own):
+    """The general items are scored again, on a machine that rounds differently."""
+    add_final(own)
+    path = own / "final/base"
+    rows = [
+        row | {"value": row["value"] * (1 - 1e-4)} if row["metric"] != "accuracy" else row
+        for row in Scores.load(path).items.to_pylist()
+    ]
+    Scores.from_rows(rows).save(path)
+    assert load_study(own).verdict.fresh_tasks == ("nl2sql",)
 
 
 def test_final_scores_of_another_model_are_not_used(own, study):
@@ -720,6 +746,16 @@ def test_hostile_text_stays_text(own):
     assert html.count("</script>") == 2
     assert evil in visible_text(html)
     assert "&lt;/script&gt;" in figures(html)["front"]["data"][-2]["customdata"][0]
+
+
+def test_a_figure_cannot_end_its_script():
+    curve = Curve("</script><b>", "best", [1], [0.5])
+    shown = drawing(curve_figure([curve], "</script>"), "loss")
+    assert "<" not in shown.script
+    assert (
+        json.loads(re.search(r"const f = (\{.*\}); Plotly", shown.script)[1])["data"][0]["name"]
+        == "</script><b>"
+    )
 
 
 def test_the_same_study_gives_the_same_page(own, page):

@@ -360,6 +360,15 @@ def test_what_a_pass_missed_is_added_by_the_next(client, uri, tmp_path):
     assert [step for step, _ in history(client, children[1], "train/loss")] == [1, 2, 3, 4, 5]
 
 
+def test_of_redone_steps_that_were_never_sent_the_last_is_sent(client, uri, tmp_path):
+    write_study(tmp_path, "redone", trials=1)
+    write_steps(tmp_path / "trials/0/metrics.jsonl", (2, 3, 4), lambda step: 100.0 * step)
+    assert sync(tmp_path, uri).points == 2 * 4 + 1
+    _, children = runs_of(client, "redone")
+    points = history(client, children[0], "train/loss")
+    assert points == [(1, 1.0), (2, 200.0), (3, 300.0), (4, 400.0)]
+
+
 def test_more_than_mlflow_takes_at_once(client, uri, tmp_path):
     study = write_study(tmp_path, "large", trials=1, steps=1100)
     study["trials"][0]["settings"] = {f"s{i}": i for i in range(250)} | {"long": "x" * 9000}
@@ -604,6 +613,23 @@ def test_a_server_that_comes_up_late_gets_everything(client, uri, tmp_path, monk
         f"MLflow at {uri} misses data",
         f"MLflow at {uri} is up to date again",
     ]
+
+
+def test_a_server_that_dies_at_the_end_is_no_success(client, uri, tmp_path, monkeypatch):
+    from mlflow import MlflowClient
+
+    tracker = StudyTracker(
+        uri, study_id="cut-off", study_name="demo", directory=tmp_path, poll_seconds=0.05
+    )
+    while tracker.trade_off_path is None:
+        time.sleep(0.05)
+
+    def fail(*args, **kwargs):
+        raise ConnectionError("gone")
+
+    monkeypatch.setattr(MlflowClient, "set_terminated", fail)
+    assert tracker.close() is False
+    assert runs_of(client, "cut-off")[0].info.status == "RUNNING"
 
 
 def test_sync_to_a_dead_server_says_so(tmp_path, monkeypatch):

@@ -69,11 +69,13 @@ NUM_ANGLE_BINS = 36
 
 # Below this sine of theta, rounding decides to which side of the axis g lies.
 _COLLINEAR_SINE = 1e-6
-# Elements per thread that a CPU takes through the whole update at a time: gradient, weight, both
-# moments and the temporaries stay in a second-level cache, so that main memory is passed over once.
+# Elements per thread that a CPU takes through all operations at a time: gradient, weight, moments
+# and temporaries stay in its second-level cache, so that main memory is passed over once.
 _CACHED_ELEMENTS = 1 << 16
+# The same on other devices, where only the memory of the temporaries matters.
+_DEVICE_ELEMENTS = 1 << 24
 # In smaller tensors, calling a compiled function costs more than it saves.
-_MIN_COMPILED_ELEMENTS = 1 << 12
+_MIN_COMPILED_ELEMENTS = 1 << 14
 
 
 class CappedGradient(NamedTuple):
@@ -113,6 +115,7 @@ def cap_angle(
     theta_P = (gm_P / (g_norm_P * m_norm_P)).clamp(-1.0, 1.0).acos()
     excess_P = theta_P - delta
     is_capped_P = excess_P > 0
+    # "none" keeps these; the other readings overwrite them.
     p_P, q_P = torch.ones_like(theta_P), torch.zeros_like(theta_P)
     if clip == "scale":
         p_P = delta / theta_P
@@ -123,8 +126,8 @@ def cap_angle(
     elif clip in ("project", "rotate"):
         # The point at angle delta on the arc from m^ to g^, as in spherical interpolation.
         sine_P = theta_P.sin()
-        length_P = excess_P.cos().clamp(min=0.0) if clip == "project" else p_P
-        length_P = torch.where(sine_P > _COLLINEAR_SINE, length_P / sine_P, 0.0)
+        share_P = excess_P.cos().clamp(min=0.0) if clip == "project" else torch.ones_like(sine_P)
+        length_P = torch.where(sine_P > _COLLINEAR_SINE, share_P / sine_P, 0.0)
         p_P = length_P * math.sin(delta)
         q_P = length_P * excess_P.sin() * g_norm_P / m_norm_P
         is_capped_P &= numel_P > 1
@@ -218,16 +221,15 @@ def foreach_moclip_update_(updates: Sequence[TensorUpdate], second_moment: Secon
             param.copy_(wide)
 
 
-# atan(r) / r - 1 on [0, 1] in powers r^2, r^4, ...: minimax fit, relative error of atan 1.7e-8.
+# atan(r) / r - 1 on [0, 1] in powers r^2, r^4, ...: minimax fit, relative error of atan 1.1e-7.
 _ARCTAN_COEFFICIENTS = (
-    -0.33333152741099736,
-    0.19993772502342402,
-    -0.14211049341057566,
-    0.1066597135756238,
-    -0.07552127621924969,
-    0.04321069684741966,
-    -0.01636714557384127,
-    0.002920483671578123,
+    -0.3333239155999517,
+    0.1997421377925786,
+    -0.14041326814428545,
+    0.09968471672476224,
+    -0.060203114669943915,
+    0.024734049977873446,
+    -0.004822528846739724,
 )
 
 
@@ -252,10 +254,8 @@ def arctan2_nonnegative(y: Tensor, x: Tensor) -> Tensor:
 
 @functools.cache
 def _compile(function: Callable[..., Any]) -> Callable[..., Any]:
-    """``torch.compile`` for tensors of every size; compiles at the first call."""
-    return torch.compile(
-        function, dynamic=True, options={"cpp.enable_floating_point_contract_flag": "fast"}
-    )
+    """``function`` for tensors of every size, compiled at its first call."""
+    return torch.compile(function, dynamic=True)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -448,7 +448,7 @@ class MoClip(Optimizer):
         if self._is_compiled(param):
             dots_3 = self._run_compiled(dot_products, *vectors)
         else:
-            for pieces in _cached_pieces(vectors):
+            for pieces in _pieces(vectors):
                 dots_3 += dot_products(*pieces)
         return F.pad(dots_3, (0, 1), value=param.numel())
 
@@ -551,19 +551,19 @@ def _scalar_tensors(scalars: StepScalars, dtype: torch.dtype) -> StepScalars:
     return StepScalars(*torch.tensor(scalars, dtype=dtype).unbind())
 
 
-def _cached_pieces(tensors: Sequence[Tensor]) -> Iterator[tuple[Tensor, ...]]:
-    """Flat pieces of contiguous tensors of one size, as large as a CPU's caches take together."""
-    size = _CACHED_ELEMENTS * torch.get_num_threads()
+def _pieces(tensors: Sequence[Tensor]) -> Iterator[tuple[Tensor, ...]]:
+    """Contiguous tensors of one size, flat and in pieces small enough for their temporaries."""
+    size = _CACHED_ELEMENTS * torch.get_num_threads() if tensors[0].is_cpu else _DEVICE_ELEMENTS
     return zip(*(torch.split(tensor.view(-1), size) for tensor in tensors), strict=True)
 
 
 def _batches(updates: Iterable[TensorUpdate]) -> Iterator[list[TensorUpdate]]:
-    """What goes into one call: a piece that stays in cache on a CPU, all tensors elsewhere."""
+    """What goes into one foreach call: a cached piece on a CPU, all tensors on other devices."""
     rest = []
     for update in updates:
         tensors = update[:4]
         if update.param.is_cpu and all(tensor.is_contiguous() for tensor in tensors):
-            for pieces in _cached_pieces(tensors):
+            for pieces in _pieces(tensors):
                 yield [TensorUpdate._make((*pieces, *update[4:]))]
         else:
             rest.append(update)

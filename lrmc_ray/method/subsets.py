@@ -93,7 +93,7 @@ class CandidateSets:
         return (1.0 - self._mass().double() / _MASS_UNIT).clamp_min(0.0)
 
     def capped(self, tau: float) -> Tensor:
-        """[N] bool: the row's stored mass stays below ``tau``, because k_max ended it."""
+        """[N] bool: the row's stored mass, gold included, is below ``tau``: k_max has ended it."""
         return self._mass() < _mass_goal(tau)
 
     def rows(self, index: Tensor) -> CandidateSets:
@@ -190,6 +190,7 @@ class CandidateSets:
         return total[self.offsets[1:]] - total[self.offsets[:-1]]
 
 
+@torch.no_grad()
 def select_candidates(
     logits_NV: Tensor,
     gold_N: Tensor,
@@ -250,7 +251,8 @@ def select_candidates(
 def cut(candidates: CandidateSets, tau: float, *, k_min: int = 1) -> CandidateSets:
     """The same rows at a smaller ``tau``: exactly what recording at ``tau`` would have stored.
 
-    Exact for ``tau`` and ``k_min`` at most as large as those of the record.
+    Exact for ``tau`` and ``k_min`` at most as large as those of the record. A larger ``k_min`` is
+    refused where a row is too short for it, but an appended gold token hides one missing token.
 
     Raises:
         ValueError: ``tau`` outside (0, 1], or a row with fewer than ``k_min`` tokens.

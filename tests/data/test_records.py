@@ -470,11 +470,12 @@ def test_the_row_that_is_broken_below_is_good():
         ("candidate_logprobs", [0, -1, -2, -1, -2, math.nan], "finite and at most 0"),
         ("candidate_logprobs", [0, -1, -2, -1, -2, -math.inf], "finite and at most 0"),
         ("candidate_logprobs", [0.5, -1, -2, -1, -2, -3], "finite and at most 0"),
+        ("candidate_logprobs", [0, -2, -1, -1, -2, -3], "descend"),
         ("candidate_offsets", [0, 1, 3], "offsets must"),
         ("candidate_offsets", [0, 1, 3, 5], "offsets must rise from 0"),
         ("candidate_offsets", [1, 1, 3, 6], "offsets must rise from 0"),
         ("candidate_offsets", [0, 4, 3, 6], "offsets must rise from 0"),
-        ("candidate_offsets", [0, 3, 3, 6], "gold token"),
+        ("candidate_offsets", [0, 1, 2, 6], "gold token|descend"),
         ("candidate_offsets", [], "offsets must"),
     ],
 )

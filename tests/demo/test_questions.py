@@ -154,7 +154,7 @@ def test_messages_hold_the_tables_the_question_and_the_query(examples):
         ("country_of_city", {"city": "Marseille"}, [("France",)]),
         ("largest_city", {"country": "Egypt"}, [("Cairo",)]),
         ("northernmost_city", {"country": "Norway"}, [("Trondheim",)]),
-        ("westernmost_city", {"country": "Portugal"}, [("Amadora",)]),
+        ("westernmost_city", {"country": "Portugal"}, [("Funchal",)]),
         ("neighbours", {"country": "Portugal"}, [("Spain",)]),
         ("number_of_neighbours", {"country": "Germany"}, [(9,)]),
         ("capitals_of_neighbours", {"country": "Portugal"}, [("Madrid",)]),

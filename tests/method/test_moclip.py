@@ -748,7 +748,7 @@ def test_the_stated_update_equals_the_foreach_update(clip, second_moment):
 
 def test_the_compiled_update_is_compiled_once_and_equals_the_plain_one():
     """Two shapes, changing steps and learning rates, all caps: one compilation of each pass."""
-    shapes = [(70, 100), (9000,), (3,)]
+    shapes = [(70, 300), (20_000,), (3,)]
     starts = [random(*shape, seed=i, dtype=torch.float32) for i, shape in enumerate(shapes)]
     gradients = [leaning_gradients(*shape, dtype=torch.float32) for shape in shapes]
     paths = {}
@@ -780,8 +780,8 @@ def test_the_compiled_update_is_compiled_once_and_equals_the_plain_one():
 
 
 def test_without_a_compiler_the_step_warns_and_goes_on_uncompiled():
-    start = random(5000, seed=0, dtype=torch.float32)
-    gradients = leaning_gradients(5000, dtype=torch.float32)
+    start = random(20_000, seed=0, dtype=torch.float32)
+    gradients = leaning_gradients(20_000, dtype=torch.float32)
     param = torch.nn.Parameter(start.clone())
     optimizer = MoClip([param], lr=0.01, compiled=True)
     torch._dynamo.reset()

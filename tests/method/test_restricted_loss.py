@@ -72,6 +72,11 @@ def reference_rows(sets: CandidateSets) -> list[reference.Row]:
     ]
 
 
+def gold_alone(sets: CandidateSets) -> CandidateSets:
+    logprobs = torch.full(sets.gold_ids.shape, -0.1, dtype=torch.float16)
+    return CandidateSets(torch.arange(sets.num_rows + 1), sets.gold_ids, logprobs, sets.gold_ids)
+
+
 def leaves(*tensors: Tensor) -> tuple[Tensor, ...]:
     return tuple(x.detach().clone().requires_grad_() for x in tensors)
 
@@ -141,9 +146,14 @@ def test_gradcheck(backend, with_tail):
 
 
 def test_reductions():
+    """The mean counts every row, also one whose only candidate is gold."""
     hidden, weight, _, sets = problem()
+    sets = CandidateSets.concatenate(
+        [sets.rows(torch.arange(6)), gold_alone(sets).rows(torch.tensor([6]))]
+    )
     each = restricted_cross_entropy(hidden, weight, sets, reduction="none")
     torch.testing.assert_close(each, masked_cross_entropy(hidden @ weight.T, sets))
+    assert (each == 0).sum() == 1
     total = restricted_cross_entropy(hidden, weight, sets)
     mean = restricted_cross_entropy(hidden, weight, sets, reduction="mean")
     torch.testing.assert_close(total, each.sum())
@@ -151,11 +161,9 @@ def test_reductions():
 
 
 def test_one_candidate_gives_loss_and_gradient_zero_exactly():
-    hidden, weight, bias, sets = problem(2, tau=0.3)
-    alone = CandidateSets(
-        torch.arange(8), sets.gold_ids, torch.full((7,), -0.1, dtype=torch.float16), sets.gold_ids
-    )
-    hidden, weight, bias = leaves(hidden, weight, bias)
+    *tensors, sets = problem()
+    alone = gold_alone(sets)
+    hidden, weight, bias = leaves(*tensors)
     loss_N = restricted_cross_entropy(
         hidden, weight, alone, bias_V=bias, reduction="none", backend="sparse"
     )

@@ -1,0 +1,154 @@
+"""One optimizer step on the parameters of SmolLM2-135M: MoClip against AdamW and Adam-atan2.
+
+    python benchmarks/moclip_step.py [--threads 1] [--repeats 9] [--seed 0] [--layers 30]
+
+All optimizers share the weights and the gradients and take turns within one run; the table shows
+medians, as ratios to torch's AdamW with foreach and with fused kernels. "first s" is the first
+step: states are made, and compiled ones compile (less where the compiler's cache is warm). Memory
+is what a later step needs at its peak beyond weights, gradients and states. "limit" is the time of
+the bytes alone, at the bandwidth measured beside it: MoClip reads weight, gradient and both
+moments, writes all but the gradient, and reads gradient and momentum once more for the angle.
+"""
+
+import argparse
+import ctypes
+import json
+import platform
+import re
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from adam_atan2_pytorch import AdamAtan2
+from torch import Tensor
+from torch.optim import AdamW, Optimizer
+
+from lrmc_ray.method.moclip import MoClip
+
+VOCABULARY, HIDDEN, INTERMEDIATE, KEY_VALUE = 49_152, 576, 1_536, 3 * 64
+LAYER_SHAPES = (
+    (HIDDEN, HIDDEN),  # query, 9 heads of 64
+    (KEY_VALUE, HIDDEN),
+    (KEY_VALUE, HIDDEN),
+    (HIDDEN, HIDDEN),
+    (INTERMEDIATE, HIDDEN),  # gate
+    (INTERMEDIATE, HIDDEN),  # up
+    (HIDDEN, INTERMEDIATE),  # down
+    (HIDDEN,),
+    (HIDDEN,),
+)
+
+FOREACH, FUSED = "AdamW, foreach", "AdamW, fused"
+MOCLIP_PASSES = 9
+"""Tensors of the model's size that a step reads or writes."""
+
+OPTIMIZERS: dict[str, Callable[[list[Tensor]], Optimizer]] = {
+    FOREACH: lambda params: AdamW(params, lr=1e-6, foreach=True),
+    FUSED: lambda params: AdamW(params, lr=1e-6, fused=True),
+    "adam-atan2-pytorch": lambda params: AdamAtan2(params, lr=1e-6, weight_decay=0.01),
+    "MoClip": lambda params: MoClip(params, lr=1e-6, weight_decay=0.01),
+    "MoClip, project": lambda params: MoClip(params, lr=1e-6, weight_decay=0.01, clip="project"),
+    "MoClip, compiled": lambda params: MoClip(params, lr=1e-6, weight_decay=0.01, compiled=True),
+}
+
+
+def shapes(num_layers: int) -> list[tuple[int, ...]]:
+    """The head is tied to the embedding, so it is no parameter of its own."""
+    return [(VOCABULARY, HIDDEN), *(LAYER_SHAPES * num_layers), (HIDDEN,)]
+
+
+def timed(function: Callable[[], object]) -> float:
+    start = time.perf_counter()
+    function()
+    return time.perf_counter() - start
+
+
+def bandwidth_bytes_per_second() -> float:
+    """Best of several copies of 256 MiB, bytes read plus bytes written."""
+    source = torch.ones(2**26)
+    target = torch.empty_like(source)
+    return 2 * source.nbytes / min(timed(lambda: target.copy_(source)) for _ in range(8))
+
+
+def peak_bytes(function: Callable[[], object]) -> int | None:
+    """Peak memory during ``function`` over that before it; None where it cannot be read."""
+    if platform.system() != "Linux":
+        return None
+
+    def status(field: str) -> int:
+        text = Path("/proc/self/status").read_text()
+        return int(re.search(rf"{field}:\s+(\d+) kB", text).group(1)) * 1024
+
+    ctypes.CDLL("libc.so.6").malloc_trim(0)
+    Path("/proc/self/clear_refs").write_text("5")  # resets the high-water mark
+    before = status("VmRSS")
+    function()
+    return status("VmHWM") - before
+
+
+def measure(args: argparse.Namespace) -> dict[str, object]:
+    generator = torch.Generator().manual_seed(args.seed)
+    params = [torch.randn(shape, generator=generator) * 0.02 for shape in shapes(args.layers)]
+    for param in params:
+        param.grad = torch.randn(param.shape, generator=generator) * 1e-3
+    numel = sum(param.numel() for param in params)
+    steps = {name: make(params).step for name, make in OPTIMIZERS.items()}
+    first = {name: timed(step) for name, step in steps.items()}
+    memory = {name: peak_bytes(step) for name, step in steps.items()}
+    seconds: dict[str, list[float]] = {name: [] for name in steps}
+    for _ in range(args.repeats):
+        for name, step in steps.items():
+            seconds[name].append(timed(step))
+    median = {name: statistics.median(values) for name, values in seconds.items()}
+    bandwidth = bandwidth_bytes_per_second()
+    limit = MOCLIP_PASSES * numel * 4 / bandwidth
+
+    print(
+        f"{numel:,} float32 parameters in {len(params)} tensors, {args.threads} thread(s); "
+        f"bandwidth {bandwidth / 1e9:.1f} GB/s, MoClip's limit {limit * 1e3:.0f} ms"
+    )
+    header = ("ms", "fastest", "/ foreach", "/ fused", "memory MB", "first s")
+    print(f"{'optimizer':20s}" + "".join(f"{title:>11s}" for title in header))
+    rows = {}
+    for name, value in median.items():
+        rows[name] = {
+            "seconds": value,
+            "fastest_seconds": min(seconds[name]),
+            "ratio_to_foreach": value / median[FOREACH],
+            "ratio_to_fused": value / median[FUSED],
+            "extra_bytes": memory[name],
+            "first_step_seconds": first[name],
+        }
+        used = "-" if memory[name] is None else f"{memory[name] / 1e6:.1f}"
+        print(
+            f"{name:20s}{value * 1e3:11.1f}{min(seconds[name]) * 1e3:11.1f}"
+            f"{value / median[FOREACH]:11.2f}{value / median[FUSED]:11.2f}{used:>11s}"
+            f"{first[name]:11.1f}"
+        )
+    return {
+        "parameters": numel,
+        "bandwidth_bytes_per_second": bandwidth,
+        "limit_seconds": limit,
+        "optimizers": rows,
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--threads", type=int, default=1, help="torch threads")
+    parser.add_argument("--repeats", type=int, default=9, help="steps of each optimizer")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--layers", type=int, default=30, help="fewer need less memory")
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+    result = measure(args)
+    settings = {"benchmark": "moclip_step", "torch": torch.__version__, **vars(args)}
+    print(json.dumps({**settings, **result}))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,129 @@
+"""What one of W workers does in the tests of elastic training: short runs of a tiny model."""
+
+import dataclasses
+import hashlib
+from dataclasses import dataclass
+from datetime import timedelta
+from pathlib import Path
+from typing import Literal
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from lrmc_ray.method.microbatch import Sample, active_length
+from lrmc_ray.method.moclip import MoClip
+from lrmc_ray.method.training_loop import LossSettings, StepResult, WorkerGroup, train
+from lrmc_ray.models import head_of, hidden_states
+from tests.method.plain_training import random_sample, random_samples, tiny_llama
+
+WORLD_SIZES = (1, 2, 3, 4)
+STEPS = 3
+MICRO_BATCHES = 4
+LR = 1e-2
+WEIGHT_DECAY = 0.1
+
+PAPER = LossSettings("restricted", tail_samples=0, anchor_weight=0.0, seed=0)
+ANCHORED = dataclasses.replace(PAPER, anchor_weight=0.5)
+
+
+@dataclass(frozen=True)
+class Case:
+    """One short run."""
+
+    loss: LossSettings = PAPER
+    tied: bool = True
+    reduction: Literal["strict", "fast"] = "strict"
+    dropout: float = 0.1
+    num_active: int = 7
+    """Samples, of 8, that have an active position."""
+
+
+CASES = {
+    "tied": Case(),
+    "untied": Case(tied=False),
+    "anchor": Case(ANCHORED),
+    "anchor and tail": Case(dataclasses.replace(ANCHORED, tail_samples=32), tied=False),
+    "full": Case(dataclasses.replace(ANCHORED, loss="full")),
+    # Sorted by length, the empty samples are in the first parts: those of the first workers.
+    "one busy part": Case(num_active=2),
+    "no busy part": Case(num_active=0),
+    "fast": Case(ANCHORED, reduction="fast"),
+    "fast, one busy part": Case(reduction="fast", num_active=2),
+}
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a worker saw."""
+
+    parameters: list[Tensor]
+    results: list[StepResult]
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 of the parameters' bytes."""
+        content = b"".join(parameter.numpy().tobytes() for parameter in self.parameters)
+        return hashlib.sha256(content).hexdigest()
+
+
+def samples_of_step(case: Case, step: int) -> list[Sample]:
+    """Eight samples; those without an active position have no choice anywhere."""
+    generator = torch.Generator().manual_seed(1000 + step)
+    samples = random_samples(20, seed=step)
+    active = [sample for sample in samples if active_length(sample, case.loss.activity)]
+    empty = [random_sample(generator, name="empty", sizes=[1] * (6 + i)) for i in range(8)]
+    return active[: case.num_active] + empty[case.num_active :]
+
+
+def run(case: Case, group: WorkerGroup) -> Outcome:
+    """One worker's part in a run."""
+    model = tiny_llama(tied=case.tied, dropout=case.dropout, dtype=torch.float32).train()
+    parameters = list(model.parameters())
+    results = train(
+        lambda ids: hidden_states(model, ids),
+        head_of(model),
+        MoClip(parameters, lr=LR, weight_decay=WEIGHT_DECAY),
+        lambda step: samples_of_step(case, step),
+        case.loss,
+        group,
+        first_step=0,
+        steps=STEPS,
+        num_micro_batches=MICRO_BATCHES,
+        lr_of_step=lambda step: LR,
+        reduction=case.reduction,
+        max_grad_norm=1.0,
+    )
+    steps = list(results)
+    return Outcome([parameter.detach() for parameter in parameters], steps)
+
+
+def worker(rank: int, directory: Path) -> None:
+    """Run all cases in every group that ``rank`` belongs to; see ``outcomes``."""
+    torch.set_num_threads(1)
+    for world_size in WORLD_SIZES:
+        if rank >= world_size:
+            continue
+        if world_size > 1:
+            dist.init_process_group(
+                "gloo",
+                init_method=f"file://{directory}/group-of-{world_size}",
+                rank=rank,
+                world_size=world_size,
+                timeout=timedelta(seconds=120),
+            )
+        outcomes = {name: run(case, WorkerGroup(rank, world_size)) for name, case in CASES.items()}
+        if world_size > 1:
+            dist.destroy_process_group()
+        torch.save(outcomes, directory / f"{world_size}-{rank}.pt")
+
+
+def outcomes(directory: Path) -> dict[int, list[dict[str, Outcome]]]:
+    """Of every world size, of every rank, of every case."""
+    return {
+        world_size: [
+            torch.load(directory / f"{world_size}-{rank}.pt", weights_only=False)
+            for rank in range(world_size)
+        ]
+        for world_size in WORLD_SIZES
+    }

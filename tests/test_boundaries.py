@@ -1,0 +1,177 @@
+"""Who may import what. Imports that wait inside a function count as well: ast sees them all."""
+
+import ast
+import functools
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+PACKAGE = Path(__file__).parents[1] / "lrmc_ray"
+MODULES = {
+    ".".join(path.relative_to(PACKAGE.parent).with_suffix("").parts).removesuffix(".__init__"): path
+    for path in sorted(PACKAGE.rglob("*.py"))
+}
+STAGES = {"record", "train", "evaluate", "tune", "report"}
+WITH_RAY = {"record", "train", "evaluate", "tune", "trial", "search", "ray_session"}
+WITH_OPTUNA = {"search", "tune"}
+HEAVY = {"ray", "torch", "mlflow", "optuna", "transformers", "lm_eval", "pandas", "matplotlib"}
+
+
+@functools.cache
+def imports_of(path: Path) -> set[str]:
+    """Full names of everything that the file imports, anywhere in it."""
+    names = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: a relative import"
+            assert node.module is not None
+            names |= {f"{node.module}.{alias.name}" for alias in node.names}
+    return names
+
+
+def importers_of(package: str) -> set[str]:
+    return {
+        name.removeprefix("lrmc_ray.")
+        for name, path in MODULES.items()
+        if any(imported.split(".")[0] == package for imported in imports_of(path))
+    }
+
+
+def loaded_by(code: str, *, setup: str = "") -> tuple[set[str], str, float]:
+    """Top-level modules in a fresh interpreter behind ``code``, its output, its CPU seconds."""
+    script = (
+        f"{setup}\nimport atexit, json, os, sys, time\n"
+        "atexit.register(lambda: print(json.dumps([sorted({m.partition('.')[0] for m in "
+        "sys.modules}), time.process_time()]), file=sys.stderr))\n" + code
+    )
+    result = subprocess.run(
+        [sys.executable, "-c", script],
+        capture_output=True,
+        text=True,
+        check=True,
+        env={**os.environ, "COLUMNS": "100"},
+    )
+    names, seconds = json.loads(result.stderr.splitlines()[-1])
+    return set(names), result.stdout, seconds
+
+
+def test_there_are_modules_to_look_at():
+    assert {"lrmc_ray", "lrmc_ray.config", "lrmc_ray.method.moclip"} <= set(MODULES)
+    assert "lrmc_ray.method.subsets.CandidateSets" in imports_of(PACKAGE / "data" / "records.py")
+
+
+def test_mlflow_is_imported_by_tracking_alone():
+    assert importers_of("mlflow") == {"tracking"}
+
+
+def test_ray_is_imported_by_the_stages_and_their_helpers_alone():
+    assert importers_of("ray") <= WITH_RAY
+    assert {"record", "train", "tune"} <= importers_of("ray")
+
+
+def test_optuna_is_imported_by_the_search_alone():
+    assert importers_of("optuna") <= WITH_OPTUNA
+    assert "search" in importers_of("optuna")
+
+
+def test_the_method_imports_torch_and_itself_alone():
+    """Whoever never installed Ray can read, test and reuse the paper's part."""
+    for name, path in MODULES.items():
+        if name.startswith("lrmc_ray.method"):
+            for imported in imports_of(path):
+                top = imported.split(".")[0]
+                assert (
+                    top in {"torch", "__future__"}
+                    or top in sys.stdlib_module_names
+                    or imported.startswith("lrmc_ray.method.")
+                ), f"{name} imports {imported}"
+
+
+def test_imports_go_down_only():
+    """From stages to what they share, to data, to the method; settings import nothing above."""
+    for name, path in MODULES.items():
+        own = name.removeprefix("lrmc_ray.")
+        ours = {
+            imported.removeprefix("lrmc_ray.").split(".")[0]
+            for imported in imports_of(path)
+            if imported.startswith("lrmc_ray.")
+        }
+        if own in ("config", "artifacts", "errors", "statistics"):
+            assert ours <= {"errors"}, name
+        elif own in ("checkpoints", "metrics_log", "models", "tracking", "scores"):
+            assert not ours & (STAGES | WITH_RAY), name
+        elif own.startswith("data."):
+            assert ours <= {"artifacts", "config", "data", "errors", "method"}, name
+
+
+def test_no_file_unpickles_or_runs_code_that_it_was_given():
+    for name, path in MODULES.items():
+        text = path.read_text(encoding="utf-8")
+        for call in ast.walk(ast.parse(text)):
+            if not isinstance(call, ast.Call):
+                continue
+            function = ast.unparse(call.func)
+            assert function not in {"pickle.load", "pickle.loads", "eval", "exec", "yaml.load"}, (
+                name
+            )
+            keywords = {k.arg: ast.unparse(k.value) for k in call.keywords}
+            assert keywords.get("trust_remote_code", "False") == "False", name
+            if function == "torch.load":
+                assert keywords.get("weights_only") == "True", name
+
+
+def test_the_method_loads_no_ray_optuna_mlflow_or_transformers():
+    names = [name for name in MODULES if name.startswith("lrmc_ray.method")]
+    loaded, _, _ = loaded_by(f"import {', '.join(names)}")
+    assert not loaded & (HEAVY - {"torch"})
+    assert "torch" in loaded
+
+
+def test_settings_artifacts_and_errors_load_no_torch():
+    loaded, _, _ = loaded_by("import lrmc_ray.config, lrmc_ray.artifacts, lrmc_ray.errors")
+    assert not loaded & (HEAVY | {"numpy"})
+    assert "pydantic" in loaded
+
+
+HELP = """
+import runpy, sys
+sys.argv = {argv}
+try:
+    runpy.run_module({module!r}, run_name="__main__", alter_sys=True)
+except SystemExit as end:
+    assert end.code in (0, None), end.code
+"""
+
+
+@pytest.mark.parametrize(
+    ("module", "said"),
+    [
+        ("lrmc_ray.cli", "record"),
+        ("lrmc_ray.record", "--train-data"),
+        ("lrmc_ray.train", "--space"),
+        ("lrmc_ray.evaluate", "--domain-tasks"),
+        ("lrmc_ray.tune", "section.key=value"),
+        ("lrmc_ray.report", "report.html"),
+    ],
+)
+def test_help_answers_at_once(module, said):
+    """In CPU time, which does not depend on what else the machine does."""
+    code = HELP.format(argv=[module, "--help"], module=module)
+    loaded, output, seconds = loaded_by(code)
+    assert output.startswith("usage: ")
+    assert said in output
+    assert not loaded & HEAVY
+    assert seconds < 3
+
+
+def test_the_installed_command_answers_as_the_module_does():
+    command = Path(sys.executable).with_name("lrmc")
+    result = subprocess.run([command, "--help"], capture_output=True, text=True, check=True)
+    assert result.stdout.startswith("usage: lrmc ")
+    assert all(stage in result.stdout for stage in STAGES)

@@ -1,0 +1,228 @@
+import argparse
+import subprocess
+import sys
+
+import pytest
+
+from lrmc_ray import cli, tracking
+from lrmc_ray.artifacts import lock_directory
+from lrmc_ray.cli import add_run_arguments, settings_from
+from lrmc_ray.errors import ConfigError, DirectoryInUseError, IncompleteArtifactError
+from tests.tiny import make_data
+
+
+def parse(*argv: str, default_space: str | None = None):
+    parser = argparse.ArgumentParser()
+    add_run_arguments(parser, default_space=default_space)
+    return settings_from(parser.parse_args(argv))
+
+
+@pytest.fixture
+def space(tmp_path):
+    path = tmp_path / "space.toml"
+    path.write_text(
+        '[model]\nname = "file-model"\nrevision = "v1"\n'
+        '[data]\ntrain = ["file.jsonl"]\n'
+        "[train]\nlr = 1e-3\nsteps = 7\n"
+        '[evaluate]\ndomain_tasks = ["file-task"]\nlimit = 5\n'
+    )
+    return str(path)
+
+
+# Which of file, override and named argument wins
+
+
+def test_without_arguments_it_is_the_embedded_demo():
+    made = parse()
+    assert (made.model.name, made.data.train) == ("demo", ("demo",))
+    assert (made.train.tau, made.train.delta_max) == (0.99, 45.0)
+    assert made.parameters == {}
+
+
+def test_the_file_wins_over_the_defaults(space):
+    made = parse("--space", space)
+    assert (made.model.name, made.model.revision) == ("file-model", "v1")
+    assert (made.train.lr, made.train.steps, made.train.tau) == (1e-3, 7, 0.99)
+
+
+def test_overrides_win_over_the_file(space):
+    made = parse("--space", space, "train.lr=1e-5", "model.name=other", "evaluate.limit=9")
+    assert (made.train.lr, made.train.steps) == (1e-5, 7)
+    assert (made.model.name, made.model.revision) == ("other", "v1")
+    assert made.evaluate.limit == 9
+
+
+def test_named_arguments_win_over_file_and_overrides(space):
+    made = parse(
+        *("--space", space, "--model", "named", "--train-data", "a.jsonl", "--train-data", "b"),
+        *("--domain-tasks", "mmlu", "--general-tasks", "bbh, gpqa ,", "model.name=overridden"),
+    )
+    assert made.model.name == "named"
+    assert made.model.revision == "v1"
+    assert made.data.train == ("a.jsonl", "b")
+    assert made.evaluate.domain_tasks == ("mmlu",)
+    assert made.evaluate.general_tasks == ("bbh", "gpqa")
+    assert (made.evaluate.limit, made.train.steps) == (5, 7)
+
+
+def test_a_default_space_is_used_unless_another_is_named(space):
+    assert parse(default_space="demo").search.name == "demo"
+    assert parse("--space", space, default_space="demo").search.name == "study"
+
+
+def test_arguments_of_the_run_have_their_defaults():
+    parser = argparse.ArgumentParser()
+    add_run_arguments(parser)
+    arguments = parser.parse_args([])
+    assert (str(arguments.output), arguments.address) == ("runs", "local")
+    assert (arguments.json, arguments.verbose, arguments.overrides) == (False, False, [])
+
+
+def test_overrides_may_follow_the_named_arguments(space):
+    assert parse("--space", space, "--json", "train.steps=3", "train.lr=0.5").train.lr == 0.5
+
+
+# Errors
+
+
+def test_an_unknown_space_names_those_that_are_shipped():
+    with pytest.raises(IncompleteArtifactError, match=r"space file smoek .*smoke\.toml"):
+        parse("--space", "smoek")
+
+
+def test_errors_name_the_settings_file(space):
+    with pytest.raises(ConfigError, match=rf"^{space}: unknown setting train\.tua"):
+        parse("--space", space, "train.tua=1")
+    with pytest.raises(ConfigError, match=r"^settings: unknown setting train\.tua"):
+        parse("train.tua=1")
+
+
+@pytest.mark.parametrize(
+    ("option", "section"),
+    [("--model", "model"), ("--train-data", "data"), ("--domain-tasks", "evaluate")],
+)
+def test_a_value_in_place_of_a_section_is_a_config_error(tmp_path, option, section):
+    path = tmp_path / "space.toml"
+    path.write_text(f'{section} = "demo"\n')
+    with pytest.raises(ConfigError, match=f"{section} must be a section of settings, got 'demo'"):
+        parse("--space", str(path), option, "x")
+
+
+@pytest.mark.parametrize("option", ["--domain-tasks", "--general-tasks"])
+def test_an_empty_list_of_tasks_is_a_config_error(option):
+    with pytest.raises(ConfigError, match=f"{option[2:].replace('-', '_')} must not be empty"):
+        parse(option, " , ")
+
+
+# Commands: exit codes, and what stands on stderr
+
+
+def command(*argv: object, directory) -> subprocess.CompletedProcess:
+    return subprocess.run(
+        [sys.executable, "-m", *map(str, argv)],
+        capture_output=True,
+        text=True,
+        cwd=directory,
+        timeout=120,
+    )
+
+
+@pytest.mark.parametrize("stage", ["record", "train", "tune"])
+@pytest.mark.parametrize(
+    ("argv", "code", "said"),
+    [
+        (["--train-data", "missing.jsonl"], 3, "error: training data missing.jsonl does not exist"),
+        (["train.tua=0.9"], 2, "unknown setting train.tua. Did you mean 'tau'?"),
+        (["train.tau=2"], 2, "train.tau must be less than or equal to 1, got 2"),
+        (["--space", "smoek"], 3, "error: space file smoek does not exist"),
+    ],
+)
+def test_bad_settings_end_a_command_with_their_code_and_one_line(tmp_path, stage, argv, code, said):
+    result = command(f"lrmc_ray.{stage}", *argv, directory=tmp_path)
+    assert result.returncode == code
+    assert result.stderr.startswith("error: ")
+    assert said in result.stderr
+    assert result.stderr.count("\n") == 1
+    assert result.stdout == ""
+    assert not any(tmp_path.iterdir())  # nothing was begun
+
+
+def test_lrmc_gives_its_arguments_to_the_stage(tmp_path):
+    result = command("lrmc_ray.cli", "record", "train.tua=0.9", directory=tmp_path)
+    assert (result.returncode, result.stderr.count("\n")) == (2, 1)
+    assert "Did you mean 'tau'?" in result.stderr
+    result = command("lrmc_ray.cli", "recrod", directory=tmp_path)
+    assert result.returncode == 2
+    assert "invalid choice: 'recrod'" in result.stderr
+    result = command("lrmc_ray.cli", directory=tmp_path)
+    assert result.returncode == 2
+    assert "STAGE" in result.stderr
+
+
+@pytest.mark.parametrize("stage", cli.STAGES)
+def test_every_stage_of_lrmc_has_a_command(stage, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["lrmc", stage, "--help"])
+    assert cli.main() == 0
+    shown = capsys.readouterr().out
+    assert shown.startswith("usage: ")
+    assert shown.split()[1:3] in (["lrmc", stage], ["python", "-m"])
+
+
+def test_mlflow_sync_forwards_the_search_while_no_other_command_works_there(
+    tmp_path, monkeypatch, capsys
+):
+    directory = tmp_path / "runs" / "study-1"
+    directory.mkdir(parents=True)
+    asked = []
+
+    def sync(study_dir, tracking_uri):
+        with pytest.raises(DirectoryInUseError), lock_directory(study_dir):
+            pytest.fail("the search was not held")
+        asked.append((study_dir, tracking_uri))
+        return tracking.Forwarded(runs=3, points=70, trade_off_path="/#/experiments/1")
+
+    monkeypatch.setattr(tracking, "sync", sync)
+    with pytest.raises(IncompleteArtifactError, match=r"has no study\.json"):
+        cli.mlflow_sync([str(directory)])
+    assert not any(directory.iterdir())
+    (directory / "study.json").write_text('{"id": "1", "name": "study", "trials": []}')
+    assert cli.mlflow_sync([str(directory)]) == 0
+    database = f"sqlite:///{tmp_path / 'runs' / 'mlflow.db'}"
+    assert f"3 runs and 70 metric values were added to {database}" in capsys.readouterr().out
+    assert cli.mlflow_sync([str(directory), "--tracking-uri", "http://there:5000"]) == 0
+    assert asked == [(directory, database), (directory, "http://there:5000")]
+
+
+WITHOUT_RAY = """
+import contextlib, sys
+from lrmc_ray import record
+from lrmc_ray.console import run_command
+
+# Rows are read before an actor starts.
+record.ray_session = lambda *arguments, **options: contextlib.nullcontext()
+sys.exit(run_command(record.main))
+"""
+
+
+def test_a_broken_row_ends_record_with_code_4_and_its_place(tmp_path, tiny_model):
+    data = make_data(tmp_path / "train.jsonl", num_rows=5)
+    lines = data.read_text().splitlines()
+    lines[2] = lines[2][:-5]
+    data.write_text("\n".join(lines) + "\n")
+    result = subprocess.run(
+        [
+            *(sys.executable, "-c", WITHOUT_RAY, "--model", tiny_model, "--train-data", data),
+            *("--output", tmp_path / "runs"),
+        ],
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert result.returncode == 4
+    assert "Traceback" not in result.stderr
+    said = result.stderr[result.stderr.index("error: ") :].splitlines()
+    assert said[0] == "error: 1 unusable row(s); mend or remove them:"
+    assert said[1].startswith(f"  {data}:3: not valid JSON")
+    assert len(said) == 2
+    assert result.stdout == ""
+    assert not list((tmp_path / "runs").rglob("manifest.json"))
