@@ -182,13 +182,8 @@ def _write_drift(directory: Path, results: "Sequence[ScoreResult]") -> None:
     groups = results[0].texts.keys()
     texts = {group: [ids for result in results for ids in result.texts[group]] for group in groups}
     write_json(directory / DRIFT_TEXTS, texts)
-    np.savez(
-        directory / DRIFT_LOGPROBS,
-        **{
-            group: np.concatenate([result.logprobs[group] for result in results])
-            for group in groups
-        },
-    )
+    # numpy's annotation takes every keyword for allow_pickle's type.
+    np.savez(directory / DRIFT_LOGPROBS, **logprobs)  # type: ignore[arg-type]
 
 
 def _read_drift(base: Path) -> "ScoreResult":
@@ -219,7 +214,7 @@ def _score_part(model_directory: str, request: Any, threads: int) -> Any:
     return score(Path(model_directory), request)
 
 
-def main(argv: list[str]) -> int:
+def main(argv: Sequence[str]) -> int:
     """The command ``python -m lrmc_ray.evaluate``."""
     from rich.console import Console
     from rich.table import Table

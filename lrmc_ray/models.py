@@ -5,8 +5,10 @@ model is made from what is installed. Code from a model's repository is never ru
 (``trust_remote_code`` stays off), and weights come from safetensors.
 """
 
+import contextlib
 import hashlib
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -106,36 +108,56 @@ def tokenizer_fingerprint(directory: Path) -> str:
     return digest.hexdigest()
 
 
+@contextlib.contextmanager
+def _reading(what: str, directory: Path) -> Iterator[None]:
+    try:
+        yield
+    except Exception as error:  # safetensors and tokenizers raise classes of their own
+        raise DataError(
+            f"{directory} must hold a {what} that transformers knows, without code of its own: "
+            f"{_first_line(error)}; choose another model, or save this one again"
+        ) from error
+
+
 def load_tokenizer(directory: Path) -> Any:
-    """The tokenizer of a model directory."""
+    """The tokenizer of a model directory.
+
+    Raises:
+        DataError: transformers cannot load it, or not without code of its own.
+    """
     from transformers import AutoTokenizer
 
-    return AutoTokenizer.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
+    # trust_remote_code=None, the default, asks whoever is at the terminal, and y runs the code.
+    with _reading("tokenizer", directory):
+        return AutoTokenizer.from_pretrained(
+            directory, local_files_only=True, trust_remote_code=False
+        )
 
 
 def load_model(directory: Path, *, dtype: "torch.dtype | None" = None) -> Any:
     """The causal LM of a model directory, float32 unless told otherwise, in evaluation mode.
 
     Raises:
-        DataError: transformers cannot load it, or not without code of the model's own.
+        DataError: transformers cannot load it, not without code of its own, or weights are missing.
     """
     import torch
-    from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM
 
-    try:
-        model: Any = AutoModelForCausalLM.from_pretrained(
+    with _reading("causal LM", directory):
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
             directory,
             dtype=dtype or torch.float32,
             local_files_only=True,
             use_safetensors=True,
-            trust_remote_code=False,  # None, the default, asks the user, and y runs the code
+            trust_remote_code=False,
+            output_loading_info=True,
         )
-    except (ValueError, OSError, SafetensorError) as error:
+    model, info = loaded
+    if missing := sorted(info["missing_keys"]):
         raise DataError(
-            f"{directory} must hold a causal LM that transformers knows, without code of its own: "
-            f"{_first_line(error)}; choose another model, or save this one again"
-        ) from None
+            f"{directory} must hold all weights of its model, {len(missing)} are missing, first "
+            f"{missing[0]}: they would be random; save the model again"
+        )
     return model.eval()
 
 

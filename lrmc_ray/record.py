@@ -478,7 +478,7 @@ def batches(rows: Sequence[Mapping[str, Any]]) -> Iterator[list[Mapping[str, Any
         yield batch
 
 
-def main(argv: list[str]) -> int:
+def main(argv: Sequence[str]) -> int:
     """The command ``python -m lrmc_ray.record``."""
     from lrmc_ray.cli import add_run_arguments, settings_from
 

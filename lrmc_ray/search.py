@@ -140,7 +140,7 @@ class TrialQueue:
         self._study.tell(number, state=TrialState.FAIL, skip_if_finished=True)
 
 
-class StudySearcher(Searcher):
+class StudySearcher(Searcher):  # type: ignore[misc]  # Ray's types are skipped
     """Hands the queue's trials to Ray Tune and tells the study how they ended."""
 
     def __init__(self, queue: TrialQueue, on_change: Any) -> None:
@@ -154,7 +154,8 @@ class StudySearcher(Searcher):
         """The settings of the next trial."""
         trial = self._queue.next()
         if trial is None:
-            return Searcher.FINISHED
+            finished: str = Searcher.FINISHED
+            return finished
         self._numbers[trial_id] = trial.number
         self._on_change(trial.number, None, None)
         return {

@@ -184,7 +184,7 @@ class StudyTracker:
     def forward(self, number: int, metrics_path: Path) -> None:
         """From now on, forward what is appended to the metrics file of trial ``number``."""
         with self._lock:
-            self._trials[number]["metrics_file"] = str(metrics_path)
+            self._trial(number)["metrics_file"] = str(metrics_path)
 
     def finish(
         self,
@@ -196,13 +196,19 @@ class StudyTracker:
     ) -> None:
         """End trial ``number`` as FINISHED, FAILED or KILLED, with its final scores."""
         with self._lock:
-            self._trials[number] |= {
-                "state": status,
-                "results": dict(metrics or {}),
-                "cause": cause,
-                "ended": time.time(),
-            }
+            self._trial(number).update(
+                {
+                    "state": status,
+                    "results": dict(metrics or {}),
+                    "cause": cause,
+                    "ended": time.time(),
+                }
+            )
         self._wake.set()
+
+    def _trial(self, number: int) -> dict[str, Any]:
+        """What is known of a trial; one of an earlier process may end without having begun here."""
+        return self._trials.setdefault(number, {"number": number, "state": "RUNNING"})
 
     def log_artifact(self, path: Path, folder: str = "") -> None:
         """Copy a file to the study's run; logged again, it replaces the one before."""
@@ -447,7 +453,9 @@ class _Mirror:
         tags = {STUDY_TAG: study_id}
         parent = self._update_run(self._client, None, str(study["name"]), tags, study, study, warn)
         for trial in study["trials"]:
-            number, role = int(trial["number"]), trial.get("role") or "search"
+            number = int(trial["number"])
+            known = self._runs[number].tags if number in self._runs else {}
+            role = trial.get("role") or known.get(ROLE_TAG, "search")
             tags = {
                 STUDY_TAG: study_id,
                 TRIAL_TAG: str(number),

@@ -14,7 +14,7 @@ import shutil
 import sys
 import threading
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -475,7 +475,7 @@ class TrainingRun:
 def _moclip_options(settings: TrainSettings) -> dict[str, Any]:
     if settings.optimizer == "adamw":
         return {}
-    options = {
+    options: dict[str, Any] = {
         "angle": settings.angle,
         "second_moment": settings.second_moment,
         "atan2_scale": settings.atan2_scale,
@@ -519,7 +519,7 @@ def _shown_progress(directory: Path, steps: int) -> Iterator[None]:
             thread.join()
 
 
-def main(argv: list[str]) -> int:
+def main(argv: Sequence[str]) -> int:
     """The command ``python -m lrmc_ray.train``."""
     from lrmc_ray.cli import add_run_arguments, settings_from
 

@@ -44,7 +44,10 @@ if TYPE_CHECKING:
 _log = logging.getLogger(__name__)
 
 STUDY_FILE = "study.json"
+SETTINGS_FILE = "settings.json"
 BEST_MODEL = "best_model"
+MLFLOW_UI = "http://127.0.0.1:5000"
+"""Where `mlflow ui` listens by default."""
 SOME_TRIALS_FAILED = 10
 """Exit code of a finished search with failed trials."""
 
@@ -96,13 +99,16 @@ class Search:
             "versions": _versions(),
             "stage_seconds": {},
             "record": {},
+            "datasets": _datasets(self.settings),
+            "artifacts": [],
             "trials": [],
             "best": None,
             "final": {},
         }
-        self._write()
+        self.write()
 
-    def _write(self) -> None:
+    def write(self) -> None:
+        """Bring ``study.json`` up to date."""
         write_json(self.directory / STUDY_FILE, self.description)
 
     def entry(self, number: int) -> dict[str, Any]:
@@ -141,7 +147,7 @@ class Search:
         scored = read_manifest(base, made_by="python -m lrmc_ray.evaluate")
         self.description["stage_seconds"]["base_evaluation"] = scored["seconds"]
         self.description["base_scores"] = _relative(base, self.directory)
-        self._write()
+        self.write()
         return recorded, base
 
     def slots(self) -> int:
@@ -249,7 +255,7 @@ class Search:
             if trial.user_attrs.get("ready"):
                 self._describe(trial)
         self._choose_best()
-        self._write()
+        self.write()
 
     def _on_change(
         self,
@@ -279,7 +285,7 @@ class Search:
             if result is not None or cause is not None:
                 self._choose_best()
                 self._remove_models()
-            self._write()
+            self.write()
 
     def _describe(self, trial: "optuna.trial.FrozenTrial") -> dict[str, Any]:
         """Bring the entry of ``trial`` up to date."""
@@ -322,7 +328,9 @@ class Search:
         best = max(
             finished, key=lambda t: (t["results"]["eval/combined"], -t["number"]), default=None
         )
-        self.description["best"] = best["number"] if best else None
+        number = best["number"] if best else None
+        if number != self.description["best"]:
+            self.description |= {"best": number, "final": {}}
 
     def _kept(self) -> set[int]:
         """Trials whose models the end of the search still needs."""
@@ -393,7 +401,7 @@ class Search:
                 final[name] = _relative(scores, self.directory)
                 bar.advance(1)
         self.description["final"] = final
-        self._write()
+        self.write()
 
     def export(self) -> Path | None:
         """Copy the best trial's model, with its model card, to ``best_model``."""
@@ -417,15 +425,21 @@ class Search:
         partial.rename(final)
         return final
 
-    def report(self) -> Path:
+    def report(self) -> None:
         """Write the report of what there is, and send it to MLflow."""
-        from lrmc_ray.report import FIGURE_FILE, write_report
+        from lrmc_ray.report import FIGURE_FILE, REPORT_FILE, write_report
 
-        path = write_report(self.directory)
+        write_report(self.directory)
+        artifacts = [
+            {"path": SETTINGS_FILE, "folder": "config"},
+            {"path": REPORT_FILE, "folder": ""},
+            {"path": FIGURE_FILE, "folder": ""},
+        ]
+        self.description["artifacts"] = artifacts
+        self.write()
         if self.tracker is not None:
-            self.tracker.log_artifact(path)
-            self.tracker.log_artifact(self.directory / FIGURE_FILE)
-        return path
+            for artifact in artifacts:
+                self.tracker.log_artifact(self.directory / artifact["path"], artifact["folder"])
 
     @property
     def num_failed(self) -> int:
@@ -446,7 +460,7 @@ class Search:
         """Declare the search finished."""
         self.description["state"] = "FINISHED"
         self.description["ended"] = time.time()
-        self._write()
+        self.write()
 
 
 def _trainable(config: dict[str, Any], **fixed: Any) -> None:
@@ -494,8 +508,7 @@ def tune(search: Search, address: str, *, verbose: bool) -> None:
 
     settings = search.settings
     with ExitStack() as stack:
-        space = search.directory / "settings.json"
-        write_json(space, _json_ready(settings.model_dump(mode="json")))
+        write_json(search.directory / SETTINGS_FILE, _json_ready(settings.model_dump(mode="json")))
         search.tracker = stack.enter_context(
             StudyTracker(
                 search.tracking_uri,
@@ -503,11 +516,11 @@ def tune(search: Search, address: str, *, verbose: bool) -> None:
                 study_name=search.description["name"],
                 directory=search.directory,
                 params=_flat(search.description["settings"]),
-                datasets=_datasets(settings),
+                datasets=search.description["datasets"],
                 catch_up=f"lrmc mlflow-sync {search.directory}",
             )
         )
-        search.tracker.log_artifact(space, "config")
+        search.tracker.log_artifact(search.directory / SETTINGS_FILE, "config")
         stack.enter_context(ray_session(address, log=search.directory / RAY_LOG, verbose=verbose))
         recorded, base = search.prepare()
         try:
@@ -520,6 +533,8 @@ def tune(search: Search, address: str, *, verbose: bool) -> None:
         search.export()
         search.report()
         search.end()
+    search.description["trade_off_path"] = search.tracker.trade_off_path
+    search.write()
 
 
 def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -583,6 +598,8 @@ def _print_end(search: Search, arguments: argparse.Namespace) -> None:
     print(f"Model   {model}")
     print("\nNext:")
     print(f"  mlflow ui --backend-store-uri {search.tracking_uri}")
+    if search.description.get("trade_off_path"):
+        print(f"      forgetting against gain: {MLFLOW_UI}/{search.description['trade_off_path']}")
     print(f"  python -m lrmc_ray.evaluate --tuned {model}")
     print(f"  ray up cluster.yaml && python -m lrmc_ray.tune --address auto {command}".rstrip())
 

@@ -323,6 +323,22 @@ def test_a_resumed_study_doubles_nothing(client, uri, tmp_path):
     assert [m.metrics["train/loss"] for m in read_metrics(path)] == [1.0, 200.0, 300.0, 400.0]
 
 
+def test_a_trial_of_an_earlier_process_may_end_in_this_one(client, uri, tmp_path):
+    def tracker():
+        return StudyTracker(
+            uri, study_id="handed-on", study_name="demo", directory=tmp_path, poll_seconds=0.05
+        )
+
+    with tracker() as first:
+        first.child(0, {"tau": 0.95}, role="yardstick")
+    with tracker() as second:
+        second.finish(0, "FAILED", cause="its machine was lost")
+    _, children = runs_of(client, "handed-on")
+    assert (children[0].info.status, children[0].data.params) == ("FAILED", {"tau": "0.95"})
+    assert children[0].data.tags["lrmc.cause"] == "its machine was lost"
+    assert children[0].data.tags["lrmc.role"] == "yardstick"
+
+
 def test_sync_brings_a_study_from_its_directory_alone_and_once(client, uri, tmp_path):
     write_study(tmp_path, "from-disk")
     first = sync(tmp_path, uri)

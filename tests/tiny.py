@@ -13,6 +13,7 @@ TEMPLATE = (
 def make_model(directory: Path, *, seed: int = 0, tied: bool = True) -> Path:
     """Save a random Llama with a byte-level BPE of 512 tokens and a chat template."""
     import pydoc_data.topics
+
     import torch
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast

@@ -291,8 +291,8 @@ class MoClip(Optimizer):
         weight_decay: Decoupled, as in AdamW: per step the weight shrinks by ``lr * weight_decay``.
         delta_max: Largest angle between gradient and momentum, in degrees, in (0, 180].
         clip: Reading of the cap.
-        angle: ``"tensor"``: each tensor has its own angle. ``"global"``: all tensors, of all groups
-            that say so, are one long vector with one angle.
+        angle: ``"tensor"``: each tensor has its own angle. ``"global"``: the tensors of all groups
+            that say so, and have a cap, are one long vector with one angle.
         second_moment: Whether v sees the ``"raw"`` or the ``"capped"`` gradient.
         atan2_scale: a, the factor of the arctan2 step.
         reduce_dots: For sharded parameters. Sums a float64 tensor of four numbers per parameter

@@ -151,7 +151,7 @@ def anchor_kl(
 
     tail_N = _tail_logsumexp(hidden_ND, weight_VD, candidates, tail_ids, tail_logweights, **head)
     has_tail_N = tail_N > -math.inf
-    # Probability of the row as a whole, base and model; 1 where there is no tail.
+    # Without a sampled token outside S there is no such outcome: the base is renormalized over S.
     base_outside_N = candidates.outside_mass().to(logits.dtype) * has_tail_N
     base = base - torch.where(has_tail_N, 0.0, base_inside_N)[rows]
     normalizer_N = torch.logaddexp(inside_N, tail_N)

@@ -125,7 +125,10 @@ def learning_rate(
     steps: int,
     schedule: Literal["constant", "linear", "cosine"],
 ) -> float:
-    """The learning rate of ``step`` (from 0): a linear warm-up, then the schedule, down to 0."""
+    """The learning rate of ``step`` (from 0): a linear warm-up, then the schedule.
+
+    Linear and cosine reach 0 at ``steps``, one after the last.
+    """
     if step < warmup_steps:
         return peak * (step + 1) / warmup_steps
     progress = (step - warmup_steps) / max(1, steps - warmup_steps)
@@ -223,8 +226,8 @@ def compute_gradients(
             settings.tail_samples, head.weight_VD.shape[0], seed=settings.seed, step=step
         )
         tail = ids.to(device), logweights.to(device)
-    # Other gradients need no help with one worker: backward adds each micro-batch's to ``.grad`` at
-    # once. To the head's it adds several times, for the candidates, the tail and the anchor.
+    # With one worker backward itself adds the micro-batches in order, each to ``.grad`` at once. But
+    # the head's gradient comes in several parts, from candidates, tail and anchor.
     ordered: Sequence[Tensor] = []
     if reduction == "strict":
         ordered = [p for p in parameters if group.world_size > 1 or p is head.weight_VD]

@@ -348,9 +348,10 @@ def test_swapped_files_are_noticed(tmp_path, samples):
 
 
 def test_other_rows_than_the_manifest_says_are_noticed(record, samples):
-    write_part(record / "part-3.parquet", samples[:19], PROVENANCE)
-    declare(record)
-    assert "part-3.parquet has 19 rows, not 20" in error_of(record)
+    for rows in (19, 21):
+        write_part(record / "part-3.parquet", samples[:rows], PROVENANCE)
+        declare(record)
+        assert f"part-3.parquet has {rows} rows, not 20" in error_of(record)
 
 
 @pytest.mark.parametrize("key", PROVENANCE)
@@ -380,6 +381,14 @@ def test_a_file_without_metadata_is_refused(record, samples):
     pq.write_table(table, record / "part-1.parquet")
     declare(record)
     assert "record schema version absent, not 1" in error_of(record)
+
+
+def test_metadata_that_is_no_text_is_refused(record, samples):
+    table = to_table(samples[3:4], PROVENANCE)
+    metadata = {**table.schema.metadata, b"lrmc.data": b"\xf2"}
+    pq.write_table(table.replace_schema_metadata(metadata), record / "part-1.parquet")
+    declare(record)
+    assert "part-1.parquet is damaged ('utf-8' codec can't decode" in error_of(record)
 
 
 def as_int64(table, name):

@@ -151,6 +151,11 @@ def test_180_degrees_is_none_bit_for_bit(clip, angle, second_moment):
     options = {"angle": angle, "second_moment": second_moment, "weight_decay": 0.1}
     expected = run(start, gradients, clip="none", weight_decay=0.1)
     assert torch.equal(run(start, gradients, clip=clip, delta_max=180.0, **options), expected)
+    # An angle of exactly 180 degrees: 3, 4, 5 and their halves round nothing.
+    exact = [torch.tensor([3.0, 4.0]), torch.tensor([-3.0, -4.0])]
+    options["betas"] = (0.5, 0.99)
+    expected = run(exact[0], exact, clip="none", weight_decay=0.1, betas=(0.5, 0.99))
+    assert torch.equal(run(exact[0], exact, clip=clip, delta_max=180.0, **options), expected)
 
 
 # The caps, worked by hand and by their properties

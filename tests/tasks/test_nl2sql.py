@@ -248,6 +248,45 @@ def test_200_mutations_of_hostile_statements_change_nothing(runner, no_trace):
     assert runner.execute("SELECT COUNT(*) FROM country").rows == ((244,),)
 
 
+@pytest.mark.parametrize(
+    ("sql", "error"),
+    [
+        (HOSTILE["doubling"], "DataError: string or blob too big"),
+        (HOSTILE["parameter"], "OperationalError: too many SQL variables"),
+        (HOSTILE["deep expression"], "OperationalError: Expression tree is too large"),
+        (HOSTILE["many unions"], "OperationalError: too many terms in compound SELECT"),
+        (HOSTILE["many columns"], "OperationalError: too many columns in result set"),
+        (HOSTILE["long statement"], "longer than 10000 characters"),
+        (HOSTILE["two statements"], "ProgrammingError: You can only execute one statement"),
+        ("SELECT a.id FROM city a, city b LIMIT 10001", "more than 10000 rows"),
+        ("SELECT (SELECT replace(group_concat(name), 'a', 'aaaa') FROM city) FROM city LIMIT 100",
+         "more than 10000 rows or 4194304 bytes"),
+    ],
+)  # fmt: skip
+def test_each_limit_has_its_own_message(runner, sql, error):
+    """So that one limit cannot go missing behind another."""
+    assert runner.execute(sql).error.startswith(error)
+
+
+def test_up_to_the_limit_everything_runs(countries):
+    with SqlRunner(countries, query_seconds=30.0, wall_seconds=60.0) as runner:
+        rows = runner.execute("SELECT a.id FROM city a, city b LIMIT 10000").rows
+        assert len(rows) == 10_000
+        # 310,200 rows are more than SQLite sorts without a temporary file, unless told otherwise.
+        assert runner.execute(
+            "SELECT MAX(place) FROM (SELECT row_number() OVER (ORDER BY a.latitude * b.longitude) "
+            "AS place FROM city a, (SELECT longitude FROM city LIMIT 50) b)"
+        ) == Result(rows=((310_200,),))
+
+
+def test_sqlite_runs_out_of_its_own_memory_before_the_kernel_steps_in(countries):
+    with SqlRunner(countries, query_seconds=60.0, wall_seconds=60.0) as runner:
+        assert runner.execute(SLOW["large sort"]).error == "MemoryError: out of memory"
+        assert runner.num_restarts == 0
+        status = Path(f"/proc/{runner._process.pid}/status").read_text()
+        assert int(status.partition("VmHWM:")[2].split()[0]) < 256 * 2**10
+
+
 def test_a_child_that_hangs_is_killed_and_replaced(countries, no_trace):
     """SIGSTOP stands for whatever the deadline inside the child does not catch."""
     with SqlRunner(countries, wall_seconds=1.0) as runner:
@@ -377,6 +416,8 @@ def test_nothing_outside_the_standard_library_gets_into_the_child(countries, tmp
         ("SELECT name, code FROM continent", "SELECT name FROM continent", False),
         # A multiset: the number of equal rows counts.
         ("SELECT DISTINCT continent FROM country", "SELECT continent FROM country", False),
+        ("VALUES (1)", "VALUES (1), (2)", False),
+        ("VALUES (1), (2)", "VALUES (1)", False),
         ("VALUES (1), (1), (2)", "VALUES (1), (2), (2)", False),
         ("VALUES (2), (1), (2)", "VALUES (1), (2), (2)", True),
         # Numbers to a tolerance, whatever their type; text and NULL exactly.

@@ -1,0 +1,361 @@
+import json
+import os
+import shutil
+import subprocess
+import sys
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from lrmc_ray.config import ModelSettings
+from lrmc_ray.errors import DataError, IncompleteArtifactError
+from lrmc_ray.models import (
+    cache_directory,
+    head_of,
+    hidden_states,
+    load_model,
+    load_tokenizer,
+    local_directory,
+    logits,
+    model_fingerprint,
+    save_model,
+    tokenizer_fingerprint,
+)
+
+SIZES = {
+    "vocab_size": 128,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 64,
+    "initializer_range": 0.5,  # large logits, so that a forgotten softcap shows
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+
+
+def random_model(architecture: str, **options):
+    """A small model of a transformers architecture, every weight and bias random."""
+    import transformers
+
+    config = getattr(transformers, f"{architecture}Config")(**{**SIZES, **options})
+    torch.manual_seed(0)
+    model = getattr(transformers, f"{architecture}ForCausalLM")(config)
+    for name, parameter in model.named_parameters():
+        if name.endswith("bias"):
+            torch.nn.init.normal_(parameter)
+    return model.eval()
+
+
+MODELS = {
+    "tied Llama": ("Llama", {"tie_word_embeddings": True}),
+    "untied Llama": ("Llama", {"tie_word_embeddings": False}),
+    "Gemma 2, softcap": (
+        "Gemma2",
+        {"head_dim": 8, "final_logit_softcapping": 5.0, "sliding_window": 16},
+    ),
+    "Cohere, logit scale": ("Cohere", {"logit_scale": 0.0625}),
+    "Granite, logits scaling": ("Granite", {"logits_scaling": 8.0}),
+    "Phi, bias": ("Phi", {}),
+}
+EXPECTED_OPTIONS = {
+    "Gemma 2, softcap": (False, 1.0, 5.0),
+    "Cohere, logit scale": (False, 0.0625, None),
+    "Granite, logits scaling": (False, 0.125, None),
+    "Phi, bias": (True, 1.0, None),
+}
+
+
+@pytest.fixture
+def copy_of_model(tiny_model, tmp_path):
+    """A copy of the tiny model that a test may damage."""
+    return shutil.copytree(tiny_model, tmp_path / "copy")
+
+
+# The head
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_head_of_gives_the_models_own_logits(name):
+    architecture, options = MODELS[name]
+    model = random_model(architecture, **options)
+    head = head_of(model)
+    assert head.weight_VD is model.get_output_embeddings().weight
+    expected_options = EXPECTED_OPTIONS.get(name, (False, 1.0, None))
+    assert (head.bias_V is not None, head.logit_scale, head.softcap) == expected_options
+
+    ids_BT = torch.randint(128, (3, 20), generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        expected_BTV = model(input_ids=ids_BT).logits
+        actual_BTV = logits(hidden_states(model, ids_BT), head)
+        plain_BTV = hidden_states(model, ids_BT) @ head.weight_VD.T
+    torch.testing.assert_close(actual_BTV, expected_BTV, rtol=1e-5, atol=1e-5)
+    # What makes the model special matters.
+    is_plain = torch.allclose(plain_BTV, expected_BTV, rtol=1e-2, atol=1e-2)
+    assert is_plain == (architecture == "Llama")
+
+
+def test_padding_on_the_right_needs_no_mask():
+    model = random_model("Llama")
+    generator = torch.Generator().manual_seed(2)
+    ids_BT = torch.randint(128, (4, 17), generator=generator)
+    mask_BT = torch.arange(17) < torch.tensor([[17], [3], [9], [1]])
+    with torch.no_grad():
+        expected_BTD = model.base_model(
+            input_ids=ids_BT, attention_mask=mask_BT.long()
+        ).last_hidden_state
+        actual_BTD = hidden_states(model, torch.where(mask_BT, ids_BT, 0))
+    torch.testing.assert_close(actual_BTD[mask_BT], expected_BTD[mask_BT])
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_dropout_does_not_mislead_the_check_and_the_mode_stays(training):
+    model = random_model("Llama", attention_dropout=0.5).train(training)
+    assert head_of(model).weight_VD is model.lm_head.weight
+    assert model.training is training
+
+
+def test_a_head_that_cannot_be_expressed_is_refused():
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    class ShiftedByPosition(LlamaForCausalLM):
+        def forward(self, *args, **kwargs):
+            output = super().forward(*args, **kwargs)
+            shift_T = torch.arange(output.logits.shape[1]) * 0.05
+            output.logits = output.logits + shift_T[:, None]
+            return output
+
+    model = ShiftedByPosition(LlamaConfig(**SIZES)).eval()
+    with pytest.raises(DataError, match=r"ShiftedByPosition is not supported.*differ by 0\.35"):
+        head_of(model)
+
+
+def test_a_model_without_an_output_head_is_refused():
+    from transformers import LlamaConfig, LlamaModel
+
+    with pytest.raises(DataError, match="LlamaModel has no output head; a causal LM is needed"):
+        head_of(LlamaModel(LlamaConfig(**SIZES)))
+
+
+# Loading and saving
+
+
+def test_loading_gives_float32_in_evaluation_mode_unless_told_otherwise(tiny_model):
+    model = load_model(tiny_model)
+    assert not model.training
+    assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}
+    saved = load_file(tiny_model / "model.safetensors")
+    torch.testing.assert_close(
+        model.get_input_embeddings().weight.detach(), saved["model.embed_tokens.weight"]
+    )
+    half = load_model(tiny_model, dtype=torch.bfloat16)
+    assert {parameter.dtype for parameter in half.parameters()} == {torch.bfloat16}
+
+
+@pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
+def test_a_saved_model_gives_the_same_bits_and_the_same_tokens(tied, tiny_model, tmp_path):
+    torch.manual_seed(3)
+    model = load_model(tiny_model)
+    if not tied:
+        config = model.config.__class__(**{**model.config.to_dict(), "tie_word_embeddings": False})
+        model = type(model)(config).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn(parameter.shape) * 0.01)
+    save_model(model, tiny_model, tmp_path / "saved")
+    loaded = load_model(tmp_path / "saved")
+
+    ids_BT = torch.randint(512, (2, 30), generator=torch.Generator().manual_seed(4))
+    with torch.no_grad():
+        assert torch.equal(model(input_ids=ids_BT).logits, loaded(input_ids=ids_BT).logits)
+    is_tied = loaded.get_output_embeddings().weight is loaded.get_input_embeddings().weight
+    assert is_tied == tied
+    assert not list((tmp_path / "saved").glob("*.bin"))
+
+    assert tokenizer_fingerprint(tmp_path / "saved") == tokenizer_fingerprint(tiny_model)
+    ours, theirs = load_tokenizer(tmp_path / "saved"), load_tokenizer(tiny_model)
+    text = "SELECT name FROM city WHERE 2 > 1; ÄÖ 日本 <|im_end|>"
+    assert ours(text).input_ids == theirs(text).input_ids
+    assert ours.decode(ours(text).input_ids) == text
+    messages = [{"role": "user", "content": "How many?"}]
+    rendered = ours.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    assert rendered == "<|im_start|>user\nHow many?<|im_end|>\n<|im_start|>assistant\n"
+
+
+def test_a_damaged_weight_file_is_bad_data(copy_of_model):
+    weights = copy_of_model / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:1000])
+    with pytest.raises(DataError, match=r"choose another model, or save this one again"):
+        load_model(copy_of_model)
+
+
+def test_missing_weights_are_refused_rather_than_random(copy_of_model):
+    weights = load_file(copy_of_model / "model.safetensors")
+    for name in ("model.layers.1.mlp.up_proj.weight", "model.norm.weight"):
+        del weights[name]
+    save_file(weights, copy_of_model / "model.safetensors", metadata={"format": "pt"})
+    message = r"2 are missing, first model\.layers\.1\.mlp\.up_proj\.weight.*save the model again"
+    with pytest.raises(DataError, match=message):
+        load_model(copy_of_model)
+
+
+def test_weights_of_other_shapes_are_refused(copy_of_model):
+    weights = load_file(copy_of_model / "model.safetensors")
+    weights["model.norm.weight"] = torch.ones(63)
+    save_file(weights, copy_of_model / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(DataError, match="must hold a causal LM"):
+        load_model(copy_of_model)
+
+
+def test_a_damaged_tokenizer_file_is_bad_data(copy_of_model):
+    path = copy_of_model / "tokenizer.json"
+    path.write_text(path.read_text()[:1000])
+    with pytest.raises(DataError, match=r"must hold a tokenizer .* or save this one again"):
+        load_tokenizer(copy_of_model)
+
+
+def test_weights_that_are_no_safetensors_are_refused(copy_of_model):
+    """A pickle could run code when it is read."""
+    weights = load_file(copy_of_model / "model.safetensors")
+    (copy_of_model / "model.safetensors").unlink()
+    torch.save(weights, copy_of_model / "pytorch_model.bin")
+    with pytest.raises(DataError, match="transformers knows"):
+        load_model(copy_of_model)
+
+
+@pytest.mark.parametrize("is_known_architecture", [True, False])
+def test_code_in_a_model_directory_never_runs(is_known_architecture, copy_of_model, monkeypatch):
+    """Not even when whoever sits at the terminal would say yes to it."""
+    marker = copy_of_model / "ran"
+    (copy_of_model / "planted.py").write_text(
+        f"open({str(marker)!r}, 'w').close()\n"
+        "from transformers import LlamaConfig as Config, LlamaForCausalLM as Model\n"
+        "from transformers import PreTrainedTokenizerFast as Tokenizer\n"
+    )
+    config = json.loads((copy_of_model / "config.json").read_text())
+    config["auto_map"] = {"AutoConfig": "planted.Config", "AutoModelForCausalLM": "planted.Model"}
+    tokenizer = json.loads((copy_of_model / "tokenizer_config.json").read_text())
+    tokenizer["auto_map"] = {"AutoTokenizer": [None, "planted.Tokenizer"]}
+    if not is_known_architecture:
+        config["model_type"] = "planted"
+        tokenizer["tokenizer_class"] = "PlantedTokenizer"
+    (copy_of_model / "config.json").write_text(json.dumps(config))
+    (copy_of_model / "tokenizer_config.json").write_text(json.dumps(tokenizer))
+
+    asked = []
+    monkeypatch.setattr("builtins.input", lambda question="": asked.append(question) or "y")
+    if is_known_architecture:
+        assert type(load_model(copy_of_model)).__module__.startswith("transformers.models.llama")
+        assert type(load_tokenizer(copy_of_model)).__module__.startswith("transformers.")
+    else:
+        with pytest.raises(DataError, match="without code of its own") as caught:
+            load_model(copy_of_model)
+        assert caught.value.exit_code == 4
+        with pytest.raises(DataError, match="without code of its own"):
+            load_tokenizer(copy_of_model)
+    assert asked == []
+    assert not marker.exists()
+
+
+# Fingerprints
+
+
+def test_the_model_fingerprint_is_that_of_the_content(tiny_model, copy_of_model):
+    before = model_fingerprint(tiny_model)
+    for path in copy_of_model.iterdir():
+        os.utime(path, (1, 1))
+    (copy_of_model / "README.md").write_text("A note changes nothing.")
+    assert model_fingerprint(copy_of_model) == before
+    assert len(before) == 64
+    assert set(before) <= set("0123456789abcdef")
+
+
+def test_one_flipped_bit_of_one_weight_changes_the_model_fingerprint(tiny_model, copy_of_model):
+    before, tokenizer = model_fingerprint(tiny_model), tokenizer_fingerprint(tiny_model)
+    weights = copy_of_model / "model.safetensors"
+    content = bytearray(weights.read_bytes())
+    content[-1] ^= 1
+    weights.write_bytes(content)
+    assert model_fingerprint(copy_of_model) != before
+    assert tokenizer_fingerprint(copy_of_model) == tokenizer
+
+
+def test_every_weight_file_and_the_configuration_count(tiny_model, copy_of_model):
+    before = model_fingerprint(tiny_model)
+    save_file({"extra": torch.zeros(1)}, copy_of_model / "model-2.safetensors")
+    with_shard = model_fingerprint(copy_of_model)
+    config = copy_of_model / "config.json"
+    config.write_text(config.read_text().replace('"rms_norm_eps": 1e-06', '"rms_norm_eps": 1e-05'))
+    with_config = model_fingerprint(copy_of_model)
+    assert len({before, with_shard, with_config}) == 3
+
+
+@pytest.mark.parametrize("name", ["chat_template.jinja", "tokenizer.json", "tokenizer_config.json"])
+def test_the_tokenizer_fingerprint_covers_template_and_vocabulary(name, tiny_model, copy_of_model):
+    before, model = tokenizer_fingerprint(tiny_model), model_fingerprint(tiny_model)
+    assert tokenizer_fingerprint(copy_of_model) == before
+    path = copy_of_model / name
+    path.write_text(path.read_text().replace("<|im_end|>", "<|im_stop|>"))
+    assert tokenizer_fingerprint(copy_of_model) != before
+    assert model_fingerprint(copy_of_model) == model
+
+
+# Where a model is
+
+
+def test_a_directory_is_taken_as_it_is(tiny_model, monkeypatch):
+    monkeypatch.chdir(tiny_model.parent)
+    assert local_directory(ModelSettings(name=tiny_model.name)) == tiny_model.resolve()
+
+
+@pytest.mark.parametrize(
+    ("missing", "message"),
+    [
+        ("config.json", r"has no config\.json; save the model with save_pretrained"),
+        ("model.safetensors", r"has no \*\.safetensors; save the weights as safetensors"),
+        ("tokenizer.json", r"has no tokenizer\.json or .*; save its tokenizer there as well"),
+    ],
+)
+def test_an_incomplete_directory_names_what_it_lacks(missing, message, copy_of_model):
+    (copy_of_model / missing).unlink()
+    with pytest.raises(DataError, match=message) as caught:
+        local_directory(ModelSettings(name=str(copy_of_model)))
+    assert caught.value.exit_code == 4
+
+
+@pytest.mark.parametrize("name", ["no-one/no-such-model", "./no/such/directory", "no such: name"])
+def test_what_is_neither_a_directory_nor_on_the_hub_is_refused_without_network(name):
+    code = (
+        "import sys\n"
+        "from lrmc_ray.config import ModelSettings\n"
+        "from lrmc_ray.models import local_directory\n"
+        "try:\n"
+        f"    local_directory(ModelSettings(name={name!r}))\n"
+        "except Exception as error:\n"
+        "    print(type(error).__name__, error.exit_code, error)\n"
+        "print('torch' in sys.modules)\n"
+    )
+    result = subprocess.run(
+        [sys.executable, "-c", code],
+        env={**os.environ, "HF_HUB_OFFLINE": "1"},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    error, uses_torch = result.stdout.splitlines()
+    expected = f"{IncompleteArtifactError.__name__} 3 model {name} is neither a directory nor to be"
+    assert error.startswith(expected)
+    assert error.endswith("check the name, log in with `hf auth login`, or give a directory")
+    assert uses_torch == "False"
+
+
+def test_the_cache_is_where_the_environment_says(monkeypatch, tmp_path):
+    monkeypatch.setenv("LRMC_CACHE", str(tmp_path))
+    assert cache_directory() == tmp_path
+    monkeypatch.delenv("LRMC_CACHE")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert cache_directory() == tmp_path / ".cache" / "lrmc_ray"
