@@ -179,11 +179,14 @@ def _write_drift(directory: Path, results: "Sequence[ScoreResult]") -> None:
     """Keep the base model's texts and its log-probabilities there."""
     import numpy as np
 
-    groups = results[0].texts.keys()
-    texts = {group: [ids for result in results for ids in result.texts[group]] for group in groups}
+    texts: dict[str, list[list[int]]] = {}
+    logprobs: dict[str, Any] = {}
+    for group in results[0].texts:
+        texts[group] = [ids for result in results for ids in result.texts[group]]
+        logprobs[group] = np.concatenate([result.logprobs[group] for result in results])
     write_json(directory / DRIFT_TEXTS, texts)
     # numpy's annotation takes every keyword for allow_pickle's type.
-    np.savez(directory / DRIFT_LOGPROBS, **logprobs)  # type: ignore[arg-type]
+    np.savez(directory / DRIFT_LOGPROBS, **logprobs)
 
 
 def _read_drift(base: Path) -> "ScoreResult":
@@ -230,7 +233,7 @@ def main(argv: Sequence[str]) -> int:
     )
     add_run_arguments(parser)
     parser.add_argument("--tuned", metavar="DIR", help="the tuned model's directory")
-    arguments = parser.parse_args(argv)
+    arguments = parser.parse_intermixed_args(argv)
     setup_logging(arguments.verbose)
     settings = settings_from(arguments)
     if arguments.tuned and not Path(arguments.tuned).is_dir():

@@ -487,7 +487,7 @@ def main(argv: Sequence[str]) -> int:
         description="Stage 0: record the candidate tokens of every position of the training data.",
     )
     add_run_arguments(parser)
-    arguments = parser.parse_args(argv)
+    arguments = parser.parse_intermixed_args(argv)
     setup_logging(arguments.verbose)
     settings = settings_from(arguments)
     training_files(settings)

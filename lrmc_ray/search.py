@@ -123,7 +123,7 @@ class TrialQueue:
         search = self._settings.search
         # Seeded per trial: a resumed search neither repeats its points nor depends on when it died.
         self._study.sampler = optuna.samplers.TPESampler(
-            seed=search.seed * 10_007 + len(self._study.get_trials(deepcopy=False)),
+            seed=(search.seed * 10_007 + len(self._study.get_trials(deepcopy=False))) % 2**32,
             n_startup_trials=search.startup_trials,
             constant_liar=True,  # trials run side by side
         )

@@ -529,7 +529,7 @@ def main(argv: Sequence[str]) -> int:
         "where that has not been done.",
     )
     add_run_arguments(parser)
-    arguments = parser.parse_args(argv)
+    arguments = parser.parse_intermixed_args(argv)
     setup_logging(arguments.verbose)
     settings = settings_from(arguments)
     from lrmc_ray.record import record, training_files

@@ -561,7 +561,7 @@ def main(argv: Sequence[str]) -> int:
         metavar="URI",
         help="MLflow server or database (default: sqlite in the output directory)",
     )
-    arguments = parser.parse_args(argv)
+    arguments = parser.parse_intermixed_args(argv)
     setup_logging(arguments.verbose)
     settings = settings_from(arguments)
     from lrmc_ray.record import training_files

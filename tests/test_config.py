@@ -126,7 +126,7 @@ RULES = {
     "evaluate.general_tasks": texts,
     "evaluate.batch_size": whole(1),
     "evaluate.precision": precision,
-    "evaluate.limit": optional(whole(1)),
+    "evaluate.limit": optional(whole(2)),
     "evaluate.drift_samples": whole(0),
     "search.name": study_name,
     "search.trials": whole(1),

@@ -226,8 +226,8 @@ def compute_gradients(
             settings.tail_samples, head.weight_VD.shape[0], seed=settings.seed, step=step
         )
         tail = ids.to(device), logweights.to(device)
-    # With one worker backward itself adds the micro-batches in order, each to ``.grad`` at once. But
-    # the head's gradient comes in several parts, from candidates, tail and anchor.
+    # With one worker backward itself adds the micro-batches in order, each to ``.grad`` at once,
+    # but the head's gradient comes in several parts: of candidates, tail and anchor.
     ordered: Sequence[Tensor] = []
     if reduction == "strict":
         ordered = [p for p in parameters if group.world_size > 1 or p is head.weight_VD]
