@@ -32,6 +32,8 @@ _DISK_REMEDIES = {
     errno.EDQUOT: "free space or raise the quota",
     errno.EROFS: "choose a writable directory",
     errno.EACCES: "give this user permission or choose another path",
+    errno.ENOTDIR: "choose a directory, not a file",
+    errno.EEXIST: "choose a directory, not a file",
 }
 
 

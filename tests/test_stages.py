@@ -189,9 +189,9 @@ def test_a_killed_training_goes_on_to_the_same_parameters(
     script = tmp_path / "run.py"
     overrides = [
         f"{section}.{key}={json.dumps(value)}"
-        for section, values in make_settings().model_dump(
-            mode="json", exclude_none=True, exclude={"parameters", "resources"}
-        ).items()
+        for section, values in make_settings()
+        .model_dump(mode="json", exclude_none=True, exclude={"parameters", "resources"})
+        .items()
         for key, value in values.items()
     ]
     script.write_text(

@@ -9,9 +9,9 @@ from pathlib import Path
 from lrmc_ray.artifacts import PARTIAL, fingerprint
 
 SEED = 0
-NUM_TRAIN = 600
+NUM_TRAIN = 500
 NUM_DEV = 60
-NUM_TEST = 160
+NUM_TEST = 120
 
 
 @dataclass(frozen=True)

@@ -221,18 +221,6 @@ def foreach_moclip_update_(updates: Sequence[TensorUpdate], second_moment: Secon
             param.copy_(wide)
 
 
-# atan(r) / r - 1 on [0, 1] in powers r^2, r^4, ...: minimax fit, relative error of atan 1.1e-7.
-_ARCTAN_COEFFICIENTS = (
-    -0.3333239155999517,
-    0.1997421377925786,
-    -0.14041326814428545,
-    0.09968471672476224,
-    -0.060203114669943915,
-    0.024734049977873446,
-    -0.004822528846739724,
-)
-
-
 def arctan2_nonnegative(y: Tensor, x: Tensor) -> Tensor:
     """``atan2(y, x)`` for x >= 0, in float32 with a relative error below 5e-7.
 
@@ -240,13 +228,24 @@ def arctan2_nonnegative(y: Tensor, x: Tensor) -> Tensor:
     """
     if y.dtype != torch.float32:
         return torch.atan2(y, x)
+    # atan(r) / r - 1 in powers r^2, r^4, ...: minimax fit on [0, 1], relative error of atan 1.1e-7.
+    # They stand here because torch.compile takes floats of a module for inputs that can change.
+    coefficients = (
+        -0.3333239155999517,
+        0.1997421377925786,
+        -0.14041326814428545,
+        0.09968471672476224,
+        -0.060203114669943915,
+        0.024734049977873446,
+        -0.004822528846739724,
+    )
     height = y.abs()
     # Not below the smallest normal number: the angle of (0, 0) is 0.
     longer = torch.maximum(height, x).clamp_min(torch.finfo(torch.float32).tiny)
     r = torch.minimum(height, x) / longer
     r_squared = r * r
-    series = torch.full_like(r, _ARCTAN_COEFFICIENTS[-1])
-    for coefficient in reversed(_ARCTAN_COEFFICIENTS[:-1]):
+    series = torch.full_like(r, coefficients[-1])
+    for coefficient in reversed(coefficients[:-1]):
         series = series * r_squared + coefficient
     octant = r + r * (r_squared * series)
     return torch.where(height > x, math.pi / 2 - octant, octant).copysign(y)

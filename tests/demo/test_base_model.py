@@ -25,6 +25,7 @@ def load_tiny(directory):
     import torch
 
     model = LlamaForCausalLM.from_pretrained(directory, dtype=torch.float32)
+    model.generation_config.eos_token_id = 0  # wrong, as in a base model's config
     return model, AutoTokenizer.from_pretrained(directory), {"source": "test"}
 
 
@@ -206,7 +207,7 @@ def test_a_hub_that_does_not_answer_costs_a_few_seconds(tmp_path, tiny_model):
     )
     result = run_with_hub(tmp_path, tiny_model, 60.0, code)
     assert result.returncode == 0, result.stderr
-    assert float(result.stdout) < 20
+    assert float(result.stdout) < 30  # the server would take 60
 
 
 @pytest.mark.slow

@@ -3,16 +3,21 @@
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
+import urllib.request
 from pathlib import Path
 
 import pytest
 
+from lrmc_ray.config import find_space, load_settings
+
 pytestmark = [pytest.mark.slow, pytest.mark.ray, pytest.mark.timeout(3000)]
 
 OVERRIDES = ["search.trials=2", "train.checkpoint_every=5"]
+STEPS = load_settings(find_space("demo")).train.steps
 
 
 def command(output: Path, *more: str) -> list[str]:
@@ -59,9 +64,9 @@ def test_the_killed_search_went_on_from_its_checkpoints(search):
     assert steps_before
     for ledger in directory.glob("trials/*/training/ledger.jsonl"):
         steps = [json.loads(line)["step"] for line in ledger.read_text().splitlines()]
-        assert sorted(set(steps)) == list(range(30))
+        assert sorted(set(steps)) == list(range(STEPS))
         # Redone steps are those since the last checkpoint: fewer than the whole run.
-        assert len(steps) - 30 <= 5
+        assert len(steps) - STEPS <= 5
 
 
 def test_the_model_learns_the_domain(search):
@@ -111,7 +116,7 @@ def test_mlflow_has_one_parent_and_a_child_per_trial(search):
         assert run.info.status == "FINISHED"
         assert {"eval/domain_gain", "eval/forgetting", "train/loss"} <= run.data.metrics.keys()
         points = client.get_metric_history(run.info.run_id, "train/loss")
-        assert sorted(point.step for point in points) == list(range(1, 31))
+        assert sorted(point.step for point in points) == list(range(1, STEPS + 1))
 
 
 def test_the_same_command_again_says_so_and_does_nothing(search):
@@ -126,3 +131,51 @@ def test_the_same_command_again_says_so_and_does_nothing(search):
     assert time.monotonic() - start < 60
     after = {path: path.stat().st_mtime_ns for path in directory.rglob("*") if path.is_file()}
     assert {p for p in after if p.name != ".lock" and after[p] != before.get(p)} == set()
+
+
+def test_mlflows_page_shows_forgetting_against_gain(search, tmp_path):
+    """The link that the search prints, in a real browser."""
+    from tests.end_to_end.mlflow_page import CHROMIUM, page_html, screenshot
+
+    if CHROMIUM is None:
+        pytest.skip("no Chromium on this machine: the page was not looked at")
+    directory, _, _, _ = search
+    path = json.loads((directory / "study.json").read_text())["trade_off_path"]
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    uri = f"sqlite:///{directory.parent / 'mlflow.db'}"
+    server = subprocess.Popen(
+        [
+            sys.executable,
+            "-m",
+            "mlflow",
+            "server",
+            "--backend-store-uri",
+            uri,
+            "--host",
+            "127.0.0.1",
+            "--port",
+            str(port),
+        ],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        start_new_session=True,
+    )
+    try:
+        base_url = f"http://127.0.0.1:{port}"
+        deadline = time.monotonic() + 120
+        while time.monotonic() < deadline:
+            try:
+                urllib.request.urlopen(f"{base_url}/health", timeout=2).close()
+                break
+            except OSError:
+                time.sleep(0.5)
+        page = page_html(f"{base_url}/{path}")
+        screenshot(f"{base_url}/{path}", tmp_path / "page.png")
+    finally:
+        os.killpg(server.pid, signal.SIGKILL)
+        server.wait()
+    for text in ("eval/domain_gain", "eval/forgetting", "yardstick"):
+        assert text in page
+    assert (tmp_path / "page.png").stat().st_size > 50_000
