@@ -52,7 +52,7 @@ def evaluate(
     *,
     split: Split,
     base: Path | None = None,
-    domain_only: bool = False,
+    general_from: Path | None = None,
     parallel: int = 1,
 ) -> Path:
     """The finished scores of a model under ``output / "scores"``, made now unless they are there.
@@ -65,7 +65,7 @@ def evaluate(
         output: where scores are kept.
         split: which questions the demo's domain task asks.
         base: the base model's scores; drift is measured against them.
-        domain_only: leave out the general tasks.
+        general_from: scores of the same model whose general tasks are taken over, not run again.
         parallel: Ray tasks that share the work.
 
     Raises:
@@ -77,7 +77,7 @@ def evaluate(
         "model": model_fingerprint(model_directory),
         "tokenizer": tokenizer_fingerprint(model_directory),
         "split": split,
-        "domain_only": domain_only,
+        "general_from": general_from.name if general_from else None,
         "base": base.name if base else None,
         "tasks_version": _tasks_version(),
         **settings.evaluate.model_dump(mode="json"),
@@ -89,7 +89,7 @@ def evaluate(
     with lock_directory(partial):
         if not is_finished(final):
             start = time.monotonic()
-            drift = _score(settings, model_directory, partial, split, base, domain_only, parallel)
+            drift = _score(settings, model_directory, partial, split, base, general_from, parallel)
             manifest = {
                 "kind": "scores",
                 "identity": identity,
@@ -112,7 +112,7 @@ def _score(
     partial: Path,
     split: Split,
     base: Path | None,
-    domain_only: bool,
+    general_from: Path | None,
     parallel: int,
 ) -> dict[str, float]:
     """Score in Ray tasks and write ``items.parquet``; returns the drift from ``base``."""
@@ -124,7 +124,7 @@ def _score(
 
     chosen = settings.evaluate
     tasks: list[tuple[str, Any]] = [(name, "domain") for name in chosen.domain_tasks]
-    if not domain_only:
+    if general_from is None:
         tasks += [(name, "general") for name in chosen.general_tasks]
     resources = settings.resources
     remote = ray.remote(_score_part).options(
@@ -164,6 +164,9 @@ def _score(
     rows = [row for result in results for row in result.rows]
     order = {name: index for index, (name, _) in enumerate(tasks)}
     rows.sort(key=lambda row: order[row["task"]])
+    if general_from is not None:
+        known = Scores.load(general_from).items.to_pylist()
+        rows += [row for row in known if row["group"] == "general"]
     Scores.from_rows(rows).save(partial)
     if before is None:
         _write_drift(partial, results)

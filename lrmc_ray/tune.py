@@ -17,6 +17,7 @@ import sys
 import threading
 import time
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from datetime import UTC, datetime
 from pathlib import Path
@@ -375,31 +376,43 @@ class Search:
             for t in self.description["trials"]
             if t["role"] == "yardstick" and t["state"] == "COMPLETE"
         ]
-        models = {"base": local_directory(self.settings.model)}
+        finalists = {
+            "base": (local_directory(self.settings.model), self.description["base_scores"])
+        }
         for name, numbers in (
             ("best", [best] if best is not None else []),
             ("yardstick", yardsticks),
         ):
             for number in numbers:
-                directory = self.directory / self.entry(number)["directory"]
-                models[name] = directory / "training" / "model"
-        final: dict[str, Any] = {}
-        base: Path | None = None
-        with progress("Scoring on the test questions", total=len(models), unit="models") as bar:
-            for name, model in models.items():
-                if not model.is_dir():
-                    continue
-                scores = evaluate(
-                    self.settings,
-                    model,
-                    self.output,
-                    split="test",
-                    base=base,
-                    parallel=self.slots(),
-                )
-                base = base or scores
-                final[name] = _relative(scores, self.directory)
-                bar.advance(1)
+                trial = self.entry(number)
+                model = self.directory / trial["directory"] / "training" / "model"
+                if model.is_dir():
+                    finalists[name] = (model, trial["scores"])
+
+        def score(name: str, base: Path | None) -> Path:
+            model, searched = finalists[name]
+            return evaluate(
+                self.settings,
+                model,
+                self.output,
+                split="test",
+                base=base,
+                # The general tasks have one set of items; only the domain has fresh questions.
+                general_from=(self.directory / searched).resolve(),
+            )
+
+        title = "Scoring on the test questions"
+        with progress(title, total=len(finalists), unit="models") as bar:
+            base = score("base", None)
+            final = {"base": _relative(base, self.directory)}
+            bar.advance(1)
+            others = [name for name in finalists if name != "base"]
+            with ThreadPoolExecutor(max(1, len(others))) as pool:
+                for name, scores in zip(
+                    others, pool.map(lambda name: score(name, base), others), strict=True
+                ):
+                    final[name] = _relative(scores, self.directory)
+                    bar.advance(1)
         self.description["final"] = final
         self.write()
 
