@@ -407,12 +407,16 @@ class Search:
             final = {"base": _relative(base, self.directory)}
             bar.advance(1)
             others = [name for name in finalists if name != "base"]
+            if finalists.get("best") == finalists.get("yardstick"):
+                others = others[:1]  # one model, one evaluation
             with ThreadPoolExecutor(max(1, len(others))) as pool:
                 for name, scores in zip(
                     others, pool.map(lambda name: score(name, base), others), strict=True
                 ):
                     final[name] = _relative(scores, self.directory)
                     bar.advance(1)
+        if "yardstick" in finalists and "best" in final:
+            final.setdefault("yardstick", final["best"])
         self.description["final"] = final
         self.write()
 

@@ -33,6 +33,8 @@ from lrmc_ray.method.restricted_loss import (
     soft_cross_entropy,
 )
 
+_BUCKET_ELEMENTS = 2**22  # of one collective: 16 MiB in float32
+
 
 @dataclass(frozen=True)
 class LossSettings:
@@ -73,15 +75,35 @@ class WorkerGroup:
     rank: int = 0
     world_size: int = 1
 
-    def sum_(self, tensor: Tensor) -> None:
-        """Add ``tensor`` over the workers, in place."""
+    def sum_(self, *tensors: Tensor) -> None:
+        """Add every tensor over the workers, in place."""
         if self.world_size > 1:
-            dist.all_reduce(tensor)
+            _as_one_vector(tensors, dist.all_reduce)
 
-    def broadcast_(self, tensor: Tensor, source: int) -> None:
-        """Give every worker the ``tensor`` of worker ``source``, in place."""
+    def broadcast_(self, *tensors: Tensor, source: int) -> None:
+        """Give every worker the tensors of worker ``source``, in place."""
         if self.world_size > 1:
-            dist.broadcast(tensor, src=source)
+            _as_one_vector(tensors, functools.partial(dist.broadcast, src=source))
+
+
+def _as_one_vector(tensors: Sequence[Tensor], collective: Callable[[Tensor], object]) -> None:
+    """Run ``collective`` once, in place: to start it costs more than to copy small tensors."""
+    flat = torch.cat([tensor.reshape(-1) for tensor in tensors])
+    collective(flat)
+    for tensor, part in zip(tensors, flat.split([t.numel() for t in tensors]), strict=True):
+        tensor.copy_(part.view_as(tensor))
+
+
+def _buckets(tensors: Sequence[Tensor]) -> Iterator[list[Tensor]]:
+    """The tensors in order, divided where more than ``_BUCKET_ELEMENTS`` would come together."""
+    bucket: list[Tensor] = []
+    for tensor in tensors:
+        if bucket and sum(t.numel() for t in [*bucket, tensor]) > _BUCKET_ELEMENTS:
+            yield bucket
+            bucket = []
+        bucket.append(tensor)
+    if bucket:
+        yield bucket
 
 
 @dataclass(frozen=True)
@@ -231,7 +253,7 @@ def compute_gradients(
     ordered: Sequence[Tensor] = []
     if reduction == "strict":
         ordered = [p for p in parameters if group.world_size > 1 or p is head.weight_VD]
-    total: list[Tensor] = []
+    total: dict[Tensor, Tensor] = {}
     sums_M2 = torch.zeros(len(micro_batches), 2, dtype=torch.float64, device=device)
     busy = [index for index, batch in enumerate(micro_batches) if len(batch.input_ids_BT)]
     for parameter in parameters:
@@ -252,33 +274,38 @@ def compute_gradients(
             sums_M2[index, 0] = main.detach()
             sums_M2[index, 1] = anchor.detach()
         _add_in_order(total, ordered, group, sources=len(wave))
-    for tensor, gradient in zip(ordered, total, strict=False):  # no total, no busy micro-batch
+    for tensor, gradient in total.items():
         tensor.grad = gradient
     for parameter in parameters:
         if parameter.grad is None:
             parameter.grad = torch.zeros_like(parameter)
-        if reduction == "fast":
-            group.sum_(parameter.grad)
+    if reduction == "fast":
+        for bucket in _buckets([p.grad for p in parameters if p.grad is not None]):
+            group.sum_(*bucket)
     group.sum_(sums_M2)  # each row is zero on all workers but one, so this is exact
     loss_sum, anchor_sum = sums_M2.sum(dim=0).tolist()
     return Gradients(loss_sum, anchor_sum, micro_batches)
 
 
 def _add_in_order(
-    total: list[Tensor], tensors: Sequence[Tensor], group: WorkerGroup, *, sources: int
+    total: dict[Tensor, Tensor], tensors: Sequence[Tensor], group: WorkerGroup, *, sources: int
 ) -> None:
     """Add the gradients of the first ``sources`` workers to ``total``, in turn, and clear them."""
-    for position, tensor in enumerate(tensors):
+    for bucket in _buckets(tensors):
         for source in range(sources):
-            gradient = tensor.grad if source == group.rank else None
-            if gradient is None:
-                gradient = torch.zeros_like(tensor)
-            group.broadcast_(gradient, source)
-            if position == len(total):
-                total.append(gradient)
-            else:
-                total[position].add_(gradient)
-        tensor.grad = None
+            own = [tensor.grad if source == group.rank else None for tensor in bucket]
+            gradients = [
+                torch.zeros_like(tensor) if gradient is None else gradient
+                for tensor, gradient in zip(bucket, own, strict=True)
+            ]
+            group.broadcast_(*gradients, source=source)
+            for tensor, gradient in zip(bucket, gradients, strict=True):
+                if tensor in total:
+                    total[tensor].add_(gradient)
+                else:
+                    total[tensor] = gradient
+        for tensor in bucket:
+            tensor.grad = None
 
 
 def train(
