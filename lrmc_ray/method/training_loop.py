@@ -90,7 +90,7 @@ def _as_one_vector(tensors: Sequence[Tensor], collective: Callable[[Tensor], obj
     """Run ``collective`` once, in place: to start it costs more than to copy small tensors."""
     flat = torch.cat([tensor.reshape(-1) for tensor in tensors])
     collective(flat)
-    for tensor, part in zip(tensors, flat.split([t.numel() for t in tensors]), strict=True):
+    for tensor, part in zip(tensors, torch.split(flat, [t.numel() for t in tensors]), strict=True):
         tensor.copy_(part.view_as(tensor))
 
 

@@ -11,6 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from lrmc_ray.method import training_loop
 from lrmc_ray.method.microbatch import Sample, active_length
 from lrmc_ray.method.moclip import MoClip
 from lrmc_ray.method.training_loop import LossSettings, StepResult, WorkerGroup, train
@@ -101,6 +102,7 @@ def run(case: Case, group: WorkerGroup) -> Outcome:
 def worker(rank: int, directory: Path) -> None:
     """Run all cases in every group that ``rank`` belongs to; see ``outcomes``."""
     torch.set_num_threads(1)
+    training_loop._BUCKET_ELEMENTS = 5000  # so that even a tiny model takes several collectives
     for world_size in WORLD_SIZES:
         if rank >= world_size:
             continue
