@@ -71,6 +71,7 @@ def demo_base_model(cache_dir: str | os.PathLike[str] | None = None) -> Path:
         _log.info("making %s (once, about 30 seconds)", finished)
         partial = cache / f".{NAME}.partial"
         shutil.rmtree(partial, ignore_errors=True)
+        _without_progress_bars()
         model, tokenizer, source = _from_hub() or _from_wheel()
         if not tokenizer.chat_template:
             tokenizer.chat_template = CHAT_TEMPLATE
@@ -80,6 +81,13 @@ def demo_base_model(cache_dir: str | os.PathLike[str] | None = None) -> Path:
         (partial / "source.json").write_text(json.dumps(source, indent=2, sort_keys=True) + "\n")
         partial.rename(finished)
     return finished
+
+
+def _without_progress_bars() -> None:
+    """Transformers draws one even for a single file."""
+    from transformers.utils import logging as transformers_logging
+
+    transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
 
 
 if TYPE_CHECKING:
