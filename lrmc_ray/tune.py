@@ -415,8 +415,9 @@ class Search:
                 ):
                     final[name] = _relative(scores, self.directory)
                     bar.advance(1)
-        if "yardstick" in finalists and "best" in final:
-            final.setdefault("yardstick", final["best"])
+            if len(final) < len(finalists):
+                final["yardstick"] = final["best"]
+                bar.advance(1)
         self.description["final"] = final
         self.write()
 

@@ -56,7 +56,7 @@ def search(tmp_path_factory):
     )
     assert second.returncode == 0, second.stderr[-3000:]
     directory = next(output.glob("demo-*/study.json")).parent
-    return directory, json.loads(second.stdout), second.stderr, steps_before
+    return directory, json.loads(second.stdout.splitlines()[-1]), second.stderr, steps_before
 
 
 def test_the_killed_search_went_on_from_its_checkpoints(search):
