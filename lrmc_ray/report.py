@@ -11,7 +11,6 @@ import argparse
 import functools
 import io
 import json
-import math
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -56,7 +55,8 @@ from lrmc_ray.scores import (
     difference,
     receipt,
 )
-from lrmc_ray.statistics import Interval, front_probability, pareto_front
+from lrmc_ray.statistics import CONFIDENCE, HYPERVOLUME_REFERENCE, Interval, Objective, choose
+from lrmc_ray.trade_off import TradeOff, trade_off
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -109,8 +109,10 @@ class StudyFile(_Entry):
     schema_version: Literal[1] = Field(alias="schema")
     name: str
     created: str
-    objective: str = "combined"
+    objective: Objective = "combined"
     forgetting_weight: float = Field(ge=0, allow_inf_nan=False)
+    max_forgetting: float = Field(0.01, allow_inf_nan=False)
+    """What the objective ``budget`` allows, as a fraction."""
     space: dict[str, Any] = {}
     settings: dict[str, Any] = {}
     versions: dict[str, str] = {}
@@ -138,6 +140,10 @@ class Trial:
     front_probability: float = 0.0
     """Share of the resamples in which the trial is on the Pareto front."""
     is_on_front: bool = False
+    knee_probability: float = 0.0
+    """Share of the resamples in which it is the front's knee."""
+    budget_probability: float = 0.0
+    """Share of the resamples in which it forgets at most ``max_forgetting``."""
 
     @property
     def name(self) -> str:
@@ -180,15 +186,24 @@ class Study:
     file: StudyFile
     trials: tuple[Trial, ...]
     best: Trial | None
-    """The study's choice, or the highest combined score where it has made none."""
+    """The study's choice, or the best by its objective where it has made none."""
+    closest: Trial | None
+    """Where no trial keeps the budget, so that there is no best one: the one that forgets least."""
     yardstick: Trial | None
-    """Plain fine-tuning; of several learning rates the one with the highest combined score."""
+    """Plain fine-tuning; of several learning rates the one that the objective prefers."""
     candidate: Trial | None
-    """``best``, or the best of the others where plain fine-tuning itself is the best."""
+    """``shown``, or the best of the others where plain fine-tuning itself is the best."""
     verdict: Verdict | None
     """None until a trial has scores."""
+    trade_off: TradeOff | None
+    """Of ``compared``; None until a trial has scores."""
     notes: tuple[str, ...]
     """What a reader must know about damaged or missing parts."""
+
+    @property
+    def shown(self) -> Trial | None:
+        """The trial that the report is about: the best, or the closest to the budget."""
+        return self.best or self.closest
 
     @property
     def compared(self) -> tuple[Trial, ...]:
@@ -252,18 +267,20 @@ def load_study(study_dir: Path, *, resamples: int = RESAMPLES) -> Study:
         seed=_bootstrap_seed(file),
         resamples=resamples,
     )
-    trials = _with_front(
+    trials, traded = _with_trade_off(
         [
             _load_trial(entry, study_dir, base, compare_with)
             for entry in sorted(file.trials, key=lambda entry: entry.number)
-        ]
+        ],
+        file.max_forgetting,
     )
     notes = [
         f"{trial.name} is marked complete, but cannot be used: {trial.problem}"
         for trial in trials
         if trial.problem is not None and trial.entry.state == "COMPLETE"
     ]
-    best = _highest(trials)
+    preferred, is_feasible = _preferred(file, trials)
+    best, closest = (preferred, None) if is_feasible else (None, preferred)
     if file.best is not None:
         named = next((trial for trial in trials if trial.entry.number == file.best), None)
         if named is None:
@@ -275,12 +292,14 @@ def load_study(study_dir: Path, *, resamples: int = RESAMPLES) -> Study:
                 f"{named.name} was chosen as the best; the best of the readable trials is shown"
             )
         else:
-            best = named
-    yardstick = _highest([trial for trial in trials if trial.entry.role == "yardstick"])
-    candidate = best
-    if best is not None and best.entry.role == "yardstick":
-        candidate = _highest([trial for trial in trials if trial.entry.role != "yardstick"])
-    verdict = _search_verdict(base, best, candidate, yardstick)
+            best, closest = named, None
+    yardsticks = [trial for trial in trials if trial.entry.role == "yardstick"]
+    others = [trial for trial in trials if trial.entry.role != "yardstick"]
+    yardstick = _preferred(file, yardsticks)[0]
+    shown = candidate = best or closest
+    if shown is not None and shown.entry.role == "yardstick":
+        candidate = _preferred(file, others)[0]
+    verdict = _search_verdict(base, shown, candidate, yardstick)
     if verdict is not None and best is not None and file.final:
         try:
             verdict = _final_verdict(study_dir, file.final, best, verdict, compare_with)
@@ -291,9 +310,11 @@ def load_study(study_dir: Path, *, resamples: int = RESAMPLES) -> Study:
         file=file,
         trials=tuple(trials),
         best=best,
+        closest=closest,
         yardstick=yardstick,
         candidate=candidate,
         verdict=verdict,
+        trade_off=traded,
         notes=tuple(notes),
     )
 
@@ -416,34 +437,43 @@ def _load_trial(
     return Trial(entry, scores=scores, comparison=comparison)
 
 
-def _with_front(trials: Sequence[Trial]) -> list[Trial]:
-    """The trials with their place on the Pareto front."""
+def _with_trade_off(
+    trials: Sequence[Trial], max_forgetting: float
+) -> tuple[list[Trial], TradeOff | None]:
+    """The trials with their place on the Pareto front, and the front as a whole."""
     compared = [trial for trial in trials if trial.comparison is not None]
     comparisons = [trial.comparison for trial in compared if trial.comparison is not None]
     if not comparisons:
-        return list(trials)
-    front = pareto_front([(one.domain_gain.value, one.forgetting.value) for one in comparisons])
-    probability_T = front_probability(
-        [one.domain_gain_replicates for one in comparisons],
-        [one.forgetting_replicates for one in comparisons],
-    )
+        return list(trials), None
+    traded = trade_off(comparisons, max_forgetting=max_forgetting)
     placed = {
         trial.entry.number: replace(
-            trial, is_on_front=index in front, front_probability=float(probability_T[index])
+            trial,
+            is_on_front=index in traded.front,
+            front_probability=traded.front_probability[index],
+            knee_probability=traded.knee_probability[index],
+            budget_probability=traded.budget_probability[index],
         )
         for index, trial in enumerate(compared)
     }
-    return [placed.get(trial.entry.number, trial) for trial in trials]
+    return [placed.get(trial.entry.number, trial) for trial in trials], traded
 
 
-def _highest(trials: Sequence[Trial]) -> Trial | None:
-    """The trial with the highest combined score."""
+def _preferred(file: StudyFile, trials: Sequence[Trial]) -> tuple[Trial | None, bool]:
+    """The trial that the study's objective prefers, and whether it may be called the best."""
     compared = [trial for trial in trials if trial.comparison is not None]
-    return max(
-        compared,
-        key=lambda trial: trial.comparison.combined.value if trial.comparison else -math.inf,
-        default=None,
+    points = [
+        (trial.comparison.domain_gain.value, trial.comparison.forgetting.value)
+        for trial in compared
+        if trial.comparison is not None
+    ]
+    choice = choose(
+        points,
+        file.objective,
+        forgetting_weight=file.forgetting_weight,
+        max_forgetting=file.max_forgetting,
     )
+    return (compared[choice.index], choice.is_feasible) if choice else (None, False)
 
 
 # In words
@@ -460,14 +490,58 @@ class Sentence:
 
 def headline(study: Study) -> tuple[Sentence, ...]:
     """What was learned, what was forgotten, and how that compares with plain fine-tuning."""
-    if study.best is None or study.verdict is None:
+    if study.shown is None or study.verdict is None:
         count = len(study.problems)
         text = f"No trial has scores yet: {count} of {count} failed or unfinished."
         return (Sentence(text, False),)
     comparison = study.verdict.comparison
-    sentences = [_learned(study.best, comparison), _forgotten(comparison)]
+    sentences = [
+        *_closest(study),
+        _learned(study.shown, comparison),
+        _forgotten(comparison),
+        *_by_objective(study),
+    ]
     versus = _against_yardstick(study, study.verdict)
     return (*sentences, versus) if versus else tuple(sentences)
+
+
+def _closest(study: Study) -> list[Sentence]:
+    """That no trial keeps the budget, where that is so."""
+    if study.closest is None:
+        return []
+    return [
+        Sentence(
+            f"No trial stays within the budget of {points(study.file.max_forgetting)} points of "
+            f"forgetting, so there is no best one; {study.closest.name} forgets least.",
+            True,
+        )
+    ]
+
+
+def _by_objective(study: Study) -> list[Sentence]:
+    """How sure the choice is, in terms of the study's own objective."""
+    best, traded = study.best, study.trade_off
+    if best is None or traded is None:
+        return []
+    if study.file.objective == "budget":
+        share = best.budget_probability
+        return [
+            Sentence(
+                f"It stays within the budget of {points(study.file.max_forgetting)} points in "
+                f"{percent(share)} of the resamples of the search's items.",
+                share >= CONFIDENCE,
+            )
+        ]
+    if study.file.objective == "pareto":
+        share = best.knee_probability
+        return [
+            Sentence(
+                f"It is the knee of a front of {len(traded.front)} trials, and is so in "
+                f"{percent(share)} of the resamples of the search's items.",
+                share >= CONFIDENCE,
+            )
+        ]
+    return []
 
 
 def _learned(best: Trial, comparison: Comparison) -> Sentence:
@@ -518,7 +592,7 @@ def _against_yardstick(study: Study, verdict: Verdict) -> Sentence | None:
     combined = versus.combined
     plain = f"plain fine-tuning ({study.yardstick.name})"
     start = ""
-    if study.candidate is not study.best:
+    if study.candidate is not study.shown:
         start = f"Plain fine-tuning itself scored best; the best other is {study.candidate.name}. "
     if combined.distinguishable:
         relation = f"{'better' if combined.value > 0 else 'worse'} than"
@@ -606,6 +680,8 @@ def _headline_numbers(comparison: Comparison) -> tuple[Interval, Interval, Inter
 
 def _tags(study: Study, trial: Trial) -> list[str]:
     tags = ["best"] if trial is study.best else []
+    if trial is study.closest:
+        tags.append("closest to the budget")
     if trial.entry.role == "yardstick":
         tags.append("plain fine-tuning")
     elif trial.entry.role == "defaults":
@@ -622,7 +698,10 @@ def as_json(study: Study) -> dict[str, Any]:
     return {
         "study": study.file.name,
         "directory": str(study.directory),
+        "objective": study.file.objective,
         "best": study.best.entry.number if study.best else None,
+        "closest": study.closest.entry.number if study.closest else None,
+        "trade_off": _trade_off_json(study),
         "best_results": verdict.comparison.metrics() if verdict else None,
         "fresh_tasks": list(verdict.fresh_tasks) if verdict else [],
         "yardstick": study.yardstick.entry.number if study.yardstick else None,
@@ -639,6 +718,8 @@ def as_json(study: Study) -> dict[str, Any]:
                 "settings": trial.entry.settings,
                 "on_front": trial.is_on_front,
                 "front_probability": trial.front_probability,
+                "knee_probability": trial.knee_probability,
+                "budget_probability": trial.budget_probability,
                 "results": (
                     {**trial.entry.results, **trial.comparison.metrics()}
                     if trial.comparison
@@ -647,6 +728,21 @@ def as_json(study: Study) -> dict[str, Any]:
             }
             for trial in study.trials
         ],
+    }
+
+
+def _trade_off_json(study: Study) -> dict[str, Any] | None:
+    traded = study.trade_off
+    if traded is None:
+        return None
+    numbers = [trial.entry.number for trial in study.compared]
+    return {
+        "front": [numbers[index] for index in traded.front],
+        "knee": numbers[traded.knee],
+        "knee_gain": asdict(traded.knee_gain),
+        "knee_forgetting": asdict(traded.knee_forgetting),
+        "hypervolume": asdict(traded.hypervolume[-1]),
+        "hypervolume_reference": list(HYPERVOLUME_REFERENCE),
     }
 
 
@@ -776,7 +872,7 @@ def _write(study: Study) -> Path:
 
 def _page(study: Study) -> dict[str, Any]:
     """Everything that the page shows, in the words of its template."""
-    best, verdict = study.best, study.verdict
+    best, verdict = study.shown, study.verdict
     curves, curve_notes = _curves(study)
     tiles = []
     if verdict is not None:

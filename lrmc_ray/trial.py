@@ -6,6 +6,9 @@ the study; a trial that died goes on there when it is started again.
 
 import json
 import math
+import os
+import signal
+import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -18,6 +21,8 @@ from lrmc_ray.evaluate import evaluate
 from lrmc_ray.train import MADE_BY as TRAIN
 from lrmc_ray.train import MODEL, train
 
+PROCESS = "process.json"
+"""Where a trial runs, so that the search can stop it."""
 RESULT = "result.json"
 FAILURE = "failure.json"
 
@@ -48,7 +53,10 @@ def run_trial(
     directory = trial_directory(study, config["number"])
     directory.mkdir(parents=True, exist_ok=True)
     (directory / FAILURE).unlink(missing_ok=True)
+    write_json(directory / PROCESS, _this_process())
     try:
+        if fault := _fault(config["number"]):
+            return _suffer(fault)
         run = RunSettings.model_validate(dict(settings))
         tuned = trial_settings(run.train, {**config["params"], **config["overrides"]})
         run = run.model_copy(update={"train": tuned})
@@ -92,6 +100,8 @@ def _run(settings: RunSettings, directory: Path, record: Path, base: Path) -> di
             "evaluate_seconds": scored["seconds"],
             "processed_tokens": trained["processed_tokens"],
             "original_tokens": trained["original_tokens"],
+            "train_cores": trained["world_size"] * settings.resources.cpus_per_worker,
+            "evaluate_cores": settings.resources.cpus_per_worker,
         },
     }
 
@@ -112,3 +122,56 @@ def failure_cause(directory: Path) -> str | None:
     except FileNotFoundError:
         return None
     return cause
+
+
+def _this_process() -> dict[str, Any]:
+    import ray
+
+    context = ray.get_runtime_context()
+    return {"pid": os.getpid(), "born": process_birth(os.getpid()), "node": context.get_node_id()}
+
+
+def process_birth(pid: int) -> int | None:
+    """When a process began, in clock ticks since boot; None if there is none of that number."""
+    try:
+        # The second field, the program's name, may contain anything but ends in the last ")".
+        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    except (FileNotFoundError, ProcessLookupError):
+        return None
+    return int(fields[19])
+
+
+def kill_process(pid: int, born: int | None) -> bool:
+    """End a process of this node at once, unless its number has gone to another one."""
+    if born is None or process_birth(pid) != born:
+        return False
+    os.kill(pid, signal.SIGKILL)
+    return True
+
+
+# Faults that tests ask for: LRMC_TESTING=1 LRMC_TRIAL_FAULTS=2:raise,3:hang
+
+
+def _fault(number: int) -> str | None:
+    if os.environ.get("LRMC_TESTING") != "1":
+        return None
+    faults = os.environ.get("LRMC_TRIAL_FAULTS", "").split(",")
+    return dict(fault.split(":") for fault in faults if fault).get(str(number))
+
+
+def _suffer(fault: str) -> dict[str, float]:
+    if fault == "raise":
+        raise ValueError("a fault was asked for")
+    if fault == "exit":
+        os._exit(3)
+    if fault == "kill":
+        os.kill(os.getpid(), signal.SIGKILL)
+    if fault == "memory":
+        import resource
+
+        resource.setrlimit(resource.RLIMIT_AS, (2**30, resource.RLIM_INFINITY))
+        bytearray(2**31)
+    if fault == "hang":
+        time.sleep(1e9)
+    assert fault == "nan", f"unknown fault {fault}"
+    return dict.fromkeys(("eval/domain_gain", "eval/forgetting", "eval/combined"), math.nan)

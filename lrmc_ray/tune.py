@@ -11,6 +11,7 @@ import argparse
 import importlib.metadata
 import json
 import logging
+import math
 import platform
 import shutil
 import sys
@@ -19,6 +20,7 @@ import time
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
+from dataclasses import asdict
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -32,9 +34,10 @@ from lrmc_ray.artifacts import (
     write_json,
 )
 from lrmc_ray.config import RunSettings
-from lrmc_ray.console import progress, run_command, setup_logging
+from lrmc_ray.console import format_seconds, progress, run_command, setup_logging
 from lrmc_ray.errors import ResourceError
-from lrmc_ray.ray_session import RAY_LOG, TRIAL_SLOT, ray_session
+from lrmc_ray.forecast import divide, forecast
+from lrmc_ray.ray_session import RAY_LOG, TRIAL_SLOT, ray_session, release_orphaned_groups
 
 if TYPE_CHECKING:
     import optuna
@@ -51,12 +54,20 @@ MLFLOW_UI = "http://127.0.0.1:5000"
 """Where `mlflow ui` listens by default."""
 SOME_TRIALS_FAILED = 10
 """Exit code of a finished search with failed trials."""
+CHECKPOINT_NOW = "checkpoint_now"
+"""A file of this name in a trial's training directory asks its loop for a checkpoint."""
+STOP_SECONDS = 20.0
+"""How long an interrupted search waits for the checkpoints of its running trials."""
+SHORTEST_LIMIT_SECONDS = 600.0
+"""Time that every trial has, where no limit is set."""
+LIMIT_FACTOR = 10.0
+"""A trial may take this many times as long as the longest that has ended."""
 
 
 def study_identity(settings: RunSettings) -> dict[str, Any]:
     """What makes two searches the same one: all but how many trials, how fast, what is kept."""
     identity = settings.model_dump(mode="json", exclude={"resources"})
-    for key in ("trials", "keep_models"):
+    for key in ("trials", "keep_models", "trial_timeout_seconds"):
         del identity["search"][key]
     return identity
 
@@ -75,6 +86,10 @@ class Search:
         self.tracking_uri = tracking_uri or default_tracking_uri(self.output)
         self.description: dict[str, Any] = {}
         self._lock = threading.Lock()
+        self._began: dict[int, float] = {}
+        """When each running trial was started here, on the monotonic clock."""
+        self._session = [time.time(), time.time()]
+        self._queue: TrialQueue | None = None
         self.tracker: StudyTracker | None = None
 
     # The study's description, study.json
@@ -85,6 +100,7 @@ class Search:
         path = self.directory / STUDY_FILE
         if path.is_file():
             self.description = json.loads(path.read_text(encoding="utf-8"))
+            self.description["sessions"].append(self._session)
             return
         settings = _json_ready(self.settings.model_dump(mode="json"))
         self.description = {
@@ -93,23 +109,29 @@ class Search:
             "name": self.settings.search.name,
             "created": datetime.now(UTC).isoformat(timespec="seconds"),
             "state": "RUNNING",
-            "objective": "combined",
+            "objective": self.settings.search.objective,
             "forgetting_weight": self.settings.search.forgetting_weight,
+            "max_forgetting": self.settings.search.max_forgetting,
             "space": settings.pop("parameters"),
             "settings": settings,
             "versions": _versions(),
             "stage_seconds": {},
+            "sessions": [self._session],
+            "forecast": None,
+            "importance": {},
             "record": {},
             "datasets": _datasets(self.settings),
             "artifacts": [],
             "trials": [],
             "best": None,
+            "closest": None,
             "final": {},
         }
         self.write()
 
     def write(self) -> None:
         """Bring ``study.json`` up to date."""
+        self._session[1] = time.time()
         write_json(self.directory / STUDY_FILE, self.description)
 
     def entry(self, number: int) -> dict[str, Any]:
@@ -181,8 +203,9 @@ class Search:
 
         from lrmc_ray.search import StudySearcher, TrialQueue, open_study
 
-        study = open_study(self.directory / "study.db", self.id)
+        study = open_study(self.directory / "study.db", self.id, self.settings.search.objective)
         queue = TrialQueue(study, self.settings)
+        self._queue = queue
         self._adopt(study)
         if queue.is_finished:
             return
@@ -235,20 +258,7 @@ class Search:
 
     def shares(self) -> tuple[int, tuple[int, int]]:
         """Trials side by side, and the fewest and most workers of each."""
-        resources = self.settings.resources
-        slots = self.slots()
-        wanted = resources.max_concurrent or max(2, self.settings.search.trials // 4)
-        concurrent = min(wanted, slots // (resources.workers[0] if resources.workers else 1))
-        if concurrent < 1:
-            assert resources.workers is not None
-            raise ResourceError(
-                f"a trial needs {resources.workers[0]} workers, {slots} fit; lower "
-                "resources.workers"
-            )
-        most = slots // concurrent
-        if resources.workers:
-            return concurrent, (resources.workers[0], min(resources.workers[1], most))
-        return concurrent, (1, most)
+        return divide(self.slots(), self.settings.resources, self.settings.search.trials)
 
     def _adopt(self, study: "optuna.Study") -> None:
         """Bring ``study.json`` up to the study: a crash may have come between the two."""
@@ -267,9 +277,16 @@ class Search:
         cause: str | None,
     ) -> None:
         """A trial starts (neither result nor cause) or has ended."""
-        from lrmc_ray.trial import failure_cause, trial_directory
+        from lrmc_ray.trial import FAILURE, PROCESS, failure_cause, trial_directory
 
         directory = trial_directory(self.directory, number)
+        if result is None and cause is None:
+            for leftover in (FAILURE, PROCESS):
+                (directory / leftover).unlink(missing_ok=True)
+            self._began[number] = time.monotonic()
+        else:
+            self._began.pop(number, None)
+            release_orphaned_groups()
         if cause is not None:
             queue.fail(number, failure_cause(directory) or cause)
         with self._lock:
@@ -291,7 +308,7 @@ class Search:
     def _describe(self, trial: "optuna.trial.FrozenTrial") -> dict[str, Any]:
         """Bring the entry of ``trial`` up to date."""
         from lrmc_ray.config import trial_settings
-        from lrmc_ray.search import OBJECTIVE
+        from lrmc_ray.search import COMBINED
         from lrmc_ray.trial import read_result, trial_directory
 
         entry = self.entry(trial.number)
@@ -314,7 +331,7 @@ class Search:
         }
         entry.setdefault("started", time.time())
         result = read_result(directory)
-        if name == "COMPLETE" and result is not None and OBJECTIVE in result["results"]:
+        if name == "COMPLETE" and result is not None and COMBINED in result["results"]:
             entry |= {
                 "scores": f"{entry['directory']}/{result['scores']}",
                 "results": result["results"],
@@ -325,19 +342,34 @@ class Search:
         return entry
 
     def _choose_best(self) -> None:
-        finished = [t for t in self.description["trials"] if "eval/combined" in t["results"]]
-        best = max(
-            finished, key=lambda t: (t["results"]["eval/combined"], -t["number"]), default=None
+        """Name the best trial; or, where none keeps the budget, the one that comes closest."""
+        from lrmc_ray.statistics import choose
+
+        search = self.settings.search
+        finished = [t for t in self.description["trials"] if t["results"]]
+        choice = choose(
+            _points(finished),
+            search.objective,
+            forgetting_weight=search.forgetting_weight,
+            max_forgetting=search.max_forgetting,
         )
-        number = best["number"] if best else None
-        if number != self.description["best"]:
-            self.description |= {"best": number, "final": {}}
+        number = finished[choice.index]["number"] if choice else None
+        best, closest = (number, None) if choice and choice.is_feasible else (None, number)
+        if best != self.description["best"]:
+            self.description["final"] = {}
+        self.description |= {"best": best, "closest": closest}
 
     def _kept(self) -> set[int]:
         """Trials whose models the end of the search still needs."""
+        from lrmc_ray.statistics import pareto_front
+
         trials = self.description["trials"]
         kept = {t["number"] for t in trials if t["state"] == "RUNNING" or t["role"] == "yardstick"}
-        return kept | {self.description["best"]}
+        if self.settings.search.objective == "pareto":
+            # The knee may move back to an older trial of the front.
+            finished = [t for t in trials if t["results"]]
+            kept |= {finished[i]["number"] for i in pareto_front(_points(finished))}
+        return kept | {self.description["best"], self.description.get("closest")}
 
     def _remove_models(self) -> None:
         if self.settings.search.keep_models == "all":
@@ -349,15 +381,70 @@ class Search:
                 shutil.rmtree(model, ignore_errors=True)
 
     def _watch(self, thread: threading.Thread) -> None:
-        """Show the trials until the last has ended."""
+        """Show the trials until the last has ended, and stop those that take too long."""
         from lrmc_ray.watch import watch
 
-        watch(
-            self.directory,
-            total=self.settings.search.trials,
-            is_running=thread.is_alive,
-            read=self._snapshot,
-        )
+        def is_running() -> bool:
+            self._stop_overdue()
+            return thread.is_alive()
+
+        try:
+            watch(
+                self.directory,
+                total=self.settings.search.trials,
+                is_running=is_running,
+                read=self._snapshot,
+            )
+        except (KeyboardInterrupt, SystemExit):
+            self._finish_steps()
+            raise
+
+    def time_limit(self) -> float:
+        """Seconds after which a trial is stopped."""
+        if self.settings.search.trial_timeout_seconds is not None:
+            return self.settings.search.trial_timeout_seconds
+        costs = [trial.get("cost") or {} for trial in self._snapshot()]
+        taken: list[float] = [
+            cost["train_seconds"] + cost["evaluate_seconds"] for cost in costs if cost
+        ]
+        if not taken:
+            return math.inf
+        return max(SHORTEST_LIMIT_SECONDS, LIMIT_FACTOR * max(taken))
+
+    def _stop_overdue(self) -> None:
+        """Kill the processes of trials beyond their time; Ray Tune then sees them fail."""
+        from lrmc_ray.trial import FAILURE, trial_directory
+
+        limit = self.time_limit()
+        for number, began in list(self._began.items()):
+            taken = time.monotonic() - began
+            if taken <= limit:
+                continue
+            directory = trial_directory(self.directory, number)
+            cause = (
+                f"it has not ended after {format_seconds(taken)}, more than "
+                f"{format_seconds(limit)}; raise search.trial_timeout_seconds if it is only slow"
+            )
+            write_json(directory / FAILURE, {"cause": cause})
+            if not _kill_trial(directory):
+                _log.warning("trial %d is overdue, and its process was not found", number)
+            self._began.pop(number, None)
+
+    def _finish_steps(self) -> None:
+        """Let every running trial finish its step and save a checkpoint, for a while."""
+        from lrmc_ray.trial import trial_directory
+
+        trainings = [trial_directory(self.directory, number) / "training" for number in self._began]
+        asked = [path / CHECKPOINT_NOW for path in trainings if (path / "checkpoints").is_dir()]
+        for path in asked:
+            path.touch()
+        if asked:
+            _log.info("stopping; waiting up to %.0f s for checkpoints", STOP_SECONDS)
+        deadline = time.monotonic() + STOP_SECONDS
+        while any(path.exists() for path in asked) and time.monotonic() < deadline:
+            time.sleep(0.1)
+        for path in asked:
+            path.unlink(missing_ok=True)
 
     def _snapshot(self) -> list[dict[str, Any]]:
         with self._lock:
@@ -447,6 +534,9 @@ class Search:
         """Write the report of what there is, and send it to MLflow."""
         from lrmc_ray.report import FIGURE_FILE, REPORT_FILE, write_report
 
+        if self._queue is not None:
+            self.description["importance"] = self._queue.importance()
+        self.write()
         write_report(self.directory)
         artifacts = [
             {"path": SETTINGS_FILE, "folder": "config"},
@@ -481,6 +571,27 @@ class Search:
         self.write()
 
 
+def _kill_trial(directory: Path) -> bool:
+    """End a trial's process, wherever it runs; whether it was there."""
+    import ray
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+    from lrmc_ray.trial import PROCESS, kill_process
+
+    try:
+        where = json.loads((directory / PROCESS).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return False
+    kill = ray.remote(kill_process).options(
+        num_cpus=0,
+        scheduling_strategy=NodeAffinitySchedulingStrategy(where["node"], soft=False),
+    )
+    try:
+        return bool(ray.get(kill.remote(where["pid"], where["born"]), timeout=60))
+    except (ray.exceptions.RayError, TimeoutError):
+        return False  # its node is gone, and the trial with it
+
+
 def _trainable(config: dict[str, Any], **fixed: Any) -> None:
     """What Ray Tune runs: one trial, one report."""
     from ray import tune
@@ -488,6 +599,11 @@ def _trainable(config: dict[str, Any], **fixed: Any) -> None:
     from lrmc_ray.trial import run_trial
 
     tune.report(run_trial(config, **fixed))
+
+
+def _points(trials: Sequence[Mapping[str, Any]]) -> list[tuple[float, float]]:
+    """(gain, forgetting) of finished trials."""
+    return [(t["results"]["eval/domain_gain"], t["results"]["eval/forgetting"]) for t in trials]
 
 
 def _json_ready(value: Any) -> Any:
@@ -540,12 +656,15 @@ def tune(search: Search, address: str, *, verbose: bool) -> None:
         )
         search.tracker.log_artifact(search.directory / SETTINGS_FILE, "config")
         stack.enter_context(ray_session(address, log=search.directory / RAY_LOG, verbose=verbose))
+        if search.description["forecast"] is None:
+            expected = forecast(settings, search.output, slots=search.slots())
+            search.description["forecast"] = asdict(expected) if expected else None
         recorded, base = search.prepare()
         try:
             search.run_trials(recorded, base)
         except BaseException:
-            if any(trial["results"] for trial in search.description["trials"]):
-                search.report()
+            search.report()
+            _log.info("what there is so far: %s", search.directory / "report.html")
             raise
         search.score_finalists()
         search.export()
@@ -579,12 +698,22 @@ def main(argv: Sequence[str]) -> int:
         metavar="URI",
         help="MLflow server or database (default: sqlite in the output directory)",
     )
+    parser.add_argument(
+        "--explain",
+        action="store_true",
+        help="only say what would be searched and what it would cost",
+    )
     arguments = parser.parse_intermixed_args(argv)
     setup_logging(arguments.verbose)
     settings = settings_from(arguments)
     from lrmc_ray.record import training_files
 
     training_files(settings)
+    if arguments.explain:
+        from lrmc_ray.explain import explain
+
+        explain(settings, arguments.output, as_json=arguments.json)
+        return 0
     search = Search(settings, arguments.output, arguments.tracking_uri)
     with lock_directory(search.directory):
         search.open()
