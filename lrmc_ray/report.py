@@ -23,6 +23,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from lrmc_ray.artifacts import read_manifest, write_atomically
 from lrmc_ray.console import format_seconds, run_command
 from lrmc_ray.errors import ConfigError, DataError, IncompleteArtifactError, LrmcError
+from lrmc_ray.landscape import surface
 from lrmc_ray.metrics_log import StepMetrics, read_metrics
 from lrmc_ray.report_html import (
     COLOURS,
@@ -32,10 +33,13 @@ from lrmc_ray.report_html import (
     ROLE_NAMES,
     Curve,
     FrontPoint,
+    contour_figure,
     curve_figure,
     drawing,
     flatten,
     front_figure,
+    hypervolume_figure,
+    importance_figure,
     number,
     percent,
     percent_range,
@@ -72,6 +76,11 @@ CURVES = {
     "moclip/angle_deg": ("Angle of gradient and momentum", "degrees"),
 }
 RESAMPLES = 2000
+_OBJECTIVE_NOTES: dict[Objective, str] = {
+    "combined": "",
+    "budget": " The search looked for the most domain gain with at most {budget} of forgetting.",
+    "pareto": " The search looked for the whole front; its knee is called the best.",
+}
 _MAX_EXAMPLES = 6
 
 
@@ -118,6 +127,11 @@ class StudyFile(_Entry):
     versions: dict[str, str] = {}
     base_scores: str | None = None
     stage_seconds: dict[str, float] = {}
+    sessions: tuple[tuple[float, float], ...] = ()
+    """Begin and end of every sitting, in seconds since 1970."""
+    forecast: dict[str, Any] | None = None
+    importance: dict[str, dict[str, float]] = {}
+    """Of each parameter, for ``eval/domain_gain`` and the others: shares that add up to one."""
     record: dict[str, Any] = {}
     trials: tuple[TrialEntry, ...] = ()
     best: int | None = None
@@ -873,6 +887,7 @@ def _write(study: Study) -> Path:
 def _page(study: Study) -> dict[str, Any]:
     """Everything that the page shows, in the words of its template."""
     best, verdict = study.shown, study.verdict
+    surface_names, ground = _surface(study)
     curves, curve_notes = _curves(study)
     tiles = []
     if verdict is not None:
@@ -898,6 +913,9 @@ def _page(study: Study) -> dict[str, Any]:
         "objective_text": (
             f"Combined = domain gain - {weight} x forgetting; against plain fine-tuning it is the "
             "difference of both combined scores."
+            + _OBJECTIVE_NOTES[study.file.objective].format(
+                budget=points(study.file.max_forgetting)
+            )
         ),
         "cautions": _cautions(study),
         "notes": (*study.notes, *curve_notes),
@@ -920,7 +938,12 @@ def _page(study: Study) -> dict[str, Any]:
         "curves": curves,
         "curve_roles": [(role, ROLE_NAMES[role]) for role in ROLE_NAMES if role in curve_roles],
         "costs": _cost_rows(study),
+        "cost_sentences": _cost_sentences(study),
         "cost_note": _cost_note(study),
+        "trade_off": _trade_off_section(study),
+        "surface": ground,
+        "surface_names": surface_names,
+        "importance": _importance(study),
         "record": flatten(study.file.record),
         **_receipt(verdict),
         "tables": [
@@ -937,8 +960,101 @@ def _page(study: Study) -> dict[str, Any]:
     }
 
 
+def _trade_off_section(study: Study) -> dict[str, Any] | None:
+    """The front, its knee and its hypervolume, for every objective."""
+    traded = study.trade_off
+    if traded is None:
+        return None
+    compared = study.compared
+    bend = compared[traded.knee]
+    area = traded.hypervolume[-1]
+    gain, forgetting = (points(value) for value in HYPERVOLUME_REFERENCE)
+    rows = []
+    for index in traded.front:
+        trial = compared[index]
+        assert trial.comparison is not None  # compared
+        rows.append(
+            {
+                "name": trial.name,
+                "gain": trial.comparison.domain_gain,
+                "forgetting": trial.comparison.forgetting,
+                "on_front": number(trial.front_probability, 2),
+                "knee": number(trial.knee_probability, 2),
+                "budget": number(trial.budget_probability, 2),
+            }
+        )
+    return {
+        "sentences": [
+            f"{len(traded.front)} of {len(compared)} trials are on the front. Its knee is "
+            f"{bend.name}, in {percent(traded.knee_probability[traded.knee])} of the resamples; "
+            f"wherever the knee falls, its gain is {points(traded.knee_gain.value)} "
+            f"({points_range(traded.knee_gain)}) and its forgetting "
+            f"{points(traded.knee_forgetting.value)} ({points_range(traded.knee_forgetting)})."
+        ],
+        "rows": rows,
+        "figure": drawing(
+            hypervolume_figure(traded.hypervolume, [trial.name for trial in compared]),
+            "hypervolume",
+        ),
+        "caption": (
+            f"Hypervolume: the area between the front and the point (gain {gain}, forgetting "
+            f"{forgetting}), now {1e4 * area.value:.0f} points x points (95 % interval "
+            f"{1e4 * area.low:.0f} to {1e4 * area.high:.0f}). It grows as the front does; the "
+            "band leans upwards, since a front picks lucky trials. The three shares on the right "
+            f"are of the resamples; the budget is {points(study.file.max_forgetting)} points of "
+            "forgetting."
+        ),
+    }
+
+
+def _surface(study: Study) -> tuple[tuple[str, str], Any]:
+    """The combined score over the two thresholds, or over the first two numbers searched."""
+    searched = [
+        name
+        for name, space in study.file.space.items()
+        if isinstance(space, Mapping) and space.get("choices") is None
+    ]
+    searched.sort(key=lambda name: name not in ("tau", "delta_max"))
+    if len(searched) < 2:
+        return ("", ""), None
+    names = (searched[0], searched[1])
+    placed = [
+        (
+            float(trial.entry.params[names[0]]),
+            float(trial.entry.params[names[1]]),
+            trial.comparison.combined.value,
+            trial.name,
+        )
+        for trial in study.compared
+        if trial.comparison is not None and all(name in trial.entry.params for name in names)
+    ]
+    ground = surface(
+        [one[0] for one in placed], [one[1] for one in placed], [one[2] for one in placed]
+    )
+    return names, drawing(contour_figure(ground, placed, names), "surface") if ground else None
+
+
+def _importance(study: Study) -> Any:
+    names = {
+        "eval/domain_gain": "domain gain",
+        "eval/forgetting": "forgetting",
+        "eval/combined": "combined",
+    }
+    shares = {
+        text: study.file.importance[key]
+        for key, text in names.items()
+        if study.file.importance.get(key)
+    }
+    return drawing(importance_figure(shares), "importance") if shares else None
+
+
 def _trial_row(study: Study, trial: Trial) -> dict[str, Any]:
-    kinds = {"best": "best", "plain fine-tuning": "yardstick", "defaults": "defaults"}
+    kinds = {
+        "best": "best",
+        "closest to the budget": "closest",
+        "plain fine-tuning": "yardstick",
+        "defaults": "defaults",
+    }
     tags = [{"kind": kinds[text], "text": text} for text in _tags(study, trial)]
     row: dict[str, Any] = {
         "number": trial.entry.number,
@@ -1109,18 +1225,53 @@ def _cost_rows(study: Study) -> list[dict[str, str]]:
         rows.append(_cost_row("Stage 0: record (once)", {"train_seconds": stages["record"]}))
     if "base_evaluation" in stages:
         rows.append(_cost_row("base model (once)", {"evaluate_seconds": stages["base_evaluation"]}))
-    if study.best is not None:
-        rows.append(_cost_row(f"{study.best.name}, the best", study.best.entry.cost))
-    if study.yardstick is not None and study.yardstick is not study.best:
+    if study.shown is not None:
+        how = "the best" if study.best else "closest to the budget"
+        rows.append(_cost_row(f"{study.shown.name}, {how}", study.shown.entry.cost))
+    if study.yardstick is not None and study.yardstick is not study.shown:
         rows.append(
             _cost_row(f"{study.yardstick.name}, plain fine-tuning", study.yardstick.entry.cost)
         )
     total: dict[str, float] = {}
     for trial in study.trials:
-        for key, value in trial.entry.cost.items():
+        cost = dict(trial.entry.cost)
+        if (hours := _core_hours(cost)) is not None:
+            cost["core_hours"] = hours
+        for key, value in cost.items():
             total[key] = total.get(key, 0.0) + value
     rows.append(_cost_row(f"all {len(study.trials)} trials", total))
     return rows
+
+
+def _core_hours(cost: Mapping[str, float]) -> float | None:
+    """Cores held, times hours; None where that was not written down."""
+    if "core_hours" in cost:
+        return cost["core_hours"]
+    if "train_cores" not in cost or "evaluate_cores" not in cost:
+        return None
+    seconds = sum(
+        cost.get(f"{part}_seconds", 0.0) * cost[f"{part}_cores"] for part in ("train", "evaluate")
+    )
+    return seconds / 3600
+
+
+def _cost_sentences(study: Study) -> list[str]:
+    """Wall time, and the forecast beside it."""
+    sessions = study.file.sessions
+    taken = sum(end - start for start, end in sessions)
+    if not taken:
+        return []
+    sentences = [
+        f"The search took {format_seconds(taken)} by the clock"
+        + (f" in {len(sessions)} sittings." if len(sessions) > 1 else ".")
+    ]
+    if study.file.forecast is not None:
+        expected = study.file.forecast.get("seconds", 0.0)
+        sentences.append(
+            f"The forecast for {study.file.forecast.get('trials')} trials was "
+            f"{format_seconds(expected)} ({study.file.forecast.get('basis')})."
+        )
+    return sentences
 
 
 def _cost_row(part: str, cost: Mapping[str, float]) -> dict[str, str]:
@@ -1135,6 +1286,7 @@ def _cost_row(part: str, cost: Mapping[str, float]) -> dict[str, str]:
         "part": part,
         "train": seconds("train_seconds"),
         "evaluate": seconds("evaluate_seconds"),
+        "core_hours": "-" if (hours := _core_hours(cost)) is None else f"{hours:.3f}",
         "tokens": tokens,
         "tokens_share": share,
     }
@@ -1146,7 +1298,7 @@ def _cost_note(study: Study) -> str:
         "consists of positions, that give no gradient; the gradient stays the same."
     )
     record = study.file.stage_seconds.get("record")
-    best, plain = study.best, study.yardstick
+    best, plain = study.shown, study.yardstick
     if record is None or best is None or plain is None or best is plain:
         return note
     own, other = (trial.entry.cost.get("train_seconds") for trial in (best, plain))

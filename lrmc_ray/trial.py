@@ -21,8 +21,8 @@ from lrmc_ray.evaluate import evaluate
 from lrmc_ray.train import MADE_BY as TRAIN
 from lrmc_ray.train import MODEL, train
 
-PROCESS = "process.json"
-"""Where a trial runs, so that the search can stop it."""
+PROCESSES = "processes.jsonl"
+"""The processes in which a trial ran, one a line, the last one last: so the search can stop it."""
 RESULT = "result.json"
 FAILURE = "failure.json"
 
@@ -53,7 +53,8 @@ def run_trial(
     directory = trial_directory(study, config["number"])
     directory.mkdir(parents=True, exist_ok=True)
     (directory / FAILURE).unlink(missing_ok=True)
-    write_json(directory / PROCESS, _this_process())
+    with (directory / PROCESSES).open("a", encoding="utf-8") as log:
+        log.write(json.dumps(_this_process()) + "\n")
     try:
         if fault := _fault(config["number"]):
             return _suffer(fault)
@@ -129,6 +130,16 @@ def _this_process() -> dict[str, Any]:
 
     context = ray.get_runtime_context()
     return {"pid": os.getpid(), "born": process_birth(os.getpid()), "node": context.get_node_id()}
+
+
+def last_process(directory: Path) -> dict[str, Any] | None:
+    """The process in which a trial runs, or ran last; None if it never began."""
+    try:
+        lines = (directory / PROCESSES).read_text(encoding="utf-8").splitlines()
+        process: dict[str, Any] = json.loads(lines[-1])
+    except (FileNotFoundError, IndexError, ValueError):  # or torn by a crash
+        return None
+    return process
 
 
 def process_birth(pid: int) -> int | None:

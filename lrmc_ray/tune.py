@@ -58,6 +58,8 @@ CHECKPOINT_NOW = "checkpoint_now"
 """A file of this name in a trial's training directory asks its loop for a checkpoint."""
 STOP_SECONDS = 20.0
 """How long an interrupted search waits for the checkpoints of its running trials."""
+LEFTOVER_SECONDS = 10.0
+"""How long a killed process may take to vanish."""
 SHORTEST_LIMIT_SECONDS = 600.0
 """Time that every trial has, where no limit is set."""
 LIMIT_FACTOR = 10.0
@@ -75,7 +77,13 @@ def study_identity(settings: RunSettings) -> dict[str, Any]:
 class Search:
     """One search in its directory: the study, the trials, MLflow's copy, the report."""
 
-    def __init__(self, settings: RunSettings, output: Path, tracking_uri: str | None) -> None:
+    def __init__(
+        self,
+        settings: RunSettings,
+        output: Path,
+        tracking_uri: str | None = None,
+        experiment: str | None = None,
+    ) -> None:
         """Open the search in ``output``, which holds the records and scores that searches share."""
         from lrmc_ray.tracking import default_tracking_uri
 
@@ -84,6 +92,7 @@ class Search:
         self.id = fingerprint(_json_ready(study_identity(settings)))
         self.directory = self.output / f"{settings.search.name}-{self.id}"
         self.tracking_uri = tracking_uri or default_tracking_uri(self.output)
+        self.experiment = experiment
         self.description: dict[str, Any] = {}
         self._lock = threading.Lock()
         self._began: dict[int, float] = {}
@@ -96,11 +105,15 @@ class Search:
 
     def open(self) -> None:
         """Read ``study.json``, or begin it."""
+        from lrmc_ray.tracking import EXPERIMENT
+
         self.directory.mkdir(parents=True, exist_ok=True)
         path = self.directory / STUDY_FILE
         if path.is_file():
             self.description = json.loads(path.read_text(encoding="utf-8"))
             self.description["sessions"].append(self._session)
+            if self.experiment is not None:
+                self.description["experiment"] = self.experiment
             return
         settings = _json_ready(self.settings.model_dump(mode="json"))
         self.description = {
@@ -117,6 +130,7 @@ class Search:
             "versions": _versions(),
             "stage_seconds": {},
             "sessions": [self._session],
+            "experiment": self.experiment or EXPERIMENT,
             "forecast": None,
             "importance": {},
             "record": {},
@@ -209,6 +223,7 @@ class Search:
         self._adopt(study)
         if queue.is_finished:
             return
+        self._end_leftovers()
         concurrent, workers = self.shares()
         settings = self.settings.model_copy(
             update={"resources": self.settings.resources.model_copy(update={"workers": workers})}
@@ -260,6 +275,19 @@ class Search:
         """Trials side by side, and the fewest and most workers of each."""
         return divide(self.slots(), self.settings.resources, self.settings.search.trials)
 
+    def _end_leftovers(self) -> None:
+        """End trial processes of a sitting that was killed: they still hold their directories."""
+        from lrmc_ray.trial import kill_process, last_process, process_birth
+
+        for directory in sorted((self.directory / "trials").glob("*")):
+            process = last_process(directory)
+            if process is None or not kill_process(process["pid"], process["born"]):
+                continue
+            _log.warning("ended process %d of an earlier sitting", process["pid"])
+            deadline = time.monotonic() + LEFTOVER_SECONDS
+            while process_birth(process["pid"]) == process["born"] and time.monotonic() < deadline:
+                time.sleep(0.1)
+
     def _adopt(self, study: "optuna.Study") -> None:
         """Bring ``study.json`` up to the study: a crash may have come between the two."""
         for trial in study.get_trials(deepcopy=False):
@@ -277,12 +305,11 @@ class Search:
         cause: str | None,
     ) -> None:
         """A trial starts (neither result nor cause) or has ended."""
-        from lrmc_ray.trial import FAILURE, PROCESS, failure_cause, trial_directory
+        from lrmc_ray.trial import FAILURE, failure_cause, trial_directory
 
         directory = trial_directory(self.directory, number)
         if result is None and cause is None:
-            for leftover in (FAILURE, PROCESS):
-                (directory / leftover).unlink(missing_ok=True)
+            (directory / FAILURE).unlink(missing_ok=True)
             self._began[number] = time.monotonic()
         else:
             self._began.pop(number, None)
@@ -576,11 +603,10 @@ def _kill_trial(directory: Path) -> bool:
     import ray
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-    from lrmc_ray.trial import PROCESS, kill_process
+    from lrmc_ray.trial import kill_process, last_process
 
-    try:
-        where = json.loads((directory / PROCESS).read_text(encoding="utf-8"))
-    except FileNotFoundError:
+    where = last_process(directory)
+    if where is None:
         return False
     kill = ray.remote(kill_process).options(
         num_cpus=0,
@@ -649,6 +675,7 @@ def tune(search: Search, address: str, *, verbose: bool) -> None:
                 study_id=search.description["id"],
                 study_name=search.description["name"],
                 directory=search.directory,
+                experiment=search.description["experiment"],
                 params=_flat(search.description["settings"]),
                 datasets=search.description["datasets"],
                 catch_up=f"lrmc mlflow-sync {search.directory}",
@@ -699,6 +726,12 @@ def main(argv: Sequence[str]) -> int:
         help="MLflow server or database (default: sqlite in the output directory)",
     )
     parser.add_argument(
+        "--experiment", metavar="NAME", help="MLflow experiment (default: lrmc_ray)"
+    )
+    parser.add_argument(
+        "--register-model", metavar="NAME", help="put the best model into MLflow's registry"
+    )
+    parser.add_argument(
         "--explain",
         action="store_true",
         help="only say what would be searched and what it would cost",
@@ -714,13 +747,21 @@ def main(argv: Sequence[str]) -> int:
 
         explain(settings, arguments.output, as_json=arguments.json)
         return 0
-    search = Search(settings, arguments.output, arguments.tracking_uri)
+    search = Search(settings, arguments.output, arguments.tracking_uri, arguments.experiment)
     with lock_directory(search.directory):
         search.open()
         if search.is_finished:
             print("This search has finished; nothing was done again.", file=sys.stderr)
         else:
             tune(search, arguments.address, verbose=arguments.verbose)
+        model = search.directory / BEST_MODEL
+        if arguments.register_model and model.is_dir():
+            from lrmc_ray.tracking import register_model
+
+            version = register_model(
+                search.directory, model, arguments.register_model, search.tracking_uri
+            )
+            print(f"MLflow has it as models:/{arguments.register_model}/{version}", file=sys.stderr)
     _print_end(search, arguments)
     return SOME_TRIALS_FAILED if search.num_failed else 0
 
@@ -742,12 +783,20 @@ def _print_end(search: Search, arguments: argparse.Namespace) -> None:
     command = f"--space {arguments.space}" if arguments.space != "demo" else ""
     print(f"\nReport  {search.directory / 'report.html'}")
     print(f"Figure  {search.directory / 'gain_vs_forgetting.png'}")
-    print(f"Model   {model}")
+    if study.best is not None:
+        print(f"Model   {model}")
+    elif study.closest is not None:
+        closest = search.directory / "trials" / f"{study.closest.entry.number:04d}"
+        print(
+            f"Model   none: no trial keeps the budget. Raise search.max_forgetting, or take the "
+            f"closest one: {closest / 'training' / 'model'}"
+        )
     print("\nNext:")
     print(f"  mlflow ui --backend-store-uri {search.tracking_uri}")
     if search.description.get("trade_off_path"):
         print(f"      forgetting against gain: {MLFLOW_UI}/{search.description['trade_off_path']}")
-    print(f"  python -m lrmc_ray.evaluate --tuned {model}")
+    if study.best is not None:
+        print(f"  python -m lrmc_ray.evaluate --tuned {model}")
     print(f"  ray up cluster.yaml && python -m lrmc_ray.tune --address auto {command}".rstrip())
 
 
