@@ -40,6 +40,8 @@ class Sample:
     """True at positions to be learned, False at prompt positions (the anchor's)."""
     candidates: CandidateSets
     """P rows."""
+    domain: str = ""
+    """What the sample is about, for ``train.domain_weights``; empty where nobody said so."""
 
 
 @dataclass(frozen=True)

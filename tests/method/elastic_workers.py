@@ -82,7 +82,7 @@ def run(case: Case, group: WorkerGroup) -> Outcome:
     model = tiny_llama(tied=case.tied, dropout=case.dropout, dtype=torch.float32).train()
     parameters = list(model.parameters())
     results = train(
-        lambda ids: hidden_states(model, ids),
+        lambda batch: hidden_states(model, batch.input_ids_BT),
         head_of(model),
         MoClip(parameters, lr=LR, weight_decay=WEIGHT_DECAY),
         lambda step: samples_of_step(case, step),
