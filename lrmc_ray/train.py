@@ -11,6 +11,7 @@ import argparse
 import dataclasses
 import json
 import logging
+import math
 import shutil
 import sys
 import threading
@@ -270,7 +271,7 @@ def _cause(error: BaseException) -> BaseException:
     failures = getattr(error, "worker_failures", None)
     if failures:
         return _cause(_most_telling(failures.values()))
-    for attribute in ("cause", "__cause__"):
+    for attribute in ("controller_failure", "health_check_failure", "cause", "__cause__"):
         inner = getattr(error, attribute, None)
         if isinstance(inner, BaseException) and inner is not error:
             return _cause(inner)
@@ -286,10 +287,9 @@ def _most_telling(errors: Iterable[BaseException]) -> BaseException:
 
 def _is_worker_loss(cause: BaseException) -> bool:
     """Whether a process or a node died, rather than the loop raising an error."""
-    from ray.exceptions import RayError
-
+    modules = {kind.__module__.partition(".")[0] for kind in type(cause).__mro__}
     is_collective = any(kind.__module__ == "torch.distributed" for kind in type(cause).__mro__)
-    return isinstance(cause, RayError) or is_collective or "gloo" in str(cause).lower()
+    return "ray" in modules or is_collective or "gloo" in str(cause).lower()
 
 
 def _text(cause: BaseException) -> str:
@@ -370,7 +370,9 @@ _NOTES = (
 def progress_note(metrics: Mapping[str, float]) -> str:
     """The metrics that say at a glance how training goes, in one line."""
     return ", ".join(
-        f"{name} {form.format(metrics[key])}" for name, key, form in _NOTES if key in metrics
+        f"{name} {form.format(metrics[key])}"
+        for name, key, form in _NOTES
+        if math.isfinite(metrics.get(key, math.nan))
     )
 
 
