@@ -133,6 +133,9 @@ class TrainSettings(Settings):
     """Adapters are scaled by lora_alpha / lora_rank."""
     lora_targets: Patterns = ()
     """Names of the linear layers that get an adapter; by default all but the output head."""
+    packing: bool = True
+    """Compute prefixes that samples of a micro-batch share once, without padding, where that is
+    cheaper; the loss is the same up to rounding."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, about a third more time."""
     batch_size: int = Field(8, ge=1)

@@ -39,7 +39,14 @@ from lrmc_ray.method.training_loop import (
 )
 from lrmc_ray.method.training_loop import train as training_steps
 from lrmc_ray.metrics_log import MetricsLog
-from lrmc_ray.models import head_of, hidden_states, load_model, logits, save_model
+from lrmc_ray.models import (
+    attention_cost,
+    batch_hidden_states,
+    head_of,
+    load_model,
+    logits,
+    save_model,
+)
 from lrmc_ray.run_files import CHECKPOINT_NOW, CHECKPOINTS, LEDGER, METRICS, MODEL
 from lrmc_ray.trainable import TrainableModel
 from lrmc_ray.training_samples import TrainingSamples
@@ -104,10 +111,16 @@ class TrainingRun:
             seed=settings.seed,
         )
         self.autocast = torch.bfloat16 if settings.precision == "bf16" else None
+        self.attention_cost = attention_cost(self.model) if settings.packing else math.inf
         self.held_out = held_out_batches([self.samples[i] for i in self.samples.held_out])
         self.first_step = 0
         self.bad_steps = 0
-        self.totals = {"processed_tokens": 0, "original_tokens": 0, "padded_tokens": 0}
+        self.totals = {
+            "processed_tokens": 0,
+            "original_tokens": 0,
+            "padded_tokens": 0,
+            "shared_tokens": 0,
+        }
         self.totals |= {"bad_steps": 0, "supervised_positions": 0}
         self.seconds_before = 0.0
         self.best: dict[str, float] = {}
@@ -215,12 +228,13 @@ class TrainingRun:
             max_grad_norm=settings.max_grad_norm,
             max_bad_steps=settings.max_bad_steps,
             autocast=self.autocast,
+            attention_cost=self.attention_cost,
             probe=self._probe,
             bad_steps=self.bad_steps,
         )
 
     def _hidden(self, batch: MicroBatch) -> Tensor:
-        return hidden_states(self.model, batch.input_ids_BT)
+        return batch_hidden_states(self.model, batch)
 
     # Samples
 
@@ -352,6 +366,7 @@ class TrainingRun:
         self.bad_steps = result.bad_steps
         self.totals["processed_tokens"] += result.num_processed
         self.totals["original_tokens"] += result.num_tokens
+        self.totals["shared_tokens"] += result.num_shared
         self.totals["padded_tokens"] += result.num_padded
         self.totals["supervised_positions"] += result.num_supervised
         self.totals["bad_steps"] += not result.is_applied
@@ -366,7 +381,9 @@ class TrainingRun:
             "train/supervised_tokens_per_second": result.num_supervised / seconds,
             "train/tokens_per_second": result.num_tokens / seconds,
             "train/processed_share": result.num_processed / result.num_tokens,
-            "train/padding_share": 1 - result.num_processed / max(1, result.num_padded),
+            "train/shared_share": result.num_shared / max(1, result.num_processed),
+            "train/padding_share": 1
+            - (result.num_processed - result.num_shared) / max(1, result.num_padded),
             "train/step_seconds": seconds,
             "subset/k_mean": result.mean_candidates,
             "subset/active_share": result.num_active / result.num_supervised,

@@ -667,8 +667,20 @@ def test_metrics_of_a_step(start, tmp_path):
         )
         assert metrics["train/epoch"] == pytest.approx(line.step * 4 / 20)
         # Without trimming nothing but the padding is lost; the last token is no input.
+        assert metrics["train/shared_share"] > 0.1  # all begin with the same words
+        assert metrics["train/padding_share"] == 0
+    (tmp_path / "padded").mkdir()
+    run = start(tmp_path / "padded", micro_batches=1, packing=False)
+    run.run()
+    for line in read_metrics(tmp_path / "padded" / METRICS):
+        samples = [records[index] for index in records.indices_of_step(line.step - 1)]
+        metrics = line.metrics
         lengths = [len(sample.input_ids_T) - 1 for sample in samples]
+        assert metrics["train/shared_share"] == 0
         assert metrics["train/padding_share"] == pytest.approx(
             1 - sum(lengths) / (4 * max(lengths)), abs=1e-9
         )
         assert metrics["elastic/world_size"] == 1
+    padded, packed = model_of(tmp_path / "padded"), model_of(tmp_path / "training")
+    for name, tensor in packed.items():
+        torch.testing.assert_close(tensor, padded[name], rtol=1e-3, atol=1e-4)

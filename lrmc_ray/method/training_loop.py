@@ -131,7 +131,9 @@ class StepResult:
     num_tokens: int
     num_processed: int
     num_padded: int
-    """Token slots of the padded forward passes."""
+    """Token slots of the forward passes."""
+    num_shared: int
+    """Processed tokens of prefixes that another sequence of the micro-batch brought along."""
     mean_candidates: float
     """Mean size of the candidate sets of active supervised positions."""
     is_applied: bool
@@ -341,13 +343,14 @@ def train(
     max_bad_steps: int = 5,
     autocast: torch.dtype | None = None,
     trim: bool = True,
+    attention_cost: float = math.inf,
     probe: Callable[[int, Tensor, MicroBatch], None] | None = None,
     bad_steps: int = 0,
 ) -> Iterator[StepResult]:
     """Take the steps ``first_step`` .. ``steps - 1`` and yield after each.
 
     ``bad_steps`` steps before the first one were left out in a row; see ``compute_gradients`` for
-    ``probe``, which is called with the step as well.
+    ``probe``, which is called with the step as well, and ``collate`` for ``attention_cost``.
 
     Raises:
         FloatingPointError: ``max_bad_steps`` steps in a row had no finite loss and gradient.
@@ -357,7 +360,10 @@ def train(
         samples = batch_of_step(step)
         activity = settings.activity
         parts = deal(samples, num_micro_batches, activity)
-        micro_batches = [collate([samples[i] for i in part], activity, trim=trim) for part in parts]
+        micro_batches = [
+            collate([samples[i] for i in part], activity, trim=trim, attention_cost=attention_cost)
+            for part in parts
+        ]
 
         gradients = compute_gradients(
             forward,
@@ -419,6 +425,7 @@ def _summarize(
         num_tokens=sum(batch.num_tokens for batch in batches),
         num_processed=sum(batch.num_processed for batch in batches),
         num_padded=sum(batch.input_ids_BT.numel() for batch in batches),
+        num_shared=sum(batch.num_shared for batch in batches),
         mean_candidates=candidates / max(1, active),
         is_applied=bad_steps == 0,
         bad_steps=bad_steps,

@@ -24,11 +24,12 @@ from lrmc_ray.method.training_loop import (
     train,
     waves,
 )
-from lrmc_ray.models import head_of, hidden_states
+from lrmc_ray.models import batch_hidden_states, head_of, hidden_states
 from tests.method import elastic_workers
 from tests.method.elastic_workers import CASES, LR, STEPS, WEIGHT_DECAY, WORLD_SIZES, Case
 from tests.method.plain_training import (
     VOCABULARY,
+    branching_samples,
     largest_difference,
     plain_gradients,
     plain_sums,
@@ -53,15 +54,33 @@ LOSSES = {
 }
 
 
-def gradients_of(model, samples, loss, *, num_micro_batches=1, trim=True, step=0, **options):
+def gradients_of(
+    model,
+    samples,
+    loss,
+    *,
+    num_micro_batches=1,
+    trim=True,
+    step=0,
+    attention_cost=math.inf,
+    **options,
+):
     """The gradients that ``compute_gradients`` leaves, and what it returns."""
     parameters = list(model.parameters())
     parts = deal(samples, num_micro_batches, loss.activity)
     result = compute_gradients(
-        lambda batch: hidden_states(model, batch.input_ids_BT),
+        lambda batch: batch_hidden_states(model, batch),
         head_of(model),
         parameters,
-        [collate([samples[i] for i in part], loss.activity, trim=trim) for part in parts],
+        [
+            collate(
+                [samples[i] for i in part],
+                loss.activity,
+                trim=trim,
+                attention_cost=attention_cost,
+            )
+            for part in parts
+        ],
         loss,
         WorkerGroup(),
         step=step,
@@ -130,6 +149,45 @@ def test_trimming_changes_no_gradient(seed, name):
     untrimmed, more = gradients_of(model, samples, LOSSES[name], trim=False)
     assert largest_difference(trimmed, untrimmed) < 1e-10
     assert fewer.micro_batches[0].num_processed <= more.micro_batches[0].num_processed
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_packed_gradients_equal_those_from_full_logits_of_each_sample(name):
+    """Prefixes computed once, against every sample alone; in float64."""
+    loss = LOSSES[name]
+    model = tiny_llama()
+    samples = [*branching_samples(7, seed=3), random_samples(3, seed=2)[1]]
+    main, _ = plain_sums(model, samples, loss, step=2)
+    expected = plain_gradients(model, samples, loss, step=2)
+    packed, result = gradients_of(model, samples, loss, step=2, attention_cost=0.0)
+    assert result.loss_sum == pytest.approx(main.item(), rel=1e-12)
+    assert largest_difference(packed, expected) < 1e-10
+    (batch,) = result.micro_batches
+    assert batch.num_shared > 15
+    assert batch.input_ids_BT.shape == (1, batch.num_processed - batch.num_shared)
+
+
+@given(seed=st.integers(0, 2**31 - 1), num=st.integers(1, 9), parts=st.integers(1, 3))
+@settings(deadline=None, max_examples=25, derandomize=True)
+def test_packing_changes_no_gradient(seed, num, parts):
+    model = tiny_llama()
+    samples = branching_samples(num, seed=seed)
+    loss = LOSSES["restricted + tail + anchor"]
+    options = {"num_micro_batches": parts}
+    padded, _ = gradients_of(model, samples, loss, **options)
+    packed, _ = gradients_of(model, samples, loss, attention_cost=0.0, **options)
+    assert largest_difference(padded, packed) < 1e-10
+
+
+def test_packing_works_under_autocast():
+    model = tiny_llama(dtype=torch.float32)
+    samples = branching_samples(5)
+    exact, _ = gradients_of(model, samples, PAPER)
+    options = {"autocast": torch.bfloat16, "attention_cost": 0.0}
+    rounded, result = gradients_of(model, samples, PAPER, **options)
+    assert result.micro_batches[0].num_shared > 0
+    relative = [float((a - b).norm() / b.norm()) for a, b in zip(rounded, exact, strict=True)]
+    assert 1e-4 < max(relative) < 0.1
 
 
 def test_samples_without_an_active_position_count_in_the_divisor():
