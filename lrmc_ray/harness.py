@@ -10,7 +10,7 @@ import logging
 import math
 import os
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -107,7 +107,7 @@ def task_manager(names: Sequence[str], scratch: Path, split: Literal["dev", "tes
     from lrmc_ray.tasks.registry import OURS, materialize
 
     ours = {part for parts in OURS.values() for part in parts}
-    materialize(scratch, **_demo_paths(names, split))
+    materialize(scratch, **_demo_paths(names, split), **_ct_path(names, split))
     foreign = [name for name in names if name not in OURS and name not in ours]
     manager = TaskManager(include_path=str(scratch), include_defaults=bool(foreign))
     for name in foreign:
@@ -118,6 +118,19 @@ def task_manager(names: Sequence[str], scratch: Path, split: Literal["dev", "tes
                 f"task {name} is neither one of ours ({', '.join(OURS)}) nor one of lm-eval's{hint}"
             )
     return manager
+
+
+def _ct_path(names: Sequence[str], split: Literal["dev", "test"]) -> dict[str, Path]:
+    """The questions of the domain ct, needed only if its task is asked for."""
+    from lrmc_ray.config import CT
+    from lrmc_ray.demo.ct import ct_files
+    from lrmc_ray.models import cache_directory
+    from lrmc_ray.tasks.registry import OURS
+
+    if not {CT, *OURS[CT]} & set(names):
+        return {}
+    files = ct_files(cache_directory())
+    return {"ct_test_path": files.dev if split == "dev" else files.test}
 
 
 def _demo_paths(names: Sequence[str], split: Literal["dev", "test"]) -> dict[str, Path]:
@@ -170,23 +183,21 @@ def task_rows(
     name: str, group: Group, samples: Mapping[str, list[dict[str, Any]]], tokenizer: Any
 ) -> Iterator[dict[str, Any]]:
     """The rows of one requested task; a group's subtasks become its items."""
-    gold_suffix = "_gold"
+    companions = {task + suffix for task in samples for suffix in _COMPANIONS} & samples.keys()
     for task, items in samples.items():
-        if task.endswith(gold_suffix) and task.removesuffix(gold_suffix) in samples:
+        if task in companions:
             continue
-        golds = {
-            str(item["doc_id"]): _mean_token_probability(item, tokenizer)
-            for item in samples.get(task + gold_suffix, [])
-        }
+        further: dict[int, dict[str, float]] = {}
+        for suffix, (metric, measure) in _COMPANIONS.items():
+            for item in samples.get(task + suffix, []):
+                further.setdefault(item["doc_id"], {})[metric] = measure(item, tokenizer)
         first_filter = items[0]["filter"] if items else None
         for item in items:
             if item["filter"] != first_filter:
                 continue
             kind, metrics, weight = _metrics(task, item, tokenizer)
-            gold = golds.get(str(item["doc_id"]))
-            if gold is not None:
-                metrics["gold_probability"] = gold
-            prefix = "" if len(samples) - bool(golds) == 1 else f"{task}/"
+            metrics |= further.get(item["doc_id"], {})
+            prefix = "" if len(samples) - len(companions) == 1 else f"{task}/"
             for metric, value in metrics.items():
                 yield {
                     "task": name,
@@ -251,6 +262,13 @@ def _mean_token_probability(item: Mapping[str, Any], tokenizer: Any) -> float:
     answer = item["arguments"][0][1]
     tokens = len(tokenizer(answer, add_special_tokens=False)["input_ids"])
     return math.exp(float(likelihood) / max(1, tokens))
+
+
+_COMPANIONS: Mapping[str, tuple[str, Callable[[Mapping[str, Any], Any], float]]] = {
+    "_gold": ("gold_probability", _mean_token_probability),
+    "_letter": ("letter_accuracy", lambda item, _: float(item["acc"])),
+}
+"""Tasks on the same items as the one that they are named after: the metric that each adds to it."""
 
 
 def _output(item: Mapping[str, Any]) -> str | None:
