@@ -104,15 +104,16 @@ def task_manager(names: Sequence[str], scratch: Path, split: Literal["dev", "tes
     """
     from lm_eval.tasks import TaskManager
 
-    from lrmc_ray.tasks.registry import OURS, materialize
+    from lrmc_ray.tasks.registry import GROUPS, OURS, materialize
 
-    ours = {part for parts in OURS.values() for part in parts}
-    materialize(scratch, **_demo_paths(names, split), **_ct_path(names, split))
-    foreign = [name for name in names if name not in OURS and name not in ours]
+    ours = {*OURS, *(part for parts in OURS.values() for part in parts)}
+    materialize(scratch, **task_data(names, split))
+    foreign = [name for name in names if name not in ours]
     manager = TaskManager(include_path=str(scratch), include_defaults=bool(foreign))
     for name in foreign:
         if name not in manager.all_tasks and not Path(name).is_file():
-            close = difflib.get_close_matches(name, [*OURS, *manager.all_tasks], n=3)
+            known = [*OURS, *GROUPS, *manager.all_tasks]
+            close = difflib.get_close_matches(name, known, n=3)
             hint = f"; did you mean {' or '.join(close)}?" if close else ""
             raise ConfigError(
                 f"task {name} is neither one of ours ({', '.join(OURS)}) nor one of lm-eval's{hint}"
@@ -120,31 +121,36 @@ def task_manager(names: Sequence[str], scratch: Path, split: Literal["dev", "tes
     return manager
 
 
-def _ct_path(names: Sequence[str], split: Literal["dev", "test"]) -> dict[str, Path]:
-    """The questions of the domain ct, needed only if its task is asked for."""
-    from lrmc_ray.config import CT
-    from lrmc_ray.demo.ct import ct_files
+def task_data(names: Sequence[str], split: Literal["dev", "test"]) -> dict[str, Path]:
+    """The data files of our tasks that are not shipped, as ``materialize`` takes them.
+
+    Raises:
+        IncompleteArtifactError: one has to be built first; the message says how.
+    """
     from lrmc_ray.models import cache_directory
     from lrmc_ray.tasks.registry import OURS
 
-    if not {CT, *OURS[CT]} & set(names):
-        return {}
-    files = ct_files(cache_directory())
-    return {"ct_test_path": files.dev if split == "dev" else files.test}
+    def wanted(task: str) -> bool:
+        return bool({task, *OURS[task]} & set(names))
 
+    paths: dict[str, Path] = {}
+    cache = cache_directory()
+    if wanted("nl2sql"):
+        from lrmc_ray.demo.files import demo_files
 
-def _demo_paths(names: Sequence[str], split: Literal["dev", "test"]) -> dict[str, Path]:
-    """The demo's database and questions, made only if its task is asked for."""
-    if not any("nl2sql" in name for name in names):
-        return {}
-    from lrmc_ray.demo.files import demo_files
-    from lrmc_ray.models import cache_directory
+        demo = demo_files(cache)
+        paths["nl2sql_test_path"] = demo.dev if split == "dev" else demo.test
+        paths["database_path"] = demo.database
+    if wanted("ct"):
+        from lrmc_ray.tasks.built import ct_files
 
-    files = demo_files(cache_directory())
-    return {
-        "nl2sql_test_path": files.dev if split == "dev" else files.test,
-        "database_path": files.database,
-    }
+        ct = ct_files(cache)
+        paths["ct_test_path"] = ct.dev if split == "dev" else ct.test
+    if wanted("nl2sql_spider"):
+        from lrmc_ray.tasks.built import built_spider_file
+
+        paths["spider_test_path"] = built_spider_file(cache)
+    return paths
 
 
 def run_task(

@@ -98,8 +98,8 @@ def training_files(settings: RunSettings) -> list[Path]:
 
             files.append(demo_files(cache_directory()).train)
         elif name == CT and not Path(CT).exists():
-            from lrmc_ray.demo.ct import ct_files
             from lrmc_ray.models import cache_directory
+            from lrmc_ray.tasks.built import ct_files
 
             files.append(ct_files(cache_directory()).train)
         elif Path(name).is_file():

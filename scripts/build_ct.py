@@ -182,8 +182,8 @@ def download(folder: Path) -> list[Path]:
 
 def main() -> int:
     """Build the files; returns the exit code."""
-    from lrmc_ray.demo.ct import ct_directory
     from lrmc_ray.models import cache_directory
+    from lrmc_ray.tasks.built import ct_directory
 
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+from collections.abc import Iterable
 from pathlib import Path
 from string import Template
 
@@ -16,8 +17,21 @@ OURS: dict[str, tuple[str, ...]] = {
     "capitals": ("lrmc_capitals",),
     "plain_english": ("lrmc_plain_english",),
     "ct": ("lrmc_ct", "lrmc_ct_letter"),
+    "nl2sql_spider": ("lrmc_nl2sql_spider", "lrmc_nl2sql_spider_gold"),
 }
 """The lm-eval tasks behind each name that settings use."""
+
+GROUPS: dict[str, tuple[str, ...]] = {
+    "general_offline": ("wordnet", "capitals", "plain_english"),
+    "paper": ("mmlu", "bbh", "gpqa_main_zeroshot", "minerva_math"),
+}
+"""Names for several tasks at once: what needs no download, and the paper's four benchmarks."""
+
+
+def expand(names: Iterable[str]) -> tuple[str, ...]:
+    """``names`` with every group replaced by its tasks, each task once."""
+    return tuple(dict.fromkeys(task for name in names for task in GROUPS.get(name, (name,))))
+
 
 _HERE = Path(__file__).parent
 _SCORE_MODULE = '''\
@@ -49,6 +63,7 @@ def materialize(
     nl2sql_test_path: str | os.PathLike[str] | None = None,
     database_path: str | os.PathLike[str] | None = None,
     ct_test_path: str | os.PathLike[str] | None = None,
+    spider_test_path: str | os.PathLike[str] | None = None,
 ) -> Path:
     """Write our task files into ``directory``, for ``TaskManager(include_path=directory)``.
 
@@ -62,6 +77,8 @@ def materialize(
         database_path: The SQLite database that the queries are about. Never written to.
         ct_test_path: JSONL of radio exam questions. Each line has ``id``, ``question``, four
             ``choices`` and ``answer``, the index of the right one.
+        spider_test_path: JSONL of Spider questions. Each line has ``id``, ``question`` with the
+            schema, and ``sql``, the gold query.
 
     Returns:
         ``directory``.
@@ -77,12 +94,15 @@ def materialize(
         )
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
-    built = {"nl2sql", "ct"}
+    built = {"nl2sql", "ct", "nl2sql_spider"}
     paths = {name: _HERE / "data" / f"{name}.jsonl" for name in OURS.keys() - built}
     names = [part for name, parts in OURS.items() if name not in built for part in parts]
     if ct_test_path is not None:
         names.extend(OURS["ct"])
         paths["ct_test"] = _existing(ct_test_path, "ct")
+    if spider_test_path is not None:
+        names.extend(OURS["nl2sql_spider"])
+        paths["spider_test"] = _existing(spider_test_path, "nl2sql_spider")
     if nl2sql_test_path is not None and database_path is not None:
         names.extend(OURS["nl2sql"])
         paths["nl2sql_test"] = _existing(nl2sql_test_path, "nl2sql")
