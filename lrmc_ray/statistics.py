@@ -335,5 +335,5 @@ def knee_replicates(gain_TB: ArrayLike, forgetting_TB: ArrayLike) -> NDArray[np.
     # The front's two ends lie on the line by construction; rounding must not make one win.
     is_end_TB = (x_TB <= 0.0) | (x_TB >= 1.0)
     above_TB = np.where(front_TB, np.where(is_end_TB, 0.0, y_TB - x_TB), -np.inf)
-    chosen_B: NDArray[np.intp] = np.take_along_axis(order_TB, above_TB.argmax(axis=0)[None], axis=0)
-    return chosen_B[0]
+    chosen_B = np.take_along_axis(order_TB, above_TB.argmax(axis=0)[None], axis=0)[0]
+    return np.asarray(chosen_B, dtype=np.intp)

@@ -38,6 +38,7 @@ from lrmc_ray.console import format_seconds, progress, run_command, setup_loggin
 from lrmc_ray.errors import ResourceError
 from lrmc_ray.forecast import divide, forecast
 from lrmc_ray.ray_session import RAY_LOG, TRIAL_SLOT, ray_session, release_orphaned_groups
+from lrmc_ray.run_files import CHECKPOINT_NOW, CHECKPOINTS
 
 if TYPE_CHECKING:
     import optuna
@@ -54,8 +55,6 @@ MLFLOW_UI = "http://127.0.0.1:5000"
 """Where `mlflow ui` listens by default."""
 SOME_TRIALS_FAILED = 10
 """Exit code of a finished search with failed trials."""
-CHECKPOINT_NOW = "checkpoint_now"
-"""A file of this name in a trial's training directory asks its loop for a checkpoint."""
 STOP_SECONDS = 20.0
 """How long an interrupted search waits for the checkpoints of its running trials."""
 LEFTOVER_SECONDS = 10.0
@@ -184,8 +183,25 @@ class Search:
         scored = read_manifest(base, made_by="python -m lrmc_ray.evaluate")
         self.description["stage_seconds"]["base_evaluation"] = scored["seconds"]
         self.description["base_scores"] = _relative(base, self.directory)
+        self._find_ranges(recorded)
         self.write()
         return recorded, base
+
+    def _find_ranges(self, recorded: Path) -> None:
+        """Replace automatic ranges by what the record and a short run say, once per study."""
+        from lrmc_ray.suggest import automatic, suggest, with_ranges
+
+        names = automatic(self.settings)
+        if not names:
+            return
+        if "ranges" not in self.description:
+            found = suggest(self.settings, recorded, names)
+            self.description["ranges"] = {name: asdict(one) for name, one in found.items()}
+            for name, one in found.items():
+                _log.info("%s from %g to %g: %s", name, one.low, one.high, one.reason)
+        self.settings = with_ranges(self.settings, self.description["ranges"])
+        dumped = _json_ready(self.settings.model_dump(mode="json"))
+        self.description["space"] = dumped["parameters"]
 
     def slots(self) -> int:
         """Workers that the machine or cluster can hold at once.
@@ -462,7 +478,7 @@ class Search:
         from lrmc_ray.trial import trial_directory
 
         trainings = [trial_directory(self.directory, number) / "training" for number in self._began]
-        asked = [path / CHECKPOINT_NOW for path in trainings if (path / "checkpoints").is_dir()]
+        asked = [path / CHECKPOINT_NOW for path in trainings if (path / CHECKPOINTS).is_dir()]
         for path in asked:
             path.touch()
         if asked:
