@@ -130,13 +130,16 @@ def release_orphaned_groups() -> int:
     from ray.core.generated.gcs_pb2 import PlacementGroupTableData
     from ray.util.placement_group import PlacementGroup, remove_placement_group
 
-    state._check_connected()
     own_job = ray.get_runtime_context().get_job_id()
     released = 0
-    for serialized in state.global_state_accessor.get_placement_group_table():
+    # Ray's public table of placement groups does not say who made them.
+    for serialized in state._connect_and_get_accessor().get_placement_group_table():
         group = PlacementGroupTableData.FromString(serialized)
         if (
             group.creator_actor_dead
+            # Groups that the driver made, Tune's among them, have no creating actor to be alive.
+            and set(group.creator_actor_id) - {0xFF}
+            and not group.is_detached
             and group.creator_job_id.hex() == own_job
             and group.state != PlacementGroupTableData.REMOVED
         ):

@@ -57,6 +57,8 @@ SOME_TRIALS_FAILED = 10
 """Exit code of a finished search with failed trials."""
 STOP_SECONDS = 20.0
 """How long an interrupted search waits for the checkpoints of its running trials."""
+CLOCK_SECONDS = 2.0
+"""Most by which the clocks of two nodes may differ."""
 LEFTOVER_SECONDS = 10.0
 """How long a killed process may take to vanish."""
 SHORTEST_LIMIT_SECONDS = 600.0
@@ -95,7 +97,7 @@ class Search:
         self.description: dict[str, Any] = {}
         self._lock = threading.Lock()
         self._began: dict[int, float] = {}
-        """When each running trial was started here, on the monotonic clock."""
+        """When each running trial was handed out here, in seconds since 1970."""
         self._session = [time.time(), time.time()]
         self._queue: TrialQueue | None = None
         self.tracker: StudyTracker | None = None
@@ -326,7 +328,7 @@ class Search:
         directory = trial_directory(self.directory, number)
         if result is None and cause is None:
             (directory / FAILURE).unlink(missing_ok=True)
-            self._began[number] = time.monotonic()
+            self._began[number] = time.time()
         else:
             self._began.pop(number, None)
             release_orphaned_groups()
@@ -429,6 +431,8 @@ class Search:
 
         def is_running() -> bool:
             self._stop_overdue()
+            # The controller of a dead trial's training dies a little after it.
+            release_orphaned_groups()
             return thread.is_alive()
 
         try:
@@ -456,14 +460,18 @@ class Search:
 
     def _stop_overdue(self) -> None:
         """Kill the processes of trials beyond their time; Ray Tune then sees them fail."""
-        from lrmc_ray.trial import FAILURE, trial_directory
+        from lrmc_ray.trial import FAILURE, last_process, trial_directory
 
         limit = self.time_limit()
-        for number, began in list(self._began.items()):
-            taken = time.monotonic() - began
+        for number, handed_out in list(self._began.items()):
+            directory = trial_directory(self.directory, number)
+            process = last_process(directory)
+            # One from before is that of an earlier sitting; clocks of nodes may differ a little.
+            if process is None or process["began"] < handed_out - CLOCK_SECONDS:
+                continue
+            taken = time.time() - process["began"]
             if taken <= limit:
                 continue
-            directory = trial_directory(self.directory, number)
             cause = (
                 f"it has not ended after {format_seconds(taken)}, more than "
                 f"{format_seconds(limit)}; raise search.trial_timeout_seconds if it is only slow"
@@ -491,7 +499,11 @@ class Search:
 
     def _snapshot(self) -> list[dict[str, Any]]:
         with self._lock:
-            return [dict(trial) for trial in self.description["trials"]]
+            best = self.description["best"]
+            return [
+                {**trial, "is_best": trial["number"] == best}
+                for trial in self.description["trials"]
+            ]
 
     # The end
 

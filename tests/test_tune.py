@@ -179,13 +179,18 @@ def test_an_overdue_trial_gets_its_cause_once(tmp_path, monkeypatch):
     search = make_search(tmp_path, POINTS, trial_timeout_seconds=5.0)
     killed = []
     monkeypatch.setattr("lrmc_ray.tune._kill_trial", lambda path: killed.append(path) or True)
-    search._began = {2: time.monotonic() - 6.0, 3: time.monotonic() - 4.0}
+    now = time.time()
+    search._began = {0: now - 60.0, 2: now - 60.0, 3: now - 60.0, 4: now - 60.0}
+    # Trial 0 has not begun yet, and 4 only in an earlier sitting.
+    for number, seconds in ((2, 6.0), (3, 4.0), (4, 99.0)):
+        process = {"pid": 1, "born": 0, "node": "x", "began": now - seconds}
+        (trial_directory(search.directory, number) / PROCESSES).write_text(json.dumps(process))
     search._stop_overdue()
     search._stop_overdue()
     directory = trial_directory(search.directory, 2)
     assert killed == [directory]
     assert "not ended after 6.0 s, more than 5.0 s" in failure_cause(directory)
-    assert not (trial_directory(search.directory, 3) / FAILURE).exists()
+    assert len(list(search.directory.glob(f"trials/*/{FAILURE}"))) == 1
 
 
 def test_an_interrupted_search_asks_its_trials_for_a_checkpoint_and_waits(tmp_path, monkeypatch):
@@ -193,7 +198,7 @@ def test_an_interrupted_search_asks_its_trials_for_a_checkpoint_and_waits(tmp_pa
     from lrmc_ray.run_files import CHECKPOINT_NOW, CHECKPOINTS
 
     search = make_search(tmp_path, POINTS)
-    search._began = dict.fromkeys((2, 3, 4), time.monotonic())
+    search._began = dict.fromkeys((2, 3, 4), time.time())
     training = {n: trial_directory(search.directory, n) / "training" for n in (2, 3, 4)}
     for number in (2, 3):
         (training[number] / CHECKPOINTS).mkdir()
@@ -209,6 +214,153 @@ def test_an_interrupted_search_asks_its_trials_for_a_checkpoint_and_waits(tmp_pa
     assert answered
     assert all(answered)
     assert not any((path / CHECKPOINT_NOW).exists() for path in training.values())
+
+
+# With Ray
+
+
+@pytest.mark.ray
+def test_groups_of_dead_creators_are_released_and_others_stay(tmp_path):
+    """Also where the creator is killed with the actor that started it, as a trial's trainer is."""
+    from lrmc_ray.ray_session import ray_session, release_orphaned_groups
+
+    with ray_session(log=tmp_path / "ray.log", num_cpus=4):
+        import ray
+        from ray.util.placement_group import placement_group, remove_placement_group
+
+        @ray.remote(num_cpus=0)
+        class Creator:
+            def make(self):
+                self.group = placement_group([{"CPU": 1}])
+                return ray.get(self.group.ready()) is not None
+
+            def make_below(self):
+                self.below = Creator.remote()
+                return ray.get(self.below.make.remote())
+
+        def free():
+            return ray.available_resources().get("CPU", 0.0)
+
+        def wait(cpus):
+            deadline = time.monotonic() + 30
+            while free() != cpus and time.monotonic() < deadline:
+                release_orphaned_groups()
+                time.sleep(0.1)
+            return free()
+
+        own = placement_group([{"CPU": 1}])
+        direct, above, living = Creator.remote(), Creator.remote(), Creator.remote()
+        made = [direct.make.remote(), above.make_below.remote(), living.make.remote(), own.ready()]
+        ray.get(made)
+        assert wait(0.0) == 0.0
+        assert release_orphaned_groups() == 0
+        ray.kill(direct)
+        ray.kill(above)
+        assert wait(2.0) == 2.0
+        time.sleep(0.5)
+        assert release_orphaned_groups() == 0
+        assert ray.get(living.make.remote())
+        remove_placement_group(own)
+
+
+ALL_FAULTS = """
+import json, os, sys, threading, time
+from pathlib import Path
+from lrmc_ray.config import load_settings
+from lrmc_ray.ray_session import ray_session
+from lrmc_ray.tune import Search
+
+directory, data = Path(sys.argv[1]), sys.argv[2]
+settings = load_settings(None, [
+    f'data.train="{data}"', "search.trials=8", "search.trial_timeout_seconds=4",
+    "search.yardstick_lr=1e-4", "parameters.tau={low=0.8, high=0.999}",
+    "resources.max_concurrent=2",
+])
+with ray_session(log=directory / "ray.log", num_cpus=2):
+    import ray
+    before = ray.available_resources()
+    search = Search(settings, directory)
+    search.open()
+    search.run_trials(directory, directory)
+    deadline = time.monotonic() + 30
+    while any(ray.available_resources().get(name) != before[name] for name in before
+              if name in ("CPU", "lrmc_trial")) and time.monotonic() < deadline:
+        time.sleep(0.2)
+    groups = [g["state"] for g in ray.util.placement_group_table().values()]
+    after = ray.available_resources()
+    names = ("CPU", "lrmc_trial")
+    print(json.dumps({
+        "directory": str(search.directory),
+        "lost": {name: after.get(name) for name in names if after.get(name) != before[name]},
+        "groups": [state for state in groups if state != "REMOVED"],
+        "threads": [t.name for t in threading.enumerate() if t.name == "tune"],
+    }))
+"""
+
+
+@pytest.mark.ray
+def test_however_a_trial_ends_the_search_goes_on_and_nothing_is_left(tmp_path):
+    """Trials that raise, exit, are killed, outgrow memory, give NaN and hang, between good ones."""
+    import optuna
+
+    data = make_data(tmp_path / "train.jsonl", num_rows=3)
+    faults = ["none", "raise", "exit", "kill", "memory", "nan", "hang", "none"]
+    environment = {
+        **os.environ,
+        "LRMC_TESTING": "1",
+        "LRMC_TRIAL_FAULTS": ",".join(f"{n}:{fault}" for n, fault in enumerate(faults)),
+        "LRMC_TEST_MARK": str(tmp_path),
+    }
+    done = subprocess.run(
+        [sys.executable, "-c", ALL_FAULTS, str(tmp_path), str(data)],
+        capture_output=True,
+        text=True,
+        check=False,
+        env=environment,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    left = json.loads(done.stdout.splitlines()[-1])
+    directory = Path(left.pop("directory"))
+    assert left == {"lost": {}, "groups": [], "threads": []}
+
+    study = optuna.load_study(study_name=None, storage=f"sqlite:///{directory / 'study.db'}")
+    assert [trial.state.name for trial in study.trials] == [
+        "COMPLETE" if fault == "none" else "FAIL" for fault in faults
+    ]
+    causes = [trial.user_attrs.get("cause") for trial in study.trials]
+    expected = [
+        None,
+        "ValueError: a fault was asked for",
+        "its process died",
+        "its process died",
+        "MemoryError",
+        "its eval/domain_gain is nan, not a finite number",
+        "raise search.trial_timeout_seconds",
+        None,
+    ]
+    for cause, part in zip(causes, expected, strict=True):
+        assert (cause is None) == (part is None)
+        assert part is None or part in cause
+    told = json.loads((directory / "study.json").read_text())["trials"]
+    assert [trial["cause"] for trial in told] == causes
+    assert [trial["state"] for trial in told] == [t.state.name for t in study.trials]
+    assert descendants(str(tmp_path)) == []
+
+
+def descendants(mark):
+    """Living processes whose environment carries the mark, after a grace of ten seconds."""
+    deadline = time.monotonic() + 10
+    while True:
+        found = []
+        for path in Path("/proc").glob("[0-9]*/environ"):
+            try:
+                if f"LRMC_TEST_MARK={mark}".encode() in path.read_bytes().split(b"\0"):
+                    found.append((path.parent / "comm").read_text().strip())
+            except OSError:
+                continue
+        if not found or time.monotonic() > deadline:
+            return found
+        time.sleep(0.2)
 
 
 # With Ray: minutes
