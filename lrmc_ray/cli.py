@@ -30,9 +30,10 @@ def add_run_arguments(parser: argparse.ArgumentParser, *, default_space: str | N
     parser.add_argument("--model", metavar="M", help="directory or Hugging Face id of the base")
     parser.add_argument(
         "--train-data",
-        metavar="FILE",
+        metavar="[DOMAIN=]FILE",
         action="append",
-        help="JSONL of messages, or of prompt and completion; may be given several times",
+        help="JSONL or Parquet file, folder or pattern, with messages, or prompt and completion, "
+        "or text in every row; may be given several times",
     )
     parser.add_argument(
         "--domain-tasks", metavar="TASKS", help="comma-separated tasks that should improve"

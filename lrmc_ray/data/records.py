@@ -8,6 +8,7 @@ Only the files that the manifest lists are read.
 import bisect
 import itertools
 import os
+import uuid
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -21,14 +22,17 @@ import torch
 
 from lrmc_ray.artifacts import PARTIAL, file_digest, read_manifest
 from lrmc_ray.errors import DataError
+from lrmc_ray.fault_points import passed
 from lrmc_ray.method.microbatch import Sample
 from lrmc_ray.method.subsets import CandidateSets
 
-SCHEMA_VERSION = "1"
+SCHEMA_VERSION = "2"
 
 RECORD_SCHEMA = pa.schema(
     [
         pa.field("sample_id", pa.string(), nullable=False),
+        # What the data call it; empty where they do not.
+        pa.field("domain", pa.string(), nullable=False),
         pa.field("input_ids", pa.list_(pa.int32()), nullable=False),
         # One entry per recorded position, ascending; its label sits at position + 1.
         pa.field("positions", pa.list_(pa.int32()), nullable=False),
@@ -66,6 +70,7 @@ def to_table(samples: Sequence[Sample], provenance: Mapping[str, str]) -> pa.Tab
     for sample in samples:
         candidates = sample.candidates
         columns["sample_id"].append(sample.sample_id)
+        columns["domain"].append(sample.domain)
         columns["input_ids"].append(sample.input_ids_T.numpy().astype(np.int32))
         columns["positions"].append(sample.positions_P.numpy().astype(np.int32))
         columns["is_supervised"].append(sample.is_supervised_P.numpy())
@@ -80,7 +85,8 @@ def to_table(samples: Sequence[Sample], provenance: Mapping[str, str]) -> pa.Tab
 
 def write_part(path: Path, samples: Sequence[Sample], provenance: Mapping[str, str]) -> None:
     """Write one file of the record, whole or not at all."""
-    partial = path.with_name(f".{path.name}.{os.getpid()}{PARTIAL}")
+    # An actor on another machine, or one thought dead, may be writing the same file.
+    partial = path.with_name(f".{path.name}.{uuid.uuid4().hex}{PARTIAL}")
     try:
         pq.write_table(
             to_table(samples, provenance),
@@ -89,7 +95,11 @@ def write_part(path: Path, samples: Sequence[Sample], provenance: Mapping[str, s
             write_page_checksum=True,
             row_group_size=64,
         )
+        with partial.open("rb") as file:
+            os.fsync(file.fileno())
+        passed("record.part_written", path.name)
         os.replace(partial, path)
+        passed("record.part_renamed", path.name)
     finally:
         partial.unlink(missing_ok=True)
 
@@ -146,6 +156,7 @@ def to_sample(table: pa.Table, row: int, *, vocabulary_size: int, source: str) -
         positions_P=positions_P,
         is_supervised_P=torch.tensor(values("is_supervised"), dtype=torch.bool),
         candidates=candidates,
+        domain=table["domain"][row].as_py(),
     )
     try:
         _check(sample, vocabulary_size)

@@ -40,6 +40,8 @@ class Sample:
     """True at positions to be learned, False at prompt positions (the anchor's)."""
     candidates: CandidateSets
     """P rows."""
+    domain: str = ""
+    """What the data call it; for weights and counts per domain. Empty where there is one."""
 
 
 @dataclass(frozen=True)
