@@ -89,6 +89,7 @@ class Preparation:
         return {
             **{f"lrmc.{name}": str(self.identity[name]) for name in ("model", "tokenizer", "data")},
             "lrmc.record": self.final.name,
+            "lrmc.tau": repr(self.identity["tau"]),
         }
 
 
@@ -445,20 +446,26 @@ def _run_actors(
         compute=ray.data.ActorPoolStrategy(min_size=least, max_size=most),
         num_cpus=cpus,
         num_gpus=gpus or None,
-        fn_constructor_kwargs={
-            "model_directory": str(prepared.model_directory),
-            "partial": str(prepared.partial.resolve()),
-            "provenance": prepared.provenance,
-            "tokenizer_size": tokenizer_size,
-            "tau": settings.recorded_tau(),
-            "k_min": settings.record.k_min,
-            "k_max": settings.record.k_max,
-            "prompt_k_max": settings.record.prompt_k_max,
-            "threads": cpus,
-        },
+        fn_constructor_kwargs=recorder_options(prepared, tokenizer_size),
     )
     for row in dataset.iter_rows():
         yield json.loads(row["part"])
+
+
+def recorder_options(prepared: Preparation, tokenizer_size: int) -> dict[str, Any]:
+    """The arguments of a :class:`Recorder`."""
+    settings = prepared.settings
+    return {
+        "model_directory": str(prepared.model_directory),
+        "partial": str(prepared.partial.resolve()),
+        "provenance": prepared.provenance,
+        "tokenizer_size": tokenizer_size,
+        "tau": settings.recorded_tau(),
+        "k_min": settings.record.k_min,
+        "k_max": settings.record.k_max,
+        "prompt_k_max": settings.record.prompt_k_max,
+        "threads": settings.resources.cpus_per_worker,
+    }
 
 
 def _actor_range(settings: RunSettings, num_shards: int) -> tuple[int, int]:
@@ -511,17 +518,18 @@ class Recorder:
             threads=threads,
         )
         self._partial = Path(partial)
-        self._provenance = {**provenance, "lrmc.tau": repr(tau)}
+        self._provenance = provenance
         self._tokenizer_size = tokenizer_size
 
     def __call__(self, batch: Any) -> Any:
         """Record the shards of ``batch`` and describe the files that hold them."""
         import pyarrow as pa
 
-        described = [self._record(shard) for shard in batch.to_pylist()]
+        described = [self.record(shard) for shard in batch.to_pylist()]
         return pa.table({"part": [json.dumps(part) for part in described]})
 
-    def _record(self, shard: Mapping[str, Any]) -> dict[str, Any]:
+    def record(self, shard: Mapping[str, Any]) -> dict[str, Any]:
+        """Write the file of ``shard`` and describe it."""
         from lrmc_ray.data.records import write_part
         from lrmc_ray.recording import describe
 

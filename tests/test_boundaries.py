@@ -156,6 +156,8 @@ except SystemExit as end:
     [
         ("lrmc_ray.cli", "record"),
         ("lrmc_ray.record", "--train-data"),
+        ("lrmc_ray.plan", "--sample-tokens"),
+        ("lrmc_ray.inspect_records", "--verify"),
         ("lrmc_ray.train", "--space"),
         ("lrmc_ray.evaluate", "--domain-tasks"),
         ("lrmc_ray.tune", "section.key=value"),

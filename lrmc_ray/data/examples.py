@@ -159,7 +159,6 @@ def _jsonl_rows(source: Source, rejects: Rejects) -> Iterator[Row]:
 
 
 def _parquet_rows(source: Source, rejects: Rejects) -> Iterator[Row]:
-    import pyarrow as pa
     import pyarrow.parquet as pq
 
     number = 0
@@ -180,7 +179,9 @@ def _parquet_rows(source: Source, rejects: Rejects) -> Iterator[Row]:
                     # A column is there for every row; what is null was not given.
                     given = {name: value for name, value in content.items() if value is not None}
                     yield Row(f"{source.path}:row {number}", given, source.domain)
-    except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
+    except DataError:
+        raise
+    except Exception as error:  # extension types that others registered raise whatever they like
         raise DataError(
             f"{source.path} is no readable Parquet file ({error}); save it again"
         ) from None

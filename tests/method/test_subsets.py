@@ -264,10 +264,12 @@ class LargestTensor(TorchDispatchMode):
         return result
 
 
-def test_chunks_bound_the_temporaries_and_change_nothing(monkeypatch):
+@pytest.mark.parametrize("cached_rows", [0, 1, 3, 7, 100])
+def test_chunks_bound_the_temporaries_and_change_nothing(monkeypatch, cached_rows):
     logits_NV, gold_N = random_logits(9, 60, 1000)
     whole = select_candidates(logits_NV, gold_N, tau=0.9, k_max=50)
     monkeypatch.setattr(subsets, "_CHUNK_ELEMENTS", 7 * 1000)
+    monkeypatch.setattr(subsets, "_CACHED_ELEMENTS", cached_rows * 1000 + 500)
     with LargestTensor() as largest:
         chunked = select_candidates(logits_NV, gold_N, tau=0.9, k_max=50)
     assert_equal(chunked, whole)
