@@ -191,8 +191,6 @@ def _samples(records: "Records", number: int, model: str | None) -> Iterator[dic
 
 def main(argv: Sequence[str]) -> int:
     """The command ``lrmc inspect``."""
-    from lrmc_ray.data.records import Records
-
     parser = argparse.ArgumentParser(
         prog="lrmc inspect",
         description="What a record holds. Green tokens are learned, dim ones are the prompt; K is "
@@ -210,6 +208,8 @@ def main(argv: Sequence[str]) -> int:
     )
     parser.add_argument("--json", action="store_true", help="as one JSON object on stdout")
     arguments = parser.parse_args(argv)
+    from lrmc_ray.data.records import Records
+
     setup_logging()
     if arguments.sample < 0:
         raise ConfigError(f"--sample must be at least 0, got {arguments.sample}")
