@@ -481,7 +481,8 @@ def _actor_range(settings: RunSettings, num_shards: int) -> tuple[int, int]:
     each = resources.gpus_per_worker or resources.cpus_per_worker
     available = ray.cluster_resources().get(kind, 0)
     fitting = int(available // each)
-    least, most = resources.actors or (1, max(1, min(fitting, num_shards)))
+    # Ray Data adds actors as far as the cluster's resources go, also on nodes that join later.
+    least, most = resources.actors or (1, num_shards)
     if fitting < least:
         raise ResourceError(
             f"{least} actor(s) of {each:g} {kind} each must fit into the cluster, it has "
