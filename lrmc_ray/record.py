@@ -35,7 +35,7 @@ from lrmc_ray.artifacts import (
 from lrmc_ray.config import DEMO, RunSettings
 from lrmc_ray.console import progress, run_command, setup_logging
 from lrmc_ray.data.sources import Source, find_sources
-from lrmc_ray.errors import DataError, ResourceError
+from lrmc_ray.errors import DataError, IncompleteArtifactError, ResourceError
 from lrmc_ray.fault_points import passed
 from lrmc_ray.ray_session import RAY_LOG, ray_session
 
@@ -177,16 +177,23 @@ def identify(
 def check_fits(record: Path, settings: RunSettings, model_directory: Path) -> None:
     """Refuse to train on a record that was made of something else than ``settings`` say.
 
-    A record may hold more than training asks for: a larger tau, k_min, k_max.
+    A record may hold more than training asks for: a larger tau, k_min, k_max. The training data are
+    compared where they can be found: training itself reads the record alone, on any machine.
 
     Raises:
         DataError: a field differs; the first is named.
-        IncompleteArtifactError: ``record`` is not finished, or the training data do not exist.
+        IncompleteArtifactError: ``record`` is not finished.
     """
     recorded = read_manifest(record, made_by=MADE_BY).get("identity", {})
-    wanted, _ = identify(settings, model_directory, training_sources(settings))
+    names = ["model", "chat_template", "tokenizer", "data", "max_length", "on_long", "schema"]
+    sources: list[Source] = []
+    try:
+        sources = training_sources(settings)
+    except IncompleteArtifactError:
+        names.remove("data")
+    wanted, _ = identify(settings, model_directory, sources)
     remedy = "record again with this one, or train with what was recorded"
-    for name in ("model", "chat_template", "tokenizer", "data", "max_length", "on_long", "schema"):
+    for name in names:
         if recorded.get(name) != wanted[name]:
             raise DataError(
                 f"{record} was recorded with another {_IDENTITY[name]} ({recorded.get(name)}) than "

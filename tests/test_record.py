@@ -319,6 +319,18 @@ def test_training_may_ask_for_less_than_was_recorded_but_not_for_more(tmp_path, 
         check_fits(record, settings_for(model, data, overrides=more), model)
 
 
+def test_training_needs_the_record_but_not_the_data(tmp_path, model, data):
+    record = tmp_path / "record"
+    record.mkdir()
+    write_manifest(record, {"identity": identity_of(model, data)})
+    settings = settings_for(model, data)
+    data.unlink()
+    check_fits(record, settings, model)
+    one_weight(model, data)
+    with pytest.raises(DataError, match="another model"):
+        check_fits(record, settings, model)
+
+
 def test_a_record_of_another_schema_is_refused_by_name(tmp_path, model, data):
     record = tmp_path / "record"
     record.mkdir()

@@ -742,12 +742,17 @@ def test_a_damaged_parquet_file_is_exit_code_4_whatever_may_be_skipped(tmp_path,
 
 
 def test_a_flipped_bit_in_a_parquet_file_with_checksums_is_noticed(tmp_path, tokenizer):
+    """In a file whose bits are text: without the checksum another letter would be learned."""
     texts = [f"word {number} and a few more" for number in range(200)]
-    path = parquet(tmp_path / "train.parquet", {"text": texts}, write_page_checksum=True)
-    content = bytearray(path.read_bytes())
-    content[300] ^= 4
-    path.write_bytes(content)
+    options = {"compression": "none", "use_dictionary": False}
+    for has_checksums in (False, True):
+        path = tmp_path / f"train-{has_checksums}.parquet"
+        parquet(path, {"text": texts}, write_page_checksum=has_checksums, **options)
+        content = bytearray(path.read_bytes())
+        content[content.index(b"and a few")] ^= 4
+        path.write_bytes(content)
     assert "is no readable Parquet file (" in error_of(path, tokenizer)
+    assert len(encode_file(tmp_path / "train-False.parquet", tokenizer)[0]) == 200
 
 
 @pytest.mark.parametrize(
