@@ -1,6 +1,6 @@
 """Tokens per second of the whole recording job against a bare forward loop of the same model.
 
-    python benchmarks/record_throughput.py [--model demo] [--tokens 20000] [--threads 1]
+    python benchmarks/record_throughput.py [--model demo] [--tokens 16000] [--threads 1]
     python benchmarks/record_throughput.py --memory [--times-object-store 10]
 
 The job is Ray Data with one actor, selection, files and checksums included, start-up apart: it is
@@ -29,14 +29,14 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # tests.tiny
 OBJECT_STORE_BYTES = 80 << 20
 
 
-def forward_loop(model: Any, rows: Sequence[Mapping[str, Any]]) -> float:
-    """Tokens per second of the bare loop; padding does not count as tokens."""
+def forward_loop(model: Any, rows: Sequence[Mapping[str, Any]]) -> tuple[float, float]:
+    """Tokens per second, and per CPU second, of the bare loop; padding does not count."""
     import torch
 
     from lrmc_ray.recording import batches
 
     tokens = 0
-    start = time.perf_counter()
+    start, cpu_start = time.perf_counter(), time.process_time()
     with torch.inference_mode():
         for batch in batches(rows):
             longest = max(len(row["input_ids"]) for row in batch)
@@ -45,7 +45,7 @@ def forward_loop(model: Any, rows: Sequence[Mapping[str, Any]]) -> float:
                 input_ids_BT[index, : len(row["input_ids"])] = torch.tensor(row["input_ids"])
                 tokens += len(row["input_ids"])
             model(input_ids=input_ids_BT, use_cache=False)
-    return tokens / (time.perf_counter() - start)
+    return tokens / (time.perf_counter() - start), tokens / (time.process_time() - cpu_start)
 
 
 def shares(recorder: Any, rows: Sequence[Mapping[str, Any]], directory: Path) -> dict[str, float]:
@@ -115,17 +115,23 @@ def start_ray(num_cpus: int) -> None:
 
 def job(prepared: Any, plan: Mapping[str, Any], tokens_of: Mapping[str, int]) -> dict[str, float]:
     """The whole Ray job; tokens per second from the end of its first file to that of its last."""
+    import numpy as np
+
     from lrmc_ray.record import _run_actors
 
     start = time.perf_counter()
-    parts = list(_run_actors(prepared, plan["shards"], plan["tokenizer_size"]))
+    with Watch() as watch:
+        parts = list(_run_actors(prepared, plan["shards"], plan["tokenizer_size"]))
     whole_seconds = time.perf_counter() - start
     ends = sorted(
         ((prepared.partial / part["name"]).stat().st_mtime_ns / 1e9, part["name"]) for part in parts
     )
     tokens = sum(tokens_of[name] for _, name in ends[1:])
+    times, cpu = zip(*watch.actor_cpu, strict=True)
+    cpu_seconds = np.interp(ends[-1][0], times, cpu) - np.interp(ends[0][0], times, cpu)
     return {
         "tokens_per_second": tokens / (ends[-1][0] - ends[0][0]),
+        "tokens_per_actor_cpu_second": tokens / cpu_seconds,
         "seconds_with_start_up": whole_seconds,
     }
 
@@ -134,7 +140,6 @@ def throughput(args: argparse.Namespace) -> dict[str, Any]:
     import torch
 
     from lrmc_ray.config import load_settings
-    from lrmc_ray.plan import _random_rows
     from lrmc_ray.record import EXAMPLES, PLAN, prepare, read_examples
     from lrmc_ray.recording import CandidateRecorder
 
@@ -161,20 +166,9 @@ def throughput(args: argparse.Namespace) -> dict[str, Any]:
             rows = read_examples(examples, shard["start"], shard["stop"])
             tokens_of[shard["name"]] = sum(len(row["input_ids"]) for row in rows)
             shards.append(shard)
-        sample = _random_rows(examples, plan["samples"], args.loop_tokens, args.seed)
-        loop_rows = [
-            row
-            for shard in shards
-            for row in read_examples(examples, shard["start"], shard["stop"])
-        ]
-        # The same kind of batches as the job's: a shard's own rows.
-        middle = loop_rows[len(loop_rows) // 4 :]
-        loop_rows, tokens = [], 0
-        for row in middle:
-            if tokens >= args.loop_tokens:
-                break
-            loop_rows.append(row)
-            tokens += len(row["input_ids"])
+        # One shard is enough for the loop: the one of middle length.
+        middle = shards[len(shards) // 2]
+        loop_rows = read_examples(examples, middle["start"], middle["stop"])
         recorder = CandidateRecorder(
             prepared.model_directory,
             tau=args.tau,
@@ -185,18 +179,22 @@ def throughput(args: argparse.Namespace) -> dict[str, Any]:
         )
         forward_loop(recorder._model, loop_rows[:2])  # warm up
         loops = [forward_loop(recorder._model, loop_rows)]
-        spent = shares(recorder, sample, Path(directory))
+        spent = shares(recorder, loop_rows, Path(directory))
         start_ray(num_cpus=args.threads + 1)
         whole = job(prepared, {**plan, "shards": shards}, tokens_of)
         import ray
 
         ray.shutdown()
         loops.append(forward_loop(recorder._model, loop_rows))
-    loop = statistics.mean(loops)
+    loop, cpu_loop = (statistics.mean(values) for values in zip(*loops, strict=True))
     ratio = whole["tokens_per_second"] / loop
-    print(f"{'bare forward loop, before / after':44s}{loops[0]:9.1f} {loops[1]:9.1f} tokens/s")
-    print(f"{'Ray job, one actor, start-up apart':44s}{whole['tokens_per_second']:9.1f} tokens/s")
-    print(f"{'ratio':44s}{ratio:9.3f}")
+    cpu_ratio = whole["tokens_per_actor_cpu_second"] / cpu_loop
+    print(f"{'':44s}{'wall':>9s}{'CPU':>9s}  tokens per second")
+    for name, (wall, cpu) in zip(("before", "after"), loops, strict=True):
+        print(f"{'bare forward loop, ' + name:44s}{wall:9.1f}{cpu:9.1f}")
+    wall, cpu = whole["tokens_per_second"], whole["tokens_per_actor_cpu_second"]
+    print(f"{'Ray job, one actor, start-up apart':44s}{wall:9.1f}{cpu:9.1f}")
+    print(f"{'ratio':44s}{ratio:9.3f}{cpu_ratio:9.3f}")
     print(f"{'the job with its start-up':44s}{whole['seconds_with_start_up']:9.1f} s")
     for name in ("forward", "logits", "selection", "file", "rest"):
         print(f"{'share of an actor: ' + name:44s}{spent[name]:9.1%}")
@@ -210,6 +208,7 @@ def throughput(args: argparse.Namespace) -> dict[str, Any]:
         "loop_tokens_per_second": loops,
         "job": whole,
         "ratio": ratio,
+        "cpu_ratio": cpu_ratio,
         "shares": spent,
         "torch": torch.__version__,
     }
@@ -220,6 +219,8 @@ class Watch:
 
     def __init__(self) -> None:
         self.samples: list[tuple[float, int, int, int]] = []
+        self.actor_cpu: list[tuple[float, float]] = []
+        """Time of day, and CPU seconds of the actors so far."""
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._run, daemon=True)
 
@@ -242,10 +243,12 @@ class Watch:
                 try:
                     title = " ".join(child.cmdline())
                     memory = child.memory_info()
+                    used = child.cpu_times()
                 except psutil.Error:
                     continue
                 if "MapBatches(Recorder)" in title:
                     actors = max(actors, memory.rss - memory.shared)
+                    self.actor_cpu.append((time.time(), used.user + used.system))
                 if "raylet/raylet" in title:
                     store = memory.shared
             info = own.memory_info()
@@ -336,8 +339,7 @@ def main() -> None:
     parser.add_argument("--model", default="demo")
     parser.add_argument("--tau", type=float, default=0.99)
     parser.add_argument("--k-max", type=int, default=1024)
-    parser.add_argument("--tokens", type=int, default=20_000, help="tokens of the Ray job, about")
-    parser.add_argument("--loop-tokens", type=int, default=6000, help="tokens of a bare loop")
+    parser.add_argument("--tokens", type=int, default=16_000, help="tokens of the Ray job, about")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--memory", action="store_true", help="memory in place of speed")
