@@ -170,8 +170,8 @@ class EvaluateSettings(Settings):
     """Tasks that should improve: ours, or any name that lm-eval knows."""
     general_tasks: Strings = ("wordnet", "capitals", "plain_english")
     """Tasks that must not get worse."""
-    batch_size: int = Field(8, ge=1)
-    """Sequences per forward pass."""
+    batch_tokens: int = Field(2048, ge=1)
+    """Most tokens of one forward pass, padding included; a longer sequence runs alone."""
     precision: Literal["fp32", "bf16"] = "fp32"
     """Type of the weights during evaluation."""
     limit: int | None = Field(None, ge=2)

@@ -33,7 +33,7 @@ class ScoreRequest:
 
     tasks: tuple[tuple[str, Group], ...]
     """Names as in the settings, each with its group."""
-    batch_size: int
+    batch_tokens: int
     precision: Literal["fp32", "bf16"]
     limit: int | None
     split: Literal["dev", "test"]
@@ -66,9 +66,9 @@ def score(model_directory: Path, request: ScoreRequest) -> ScoreResult:
     os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
     import datasets
     import torch
-    from lm_eval.models.huggingface import HFLM
 
     from lrmc_ray.models import load_model, load_tokenizer
+    from lrmc_ray.prefix_lm import PrefixLM
 
     datasets.disable_progress_bars()
     for name in ("lm_eval", "lm-eval", "evaluate", "datasets"):
@@ -77,19 +77,14 @@ def score(model_directory: Path, request: ScoreRequest) -> ScoreResult:
     dtype = torch.bfloat16 if request.precision == "bf16" else torch.float32
     model = load_model(model_directory, dtype=dtype).to(device)
     tokenizer = load_tokenizer(model_directory)
-    lm = HFLM(
-        pretrained=model,
-        tokenizer=tokenizer,
-        batch_size=request.batch_size,
-        device=device,
-    )
+    lm = PrefixLM(model, tokenizer, batch_tokens=request.batch_tokens)
     rows: list[dict[str, Any]] = []
     texts: dict[Group, list[list[int]]] = {"domain": [], "general": []}
     with tempfile.TemporaryDirectory() as scratch:
         manager = task_manager([name for name, _ in request.tasks], Path(scratch), request.split)
         for name, group in request.tasks:
-            samples = _run(lm, manager, name, request.limit)
-            rows.extend(_rows(name, group, samples, tokenizer))
+            samples = run_task(lm, manager, name, request.limit)
+            rows.extend(task_rows(name, group, samples, tokenizer))
             texts[group].extend(_drift_texts(samples, tokenizer))
     chosen = request.drift_texts
     if chosen is None:
@@ -97,7 +92,7 @@ def score(model_directory: Path, request: ScoreRequest) -> ScoreResult:
     return ScoreResult(
         rows,
         chosen,
-        {group: drift_logprobs(model, part) for group, part in chosen.items()},
+        {group: lm.last_logprobs(part, DRIFT_POSITIONS) for group, part in chosen.items()},
     )
 
 
@@ -139,7 +134,9 @@ def _demo_paths(names: Sequence[str], split: Literal["dev", "test"]) -> dict[str
     }
 
 
-def _run(lm: Any, manager: Any, name: str, limit: int | None) -> dict[str, list[dict[str, Any]]]:
+def run_task(
+    lm: Any, manager: Any, name: str, limit: int | None
+) -> dict[str, list[dict[str, Any]]]:
     """lm-eval's samples of every task that ``name`` stands for."""
     from lm_eval import simple_evaluate
 
@@ -169,7 +166,7 @@ def _run(lm: Any, manager: Any, name: str, limit: int | None) -> dict[str, list[
     return samples
 
 
-def _rows(
+def task_rows(
     name: str, group: Group, samples: Mapping[str, list[dict[str, Any]]], tokenizer: Any
 ) -> Iterator[dict[str, Any]]:
     """The rows of one requested task; a group's subtasks become its items."""
@@ -281,21 +278,6 @@ def _spread(texts: list[list[int]], count: int) -> list[list[int]]:
     if len(texts) <= count:
         return texts
     return [texts[index * len(texts) // count] for index in range(count)]
-
-
-def drift_logprobs(model: Any, texts: Sequence[Sequence[int]]) -> np.ndarray:
-    """Log-probabilities over the vocabulary at the last positions of each text, float32 [P, V]."""
-    import torch
-
-    device = next(model.parameters()).device
-    parts = []
-    for ids in texts:
-        with torch.inference_mode():
-            output = model(input_ids=torch.tensor([ids], device=device), use_cache=False)
-        logits_PV = output.logits[0, -DRIFT_POSITIONS - 1 : -1].float()
-        parts.append(logits_PV.log_softmax(-1).cpu().numpy())
-    vocabulary_size = model.config.get_text_config().vocab_size
-    return np.concatenate(parts) if parts else np.zeros((0, vocabulary_size), np.float32)
 
 
 def mean_kl(base_PV: np.ndarray, tuned_PV: np.ndarray) -> float | None:

@@ -127,7 +127,7 @@ def test_probability_of_the_gold_query(lm, manager, model, tokenizer, nl2sql_fil
     by_hand = []
     for row, sample in zip(nl2sql_files[2][:4], samples, strict=True):
         prompt = tokenizer.apply_chat_template(
-            row["messages"][:1], tokenize=False, add_generation_prompt=True
+            row["messages"][:-1], tokenize=False, add_generation_prompt=True
         )
         # lm-eval counts the line break that ends the prompt as the answer's first token.
         context = tokenizer(prompt.rstrip())["input_ids"]
@@ -143,7 +143,7 @@ def test_generation_is_greedy_and_stops(lm, manager, model, tokenizer, nl2sql_fi
     _, samples = evaluate(lm, manager, "lrmc_nl2sql", limit=3, chat=True)
     for row, sample in zip(nl2sql_files[2][:3], samples, strict=True):
         ids = tokenizer.apply_chat_template(
-            row["messages"][:1], add_generation_prompt=True, return_tensors="pt"
+            row["messages"][:-1], add_generation_prompt=True, return_tensors="pt"
         )["input_ids"]
         new = []
         with torch.inference_mode():
@@ -199,7 +199,7 @@ def test_execution_accuracy_of_known_answers(
     manager, nl2sql_files, answer, execution, exact, valid
 ):
     rows = [row for row in nl2sql_files[2] if "ORDER BY" not in row["sql"]]
-    prompts = {json.dumps([row["messages"][:1], True]): answer(row) for row in nl2sql_files[2]}
+    prompts = {json.dumps([row["messages"][:-1], True]): answer(row) for row in nl2sql_files[2]}
     lm = ScriptedLM(prompts)
     _, samples = evaluate(lm, manager, "lrmc_nl2sql", limit=None, chat=True)
     of_row = {sample["doc"]["id"]: sample for sample in samples}
@@ -214,7 +214,7 @@ def test_execution_accuracy_of_known_answers(
 def test_accuracy_is_the_share_of_right_answers(manager, nl2sql_files):
     rows = nl2sql_files[2]
     prompts = {
-        json.dumps([row["messages"][:1], True]): row["sql"] if number % 4 else "SELECT 'wrong'"
+        json.dumps([row["messages"][:-1], True]): row["sql"] if number % 4 else "SELECT 'wrong'"
         for number, row in enumerate(rows)
     }
     scores, _ = evaluate(ScriptedLM(prompts), manager, "lrmc_nl2sql", limit=None, chat=True)
