@@ -44,8 +44,10 @@ _log = logging.getLogger(__name__)
 SORT_WINDOW = 4096
 """Examples that are sorted by length together, one row group; bounds the driver's memory."""
 SMALLEST_SHARD_TOKENS = 4096
+LARGEST_SHARD_TOKENS = 16_384
+"""Bounds the memory of an actor, which holds a shard's candidates: 6 bytes each, 100 MB at most."""
 SHARDS = 64
-"""Shards of a large data set; a small one has fewer."""
+"""Shards between these bounds; a small data set has fewer, a large one more."""
 EXAMPLES = "examples.parquet"
 PLAN = "plan.json"
 REJECTS = "rejects.jsonl"
@@ -347,7 +349,7 @@ def _tokenize(prepared: Preparation) -> dict[str, Any]:
 
 def cut_into_shards(lengths: Sequence[int]) -> list[dict[str, Any]]:
     """Consecutive ranges of samples that have about equally many tokens."""
-    target = max(SMALLEST_SHARD_TOKENS, sum(lengths) // SHARDS)
+    target = max(SMALLEST_SHARD_TOKENS, min(sum(lengths) // SHARDS, LARGEST_SHARD_TOKENS))
     shards: list[dict[str, Any]] = []
     start = tokens = 0
     for index, length in enumerate(lengths):

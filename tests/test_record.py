@@ -373,16 +373,19 @@ def test_examples_are_found_whatever_the_window(tmp_path, model, data, window, m
         assert lengths[start : start + window] == sorted(lengths[start : start + window])
 
 
-def test_shards_cover_every_sample_once_in_order():
-    lengths = [(7 * i) % 300 + 1 for i in range(5000)]
+@pytest.mark.parametrize(
+    ("num_samples", "target"), [(50, 4096), (3000, 7054), (5000, 11_732), (20_000, 16_384)]
+)
+def test_shards_cover_every_sample_once_in_order(num_samples, target):
+    """About equal, neither so small that there are many nor so large that memory grows."""
+    lengths = [(7 * i) % 300 + 1 for i in range(num_samples)]
     shards = cut_into_shards(lengths)
     edges = [shard["start"] for shard in shards] + [shards[-1]["stop"]]
     assert edges[0] == 0
-    assert edges[-1] == 5000
+    assert edges[-1] == num_samples
     assert all(shard["stop"] == edges[i + 1] for i, shard in enumerate(shards))
     assert len({shard["name"] for shard in shards}) == len(shards)
     tokens = [sum(lengths[shard["start"] : shard["stop"]]) for shard in shards]
-    target = sum(lengths) // record_module.SHARDS
     assert all(target <= count < target + 301 for count in tokens[:-1])
 
 
