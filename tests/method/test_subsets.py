@@ -277,6 +277,14 @@ def test_chunks_bound_the_temporaries_and_change_nothing(monkeypatch, cached_row
     assert largest.numel <= 7 * 1000 + 8
 
 
+def test_rows_of_very_different_levels_do_not_disturb_each_other():
+    logits_NV, gold_N = random_logits(12, 9, 50)
+    logits_NV += torch.tensor([0.0, 3e4, -3e4]).repeat(3)[:, None]
+    together = select_candidates(logits_NV, gold_N, tau=0.9)
+    alone = [select_candidates(logits_NV[i : i + 1], gold_N[i : i + 1], tau=0.9) for i in range(9)]
+    assert_equal(together, CandidateSets.concatenate(alone))
+
+
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
 def test_logits_that_are_not_finite_are_refused(value):
     logits_NV, gold_N = random_logits(10, 4, 100)
