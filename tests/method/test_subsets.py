@@ -277,7 +277,8 @@ def test_chunks_bound_the_temporaries_and_change_nothing(monkeypatch, cached_row
     assert largest.numel <= 7 * 1000 + 8
 
 
-def test_rows_of_very_different_levels_do_not_disturb_each_other():
+def test_rows_of_very_different_levels_do_not_disturb_each_other(monkeypatch):
+    monkeypatch.setattr(subsets, "_CACHED_ELEMENTS", 2 * 50)
     logits_NV, gold_N = random_logits(12, 9, 50)
     logits_NV += torch.tensor([0.0, 3e4, -3e4]).repeat(3)[:, None]
     together = select_candidates(logits_NV, gold_N, tau=0.9)
