@@ -49,7 +49,7 @@ def test_nothing_is_lost_however_recording_is_killed():
 
 
 JOIN = """
-import sys, time
+import sys
 from pathlib import Path
 from ray.cluster_utils import Cluster
 cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "include_dashboard": False})
@@ -58,7 +58,7 @@ import ray
 ray.init(address=cluster.address, log_to_driver=False)
 import lrmc_ray.record as module
 from lrmc_ray.config import load_settings
-module.SMALLEST_SHARD_TOKENS = 200
+module.SMALLEST_SHARD_TOKENS = 1500
 seen = set()
 settings = load_settings(None, sys.argv[2:])
 original = module._run_actors
@@ -67,7 +67,6 @@ def counted(*arguments):
         seen.add(part["name"])
         if len(seen) == 3:
             cluster.add_node(num_cpus=1)
-        time.sleep(0.2)
         yield part
 module._run_actors = counted
 module.record(settings, Path(sys.argv[1]))
@@ -80,7 +79,8 @@ cluster.shutdown()
 @pytest.mark.ray
 @pytest.mark.timeout(600)
 def test_a_node_that_joins_is_put_to_work(tiny_model, tmp_path):
-    data = make_data(tmp_path / "train.jsonl", num_rows=1200)
+    """Ray Data looks at the cluster about every 20 seconds."""
+    data = make_data(tmp_path / "train.jsonl", num_rows=10_000)
     log = tmp_path / "passes"
     environment = {"LRMC_TESTING": "1", "LRMC_FAULT_LOG": str(log), "RAY_AUTH_MODE": "disabled"}
     result = subprocess.run(
