@@ -266,12 +266,16 @@ def worker_range(settings: RunSettings) -> tuple[int, int]:
     return least, max(least, min(most, settings.train.micro_batches))
 
 
+_INNER = ("_base_exc", "controller_failure", "health_check_failure", "cause", "__cause__")
+"""Where errors of Ray keep what they wrap."""
+
+
 def _cause(error: BaseException) -> BaseException:
     """The innermost error of what Ray Train wraps several times."""
     failures = getattr(error, "worker_failures", None)
     if failures:
         return _cause(_most_telling(failures.values()))
-    for attribute in ("controller_failure", "health_check_failure", "cause", "__cause__"):
+    for attribute in _INNER:
         inner = getattr(error, attribute, None)
         if isinstance(inner, BaseException) and inner is not error:
             return _cause(inner)
