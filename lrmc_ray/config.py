@@ -19,6 +19,8 @@ from lrmc_ray.errors import ConfigError, IncompleteArtifactError
 
 DEMO = "demo"
 """Names the embedded model and the embedded data."""
+CT = "ct"
+"""Names the task of radio exam questions, and its training data."""
 
 
 def _as_tuple(value: Any) -> Any:
@@ -55,7 +57,8 @@ class DataSettings(Settings):
     """What it is taught."""
 
     train: Strings = (DEMO,)
-    """JSONL files of ``messages`` or of ``prompt`` and ``completion``; ``demo`` is NL2SQL."""
+    """JSONL files of ``messages`` or of ``prompt`` and ``completion``; ``demo`` is NL2SQL, ``ct``
+    radio exam questions."""
     max_length: int = Field(1024, ge=2)
     """Most tokens of one sample, prompt included."""
     on_long: Literal["error", "drop", "truncate"] = "error"
@@ -209,8 +212,8 @@ class EvaluateSettings(Settings):
     """Tasks that should improve: ours, or any name that lm-eval knows."""
     general_tasks: Strings = ("wordnet", "capitals", "plain_english")
     """Tasks that must not get worse."""
-    batch_size: int = Field(8, ge=1)
-    """Sequences per forward pass."""
+    batch_tokens: int = Field(2048, ge=1)
+    """Most tokens of one forward pass, padding included; a longer sequence runs alone."""
     precision: Literal["fp32", "bf16"] = "fp32"
     """Type of the weights during evaluation."""
     limit: int | None = Field(None, ge=2)

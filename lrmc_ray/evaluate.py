@@ -141,7 +141,7 @@ def _score(
             str(model_directory),
             ScoreRequest(
                 tasks=tuple(hand),
-                batch_size=chosen.batch_size,
+                batch_tokens=chosen.batch_tokens,
                 precision=chosen.precision,
                 limit=chosen.limit,
                 split=split,

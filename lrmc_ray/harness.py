@@ -10,7 +10,7 @@ import logging
 import math
 import os
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -33,7 +33,7 @@ class ScoreRequest:
 
     tasks: tuple[tuple[str, Group], ...]
     """Names as in the settings, each with its group."""
-    batch_size: int
+    batch_tokens: int
     precision: Literal["fp32", "bf16"]
     limit: int | None
     split: Literal["dev", "test"]
@@ -66,9 +66,9 @@ def score(model_directory: Path, request: ScoreRequest) -> ScoreResult:
     os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
     import datasets
     import torch
-    from lm_eval.models.huggingface import HFLM
 
     from lrmc_ray.models import load_model, load_tokenizer
+    from lrmc_ray.prefix_lm import PrefixLM
 
     datasets.disable_progress_bars()
     for name in ("lm_eval", "lm-eval", "evaluate", "datasets"):
@@ -77,19 +77,14 @@ def score(model_directory: Path, request: ScoreRequest) -> ScoreResult:
     dtype = torch.bfloat16 if request.precision == "bf16" else torch.float32
     model = load_model(model_directory, dtype=dtype).to(device)
     tokenizer = load_tokenizer(model_directory)
-    lm = HFLM(
-        pretrained=model,
-        tokenizer=tokenizer,
-        batch_size=request.batch_size,
-        device=device,
-    )
+    lm = PrefixLM(model, tokenizer, batch_tokens=request.batch_tokens)
     rows: list[dict[str, Any]] = []
     texts: dict[Group, list[list[int]]] = {"domain": [], "general": []}
     with tempfile.TemporaryDirectory() as scratch:
         manager = task_manager([name for name, _ in request.tasks], Path(scratch), request.split)
         for name, group in request.tasks:
-            samples = _run(lm, manager, name, request.limit)
-            rows.extend(_rows(name, group, samples, tokenizer))
+            samples = run_task(lm, manager, name, request.limit)
+            rows.extend(task_rows(name, group, samples, tokenizer))
             texts[group].extend(_drift_texts(samples, tokenizer))
     chosen = request.drift_texts
     if chosen is None:
@@ -97,7 +92,7 @@ def score(model_directory: Path, request: ScoreRequest) -> ScoreResult:
     return ScoreResult(
         rows,
         chosen,
-        {group: drift_logprobs(model, part) for group, part in chosen.items()},
+        {group: lm.last_logprobs(part, DRIFT_POSITIONS) for group, part in chosen.items()},
     )
 
 
@@ -109,15 +104,16 @@ def task_manager(names: Sequence[str], scratch: Path, split: Literal["dev", "tes
     """
     from lm_eval.tasks import TaskManager
 
-    from lrmc_ray.tasks.registry import OURS, materialize
+    from lrmc_ray.tasks.registry import GROUPS, OURS, materialize
 
-    ours = {part for parts in OURS.values() for part in parts}
-    materialize(scratch, **_demo_paths(names, split))
-    foreign = [name for name in names if name not in OURS and name not in ours]
+    ours = {*OURS, *(part for parts in OURS.values() for part in parts)}
+    materialize(scratch, **task_data(names, split))
+    foreign = [name for name in names if name not in ours]
     manager = TaskManager(include_path=str(scratch), include_defaults=bool(foreign))
     for name in foreign:
         if name not in manager.all_tasks and not Path(name).is_file():
-            close = difflib.get_close_matches(name, [*OURS, *manager.all_tasks], n=3)
+            known = [*OURS, *GROUPS, *manager.all_tasks]
+            close = difflib.get_close_matches(name, known, n=3)
             hint = f"; did you mean {' or '.join(close)}?" if close else ""
             raise ConfigError(
                 f"task {name} is neither one of ours ({', '.join(OURS)}) nor one of lm-eval's{hint}"
@@ -125,21 +121,41 @@ def task_manager(names: Sequence[str], scratch: Path, split: Literal["dev", "tes
     return manager
 
 
-def _demo_paths(names: Sequence[str], split: Literal["dev", "test"]) -> dict[str, Path]:
-    """The demo's database and questions, made only if its task is asked for."""
-    if not any("nl2sql" in name for name in names):
-        return {}
-    from lrmc_ray.demo.files import demo_files
+def task_data(names: Sequence[str], split: Literal["dev", "test"]) -> dict[str, Path]:
+    """The data files of our tasks that are not shipped, as ``materialize`` takes them.
+
+    Raises:
+        IncompleteArtifactError: one has to be built first; the message says how.
+    """
     from lrmc_ray.models import cache_directory
+    from lrmc_ray.tasks.registry import OURS
 
-    files = demo_files(cache_directory())
-    return {
-        "nl2sql_test_path": files.dev if split == "dev" else files.test,
-        "database_path": files.database,
-    }
+    def wanted(task: str) -> bool:
+        return bool({task, *OURS[task]} & set(names))
+
+    paths: dict[str, Path] = {}
+    cache = cache_directory()
+    if wanted("nl2sql"):
+        from lrmc_ray.demo.files import demo_files
+
+        demo = demo_files(cache)
+        paths["nl2sql_test_path"] = demo.dev if split == "dev" else demo.test
+        paths["database_path"] = demo.database
+    if wanted("ct"):
+        from lrmc_ray.tasks.built import ct_files
+
+        ct = ct_files(cache)
+        paths["ct_test_path"] = ct.dev if split == "dev" else ct.test
+    if wanted("nl2sql_spider"):
+        from lrmc_ray.tasks.built import built_spider_file
+
+        paths["spider_test_path"] = built_spider_file(cache)
+    return paths
 
 
-def _run(lm: Any, manager: Any, name: str, limit: int | None) -> dict[str, list[dict[str, Any]]]:
+def run_task(
+    lm: Any, manager: Any, name: str, limit: int | None
+) -> dict[str, list[dict[str, Any]]]:
     """lm-eval's samples of every task that ``name`` stands for."""
     from lm_eval import simple_evaluate
 
@@ -169,27 +185,25 @@ def _run(lm: Any, manager: Any, name: str, limit: int | None) -> dict[str, list[
     return samples
 
 
-def _rows(
+def task_rows(
     name: str, group: Group, samples: Mapping[str, list[dict[str, Any]]], tokenizer: Any
 ) -> Iterator[dict[str, Any]]:
     """The rows of one requested task; a group's subtasks become its items."""
-    gold_suffix = "_gold"
+    companions = {task + suffix for task in samples for suffix in _COMPANIONS} & samples.keys()
     for task, items in samples.items():
-        if task.endswith(gold_suffix) and task.removesuffix(gold_suffix) in samples:
+        if task in companions:
             continue
-        golds = {
-            str(item["doc_id"]): _mean_token_probability(item, tokenizer)
-            for item in samples.get(task + gold_suffix, [])
-        }
+        further: dict[int, dict[str, float]] = {}
+        for suffix, (metric, measure) in _COMPANIONS.items():
+            for item in samples.get(task + suffix, []):
+                further.setdefault(item["doc_id"], {})[metric] = measure(item, tokenizer)
         first_filter = items[0]["filter"] if items else None
         for item in items:
             if item["filter"] != first_filter:
                 continue
             kind, metrics, weight = _metrics(task, item, tokenizer)
-            gold = golds.get(str(item["doc_id"]))
-            if gold is not None:
-                metrics["gold_probability"] = gold
-            prefix = "" if len(samples) - bool(golds) == 1 else f"{task}/"
+            metrics |= further.get(item["doc_id"], {})
+            prefix = "" if len(samples) - len(companions) == 1 else f"{task}/"
             for metric, value in metrics.items():
                 yield {
                     "task": name,
@@ -256,6 +270,13 @@ def _mean_token_probability(item: Mapping[str, Any], tokenizer: Any) -> float:
     return math.exp(float(likelihood) / max(1, tokens))
 
 
+_COMPANIONS: Mapping[str, tuple[str, Callable[[Mapping[str, Any], Any], float]]] = {
+    "_gold": ("gold_probability", _mean_token_probability),
+    "_letter": ("letter_accuracy", lambda item, _: float(item["acc"])),
+}
+"""Tasks on the same items as the one that they are named after: the metric that each adds to it."""
+
+
 def _output(item: Mapping[str, Any]) -> str | None:
     """What the model said, where it said something."""
     answer = item["filtered_resps"][0]
@@ -281,21 +302,6 @@ def _spread(texts: list[list[int]], count: int) -> list[list[int]]:
     if len(texts) <= count:
         return texts
     return [texts[index * len(texts) // count] for index in range(count)]
-
-
-def drift_logprobs(model: Any, texts: Sequence[Sequence[int]]) -> np.ndarray:
-    """Log-probabilities over the vocabulary at the last positions of each text, float32 [P, V]."""
-    import torch
-
-    device = next(model.parameters()).device
-    parts = []
-    for ids in texts:
-        with torch.inference_mode():
-            output = model(input_ids=torch.tensor([ids], device=device), use_cache=False)
-        logits_PV = output.logits[0, -DRIFT_POSITIONS - 1 : -1].float()
-        parts.append(logits_PV.log_softmax(-1).cpu().numpy())
-    vocabulary_size = model.config.get_text_config().vocab_size
-    return np.concatenate(parts) if parts else np.zeros((0, vocabulary_size), np.float32)
 
 
 def mean_kl(base_PV: np.ndarray, tuned_PV: np.ndarray) -> float | None:

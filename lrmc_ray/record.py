@@ -28,7 +28,7 @@ from lrmc_ray.artifacts import (
     read_manifest,
     write_json,
 )
-from lrmc_ray.config import DEMO, RunSettings
+from lrmc_ray.config import CT, DEMO, RunSettings
 from lrmc_ray.console import progress, run_command, setup_logging
 from lrmc_ray.errors import DataError
 from lrmc_ray.ray_session import RAY_LOG, ray_session
@@ -97,6 +97,11 @@ def training_files(settings: RunSettings) -> list[Path]:
             from lrmc_ray.models import cache_directory
 
             files.append(demo_files(cache_directory()).train)
+        elif name == CT and not Path(CT).exists():
+            from lrmc_ray.models import cache_directory
+            from lrmc_ray.tasks.built import ct_files
+
+            files.append(ct_files(cache_directory()).train)
         elif Path(name).is_file():
             files.append(Path(name))
         else:

@@ -145,7 +145,7 @@ RULES = {
     "train.max_bad_steps": whole(1),
     "evaluate.domain_tasks": texts,
     "evaluate.general_tasks": texts,
-    "evaluate.batch_size": whole(1),
+    "evaluate.batch_tokens": whole(1),
     "evaluate.precision": precision,
     "evaluate.limit": optional(whole(2)),
     "evaluate.drift_samples": whole(0),

@@ -49,9 +49,9 @@ CREATE INDEX city_country ON city(country);
 """
 
 PROMPT_SCHEMA = """\
-CREATE TABLE country(name, capital, continent, population, area_km2, currency);
-CREATE TABLE city(name, country, population, latitude, longitude);
-CREATE TABLE border(country, neighbour);"""
+country(name, capital, continent, population, area_km2, currency)
+city(name, country, population, latitude, longitude)
+border(country, neighbour)"""
 
 # GeoNames still lists these two, which are no countries any more.
 DISSOLVED = ("AN", "CS")

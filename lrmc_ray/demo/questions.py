@@ -80,7 +80,7 @@ def make_examples(
 
     Returns:
         For "train", "dev" and "test" a list of examples with the keys ``id``, ``kind``,
-        ``question``, ``sql`` and ``messages`` (a user's and an assistant's turn).
+        ``question``, ``sql`` and ``messages`` (the system's, a user's and an assistant's turn).
 
     Raises:
         ConfigError: A split asks for more examples than there are different ones.
@@ -95,9 +95,12 @@ def make_examples(
         }
 
 
-def prompt(question: str) -> str:
-    """What the model is asked: the tables, and the question."""
-    return f"{schema_text()}\nWrite a SQL query: {question}"
+def system_prompt() -> str:
+    """What the model is told before every question.
+
+    It stands in for the chat template's own system prompt, which would cost a fifth of all tokens.
+    """
+    return f"Answer in SQL.\n{schema_text()}"
 
 
 def _draw_examples(
@@ -138,7 +141,8 @@ def _questions_of_kind(
                 "question": question,
                 "sql": sql,
                 "messages": [
-                    {"role": "user", "content": prompt(question)},
+                    {"role": "system", "content": system_prompt()},
+                    {"role": "user", "content": question},
                     {"role": "assistant", "content": sql},
                 ],
             }

@@ -69,11 +69,11 @@ NUM_ANGLE_BINS = 36
 
 # Below this sine of theta, rounding decides to which side of the axis g lies.
 _COLLINEAR_SINE = 1e-6
-# Elements per thread that a CPU takes through all operations at a time: gradient, weight, moments
-# and temporaries stay in its second-level cache, so that main memory is passed over once.
-_CACHED_ELEMENTS = 1 << 16
+# Bytes of one operand per thread that a CPU takes through all operations at a time: operands and
+# temporaries stay in its caches, so that main memory is passed over once. Less costs more calls.
+_CACHED_BYTES = 1 << 19
 # The same on other devices, where only the memory of the temporaries matters.
-_DEVICE_ELEMENTS = 1 << 24
+_DEVICE_BYTES = 1 << 27
 # In smaller tensors, calling a compiled function costs more than it saves.
 _MIN_COMPILED_ELEMENTS = 1 << 14
 
@@ -451,7 +451,7 @@ class MoClip(Optimizer):
         if self._is_compiled(param):
             dots_3 = self._run_compiled(dot_products, *vectors)
         else:
-            for pieces in _pieces(vectors):
+            for pieces in _pieces(vectors, torch.float64):
                 dots_3 += dot_products(*pieces)
         return F.pad(dots_3, (0, 1), value=param.numel())
 
@@ -554,9 +554,11 @@ def _scalar_tensors(scalars: StepScalars, dtype: torch.dtype) -> StepScalars:
     return StepScalars(*torch.tensor(scalars, dtype=dtype).unbind())
 
 
-def _pieces(tensors: Sequence[Tensor]) -> Iterator[tuple[Tensor, ...]]:
-    """Contiguous tensors of one size, flat and in pieces small enough for their temporaries."""
-    size = _CACHED_ELEMENTS * torch.get_num_threads() if tensors[0].is_cpu else _DEVICE_ELEMENTS
+def _pieces(tensors: Sequence[Tensor], dtype: torch.dtype) -> Iterator[tuple[Tensor, ...]]:
+    """Contiguous tensors of one size, flat and in pieces whose copies in ``dtype`` are small."""
+    is_cpu = tensors[0].is_cpu
+    num_bytes = _CACHED_BYTES * torch.get_num_threads() if is_cpu else _DEVICE_BYTES
+    size = num_bytes // dtype.itemsize
     return zip(*(torch.split(tensor.view(-1), size) for tensor in tensors), strict=True)
 
 
@@ -566,7 +568,7 @@ def _batches(updates: Iterable[TensorUpdate]) -> Iterator[list[TensorUpdate]]:
     for update in updates:
         tensors = update[:4]
         if update.param.is_cpu and all(tensor.is_contiguous() for tensor in tensors):
-            for pieces in _pieces(tensors):
+            for pieces in _pieces(tensors, update.exp_avg.dtype):
                 yield [TensorUpdate._make((*pieces, *update[4:]))]
         else:
             rest.append(update)

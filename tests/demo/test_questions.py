@@ -137,11 +137,9 @@ def test_no_wording_is_in_both_lists_and_none_repeats():
 
 def test_messages_hold_the_tables_the_question_and_the_query(examples):
     for row in examples["dev"]:
-        user, assistant = row["messages"]
-        assert user == {
-            "role": "user",
-            "content": f"{schema_text()}\nWrite a SQL query: {row['question']}",
-        }
+        system, user, assistant = row["messages"]
+        assert system == {"role": "system", "content": f"Answer in SQL.\n{schema_text()}"}
+        assert user == {"role": "user", "content": row["question"]}
         assert assistant == {"role": "assistant", "content": row["sql"]}
 
 

@@ -43,7 +43,15 @@ def nl2sql_files(tmp_path_factory):
 @pytest.fixture(scope="module")
 def manager(nl2sql_files):
     database, test, _ = nl2sql_files
-    folder = materialize(test.parent / "tasks", nl2sql_test_path=test, database_path=database)
+    ct = test.parent / "ct.jsonl"
+    ct.write_text(json.dumps({"id": "1", "question": "?", "choices": list("wxyz"), "answer": 2}))
+    folder = materialize(
+        test.parent / "tasks",
+        nl2sql_test_path=test,
+        database_path=database,
+        ct_test_path=ct,
+        spider_test_path=test,
+    )
     return TaskManager(include_path=str(folder), include_defaults=False)
 
 
@@ -127,7 +135,7 @@ def test_probability_of_the_gold_query(lm, manager, model, tokenizer, nl2sql_fil
     by_hand = []
     for row, sample in zip(nl2sql_files[2][:4], samples, strict=True):
         prompt = tokenizer.apply_chat_template(
-            row["messages"][:1], tokenize=False, add_generation_prompt=True
+            row["messages"][:-1], tokenize=False, add_generation_prompt=True
         )
         # lm-eval counts the line break that ends the prompt as the answer's first token.
         context = tokenizer(prompt.rstrip())["input_ids"]
@@ -143,7 +151,7 @@ def test_generation_is_greedy_and_stops(lm, manager, model, tokenizer, nl2sql_fi
     _, samples = evaluate(lm, manager, "lrmc_nl2sql", limit=3, chat=True)
     for row, sample in zip(nl2sql_files[2][:3], samples, strict=True):
         ids = tokenizer.apply_chat_template(
-            row["messages"][:1], add_generation_prompt=True, return_tensors="pt"
+            row["messages"][:-1], add_generation_prompt=True, return_tensors="pt"
         )["input_ids"]
         new = []
         with torch.inference_mode():
@@ -199,7 +207,7 @@ def test_execution_accuracy_of_known_answers(
     manager, nl2sql_files, answer, execution, exact, valid
 ):
     rows = [row for row in nl2sql_files[2] if "ORDER BY" not in row["sql"]]
-    prompts = {json.dumps([row["messages"][:1], True]): answer(row) for row in nl2sql_files[2]}
+    prompts = {json.dumps([row["messages"][:-1], True]): answer(row) for row in nl2sql_files[2]}
     lm = ScriptedLM(prompts)
     _, samples = evaluate(lm, manager, "lrmc_nl2sql", limit=None, chat=True)
     of_row = {sample["doc"]["id"]: sample for sample in samples}
@@ -214,7 +222,7 @@ def test_execution_accuracy_of_known_answers(
 def test_accuracy_is_the_share_of_right_answers(manager, nl2sql_files):
     rows = nl2sql_files[2]
     prompts = {
-        json.dumps([row["messages"][:1], True]): row["sql"] if number % 4 else "SELECT 'wrong'"
+        json.dumps([row["messages"][:-1], True]): row["sql"] if number % 4 else "SELECT 'wrong'"
         for number, row in enumerate(rows)
     }
     scores, _ = evaluate(ScriptedLM(prompts), manager, "lrmc_nl2sql", limit=None, chat=True)
@@ -236,8 +244,12 @@ def test_every_task_says_its_kind_and_prompt(manager):
         kinds[name] = metadata["kind"], metadata["chat_template"]
     assert kinds == {
         "lrmc_capitals": ("choice", False),
+        "lrmc_ct": ("choice", True),
+        "lrmc_ct_letter": ("letter", True),
         "lrmc_nl2sql": ("generation", True),
         "lrmc_nl2sql_gold": ("gold", True),
+        "lrmc_nl2sql_spider": ("generation", True),
+        "lrmc_nl2sql_spider_gold": ("gold", True),
         "lrmc_plain_english": ("text", False),
         "lrmc_wordnet": ("choice", False),
     }
