@@ -159,6 +159,7 @@ def fit(tmp_path, monkeypatch):
     def run(endings):
         trainers = Trainers(endings)
         monkeypatch.setattr(driver, "_trainer", trainers)
+        monkeypatch.setattr(driver, "_release_reservation", lambda directory: None)
         try:
             return _fit(RunSettings(), tmp_path, tmp_path, tmp_path), trainers.starts
         except BaseException as error:
@@ -270,3 +271,42 @@ def test_a_damaged_identity_is_an_error_of_the_data(tmp_path):
         driver._claim(tmp_path, {"lr": 1})
     (tmp_path / "identity.json").write_text(json.dumps({"lr": 1}))
     driver._claim(tmp_path, {"lr": 1})
+
+
+# What Ray keeps for a run that was killed
+
+
+class Coordinator:
+    """Stands for Ray's actor."""
+
+    def __init__(self):
+        self.cancelled = []
+        self.cancel_request = self
+
+    def remote(self, name):
+        self.cancelled.append(name)
+        return name
+
+
+def test_the_reservation_of_a_killed_run_is_given_back_once(tmp_path, monkeypatch):
+    coordinator = Coordinator()
+    monkeypatch.setattr("ray.get_actor", lambda name, namespace: coordinator)
+    monkeypatch.setattr("ray.get", lambda reference, timeout: None)
+    (tmp_path / driver.RESERVATION).write_text("train-1234")
+    for _ in range(2):
+        driver._release_reservation(tmp_path)
+    assert coordinator.cancelled == ["train-1234"]
+    assert not (tmp_path / driver.RESERVATION).exists()
+
+
+@pytest.mark.parametrize(
+    "error", [ValueError("no such actor"), ray.exceptions.GetTimeoutError("10 s")]
+)
+def test_where_nothing_answers_training_starts_all_the_same(tmp_path, monkeypatch, error):
+    def fail(*_args, **_options):
+        raise error
+
+    monkeypatch.setattr("ray.get_actor", fail)
+    (tmp_path / driver.RESERVATION).write_text("train-1234")
+    driver._release_reservation(tmp_path)
+    assert not (tmp_path / driver.RESERVATION).exists()
