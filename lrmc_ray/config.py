@@ -193,8 +193,8 @@ class TrainSettings(Settings):
             raise ValueError(f"betas must be in [0, 1), got {self.betas}")
         if self.export == "best" and not self.evaluate_every:
             raise ValueError(
-                "export = 'best' needs held-out samples, got evaluate_every = 0; set "
-                "train.evaluate_every"
+                "evaluate_every must be at least 1 with export = 'best', got 0: there is nothing "
+                "to choose by; set train.evaluate_every"
             )
         if self.freeze and self.lora_rank:
             raise ValueError(

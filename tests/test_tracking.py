@@ -715,3 +715,12 @@ def test_importing_is_light(module):
         [sys.executable, "-c", code], capture_output=True, text=True, check=True
     )
     assert result.stdout.strip() == "[]"
+
+
+def test_training_never_calls_mlflow():
+    """Its workers write a file: nothing that MLflow does can reach them."""
+    code = (
+        "import sys, lrmc_ray.training_run, lrmc_ray.train\n"
+        "assert not {'mlflow', 'lrmc_ray.tracking'} & set(sys.modules), 'mlflow is there'"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
