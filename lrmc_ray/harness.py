@@ -118,7 +118,7 @@ def task_manager(names: Sequence[str], scratch: Path, split: Literal["dev", "tes
     ours = {*OURS, *(part for parts in OURS.values() for part in parts)}
     materialize(scratch, **task_data(names, split))
     foreign = [name for name in names if name not in ours]
-    # Reading the names of lm-eval's 15,000 tasks takes some 8 seconds.
+    # Reading the names of lm-eval's 15,000 tasks takes some 10 seconds.
     manager = TaskManager(
         include_path=str(scratch), include_defaults=any(map(_may_need_others, foreign))
     )
