@@ -129,14 +129,12 @@ def _progress(directory: Path, trial: dict[str, Any]) -> str:
 def _core_hours(trials: Sequence[dict[str, Any]]) -> float:
     """Cores held by the trials that have ended, times hours."""
     costs = [trial["cost"] for trial in trials if trial.get("cost")]
-    return (
-        sum(
-            cost["train_seconds"] * cost.get("train_cores", 1)
-            + cost["evaluate_seconds"] * cost.get("evaluate_cores", 1)
-            for cost in costs
-        )
-        / 3600.0
+    seconds: float = sum(
+        cost["train_seconds"] * cost.get("train_cores", 1)
+        + cost["evaluate_seconds"] * cost.get("evaluate_cores", 1)
+        for cost in costs
     )
+    return seconds / 3600
 
 
 def _table(directory: Path, trials: Sequence[dict[str, Any]], total: int, start: float) -> "Table":

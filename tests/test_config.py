@@ -68,6 +68,14 @@ def optional(rule):
     return lambda value: value is None or rule(value)
 
 
+def patterns(value) -> bool:
+    return value == [] or texts(value)
+
+
+def weights(value) -> bool:
+    return type(value) is dict and all(text(k) and not_negative(v) for k, v in value.items())
+
+
 def study_name(value) -> bool:
     plain = "ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789"
     return (
@@ -91,6 +99,8 @@ RULES = {
     "data.train": texts,
     "data.max_length": whole(2),
     "data.on_long": one_of("error", "drop", "truncate"),
+    "data.on_bad_row": one_of("error", "skip"),
+    "data.max_rejected_share": number(lambda x: 0 <= x <= 1),
     "record.tau": optional(share),
     "record.k_min": whole(1),
     "record.k_max": whole(1),
@@ -112,6 +122,19 @@ RULES = {
     "train.schedule": one_of("constant", "linear", "cosine"),
     "train.warmup_steps": whole(0),
     "train.steps": whole(1),
+    "train.epochs": optional(number(lambda x: x > 0)),
+    "train.domain_weights": weights,
+    "train.freeze": patterns,
+    "train.lora_rank": whole(0),
+    "train.lora_alpha": whole(1),
+    "train.lora_targets": patterns,
+    "train.packing": lambda value: type(value) is bool,
+    "train.gradient_checkpointing": lambda value: type(value) is bool,
+    "train.keep_checkpoints": whole(1),
+    "train.evaluate_every": whole(0),
+    "train.holdout_share": number(lambda x: 0 < x < 1),
+    "train.export": one_of("last", "best"),
+    "train.refresh_every": whole(0),
     "train.batch_size": whole(1),
     "train.micro_batches": whole(1),
     "train.max_grad_norm": optional(positive),
@@ -141,6 +164,7 @@ RULES = {
     "resources.workers": optional(pair(whole(1), lambda low, high: low <= high)),
     "resources.max_concurrent": optional(whole(1)),
     "resources.actors": optional(pair(whole(1), lambda low, high: low <= high)),
+    "resources.resize_seconds": number(lambda x: x > 0),
     "resources.cpus_per_worker": whole(1),
     "resources.gpus_per_worker": not_negative,
 }
@@ -254,6 +278,8 @@ def as_trial(name, value):
     ("override", "parts"),
     [
         ("train.tau=1.5", ["train.tau", "less than or equal to 1", "got 1.5", "Probability"]),
+        ("train.export=best", ["train", "evaluate_every must be at least 1", "got 0"]),
+        ("train.domain_weights.law=-1", ["train.domain_weights.law", "greater", "got -1"]),
         ("train.tau=0", ["train.tau", "greater than 0", "got 0"]),
         ('train.tau="0.9"', ["train.tau", "must be a valid number", "got '0.9'"]),
         ("train.tau=nan", ["train.tau", "finite", "got nan"]),
@@ -500,6 +526,22 @@ def test_an_unknown_space_lists_those_that_are_shipped():
         message = str(caught.value)
         assert message.startswith(f"space file {name} does not exist")
         assert all(path.name in message for path in SHIPPED)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["train.freeze=a.*", "train.lora_rank=4"], "freeze must be empty with adapters"),
+        (["train.refresh_every=5", "train.loss=soft"], "refresh_every must be 0"),
+    ],
+)
+def test_settings_that_contradict_each_other_are_refused(overrides, message):
+    assert message in error_of(*overrides)
+
+
+def test_a_warm_up_is_compared_with_steps_only_where_these_count():
+    assert "warmup_steps must not exceed" in error_of("train.warmup_steps=31")
+    assert run_settings("train.warmup_steps=31", "train.epochs=2").train.epochs == 2
 
 
 def test_an_automatic_range_is_recorded_at_its_top():

@@ -4,6 +4,8 @@ import json
 import subprocess
 import sys
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from lrmc_ray.config import ResourceSettings, RunSettings
@@ -152,3 +154,12 @@ def test_the_command_explains_without_starting_anything(settings, tmp_path):
     assert (told["objective"], told["max_forgetting"]) == ("budget", 0.01)
     assert told["parameters"]["delta_max"]["when"] == {"optimizer": "moclip"}
     assert not (tmp_path / "runs").exists()
+
+
+def test_parquet_counts_rows_and_their_size(tmp_path):
+    path = tmp_path / "data.parquet"
+    texts = [f"{number:0400d}" for number in range(100)]
+    pq.write_table(pa.table({"text": texts}), path, use_dictionary=False)
+    samples, tokens = count_tokens([path], 512)
+    assert samples == 100
+    assert tokens == pytest.approx(100 * 100, rel=0.05)  # 400 characters each

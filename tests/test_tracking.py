@@ -718,6 +718,15 @@ def test_importing_is_light(module):
     assert result.stdout.strip() == "[]"
 
 
+def test_training_never_calls_mlflow():
+    """Its workers write a file: nothing that MLflow does can reach them."""
+    code = (
+        "import sys, lrmc_ray.training_run, lrmc_ray.train\n"
+        "assert not {'mlflow', 'lrmc_ray.tracking'} & set(sys.modules), 'mlflow is there'"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
 def test_the_best_model_is_registered_once_and_comes_back_whole(client, uri, tmp_path):
     from lrmc_ray.tracking import register_model
 
