@@ -9,6 +9,7 @@ import logging
 import os
 import pickle
 import shutil
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -20,13 +21,24 @@ _log = logging.getLogger(__name__)
 STATE = "state.pt"
 
 
-def save_checkpoint(directory: Path, step: int, state: dict[str, Any], *, keep: int = 2) -> Path:
-    """Save ``state`` as the checkpoint behind ``step`` steps, then remove all but ``keep``."""
+def save_checkpoint(
+    directory: Path,
+    step: int,
+    state: dict[str, Any],
+    *,
+    keep: int = 2,
+    also: Collection[int] = (),
+) -> Path:
+    """Save ``state`` as the checkpoint behind ``step`` steps.
+
+    Then all but the ``keep`` newest and those of the steps ``also`` are removed, and with them
+    what saves that were killed have left.
+    """
     import torch
 
-    final = directory / f"step_{step:08d}"
+    final = _path(directory, step)
+    _remove_partial(directory)
     partial = final.with_name(final.name + PARTIAL)
-    shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
     with (partial / STATE).open("wb") as file:
         torch.save(state, file)
@@ -35,9 +47,36 @@ def save_checkpoint(directory: Path, step: int, state: dict[str, Any], *, keep: 
     write_manifest(partial, _manifest(partial / STATE, step))
     shutil.rmtree(final, ignore_errors=True)
     os.replace(partial, final)
+    kept = {_path(directory, other) for other in also}
     for old in list_checkpoints(directory)[:-keep]:
-        shutil.rmtree(old, ignore_errors=True)
+        if old not in kept:
+            shutil.rmtree(old, ignore_errors=True)
     return final
+
+
+def discard_after(directory: Path, step: int) -> None:
+    """Remove the checkpoints behind ``step``, and what saves that were killed have left.
+
+    For a run that goes on from ``step``: what is newer is damaged, and were it kept it would count
+    among the newest.
+    """
+    _remove_partial(directory)
+    for path in list_checkpoints(directory):
+        if _step(path) > step:
+            shutil.rmtree(path, ignore_errors=True)
+
+
+def _remove_partial(directory: Path) -> None:
+    for path in directory.glob(f"step_*{PARTIAL}"):
+        shutil.rmtree(path, ignore_errors=True)
+
+
+def _path(directory: Path, step: int) -> Path:
+    return directory / f"step_{step:08d}"
+
+
+def _step(path: Path) -> int:
+    return int(path.name.removeprefix("step_"))
 
 
 def _manifest(state: Path, step: int) -> dict[str, Any]:
@@ -55,26 +94,39 @@ def load_newest(directory: Path) -> dict[str, Any] | None:
     Raises:
         DataError: there are checkpoints, and all are damaged.
     """
-    import torch
-
     checkpoints = list_checkpoints(directory)
     for path in reversed(checkpoints):
         try:
-            manifest = read_manifest(path, made_by="python -m lrmc_ray.train")
-            if manifest != _manifest(path / STATE, int(path.name.removeprefix("step_"))):
-                raise DataError(f"{path / STATE} is not what was written")
-            state: dict[str, Any] = torch.load(
-                path / STATE, map_location="cpu", weights_only=True, mmap=True
-            )
-            return state
-        except (LrmcError, FileNotFoundError) as error:
-            _log.warning("checkpoint %s is damaged (%s); using the one before", path.name, error)
-        except (pickle.UnpicklingError, RuntimeError):
-            # What torch says of it ends in the advice to load it all the same.
-            _log.warning("checkpoint %s is no saved state; using the one before", path.name)
+            return load_checkpoint(directory, _step(path))
+        except DataError as error:
+            _log.warning("%s; using the one before", error)
     if checkpoints:
         raise DataError(
             f"all {len(checkpoints)} checkpoints in {directory} are damaged; restore one from a "
             "backup, or remove that directory to train from the start"
         )
     return None
+
+
+def load_checkpoint(directory: Path, step: int) -> dict[str, Any]:
+    """The state of the checkpoint behind ``step`` steps.
+
+    Raises:
+        DataError: it is missing, or not what was written.
+    """
+    import torch
+
+    path = _path(directory, step)
+    try:
+        manifest = read_manifest(path, made_by="python -m lrmc_ray.train")
+        if manifest != _manifest(path / STATE, step):
+            raise DataError(f"{path / STATE} is not what was written")
+        state: dict[str, Any] = torch.load(
+            path / STATE, map_location="cpu", weights_only=True, mmap=True
+        )
+        return state
+    except (LrmcError, FileNotFoundError) as error:
+        raise DataError(f"checkpoint {path.name} is damaged ({error})") from None
+    except (pickle.UnpicklingError, RuntimeError):
+        # What torch says of it ends in the advice to load it all the same.
+        raise DataError(f"checkpoint {path.name} is no saved state") from None

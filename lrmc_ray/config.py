@@ -19,6 +19,8 @@ from lrmc_ray.errors import ConfigError, IncompleteArtifactError
 
 DEMO = "demo"
 """Names the embedded model and the embedded data."""
+CT = "ct"
+"""Names the task of radio exam questions, and its training data."""
 
 
 def _as_tuple(value: Any) -> Any:
@@ -30,6 +32,7 @@ def _as_tuple(value: Any) -> Any:
 
 Strings = Annotated[tuple[str, ...], Field(min_length=1), BeforeValidator(_as_tuple)]
 Range = Annotated[tuple[int, int], BeforeValidator(_as_tuple)]
+Patterns = Annotated[tuple[str, ...], BeforeValidator(_as_tuple)]
 Betas = Annotated[tuple[float, float], BeforeValidator(_as_tuple)]
 
 
@@ -55,7 +58,7 @@ class DataSettings(Settings):
 
     train: Strings = (DEMO,)
     """JSONL or Parquet files, folders or patterns, ``DOMAIN=`` before one that has a domain of its
-    own; ``demo`` is NL2SQL."""
+    own; ``demo`` is NL2SQL, ``ct`` radio exam questions."""
     max_length: int = Field(1024, ge=2)
     """Most tokens of one sample, prompt included."""
     on_long: Literal["error", "drop", "truncate"] = "error"
@@ -125,6 +128,23 @@ class TrainSettings(Settings):
     """Steps over which the learning rate rises linearly."""
     steps: int = Field(30, ge=1)
     """Optimizer updates."""
+    epochs: float | None = Field(None, gt=0)
+    """Passes over the training data, rounded up to whole steps; replaces ``steps``."""
+    domain_weights: dict[str, Annotated[float, Field(ge=0)]] = Field(default_factory=dict)
+    """How often per epoch the samples of a domain are used (patterns allowed); by default 1."""
+    freeze: Patterns = ()
+    """Parameters that stay as they are, by pattern: ``model.layers.[0-9].*``."""
+    lora_rank: int = Field(0, ge=0)
+    """Rank of low-rank adapters that are trained in place of the weights; 0 trains the weights."""
+    lora_alpha: int = Field(16, ge=1)
+    """Adapters are scaled by lora_alpha / lora_rank."""
+    lora_targets: Patterns = ()
+    """Names of the linear layers that get an adapter; by default all but the output head."""
+    packing: bool = True
+    """Compute prefixes that samples of a micro-batch share once, without padding, where that is
+    cheaper; the loss is the same up to rounding."""
+    gradient_checkpointing: bool = False
+    """Recompute activations in the backward pass: less memory, about a third more time."""
     batch_size: int = Field(8, ge=1)
     """Samples per step, over all workers."""
     micro_batches: int = Field(4, ge=1)
@@ -139,6 +159,17 @@ class TrainSettings(Settings):
     """Order of the samples, dropout and sampled tails."""
     checkpoint_every: int = Field(10, ge=1)
     """Steps between checkpoints."""
+    keep_checkpoints: int = Field(2, ge=1)
+    """Newest checkpoints that are kept; the best one is kept as well."""
+    evaluate_every: int = Field(0, ge=0)
+    """Steps between evaluations on held-out samples; 0 holds out none."""
+    holdout_share: float = Field(0.05, gt=0, lt=1)
+    """Share of the samples that is held out where ``evaluate_every`` is set; at least one."""
+    export: Literal["last", "best"] = "last"
+    """Which weights become the model: the last, or those with the least held-out loss."""
+    refresh_every: int = Field(0, ge=0)
+    """Steps after which the candidates of the coming samples are recorded again with the current
+    model; 0 keeps the base model's."""
     probe_every: int = Field(10, ge=0)
     """Steps between measurements of the outside mass; 0 switches them off."""
     probe_positions: int = Field(64, ge=2)
@@ -153,13 +184,28 @@ class TrainSettings(Settings):
                 f"micro_batches must not exceed batch_size, got {self.micro_batches} > "
                 f"{self.batch_size}; lower train.micro_batches"
             )
-        if self.warmup_steps > self.steps:
+        if self.epochs is None and self.warmup_steps > self.steps:
             raise ValueError(
                 f"warmup_steps must not exceed steps, got {self.warmup_steps} > {self.steps}; "
                 "lower train.warmup_steps"
             )
         if self.betas and not all(0 <= beta < 1 for beta in self.betas):
             raise ValueError(f"betas must be in [0, 1), got {self.betas}")
+        if self.export == "best" and not self.evaluate_every:
+            raise ValueError(
+                "export = 'best' needs held-out samples, got evaluate_every = 0; set "
+                "train.evaluate_every"
+            )
+        if self.freeze and self.lora_rank:
+            raise ValueError(
+                "freeze must be empty with adapters, which leave all weights as they are, got "
+                f"lora_rank = {self.lora_rank}; use train.lora_targets"
+            )
+        if self.refresh_every and self.loss == "soft":
+            raise ValueError(
+                "refresh_every must be 0 with loss = 'soft', whose targets are the base model's; "
+                "leave one of them out"
+            )
         return self
 
 
@@ -237,6 +283,8 @@ class ResourceSettings(Settings):
     """Trials side by side; derived by default."""
     actors: Range | None = None
     """Fewest and most recording actors; derived by default."""
+    resize_seconds: float = Field(60.0, gt=0)
+    """How often training looks for workers that it could add."""
     cpus_per_worker: int = Field(1, ge=1)
     """CPU cores, and torch threads, of a worker or an actor."""
     gpus_per_worker: float = Field(0, ge=0)

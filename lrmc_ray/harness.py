@@ -10,7 +10,7 @@ import logging
 import math
 import os
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -104,15 +104,16 @@ def task_manager(names: Sequence[str], scratch: Path, split: Literal["dev", "tes
     """
     from lm_eval.tasks import TaskManager
 
-    from lrmc_ray.tasks.registry import OURS, materialize
+    from lrmc_ray.tasks.registry import GROUPS, OURS, materialize
 
-    ours = {part for parts in OURS.values() for part in parts}
-    materialize(scratch, **_demo_paths(names, split))
-    foreign = [name for name in names if name not in OURS and name not in ours]
+    ours = {*OURS, *(part for parts in OURS.values() for part in parts)}
+    materialize(scratch, **task_data(names, split))
+    foreign = [name for name in names if name not in ours]
     manager = TaskManager(include_path=str(scratch), include_defaults=bool(foreign))
     for name in foreign:
         if name not in manager.all_tasks and not Path(name).is_file():
-            close = difflib.get_close_matches(name, [*OURS, *manager.all_tasks], n=3)
+            known = [*OURS, *GROUPS, *manager.all_tasks]
+            close = difflib.get_close_matches(name, known, n=3)
             hint = f"; did you mean {' or '.join(close)}?" if close else ""
             raise ConfigError(
                 f"task {name} is neither one of ours ({', '.join(OURS)}) nor one of lm-eval's{hint}"
@@ -120,18 +121,36 @@ def task_manager(names: Sequence[str], scratch: Path, split: Literal["dev", "tes
     return manager
 
 
-def _demo_paths(names: Sequence[str], split: Literal["dev", "test"]) -> dict[str, Path]:
-    """The demo's database and questions, made only if its task is asked for."""
-    if not any("nl2sql" in name for name in names):
-        return {}
-    from lrmc_ray.demo.files import demo_files
-    from lrmc_ray.models import cache_directory
+def task_data(names: Sequence[str], split: Literal["dev", "test"]) -> dict[str, Path]:
+    """The data files of our tasks that are not shipped, as ``materialize`` takes them.
 
-    files = demo_files(cache_directory())
-    return {
-        "nl2sql_test_path": files.dev if split == "dev" else files.test,
-        "database_path": files.database,
-    }
+    Raises:
+        IncompleteArtifactError: one has to be built first; the message says how.
+    """
+    from lrmc_ray.models import cache_directory
+    from lrmc_ray.tasks.registry import OURS
+
+    def wanted(task: str) -> bool:
+        return bool({task, *OURS[task]} & set(names))
+
+    paths: dict[str, Path] = {}
+    cache = cache_directory()
+    if wanted("nl2sql"):
+        from lrmc_ray.demo.files import demo_files
+
+        demo = demo_files(cache)
+        paths["nl2sql_test_path"] = demo.dev if split == "dev" else demo.test
+        paths["database_path"] = demo.database
+    if wanted("ct"):
+        from lrmc_ray.tasks.built import ct_files
+
+        ct = ct_files(cache)
+        paths["ct_test_path"] = ct.dev if split == "dev" else ct.test
+    if wanted("nl2sql_spider"):
+        from lrmc_ray.tasks.built import built_spider_file
+
+        paths["spider_test_path"] = built_spider_file(cache)
+    return paths
 
 
 def run_task(
@@ -170,23 +189,21 @@ def task_rows(
     name: str, group: Group, samples: Mapping[str, list[dict[str, Any]]], tokenizer: Any
 ) -> Iterator[dict[str, Any]]:
     """The rows of one requested task; a group's subtasks become its items."""
-    gold_suffix = "_gold"
+    companions = {task + suffix for task in samples for suffix in _COMPANIONS} & samples.keys()
     for task, items in samples.items():
-        if task.endswith(gold_suffix) and task.removesuffix(gold_suffix) in samples:
+        if task in companions:
             continue
-        golds = {
-            str(item["doc_id"]): _mean_token_probability(item, tokenizer)
-            for item in samples.get(task + gold_suffix, [])
-        }
+        further: dict[int, dict[str, float]] = {}
+        for suffix, (metric, measure) in _COMPANIONS.items():
+            for item in samples.get(task + suffix, []):
+                further.setdefault(item["doc_id"], {})[metric] = measure(item, tokenizer)
         first_filter = items[0]["filter"] if items else None
         for item in items:
             if item["filter"] != first_filter:
                 continue
             kind, metrics, weight = _metrics(task, item, tokenizer)
-            gold = golds.get(str(item["doc_id"]))
-            if gold is not None:
-                metrics["gold_probability"] = gold
-            prefix = "" if len(samples) - bool(golds) == 1 else f"{task}/"
+            metrics |= further.get(item["doc_id"], {})
+            prefix = "" if len(samples) - len(companions) == 1 else f"{task}/"
             for metric, value in metrics.items():
                 yield {
                     "task": name,
@@ -251,6 +268,13 @@ def _mean_token_probability(item: Mapping[str, Any], tokenizer: Any) -> float:
     answer = item["arguments"][0][1]
     tokens = len(tokenizer(answer, add_special_tokens=False)["input_ids"])
     return math.exp(float(likelihood) / max(1, tokens))
+
+
+_COMPANIONS: Mapping[str, tuple[str, Callable[[Mapping[str, Any], Any], float]]] = {
+    "_gold": ("gold_probability", _mean_token_probability),
+    "_letter": ("letter_accuracy", lambda item, _: float(item["acc"])),
+}
+"""Tasks on the same items as the one that they are named after: the metric that each adds to it."""
 
 
 def _output(item: Mapping[str, Any]) -> str | None:

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
+    from lrmc_ray.method.microbatch import MicroBatch
     from lrmc_ray.method.training_loop import OutputHead
 
 WEIGHT_SUFFIX = ".safetensors"
@@ -243,6 +244,75 @@ def hidden_states(model: Any, input_ids_BT: "Tensor") -> "Tensor":
     output = model.base_model(input_ids=input_ids_BT, use_cache=False)
     hidden: Tensor = output.last_hidden_state
     return hidden
+
+
+def batch_hidden_states(model: Any, batch: "MicroBatch") -> "Tensor":
+    """Final hidden states [B, T, D] of a micro-batch, padded or packed."""
+    import torch
+
+    if batch.is_visible_TT is None:
+        return hidden_states(model, batch.input_ids_BT)
+    device = batch.input_ids_BT.device.type
+    dtype = model.dtype
+    if torch.is_autocast_enabled(device):
+        dtype = torch.get_autocast_dtype(device)
+    # Added to the scores of attention: every implementation takes such a mask.
+    mask_TT = torch.zeros(batch.is_visible_TT.shape, dtype=dtype, device=batch.input_ids_BT.device)
+    mask_TT.masked_fill_(~batch.is_visible_TT, torch.finfo(dtype).min)
+    output = model.base_model(
+        input_ids=batch.input_ids_BT,
+        position_ids=batch.position_ids_BT,
+        attention_mask=mask_TT[None, None],
+        use_cache=False,
+    )
+    hidden: Tensor = output.last_hidden_state
+    return hidden
+
+
+def attention_cost(model: Any) -> float:
+    """What it costs a token to see one more, in units of its matrix products with the weights.
+
+    Infinity where sequences cannot be packed: the model does not take a mask and positions of our
+    own, or looks no further back than a window.
+    """
+    import torch
+
+    from lrmc_ray.method.microbatch import Activity, Sample, collate
+    from lrmc_ray.method.subsets import CandidateSets
+
+    config = model.config.get_text_config()
+    if getattr(config, "sliding_window", None) and getattr(config, "use_sliding_window", True):
+        return float("inf")
+    generator = torch.Generator().manual_seed(0)
+    ids_T = torch.randint(1, config.vocab_size, (9,), generator=generator)
+    samples = []
+    for name, end in (("a", [1, 2, 3]), ("b", [4, 5, 6, 7, 8])):
+        ends_T = torch.tensor(end) % config.vocab_size
+        ids = torch.cat([ids_T, ends_T, ends_T[:1]])
+        gold = ids[1:].int()
+        n = len(gold)
+        sets = CandidateSets(torch.arange(n + 1), gold, torch.zeros(n).half(), gold)
+        samples.append(Sample(name, ids, torch.arange(n), torch.ones(n, dtype=torch.bool), sets))
+    activity = Activity(supervised=1, prompt=1)
+    was_training = model.training
+    model.eval()
+    found = []
+    try:
+        for cost in (float("inf"), 0.0):
+            batch = collate(samples, activity, attention_cost=cost).to(model.device)
+            where = batch.supervised
+            with torch.no_grad():
+                found.append(batch_hidden_states(model, batch)[where.row_N, where.column_N].float())
+    except (TypeError, ValueError, RuntimeError):
+        return float("inf")  # it does not take such arguments
+    finally:
+        model.train(was_training)
+    scale = float(found[0].abs().max())
+    if not torch.allclose(found[0], found[1], atol=1e-3 * scale, rtol=1e-3):
+        return float("inf")
+    embeddings = {id(model.get_input_embeddings().weight), id(model.get_output_embeddings().weight)}
+    weights = sum(p.numel() for p in model.parameters() if id(p) not in embeddings)
+    return float(2 * config.num_hidden_layers * config.hidden_size / weights)
 
 
 def logits(hidden_ND: "Tensor", head: "OutputHead") -> "Tensor":

@@ -147,9 +147,9 @@ def supports(model: Any) -> bool:
                 mask_BT=mask_BT,
                 positions_BT=positions_BT,
             )
-    except Exception as error:
+    except Exception as failure:
         # Whatever a foreign architecture raises here, it says that it does not fit.
-        _log.debug("%s does not support shared prefixes: %r", type(model).__name__, error)
+        _log.debug("%s does not support shared prefixes: %r", type(model).__name__, failure)
         return False
     actual_TD = torch.cat([third.last_hidden_state[0], third.last_hidden_state[1]])
     expected_TD = torch.cat([whole_TD[20:24], whole_TD[17:21]])
@@ -360,7 +360,7 @@ class PrefixLM(HFLM):  # type: ignore[misc]  # lm-eval ships no types
         tokens_Q = np.array(queries.tokens)
         requests_Q = np.array(queries.requests)
         for start in range(0, len(hidden_ND), HEAD_POSITIONS):
-            logits_NV = logits(hidden_ND[start : start + HEAD_POSITIONS], self._head).float()
+            logits_NV = self._logits(hidden_ND[start : start + HEAD_POSITIONS])
             chosen = np.flatnonzero((cell_of_Q >= start) & (cell_of_Q < start + HEAD_POSITIONS))
             cells_Q = torch.tensor(cell_of_Q[chosen] - start, device=self.device)
             wanted_Q = torch.tensor(tokens_Q[chosen], device=self.device)
@@ -396,13 +396,17 @@ class PrefixLM(HFLM):  # type: ignore[misc]  # lm-eval ships no types
                 hidden_BTD, _ = self._run_rows(batch, len(prefix), cache, keep=False)
                 for row, hidden_TD in zip(batch, hidden_BTD, strict=True):
                     end = len(row.tokens) - len(prefix)
-                    logits_NV = logits(hidden_TD[end - count : end], self._head).float()
+                    logits_NV = self._logits(hidden_TD[end - count : end])
                     logprobs_NV = logits_NV.log_softmax(-1).cpu().numpy()
                     for index, _ in row.members:
                         result_NV[index * count : (index + 1) * count] = logprobs_NV
         return result_NV
 
     # Running rows
+
+    def _logits(self, hidden_ND: torch.Tensor) -> torch.Tensor:
+        assert self._head is not None
+        return logits(hidden_ND, self._head).float()
 
     def _run_prefix(self, prefix: Tokens) -> Any:
         if not prefix:
@@ -586,7 +590,7 @@ class PrefixLM(HFLM):  # type: ignore[misc]  # lm-eval ships no types
         texts = [""] * len(batch)
         active = list(range(len(batch)))  # which answer each row of the cache is
         for step in range(most):
-            token_B = logits(hidden_BD, self._head).float().argmax(-1)
+            token_B = self._logits(hidden_BD).argmax(-1)
             going = []
             for row, (answer, token) in enumerate(zip(active, token_B.tolist(), strict=True)):
                 if token in self._ends:

@@ -32,7 +32,7 @@ from lrmc_ray.artifacts import (
     write_json,
     write_manifest,
 )
-from lrmc_ray.config import DEMO, RunSettings
+from lrmc_ray.config import CT, DEMO, RunSettings
 from lrmc_ray.console import progress, run_command, setup_logging
 from lrmc_ray.data.sources import Source, find_sources
 from lrmc_ray.errors import DataError, IncompleteArtifactError, ResourceError
@@ -223,6 +223,11 @@ def training_sources(settings: RunSettings) -> list[Source]:
             from lrmc_ray.models import cache_directory
 
             name = str(demo_files(cache_directory()).train)
+        elif name == CT and not Path(CT).exists():
+            from lrmc_ray.models import cache_directory
+            from lrmc_ray.tasks.built import ct_files
+
+            name = str(ct_files(cache_directory()).train)
         names.append(name)
     return find_sources(names)
 

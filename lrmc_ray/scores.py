@@ -5,8 +5,8 @@ means, is what makes paired intervals and the list of forgotten items possible.
 
 Kinds of task, their metrics, and the score that the objective uses:
 
-- ``choice``: ``accuracy`` (0 or 1) and ``probability`` of the right choice among the choices;
-  objective: ``probability``.
+- ``choice``: ``accuracy`` (0 or 1), ``probability`` of the right choice among the choices, for some
+  ``letter_accuracy`` (the choices are shown, their letters compared); objective: ``probability``.
 - ``generation``: ``accuracy``, if wanted ``gold_probability`` (mean token probability of the gold
   answer) and others; objective: ``score``, derived here: the mean of ``accuracy`` and
   ``gold_probability``, or ``accuracy`` where the task has no gold probability.
@@ -70,6 +70,7 @@ _RANGES = {
     "accuracy": (0.0, 1.0),
     "probability": (0.0, 1.0),
     "gold_probability": (0.0, 1.0),
+    "letter_accuracy": (0.0, 1.0),
     "score": (0.0, 1.0),
     "cross_entropy": (0.0, float("inf")),
 }

@@ -8,19 +8,21 @@ our own checkpoint, with the same samples in the same order, and in strict mode 
 """
 
 import argparse
+import dataclasses
 import json
 import logging
+import math
 import shutil
 import sys
 import threading
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from lrmc_ray.artifacts import (
-    PARTIAL,
     fingerprint,
     is_finished,
     lock_directory,
@@ -32,15 +34,15 @@ from lrmc_ray.config import RunSettings, TrainSettings, validate
 from lrmc_ray.console import progress, run_command, setup_logging
 from lrmc_ray.errors import DataError, LrmcError, ResourceError
 from lrmc_ray.ray_session import RAY_LOG, ray_session
+from lrmc_ray.run_files import CHECKPOINT_NOW, CHECKPOINTS, LEDGER, METRICS, MODEL
 
 _log = logging.getLogger(__name__)
 
-METRICS = "metrics.jsonl"
-LEDGER = "ledger.jsonl"
-MODEL = "model"
 MADE_BY = "python -m lrmc_ray.train"
 MAX_WORKER_FAILURES = 10
-"""Losses of workers or nodes that one command puts up with."""
+"""Losses of workers or nodes in a row, without a new checkpoint, that one command puts up with."""
+STOP_SECONDS = 20.0
+"""How long a command that is told to stop waits for a last checkpoint."""
 
 
 class TrainingError(LrmcError):
@@ -63,9 +65,9 @@ def train(settings: RunSettings, record: Path, directory: Path) -> Path:
 
     model_directory = local_directory(settings.model)
     check_fits(record, settings, model_directory)
-    identity = {"record": record.name, **settings.train.model_dump(mode="json")}
+    settings = with_steps(settings, record)
     with lock_directory(directory):
-        _claim(directory, identity)
+        _claim(directory, run_identity(settings, record))
         if is_finished(directory):
             return directory
         start = time.monotonic()
@@ -74,13 +76,47 @@ def train(settings: RunSettings, record: Path, directory: Path) -> Path:
             directory,
             {
                 "kind": "training",
-                "identity": identity,
+                "identity": run_identity(settings, record),
                 "seconds": round(time.monotonic() - start, 2),
+                "ledger": _audit(settings, record, directory),
                 **outcome,
             },
         )
-        shutil.rmtree(directory / "checkpoints", ignore_errors=True)
+        shutil.rmtree(directory / CHECKPOINTS, ignore_errors=True)
     return directory
+
+
+def with_steps(settings: RunSettings, record: Path) -> RunSettings:
+    """``settings`` with ``train.epochs``, if it is set, turned into ``train.steps``.
+
+    Raises:
+        ConfigError: the warm-up is longer than these epochs.
+    """
+    from lrmc_ray.training_samples import number_of_steps
+
+    steps = number_of_steps(settings.train, record)
+    train = settings.train.model_copy(update={"steps": steps, "epochs": None})
+    return settings.model_copy(update={"train": train})
+
+
+def run_identity(settings: RunSettings, record: Path) -> dict[str, Any]:
+    """What makes two training runs the same."""
+    return {"record": record.name, **settings.train.model_dump(mode="json")}
+
+
+def _audit(settings: RunSettings, record: Path, directory: Path) -> dict[str, Any]:
+    """Whether every sample was used as it should, as the ledger has it."""
+    from lrmc_ray.data.records import Records
+    from lrmc_ray.ledger import audit_ledger
+    from lrmc_ray.training_samples import TrainingSamples
+
+    samples = TrainingSamples(Records(record), settings.train)
+    audit = audit_ledger(directory / LEDGER, samples.ids_of_step, steps=settings.train.steps)
+    if not audit.is_exact:
+        _log.warning(
+            "%s does not show every sample used as it should: %s", directory / LEDGER, audit
+        )
+    return {**dataclasses.asdict(audit), "is_exact": audit.is_exact}
 
 
 def _claim(directory: Path, identity: dict[str, Any]) -> None:
@@ -89,7 +125,12 @@ def _claim(directory: Path, identity: dict[str, Any]) -> None:
     if not path.is_file():
         write_json(path, identity)
         return
-    before = json.loads(path.read_text())
+    try:
+        before = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise DataError(
+            f"{path} is damaged ({error}); remove that file if {directory} is the run you mean"
+        ) from None
     different = sorted(
         key for key in before.keys() | identity.keys() if before.get(key) != identity.get(key)
     )
@@ -105,48 +146,91 @@ def _fit(
     settings: RunSettings, record: Path, model_directory: Path, directory: Path
 ) -> dict[str, Any]:
     """Run the workers to the end and return what rank 0 reports."""
-    from ray.train import FailureConfig, RunConfig, ScalingConfig
-    from ray.train.torch import TorchTrainer
+    from lrmc_ray.checkpoints import list_checkpoints
 
-    resources = settings.resources
-    least, most = worker_range(settings)
-    per_worker: dict[str, float] = {"CPU": resources.cpus_per_worker}
-    if resources.gpus_per_worker:
-        per_worker["GPU"] = resources.gpus_per_worker
     scratch = directory / "ray"
-    for attempt in range(MAX_WORKER_FAILURES + 1):
-        trainer = TorchTrainer(
-            _worker,
-            train_loop_config={
-                "train": settings.train.model_dump(mode="json"),
-                "record": str(record.resolve()),
-                "model": str(model_directory),
-                "directory": str(directory.resolve()),
-                "threads": resources.cpus_per_worker,
-            },
-            scaling_config=ScalingConfig(
-                num_workers=(least, most),
-                use_gpu=resources.gpus_per_worker > 0,
-                resources_per_worker=per_worker,
-            ),
-            # A new name each time: Ray would go on from its own snapshot, we from our checkpoints.
-            run_config=RunConfig(
-                name=f"run-{time.time_ns()}",
-                storage_path=str(scratch.resolve()),
-                failure_config=FailureConfig(max_failures=0),
-            ),
-        )
+    (directory / CHECKPOINT_NOW).unlink(missing_ok=True)
+    failures = 0
+    reached: Path | None = None
+    while True:
         try:
-            outcome: dict[str, Any] = trainer.fit().return_value
-            return outcome
+            trainer = _trainer(settings, record, model_directory, directory, scratch)
+            return _interruptible(trainer.fit, directory)
         except Exception as error:
             cause = _cause(error)
-            if not _is_worker_loss(cause) or attempt == MAX_WORKER_FAILURES:
+            if isinstance(cause, LrmcError):
+                raise cause from error
+            newest = next(reversed(list_checkpoints(directory / CHECKPOINTS)), None)
+            failures = failures + 1 if newest == reached else 1
+            reached = newest
+            if not _is_worker_loss(cause) or failures > MAX_WORKER_FAILURES:
                 raise TrainingError(f"training in {directory} failed: {_text(cause)}") from error
             _log.warning("a worker was lost (%s); going on from the checkpoint", _text(cause))
         finally:
             shutil.rmtree(scratch, ignore_errors=True)
-    raise AssertionError("unreachable")
+
+
+def _trainer(
+    settings: RunSettings, record: Path, model_directory: Path, directory: Path, scratch: Path
+) -> Any:
+    from ray.train import FailureConfig, RunConfig, ScalingConfig
+    from ray.train.torch import TorchTrainer
+
+    resources = settings.resources
+    per_worker: dict[str, float] = {"CPU": resources.cpus_per_worker}
+    if resources.gpus_per_worker:
+        per_worker["GPU"] = resources.gpus_per_worker
+    return TorchTrainer(
+        _worker,
+        train_loop_config={
+            "train": settings.train.model_dump(mode="json"),
+            "record": str(record.resolve()),
+            "model": str(model_directory),
+            "directory": str(directory.resolve()),
+            "threads": resources.cpus_per_worker,
+        },
+        scaling_config=ScalingConfig(
+            num_workers=worker_range(settings),
+            use_gpu=resources.gpus_per_worker > 0,
+            resources_per_worker=per_worker,
+            elastic_resize_monitor_interval_s=resources.resize_seconds,
+        ),
+        # A new name each time: Ray would go on from its own snapshot, we from our checkpoints.
+        run_config=RunConfig(
+            name=f"run-{time.time_ns()}",
+            storage_path=str(scratch.resolve()),
+            failure_config=FailureConfig(max_failures=0),
+        ),
+    )
+
+
+def _interruptible(fit: Callable[[], Any], directory: Path) -> dict[str, Any]:
+    """What ``fit`` returns; a signal that ends this process asks for a checkpoint first.
+
+    Ray's own handler of Ctrl-C, which aborts the workers, is set in the main thread alone.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        return cast(dict[str, Any], fit().return_value)
+    future: Future[Any] = Future()
+
+    def work() -> None:
+        try:
+            future.set_result(fit().return_value)
+        except BaseException as error:
+            future.set_exception(error)
+
+    threading.Thread(target=work, daemon=True).start()
+    try:
+        return cast(dict[str, Any], future.result())
+    except (KeyboardInterrupt, SystemExit):
+        if not future.done():
+            _log.warning("stopping; waiting up to %.0f s for a checkpoint", STOP_SECONDS)
+            asked = directory / CHECKPOINT_NOW
+            asked.touch()
+            deadline = time.monotonic() + STOP_SECONDS
+            while asked.exists() and not future.done() and time.monotonic() < deadline:
+                time.sleep(0.05)
+        raise
 
 
 def worker_range(settings: RunSettings) -> tuple[int, int]:
@@ -179,7 +263,7 @@ def _cause(error: BaseException) -> BaseException:
     failures = getattr(error, "worker_failures", None)
     if failures:
         return _cause(_most_telling(failures.values()))
-    for attribute in ("cause", "__cause__"):
+    for attribute in ("controller_failure", "health_check_failure", "cause", "__cause__"):
         inner = getattr(error, attribute, None)
         if isinstance(inner, BaseException) and inner is not error:
             return _cause(inner)
@@ -195,9 +279,9 @@ def _most_telling(errors: Iterable[BaseException]) -> BaseException:
 
 def _is_worker_loss(cause: BaseException) -> bool:
     """Whether a process or a node died, rather than the loop raising an error."""
-    from ray.exceptions import RayError
-
-    return isinstance(cause, RayError) or "gloo" in str(cause).lower()
+    modules = {kind.__module__.partition(".")[0] for kind in type(cause).__mro__}
+    is_collective = any(kind.__module__ == "torch.distributed" for kind in type(cause).__mro__)
+    return "ray" in modules or is_collective or "gloo" in str(cause).lower()
 
 
 def _text(cause: BaseException) -> str:
@@ -212,295 +296,46 @@ def _worker(config: dict[str, Any]) -> dict[str, Any]:
     import ray.train.torch
     import torch
 
+    from lrmc_ray.method.training_loop import WorkerGroup
+    from lrmc_ray.training_run import TrainingRun
+
     torch.set_num_threads(config["threads"])
     context = ray.train.get_context()
-    settings = validate(TrainSettings, config["train"], "train")
     run = TrainingRun(
-        settings,
+        validate(TrainSettings, config["train"], "train"),
         record=Path(config["record"]),
         model_directory=Path(config["model"]),
         directory=Path(config["directory"]),
-        rank=context.get_world_rank(),
-        world_size=context.get_world_size(),
+        group=WorkerGroup(context.get_world_rank(), context.get_world_size()),
         device=ray.train.torch.get_device(),
+        is_preempted=lambda: ray.train.get_preemption_info() is not None,
     )
     return run.run()
-
-
-class TrainingRun:
-    """One worker's share of a run: model, optimizer, checkpoints and what is written down."""
-
-    def __init__(
-        self,
-        settings: TrainSettings,
-        *,
-        record: Path,
-        model_directory: Path,
-        directory: Path,
-        rank: int,
-        world_size: int,
-        device: Any,
-    ) -> None:
-        from lrmc_ray.data.records import Records
-        from lrmc_ray.method.optimizers import make_optimizer
-        from lrmc_ray.method.training_loop import LossSettings, WorkerGroup
-        from lrmc_ray.models import head_of, load_model
-
-        self.settings = settings
-        self.directory = directory
-        self.model_directory = model_directory
-        self.group = WorkerGroup(rank, world_size)
-        self.records = Records(record)
-        self.model = load_model(model_directory).to(device).train()
-        self.head = head_of(self.model)
-        self.optimizer = make_optimizer(
-            settings.optimizer,
-            [p for p in self.model.parameters() if p.requires_grad],
-            lr=settings.lr,
-            betas=settings.betas,
-            weight_decay=settings.weight_decay,
-            **_moclip_options(settings),
-        )
-        self.loss = LossSettings(
-            loss=settings.loss,
-            tail_samples=settings.tail_samples,
-            anchor_weight=settings.anchor_weight,
-            seed=settings.seed,
-        )
-        self.first_step = 0
-        self.totals = {"processed_tokens": 0, "original_tokens": 0, "padded_tokens": 0}
-        self.totals |= {"bad_steps": 0, "supervised_positions": 0}
-        self.seconds_before = 0.0
-        self.rho: dict[str, float] = {}
-
-    @property
-    def _is_writer(self) -> bool:
-        return self.group.rank == 0
-
-    def run(self) -> dict[str, Any]:
-        """Train to the end and save the model."""
-        import torch
-
-        from lrmc_ray.method.training_loop import learning_rate
-        from lrmc_ray.method.training_loop import train as training_steps
-        from lrmc_ray.metrics_log import MetricsLog
-
-        settings = self.settings
-        self._resume()
-        started = time.monotonic()
-        last = started
-        metrics_log = MetricsLog(self.directory / METRICS) if self._is_writer else None
-        ledger = (self.directory / LEDGER).open("a", encoding="utf-8") if self._is_writer else None
-        results = training_steps(
-            lambda ids: self._hidden(ids),
-            self.head,
-            self.optimizer,
-            self._samples_of_step,
-            self.loss,
-            self.group,
-            first_step=self.first_step,
-            steps=settings.steps,
-            num_micro_batches=settings.micro_batches,
-            lr_of_step=lambda step: learning_rate(
-                step,
-                peak=settings.lr,
-                warmup_steps=settings.warmup_steps,
-                steps=settings.steps,
-                schedule=settings.schedule,
-            ),
-            reduction=settings.reduction,
-            max_grad_norm=settings.max_grad_norm,
-            max_bad_steps=settings.max_bad_steps,
-            autocast=torch.bfloat16 if settings.precision == "bf16" else None,
-            on_hidden=self._probe,
-        )
-        result = None
-        for result in results:
-            now = time.monotonic()
-            self._count(result)
-            if metrics_log is not None and ledger is not None:
-                metrics_log.log(result.step + 1, self._metrics(result, now - last))
-                line = {
-                    "step": result.step,
-                    "sample_ids": result.sample_ids,
-                    "world_size": self.group.world_size,
-                    "loss": result.loss,
-                    "applied": result.is_applied,
-                }
-                ledger.write(json.dumps(line) + "\n")
-                ledger.flush()
-            last = now
-            done = result.step + 1
-            if done < settings.steps and done % settings.checkpoint_every == 0:
-                self._save_checkpoint(done, self.seconds_before + now - started)
-        seconds = self.seconds_before + time.monotonic() - started
-        if self._is_writer:
-            self._save_model()
-        return {
-            "steps": settings.steps,
-            "train_seconds": round(seconds, 2),
-            "world_size": self.group.world_size,
-            "final_loss": result.loss if result else None,
-            **self.totals,
-        }
-
-    def _hidden(self, input_ids_BT: Any) -> Any:
-        from lrmc_ray.models import hidden_states
-
-        return hidden_states(self.model, input_ids_BT)
-
-    def _samples_of_step(self, step: int) -> list[Any]:
-        from lrmc_ray.data.order import samples_of_step
-        from lrmc_ray.method.microbatch import cut_sample
-
-        settings = self.settings
-        indices = samples_of_step(
-            len(self.records), step, batch_size=settings.batch_size, seed=settings.seed
-        )
-        return [
-            cut_sample(self.records[index], settings.tau, k_min=settings.k_min) for index in indices
-        ]
-
-    def _probe(self, step: int, index: int, hidden_BTD: Any, batch: Any) -> None:
-        """Measure the outside mass of the current model on some positions of part 0."""
-        every = self.settings.probe_every
-        if not every or step % every or index or not len(batch.supervised.row_N):
-            return
-        from lrmc_ray.method.probe import outside_mass
-
-        where = batch.supervised
-        measured = outside_mass(
-            hidden_BTD[where.row_N, where.column_N],
-            self.head.weight_VD,
-            where.candidates,
-            bias_V=self.head.bias_V,
-            logit_scale=self.head.logit_scale,
-            softcap=self.head.softcap,
-            num_positions=self.settings.probe_positions,
-            seed=step,
-        )
-        self.rho = {"subset/rho": measured.mean}
-        stale = 1 - self.settings.tau
-        if self._is_writer and measured.mean - 2 * measured.stderr > stale + 0.01:
-            _log.warning(
-                "step %d: the tuned model puts %.3f of its probability outside the candidates, "
-                "more than 1 - tau = %.3f: the subsets are getting stale",
-                step,
-                measured.mean,
-                stale,
-            )
-
-    def _count(self, result: Any) -> None:
-        self.totals["processed_tokens"] += result.num_processed
-        self.totals["original_tokens"] += result.num_tokens
-        self.totals["padded_tokens"] += result.num_padded
-        self.totals["supervised_positions"] += result.num_supervised
-        self.totals["bad_steps"] += not result.is_applied
-
-    def _metrics(self, result: Any, seconds: float) -> dict[str, float]:
-        metrics = {
-            "train/loss": result.loss,
-            "train/anchor_kl": result.anchor,
-            "train/grad_norm": result.grad_norm,
-            "train/lr": result.lr,
-            "train/supervised_tokens_per_second": result.num_supervised / seconds,
-            "train/processed_share": result.num_processed / result.num_tokens,
-            "train/padding_share": 1 - result.num_processed / max(1, result.num_padded),
-            "train/step_seconds": seconds,
-            "subset/k_mean": result.mean_candidates,
-            "subset/active_share": result.num_active / result.num_supervised,
-            "elastic/world_size": float(self.group.world_size),
-            **self.rho,
-        }
-        self.rho = {}
-        statistics = getattr(self.optimizer, "angle_statistics", None)
-        if statistics is not None:
-            angles = statistics()
-            metrics["moclip/angle_deg"] = angles.mean_deg
-            metrics["moclip/clipped_share"] = angles.clipped_share
-        return metrics
-
-    def _save_checkpoint(self, step: int, seconds: float) -> None:
-        from lrmc_ray.checkpoints import save_checkpoint
-
-        if not self._is_writer:
-            return
-        save_checkpoint(
-            self.directory / "checkpoints",
-            step,
-            {
-                "step": step,
-                "seed": self.settings.seed,
-                "batch_size": self.settings.batch_size,
-                "micro_batches": self.settings.micro_batches,
-                "record": self.records.directory.name,
-                "model": self.model.state_dict(),
-                "optimizer": self.optimizer.state_dict(),
-                "totals": dict(self.totals),
-                "seconds": seconds,
-            },
-        )
-
-    def _resume(self) -> None:
-        from lrmc_ray.checkpoints import load_newest
-
-        state = load_newest(self.directory / "checkpoints")
-        if state is None:
-            return
-        self.model.load_state_dict(state["model"])
-        self.optimizer.load_state_dict(state["optimizer"])
-        self.first_step = state["step"]
-        self.totals = state["totals"]
-        self.seconds_before = state["seconds"]
-
-    def _save_model(self) -> None:
-        from lrmc_ray.models import save_model
-
-        final = self.directory / MODEL
-        partial = final.with_name(MODEL + PARTIAL)
-        shutil.rmtree(partial, ignore_errors=True)
-        save_model(self.model, self.model_directory, partial)
-        shutil.rmtree(final, ignore_errors=True)
-        partial.rename(final)
-
-
-def _moclip_options(settings: TrainSettings) -> dict[str, Any]:
-    if settings.optimizer == "adamw":
-        return {}
-    options: dict[str, Any] = {
-        "angle": settings.angle,
-        "second_moment": settings.second_moment,
-        "atan2_scale": settings.atan2_scale,
-    }
-    if settings.optimizer == "moclip":
-        options |= {"delta_max": settings.delta_max, "clip": settings.clip}
-    return options
 
 
 @contextmanager
 def _shown_progress(directory: Path, steps: int) -> Iterator[None]:
     """A bar that follows the metrics which rank 0 writes."""
-    from lrmc_ray.metrics_log import read_metrics
+    from lrmc_ray.metrics_log import read_new_lines
 
     stop = threading.Event()
-
-    def last_line() -> tuple[int, dict[str, float]]:
-        lines = read_metrics(directory / METRICS)
-        return (lines[-1].step, lines[-1].metrics) if lines else (0, {})
-
-    done = last_line()[0]
-    with progress("Training", total=steps, unit="steps", completed=done) as bar:
+    path = directory / METRICS
+    lines, offset = read_new_lines(path, 0)
+    shown = lines[-1].step if lines else 0
+    with progress("Training", total=steps, unit="steps", completed=shown) as bar:
 
         def follow() -> None:
-            shown = done
+            nonlocal offset, shown
+            seen: dict[str, float] = {}
             is_last = False
             while not is_last:
                 is_last = stop.wait(0.5)
-                step, metrics = last_line()
-                if step > shown:
-                    note = f"loss {metrics.get('train/loss', float('nan')):.3f}"
-                    bar.advance(step - shown, note=note)
-                    shown = step
+                lines, offset = read_new_lines(path, offset)
+                for line in lines:
+                    seen |= line.metrics
+                    if line.step > shown:
+                        bar.advance(line.step - shown, note=progress_note(seen))
+                        shown = line.step
 
         thread = threading.Thread(target=follow, daemon=True)
         thread.start()
@@ -509,6 +344,55 @@ def _shown_progress(directory: Path, steps: int) -> Iterator[None]:
         finally:
             stop.set()
             thread.join()
+
+
+_NOTES = (
+    ("loss", "train/loss", "{:.3f}"),
+    ("held-out NLL", "train/held_out_nll", "{:.3f}"),
+    ("tokens/s", "train/tokens_per_second", "{:.0f}"),
+    ("K", "subset/k_mean", "{:.0f}"),
+    ("active", "subset/active_share", "{:.0%}"),
+    ("rho", "subset/rho", "{:.4f}"),
+    ("angle", "moclip/angle_deg", "{:.0f}"),
+    ("clipped", "moclip/clipped_share", "{:.0%}"),
+    ("workers", "elastic/world_size", "{:.0f}"),
+)
+
+
+def progress_note(metrics: Mapping[str, float]) -> str:
+    """The metrics that say at a glance how training goes, in one line."""
+    return ", ".join(
+        f"{name} {form.format(metrics[key])}"
+        for name, key, form in _NOTES
+        if math.isfinite(metrics.get(key, math.nan))
+    )
+
+
+def add_setting_flags(parser: argparse.ArgumentParser) -> None:
+    """A flag for every setting of ``train``: ``--lora-rank 8`` is ``train.lora_rank=8``."""
+    group = parser.add_argument_group("settings of train, each the same as train.NAME=VALUE")
+    for name, field in TrainSettings.model_fields.items():
+        flag = f"--{name.replace('_', '-')}"
+        description = " ".join((field.description or "").split()).replace("%", "%%")
+        if field.annotation is bool:
+            group.add_argument(
+                flag,
+                dest=f"train.{name}",
+                action="store_const",
+                const="true",
+                help=description,
+            )
+        else:
+            group.add_argument(flag, dest=f"train.{name}", metavar="VALUE", help=description)
+
+
+def flag_overrides(arguments: argparse.Namespace) -> list[str]:
+    """The settings that were given as flags, as overrides."""
+    return [
+        f"{name}={value}"
+        for name, value in vars(arguments).items()
+        if name.startswith("train.") and value is not None
+    ]
 
 
 def main(argv: Sequence[str]) -> int:
@@ -521,15 +405,18 @@ def main(argv: Sequence[str]) -> int:
         "where that has not been done.",
     )
     add_run_arguments(parser)
+    add_setting_flags(parser)
     arguments = parser.parse_intermixed_args(argv)
     setup_logging(arguments.verbose)
+    arguments.overrides += flag_overrides(arguments)
     settings = settings_from(arguments)
     from lrmc_ray.record import record, training_files
 
     training_files(settings)
     with ray_session(arguments.address, log=arguments.output / RAY_LOG, verbose=arguments.verbose):
         recorded = record(settings, arguments.output)
-        identity = {"record": recorded.name, **settings.train.model_dump(mode="json")}
+        settings = with_steps(settings, recorded)
+        identity = run_identity(settings, recorded)
         directory = arguments.output / "training" / fingerprint(identity)
         with _shown_progress(directory, settings.train.steps):
             train(settings, recorded, directory)

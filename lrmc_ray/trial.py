@@ -15,8 +15,9 @@ from lrmc_ray.config import RunSettings, trial_settings
 from lrmc_ray.errors import LrmcError
 from lrmc_ray.evaluate import MADE_BY as EVALUATE
 from lrmc_ray.evaluate import evaluate
+from lrmc_ray.run_files import MODEL
 from lrmc_ray.train import MADE_BY as TRAIN
-from lrmc_ray.train import MODEL, train
+from lrmc_ray.train import train
 
 RESULT = "result.json"
 FAILURE = "failure.json"

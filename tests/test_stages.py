@@ -22,7 +22,8 @@ from lrmc_ray.method.subsets import select_candidates
 from lrmc_ray.models import load_model, load_tokenizer
 from lrmc_ray.ray_session import ray_session
 from lrmc_ray.record import record
-from lrmc_ray.train import MODEL, TrainingError, train
+from lrmc_ray.run_files import MODEL
+from lrmc_ray.train import TrainingError, train
 from tests.tiny import make_data
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(600)]

@@ -4,7 +4,12 @@ Neither the number of workers nor a restart enters, so every history of worker l
 sees the same samples at the same steps, each exactly once per epoch.
 """
 
+from collections.abc import Sequence
+
 import numpy as np
+
+_COPIES_KEY = 2**63
+"""Marks the random numbers that choose extra copies; no epoch has such a number."""
 
 
 def epoch_order(num_samples: int, *, seed: int, epoch: int) -> np.ndarray:
@@ -18,11 +23,56 @@ def samples_of_step(num_samples: int, step: int, *, batch_size: int, seed: int) 
     Epochs follow one another without a gap: a batch may end one epoch and begin the next, so a
     sample is never dropped, also where ``batch_size`` does not divide ``num_samples``.
     """
-    order: dict[int, np.ndarray] = {}
-    indices = []
-    for position in range(step * batch_size, (step + 1) * batch_size):
-        epoch, offset = divmod(position, num_samples)
-        if epoch not in order:
-            order[epoch] = epoch_order(num_samples, seed=seed, epoch=epoch)
-        indices.append(int(order[epoch][offset]))
-    return indices
+    order = SampleOrder([np.arange(num_samples)], [1.0], seed=seed)
+    return order.of_step(step, batch_size=batch_size)
+
+
+class SampleOrder:
+    """Epochs over groups of samples, each with a weight.
+
+    A group of n samples with weight w has round(w n) places in every epoch: every sample gets
+    floor(w) of them, and the rest go to samples that are drawn anew for each epoch. So weight 1 is
+    every sample exactly once, 2 twice, 0.5 every other one, 0 none.
+    """
+
+    def __init__(
+        self, groups: Sequence[np.ndarray], weights: Sequence[float], *, seed: int
+    ) -> None:
+        """Order the samples of all ``groups``.
+
+        Raises:
+            ValueError: no sample is left.
+        """
+        self._groups = [
+            (group, int(weight), round(weight * len(group)) - int(weight) * len(group))
+            for group, weight in zip(groups, weights, strict=True)
+        ]
+        self.epoch_length = sum(whole * len(group) + part for group, whole, part in self._groups)
+        """Places in an epoch, the same in all."""
+        if not self.epoch_length:
+            raise ValueError("an epoch must have at least one sample")
+        self._seed = seed
+        self._epochs: dict[int, np.ndarray] = {}
+
+    def epoch(self, epoch: int) -> np.ndarray:
+        """The samples of ``epoch`` in their order."""
+        if epoch not in self._epochs:
+            places = []
+            for number, (group, whole, part) in enumerate(self._groups):
+                key = [self._seed, _COPIES_KEY + (number << 40) + epoch]
+                extra = np.random.Generator(np.random.Philox(key=key)).permutation(group)[:part]
+                places += [group] * whole + [extra]
+            samples = np.concatenate(places)
+            if len(self._epochs) > 1:
+                self._epochs.clear()
+            order = epoch_order(self.epoch_length, seed=self._seed, epoch=epoch)
+            self._epochs[epoch] = samples[order]
+        return self._epochs[epoch]
+
+    def of_step(self, step: int, *, batch_size: int) -> list[int]:
+        """Indices of the samples of ``step`` (counted from 0); a batch may span two epochs."""
+        indices = []
+        for position in range(step * batch_size, (step + 1) * batch_size):
+            epoch, offset = divmod(position, self.epoch_length)
+            indices.append(int(self.epoch(epoch)[offset]))
+        return indices

@@ -16,7 +16,7 @@ import functools
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
@@ -80,6 +80,14 @@ class WorkerGroup:
         if self.world_size > 1:
             _as_one_vector(tensors, dist.all_reduce)
 
+    def gather(self, own: Any) -> list[Any]:
+        """What every worker has of some picklable kind, by rank."""
+        if self.world_size == 1:
+            return [own]
+        together: list[Any] = [None] * self.world_size
+        dist.all_gather_object(together, own)
+        return together
+
     def broadcast_(self, *tensors: Tensor, source: int) -> None:
         """Give every worker the tensors of worker ``source``, in place."""
         if self.world_size > 1:
@@ -123,11 +131,15 @@ class StepResult:
     num_tokens: int
     num_processed: int
     num_padded: int
-    """Token slots of the padded forward passes."""
+    """Token slots of the forward passes."""
+    num_shared: int
+    """Processed tokens of prefixes that another sequence of the micro-batch brought along."""
     mean_candidates: float
     """Mean size of the candidate sets of active supervised positions."""
     is_applied: bool
     """False if the gradient was not finite and the update was left out."""
+    bad_steps: int
+    """Steps in a row, this one the last, whose update was left out."""
 
 
 @dataclass(frozen=True)
@@ -152,7 +164,7 @@ def learning_rate(
     Linear and cosine reach 0 at ``steps``, one after the last.
     """
     if step < warmup_steps:
-        return peak * (step + 1) / warmup_steps
+        return peak * ((step + 1) / warmup_steps)  # in this order never above the peak
     progress = (step - warmup_steps) / max(1, steps - warmup_steps)
     match schedule:
         case "constant":
@@ -213,7 +225,7 @@ def loss_sums(
 
 
 def compute_gradients(
-    forward: Callable[[Tensor], Tensor],
+    forward: Callable[[MicroBatch], Tensor],
     head: OutputHead,
     parameters: Sequence[nn.Parameter],
     micro_batches: list[MicroBatch],
@@ -223,12 +235,12 @@ def compute_gradients(
     step: int,
     reduction: Literal["strict", "fast"],
     autocast: torch.dtype | None = None,
-    on_hidden: Callable[[int, Tensor, MicroBatch], None] | None = None,
+    probe: Callable[[Tensor, MicroBatch], None] | None = None,
 ) -> Gradients:
     """Leave the gradient of the global batch in ``parameters``, the same on every worker.
 
     Args:
-        forward: token ids [B, T] to hidden states [B, T, D].
+        forward: hidden states [B, T, D] of a micro-batch.
         head: the output head.
         parameters: what is trained.
         micro_batches: all M parts of the global batch, on every worker.
@@ -237,7 +249,8 @@ def compute_gradients(
         step: optimizer step, from 0; seeds dropout and the sampled tail.
         reduction: see the module.
         autocast: type of the forward pass, none for that of the weights.
-        on_hidden: called with (index, hidden states, micro-batch) for this worker's parts.
+        probe: called with the hidden states of the first part that has an active supervised
+            position, on the worker that computes that part.
     """
     device = head.weight_VD.device
     supervised = sum(batch.num_supervised for batch in micro_batches)
@@ -256,18 +269,18 @@ def compute_gradients(
     total: dict[Tensor, Tensor] = {}
     sums_M2 = torch.zeros(len(micro_batches), 2, dtype=torch.float64, device=device)
     busy = [index for index, batch in enumerate(micro_batches) if len(batch.input_ids_BT)]
+    probed = next((i for i, batch in enumerate(micro_batches) if len(batch.supervised.row_N)), None)
     for parameter in parameters:
         parameter.grad = None
-    for first in range(0, len(busy), group.world_size):
-        wave = busy[first : first + group.world_size]
+    for wave in waves(busy, group.world_size):
         if group.rank < len(wave):
             index = wave[group.rank]
             batch = micro_batches[index].to(device)
             torch.manual_seed(micro_batch_seed(settings.seed, step, index))
             with torch.autocast(device.type, dtype=autocast, enabled=autocast is not None):
-                hidden_BTD = forward(batch.input_ids_BT)
-            if on_hidden is not None:
-                on_hidden(index, hidden_BTD.detach(), batch)
+                hidden_BTD = forward(batch)
+            if probe is not None and index == probed:
+                probe(hidden_BTD.detach(), batch)
             main, anchor = loss_sums(hidden_BTD, head, batch, settings, tail)
             loss = main / supervised + settings.anchor_weight * anchor / prompt
             loss.backward()  # type: ignore[no-untyped-call]
@@ -285,6 +298,11 @@ def compute_gradients(
     group.sum_(sums_M2)  # each row is zero on all workers but one, so this is exact
     loss_sum, anchor_sum = sums_M2.sum(dim=0).tolist()
     return Gradients(loss_sum, anchor_sum, micro_batches)
+
+
+def waves(parts: Sequence[int], world_size: int) -> list[Sequence[int]]:
+    """``parts`` in rounds: in each, the worker of rank r computes the one at place r, if any."""
+    return [parts[first : first + world_size] for first in range(0, len(parts), world_size)]
 
 
 def _add_in_order(
@@ -309,7 +327,7 @@ def _add_in_order(
 
 
 def train(
-    forward: Callable[[Tensor], Tensor],
+    forward: Callable[[MicroBatch], Tensor],
     head: OutputHead,
     optimizer: torch.optim.Optimizer,
     batch_of_step: Callable[[int], list[Sample]],
@@ -325,20 +343,27 @@ def train(
     max_bad_steps: int = 5,
     autocast: torch.dtype | None = None,
     trim: bool = True,
-    on_hidden: Callable[[int, int, Tensor, MicroBatch], None] | None = None,
+    attention_cost: float = math.inf,
+    probe: Callable[[int, Tensor, MicroBatch], None] | None = None,
+    bad_steps: int = 0,
 ) -> Iterator[StepResult]:
     """Take the steps ``first_step`` .. ``steps - 1`` and yield after each.
+
+    ``bad_steps`` steps before the first one were left out in a row; see ``compute_gradients`` for
+    ``probe``, which is called with the step as well, and ``collate`` for ``attention_cost``.
 
     Raises:
         FloatingPointError: ``max_bad_steps`` steps in a row had no finite loss and gradient.
     """
     parameters = [p for g in optimizer.param_groups for p in g["params"]]
-    bad_steps = 0
     for step in range(first_step, steps):
         samples = batch_of_step(step)
         activity = settings.activity
         parts = deal(samples, num_micro_batches, activity)
-        micro_batches = [collate([samples[i] for i in part], activity, trim=trim) for part in parts]
+        micro_batches = [
+            collate([samples[i] for i in part], activity, trim=trim, attention_cost=attention_cost)
+            for part in parts
+        ]
 
         gradients = compute_gradients(
             forward,
@@ -350,7 +375,7 @@ def train(
             step=step,
             reduction=reduction,
             autocast=autocast,
-            on_hidden=functools.partial(on_hidden, step) if on_hidden is not None else None,
+            probe=functools.partial(probe, step) if probe is not None else None,
         )
         norm = nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
         if max_grad_norm is not None:
@@ -372,7 +397,7 @@ def train(
                     "or look for broken samples at this step in ledger.jsonl"
                 )
         optimizer.zero_grad(set_to_none=True)
-        yield _summarize(step, samples, gradients, grad_norm, lr, is_finite)
+        yield _summarize(step, samples, gradients, grad_norm, lr, bad_steps)
 
 
 def _summarize(
@@ -381,7 +406,7 @@ def _summarize(
     gradients: Gradients,
     grad_norm: float,
     lr: float,
-    is_applied: bool,
+    bad_steps: int,
 ) -> StepResult:
     batches = gradients.micro_batches
     supervised = sum(batch.num_supervised for batch in batches)
@@ -400,6 +425,8 @@ def _summarize(
         num_tokens=sum(batch.num_tokens for batch in batches),
         num_processed=sum(batch.num_processed for batch in batches),
         num_padded=sum(batch.input_ids_BT.numel() for batch in batches),
+        num_shared=sum(batch.num_shared for batch in batches),
         mean_candidates=candidates / max(1, active),
-        is_applied=is_applied,
+        is_applied=bad_steps == 0,
+        bad_steps=bad_steps,
     )

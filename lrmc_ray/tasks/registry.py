@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+from collections.abc import Iterable
 from pathlib import Path
 from string import Template
 
@@ -15,8 +16,22 @@ OURS: dict[str, tuple[str, ...]] = {
     "wordnet": ("lrmc_wordnet",),
     "capitals": ("lrmc_capitals",),
     "plain_english": ("lrmc_plain_english",),
+    "ct": ("lrmc_ct", "lrmc_ct_letter"),
+    "nl2sql_spider": ("lrmc_nl2sql_spider", "lrmc_nl2sql_spider_gold"),
 }
 """The lm-eval tasks behind each name that settings use."""
+
+GROUPS: dict[str, tuple[str, ...]] = {
+    "general_offline": ("wordnet", "capitals", "plain_english"),
+    "paper": ("mmlu", "bbh", "gpqa_main_zeroshot", "minerva_math"),
+}
+"""Names for several tasks at once: what needs no download, and the paper's four benchmarks."""
+
+
+def expand(names: Iterable[str]) -> tuple[str, ...]:
+    """``names`` with every group replaced by its tasks, each task once."""
+    return tuple(dict.fromkeys(task for name in names for task in GROUPS.get(name, (name,))))
+
 
 _HERE = Path(__file__).parent
 _SCORE_MODULE = '''\
@@ -47,6 +62,8 @@ def materialize(
     *,
     nl2sql_test_path: str | os.PathLike[str] | None = None,
     database_path: str | os.PathLike[str] | None = None,
+    ct_test_path: str | os.PathLike[str] | None = None,
+    spider_test_path: str | os.PathLike[str] | None = None,
 ) -> Path:
     """Write our task files into ``directory``, for ``TaskManager(include_path=directory)``.
 
@@ -58,6 +75,10 @@ def materialize(
         nl2sql_test_path: JSONL. Each line has ``messages``, a conversation that ends with the
             user's prompt and the assistant's answer, and ``sql``, the gold query.
         database_path: The SQLite database that the queries are about. Never written to.
+        ct_test_path: JSONL of radio exam questions. Each line has ``id``, ``question``, four
+            ``choices`` and ``answer``, the index of the right one.
+        spider_test_path: JSONL of Spider questions. Each line has ``id``, ``question`` with the
+            schema, and ``sql``, the gold query.
 
     Returns:
         ``directory``.
@@ -73,18 +94,19 @@ def materialize(
         )
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
-    paths = {name: _HERE / "data" / f"{name}.jsonl" for name in OURS if name != "nl2sql"}
-    names = [part for name, parts in OURS.items() if name != "nl2sql" for part in parts]
+    built = {"nl2sql", "ct", "nl2sql_spider"}
+    paths = {name: _HERE / "data" / f"{name}.jsonl" for name in OURS.keys() - built}
+    names = [part for name, parts in OURS.items() if name not in built for part in parts]
+    if ct_test_path is not None:
+        names.extend(OURS["ct"])
+        paths["ct_test"] = _existing(ct_test_path, "ct")
+    if spider_test_path is not None:
+        names.extend(OURS["nl2sql_spider"])
+        paths["spider_test"] = _existing(spider_test_path, "nl2sql_spider")
     if nl2sql_test_path is not None and database_path is not None:
         names.extend(OURS["nl2sql"])
-        paths["nl2sql_test"] = Path(nl2sql_test_path).resolve()
-        database = Path(database_path).resolve()
-        for path in (paths["nl2sql_test"], database):
-            if not path.is_file():
-                raise IncompleteArtifactError(
-                    f"the NL2SQL task needs {path}, which does not exist. "
-                    "Run the stage that prepares the data, or correct the path."
-                )
+        paths["nl2sql_test"] = _existing(nl2sql_test_path, "nl2sql")
+        database = _existing(database_path, "nl2sql")
         (directory / "nl2sql_score.py").write_text(
             _SCORE_MODULE.format(database=str(database)), encoding="utf-8"
         )
@@ -94,3 +116,13 @@ def materialize(
         template = Template((_HERE / "yaml" / f"{name}.yaml").read_text(encoding="utf-8"))
         (directory / f"{name}.yaml").write_text(template.safe_substitute(quoted), encoding="utf-8")
     return directory
+
+
+def _existing(path: str | os.PathLike[str], task: str) -> Path:
+    resolved = Path(path).resolve()
+    if not resolved.is_file():
+        raise IncompleteArtifactError(
+            f"the task {task} needs {resolved}, which does not exist. "
+            "Run the stage that prepares the data, or correct the path."
+        )
+    return resolved

@@ -2,6 +2,7 @@
 
 import dataclasses
 import hashlib
+import math
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -15,7 +16,7 @@ from lrmc_ray.method import training_loop
 from lrmc_ray.method.microbatch import Sample, active_length
 from lrmc_ray.method.moclip import MoClip
 from lrmc_ray.method.training_loop import LossSettings, StepResult, WorkerGroup, train
-from lrmc_ray.models import head_of, hidden_states
+from lrmc_ray.models import batch_hidden_states, head_of
 from tests.method.plain_training import random_sample, random_samples, tiny_llama
 
 WORLD_SIZES = (1, 2, 3, 4)
@@ -36,6 +37,8 @@ class Case:
     tied: bool = True
     reduction: Literal["strict", "fast"] = "strict"
     dropout: float = 0.1
+    attention_cost: float = math.inf
+    """0 packs every micro-batch that has two samples."""
     num_active: int = 7
     """Samples, of 8, that have an active position."""
 
@@ -49,6 +52,7 @@ CASES = {
     # Sorted by length, the empty samples are in the first parts: those of the first workers.
     "one busy part": Case(num_active=2),
     "no busy part": Case(num_active=0),
+    "packed": Case(ANCHORED, attention_cost=0.0),
     "fast": Case(ANCHORED, reduction="fast"),
     "fast, one busy part": Case(reduction="fast", num_active=2),
 }
@@ -82,7 +86,7 @@ def run(case: Case, group: WorkerGroup) -> Outcome:
     model = tiny_llama(tied=case.tied, dropout=case.dropout, dtype=torch.float32).train()
     parameters = list(model.parameters())
     results = train(
-        lambda ids: hidden_states(model, ids),
+        lambda batch: batch_hidden_states(model, batch),
         head_of(model),
         MoClip(parameters, lr=LR, weight_decay=WEIGHT_DECAY),
         lambda step: samples_of_step(case, step),
@@ -94,6 +98,7 @@ def run(case: Case, group: WorkerGroup) -> Outcome:
         lr_of_step=lambda step: LR,
         reduction=case.reduction,
         max_grad_norm=1.0,
+        attention_cost=case.attention_cost,
     )
     steps = list(results)
     return Outcome([parameter.detach() for parameter in parameters], steps)

@@ -6,6 +6,7 @@ every loss is taken from the full logits at one position at a time. Autograd doe
 Shape suffixes: B = sequences, T = tokens, V = vocabulary size.
 """
 
+import dataclasses
 import math
 from collections.abc import Sequence
 
@@ -101,6 +102,25 @@ def random_sample(
         is_supervised_P=positions_P >= integer(1, length - 1),
         candidates=random_candidates(generator, input_ids_T[positions_P + 1], sizes_P),
     )
+
+
+def branching_samples(num: int, *, seed: int = 0) -> list[Sample]:
+    """Samples that begin as an earlier one does: all the same, then more and more on their own."""
+    generator = torch.Generator().manual_seed(seed)
+    samples: list[Sample] = []
+    for number in range(num):
+        sample = random_sample(generator, name=f"branch-{number}", length=12 + number % 4)
+        if samples:
+            other = samples[int(torch.randint(len(samples), (), generator=generator))]
+            common = int(torch.randint(1, len(other.input_ids_T) + 1, (), generator=generator))
+            length = min(common, len(sample.input_ids_T))
+            ids_T = torch.cat([other.input_ids_T[:length], sample.input_ids_T[length:]])
+            candidates = random_candidates(
+                generator, ids_T[sample.positions_P + 1], sample.candidates.sizes
+            )
+            sample = dataclasses.replace(sample, input_ids_T=ids_T, candidates=candidates)
+        samples.append(sample)
+    return samples
 
 
 def random_samples(num: int, *, seed: int = 0) -> list[Sample]:

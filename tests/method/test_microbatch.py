@@ -18,7 +18,7 @@ from lrmc_ray.method.microbatch import (
 )
 from lrmc_ray.method.subsets import CandidateSets
 from tests import reference
-from tests.method.plain_training import random_sample, random_samples
+from tests.method.plain_training import branching_samples, random_sample, random_samples
 
 PAPER = Activity(supervised=2, prompt=math.inf)
 ANCHORED = Activity(supervised=2, prompt=2)
@@ -104,6 +104,83 @@ def test_trimmed_micro_batch_by_hand():
     # The divisors and the token counts include what was cut away.
     assert (batch.num_supervised, batch.num_prompt) == (3 + 2 + 3, 1 + 2)
     assert (batch.num_tokens, batch.num_processed) == (6 + 5 + 4, 3 + 2 + 0)
+
+
+def test_packed_micro_batch_by_hand():
+    """123 45, 123 46 and 129: a tree of 7 tokens, each seeing its ancestors and itself."""
+    samples = [
+        by_hand("b", ids="1234608", positions="012345", supervised="nnyyyy", sizes="222222"),
+        by_hand("c", ids="12908", positions="0123", supervised="nyyy", sizes="2222"),
+        by_hand("a", ids="1234508", positions="012345", supervised="nnyyyy", sizes="222221"),
+    ]
+    batch = collate(samples, FULL, attention_cost=0.0)
+    #  lexicographic: 12345 0, 12346 0, 129 0
+    assert batch.input_ids_BT.tolist() == [[1, 2, 3, 4, 5, 0, 6, 0, 9, 0]]
+    assert batch.position_ids_BT.tolist() == [[0, 1, 2, 3, 4, 5, 4, 5, 2, 3]]
+    seen = ["".join("x" if v else "." for v in row) for row in batch.is_visible_TT.tolist()]
+    assert seen == [
+        "x.........",
+        "xx........",
+        "xxx.......",
+        "xxxx......",
+        "xxxxx.....",
+        "xxxxxx....",
+        "xxxx..x...",
+        "xxxx..xx..",
+        "xx......x.",
+        "xx......xx",
+    ]
+    assert batch.supervised.row_N.tolist() == [0] * 11
+    assert batch.supervised.column_N.tolist() == [2, 3, 6, 7, 1, 8, 9, 2, 3, 4, 5]
+    assert (batch.num_processed, batch.num_shared) == (6 + 4 + 6, 16 - 10)
+
+
+@given(seed=st.integers(0, 2**31 - 1), num=st.integers(0, 8))
+@settings(deadline=None, max_examples=40, derandomize=True)
+def test_a_packed_batch_holds_every_sequence(seed, num):
+    samples = branching_samples(num, seed=seed)
+    batch = collate(samples, ALL, attention_cost=0.0, trim=False)
+    if batch.is_visible_TT is None:
+        assert num <= 1  # one sequence alone is as cheap either way
+        return
+    sees = batch.is_visible_TT
+    assert sees.diagonal().all()
+    assert not sees.triu(1).any()
+    # The ancestors of a token, in order, are the beginning of a sequence that ends with it.
+    tokens, depths = batch.input_ids_BT[0], batch.position_ids_BT[0]
+    assert torch.equal(sees.sum(1), depths + 1)
+    branches = {tuple(tokens[sees[i]].tolist()) for i in range(len(tokens))}
+    assert len(branches) == len(tokens)  # nothing is there twice
+    wanted = {
+        tuple(s.input_ids_T[: n + 1].tolist()) for s in samples for n in range(len(s.input_ids_T))
+    }
+    assert branches == wanted
+    assert batch.num_shared == sum(len(s.input_ids_T) for s in samples) - len(wanted)
+
+
+def test_the_cheaper_layout_is_taken():
+    """Two rows of 12 against one of 24 - common: seeing costs the square of the length."""
+
+    def samples(common):
+        start = torch.arange(1, common + 1)
+        made = []
+        for number in (1, 2):
+            ids = torch.cat([start, 100 * number + torch.arange(12 - common)])
+            digits = by_hand("x", ids="1" * 12, positions="0", supervised="y", sizes="2")
+            candidates = dataclasses.replace(digits.candidates, gold_ids=ids[1:2].int())
+            made.append(dataclasses.replace(digits, input_ids_T=ids, candidates=candidates))
+        return made
+
+    def is_packed(common, cost):
+        batch = collate(samples(common), FULL, attention_cost=cost, trim=False)
+        return batch.is_visible_TT is not None
+
+    # 24 (1 + 12 c) against (24 - common) (1 + (24 - common) c)
+    assert is_packed(6, 0.0)
+    assert not is_packed(0, 0.0)
+    assert is_packed(6, 0.13)  # 61.44 against 60.12
+    assert not is_packed(6, 0.18)  # 75.84 against 76.32
+    assert not is_packed(6, math.inf)
 
 
 def test_untrimmed_micro_batch_by_hand():

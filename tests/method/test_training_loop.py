@@ -22,12 +22,14 @@ from lrmc_ray.method.training_loop import (
     learning_rate,
     micro_batch_seed,
     train,
+    waves,
 )
-from lrmc_ray.models import head_of, hidden_states
+from lrmc_ray.models import batch_hidden_states, head_of, hidden_states
 from tests.method import elastic_workers
 from tests.method.elastic_workers import CASES, LR, STEPS, WEIGHT_DECAY, WORLD_SIZES, Case
 from tests.method.plain_training import (
     VOCABULARY,
+    branching_samples,
     largest_difference,
     plain_gradients,
     plain_sums,
@@ -52,15 +54,33 @@ LOSSES = {
 }
 
 
-def gradients_of(model, samples, loss, *, num_micro_batches=1, trim=True, step=0, **options):
+def gradients_of(
+    model,
+    samples,
+    loss,
+    *,
+    num_micro_batches=1,
+    trim=True,
+    step=0,
+    attention_cost=math.inf,
+    **options,
+):
     """The gradients that ``compute_gradients`` leaves, and what it returns."""
     parameters = list(model.parameters())
     parts = deal(samples, num_micro_batches, loss.activity)
     result = compute_gradients(
-        lambda ids: hidden_states(model, ids),
+        lambda batch: batch_hidden_states(model, batch),
         head_of(model),
         parameters,
-        [collate([samples[i] for i in part], loss.activity, trim=trim) for part in parts],
+        [
+            collate(
+                [samples[i] for i in part],
+                loss.activity,
+                trim=trim,
+                attention_cost=attention_cost,
+            )
+            for part in parts
+        ],
         loss,
         WorkerGroup(),
         step=step,
@@ -73,7 +93,7 @@ def gradients_of(model, samples, loss, *, num_micro_batches=1, trim=True, step=0
 
 def run(model, optimizer, batch_of_step, loss=PAPER, *, steps, first_step=0, **options):
     """All steps of a run on one worker."""
-    forward = options.pop("forward", lambda ids: hidden_states(model, ids))
+    forward = options.pop("forward", lambda batch: hidden_states(model, batch.input_ids_BT))
     options = {"num_micro_batches": 2, "lr_of_step": lambda step: 0.01, **options}
     return train(
         forward,
@@ -131,6 +151,45 @@ def test_trimming_changes_no_gradient(seed, name):
     assert fewer.micro_batches[0].num_processed <= more.micro_batches[0].num_processed
 
 
+@pytest.mark.parametrize("name", LOSSES)
+def test_packed_gradients_equal_those_from_full_logits_of_each_sample(name):
+    """Prefixes computed once, against every sample alone; in float64."""
+    loss = LOSSES[name]
+    model = tiny_llama()
+    samples = [*branching_samples(7, seed=3), random_samples(3, seed=2)[1]]
+    main, _ = plain_sums(model, samples, loss, step=2)
+    expected = plain_gradients(model, samples, loss, step=2)
+    packed, result = gradients_of(model, samples, loss, step=2, attention_cost=0.0)
+    assert result.loss_sum == pytest.approx(main.item(), rel=1e-12)
+    assert largest_difference(packed, expected) < 1e-10
+    (batch,) = result.micro_batches
+    assert batch.num_shared > 15
+    assert batch.input_ids_BT.shape == (1, batch.num_processed - batch.num_shared)
+
+
+@given(seed=st.integers(0, 2**31 - 1), num=st.integers(1, 9), parts=st.integers(1, 3))
+@settings(deadline=None, max_examples=25, derandomize=True)
+def test_packing_changes_no_gradient(seed, num, parts):
+    model = tiny_llama()
+    samples = branching_samples(num, seed=seed)
+    loss = LOSSES["restricted + tail + anchor"]
+    options = {"num_micro_batches": parts}
+    padded, _ = gradients_of(model, samples, loss, **options)
+    packed, _ = gradients_of(model, samples, loss, attention_cost=0.0, **options)
+    assert largest_difference(padded, packed) < 1e-10
+
+
+def test_packing_works_under_autocast():
+    model = tiny_llama(dtype=torch.float32)
+    samples = branching_samples(5)
+    exact, _ = gradients_of(model, samples, PAPER)
+    options = {"autocast": torch.bfloat16, "attention_cost": 0.0}
+    rounded, result = gradients_of(model, samples, PAPER, **options)
+    assert result.micro_batches[0].num_shared > 0
+    relative = [float((a - b).norm() / b.norm()) for a, b in zip(rounded, exact, strict=True)]
+    assert 1e-4 < max(relative) < 0.1
+
+
 def test_samples_without_an_active_position_count_in_the_divisor():
     """Five supervised positions with a choice, and five without: half the gradient."""
     model = tiny_llama()
@@ -177,7 +236,7 @@ def test_a_frozen_head_gets_no_gradient_and_the_rest_the_right_one():
         parameter.requires_grad_("layers.1" in name)
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
     compute_gradients(
-        lambda ids: hidden_states(model, ids),
+        lambda batch: hidden_states(model, batch.input_ids_BT),
         head_of(model),
         list(trained.values()),
         [collate(samples, loss.activity)],
@@ -214,7 +273,7 @@ def test_head_options_reach_every_loss():
     samples = random_samples(3, seed=4)
     for loss in LOSSES.values():
         compute_gradients(
-            lambda ids: embedding_VD[ids],
+            lambda batch: embedding_VD[batch.input_ids_BT],
             head,
             parameters,
             [collate(samples, loss.activity)],
@@ -237,7 +296,7 @@ def test_autocast_runs_the_forward_pass_in_bfloat16_and_keeps_float32_gradients(
         samples,
         PAPER,
         autocast=torch.bfloat16,
-        on_hidden=lambda index, hidden_BTD, batch: seen.append(hidden_BTD.dtype),
+        probe=lambda hidden_BTD, batch: seen.append(hidden_BTD.dtype),
     )
     assert {gradient.dtype for gradient in rounded} == {torch.float32}
     # A linear layer's output is bf16 under autocast, so the gradients keep about 8 bits.
@@ -492,20 +551,48 @@ def test_a_run_in_two_parts_ends_in_the_same_bits():
     assert state_of(second_optimizer) == state_of(optimizer)
 
 
-def test_hidden_states_are_shown_once_per_micro_batch_and_step():
+def test_the_probe_sees_the_first_part_with_an_active_supervised_position():
+    """Sorted by length, the parts without a choice come first; the anchor may keep them busy."""
+    generator = torch.Generator().manual_seed(9)
+    loss = dataclasses.replace(PAPER, anchor_weight=1.0)
+
+    def sample(name, sizes, prompt):
+        drawn = random_sample(generator, name=name, sizes=sizes)
+        is_supervised_P = torch.arange(len(sizes)) >= prompt
+        return dataclasses.replace(drawn, is_supervised_P=is_supervised_P)
+
+    empty = sample("empty", [1, 1], 1)
+    anchored = sample("anchored", [4, 4, 1, 1], 2)
+    first = sample("first", [1, 1, 1, 4, 3], 2)
+    second = sample("second", [1, 1, 1, 4, 3, 2], 2)
     model = tiny_llama()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
-    samples = random_samples(4, seed=9)
     seen = []
 
-    def on_hidden(step, index, hidden_BTD, batch):
+    def probe(step, hidden_BTD, batch):
         assert not hidden_BTD.requires_grad
         expected_BTD = hidden_states(model, batch.input_ids_BT).detach()
         torch.testing.assert_close(hidden_BTD, expected_BTD)
-        seen.append((step, index))
+        seen.append((step, batch.supervised.column_N.tolist()))
 
-    list(run(model, optimizer, lambda step: samples, steps=2, on_hidden=on_hidden))
-    assert seen == [(0, 0), (0, 1), (1, 0), (1, 1)]
+    samples = [second, first, anchored, empty]
+    list(
+        run(model, optimizer, lambda step: samples, loss, steps=2, probe=probe, num_micro_batches=4)
+    )
+    assert seen == [(0, [3, 4]), (1, [3, 4])]
+    list(run(model, optimizer, lambda step: [empty], loss, steps=1, probe=probe))
+    assert len(seen) == 2
+
+
+@given(num=st.integers(0, 40), world_size=st.integers(1, 9))
+@settings(deadline=None, max_examples=60, derandomize=True)
+def test_every_part_is_computed_by_one_worker(num, world_size):
+    parts = [3 * number for number in range(num)]
+    rounds = waves(parts, world_size)
+    assert [part for wave in rounds for part in wave] == parts
+    assert all(1 <= len(wave) <= world_size for wave in rounds)
+    # No worker waits while another has two to do.
+    assert len(rounds) == math.ceil(num / world_size)
 
 
 # Steps that are not finite
@@ -523,8 +610,8 @@ class Poisoned:
         self.step = step
         return random_samples(4, seed=step)
 
-    def forward(self, input_ids_BT):
-        hidden_BTD = hidden_states(self.model, input_ids_BT)
+    def forward(self, batch):
+        hidden_BTD = hidden_states(self.model, batch.input_ids_BT)
         if self.step not in self.bad_steps:
             return hidden_BTD
         if self.where == "loss":
@@ -561,6 +648,19 @@ def test_bad_steps_in_a_row_end_the_run_by_name():
     results = poisoned.run(optimizer, steps=9, max_bad_steps=3)
     assert [next(results).is_applied for _ in range(3)] == [True, False, False]
     with pytest.raises(FloatingPointError, match=r"3 steps in a row .*step 3.*lower train\.lr"):
+        next(results)
+
+
+def test_the_count_of_bad_steps_goes_on_in_the_next_run():
+    """A worker that dies after every bad step must not start the count again."""
+    poisoned = Poisoned({2, 3, 4})
+    optimizer = torch.optim.SGD(poisoned.model.parameters(), lr=0.01)
+    *_, last = poisoned.run(optimizer, steps=4, max_bad_steps=3)
+    assert last.bad_steps == 2
+    results = poisoned.run(
+        optimizer, steps=9, first_step=4, max_bad_steps=3, bad_steps=last.bad_steps
+    )
+    with pytest.raises(FloatingPointError, match=r"3 steps in a row .*step 4"):
         next(results)
 
 

@@ -43,7 +43,15 @@ def nl2sql_files(tmp_path_factory):
 @pytest.fixture(scope="module")
 def manager(nl2sql_files):
     database, test, _ = nl2sql_files
-    folder = materialize(test.parent / "tasks", nl2sql_test_path=test, database_path=database)
+    ct = test.parent / "ct.jsonl"
+    ct.write_text(json.dumps({"id": "1", "question": "?", "choices": list("wxyz"), "answer": 2}))
+    folder = materialize(
+        test.parent / "tasks",
+        nl2sql_test_path=test,
+        database_path=database,
+        ct_test_path=ct,
+        spider_test_path=test,
+    )
     return TaskManager(include_path=str(folder), include_defaults=False)
 
 
@@ -236,8 +244,12 @@ def test_every_task_says_its_kind_and_prompt(manager):
         kinds[name] = metadata["kind"], metadata["chat_template"]
     assert kinds == {
         "lrmc_capitals": ("choice", False),
+        "lrmc_ct": ("choice", True),
+        "lrmc_ct_letter": ("letter", True),
         "lrmc_nl2sql": ("generation", True),
         "lrmc_nl2sql_gold": ("gold", True),
+        "lrmc_nl2sql_spider": ("generation", True),
+        "lrmc_nl2sql_spider_gold": ("gold", True),
         "lrmc_plain_english": ("text", False),
         "lrmc_wordnet": ("choice", False),
     }

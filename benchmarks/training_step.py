@@ -1,0 +1,295 @@
+"""A whole training step on SmolLM2-135M: ours against Hugging Face Trainer and TRL SFTTrainer.
+
+    python benchmarks/training_step.py [--batch-size 8] [--steps 3] [--rounds 2] [--precision fp32]
+    python benchmarks/training_step.py --length 512 --steps 1   # peak memory at 8 x 512 tokens
+
+All take the same samples in the same batches, with as many torch threads. Every variant runs in a
+process of its own, in turn; the table shows the median step. Tokens are those of the samples before
+trimming, so tokens/s compares the time per sample. Memory is the process's peak over what it held
+before it had the model, so weights, gradients and moments are in it.
+
+    trainer          Hugging Face Trainer, fused AdamW, one padded batch
+    sft              TRL SFTTrainer, the same, loss on the completion alone
+    full, padded     our loop with full cross-entropy and fused AdamW, one padded micro-batch
+    full             the same, packed: a prefix that samples share is computed once
+    restricted       the paper's loss and MoClip, packed, trimmed
+    default          as `python -m lrmc_ray.train`: with the anchor, in 4 micro-batches
+
+The samples are those of the NL2SQL demo; with --length they are passages of the Python
+documentation cut to that many tokens, the last quarter supervised, without a common prefix.
+"""
+
+import argparse
+import gc
+import json
+import math
+import re
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+VARIANTS = ("trainer", "sft", "full, padded", "full", "restricted", "default")
+LR = 1e-5
+
+
+def status_bytes(field: str) -> int:
+    text = Path("/proc/self/status").read_text()
+    return int(re.search(rf"{field}:\s+(\d+) kB", text).group(1)) * 1024
+
+
+def make_samples(args: argparse.Namespace) -> list[Any]:
+    """Recorded as Stage 0 does: tau 0.99, at most 1,024 and 64 candidates."""
+    from lrmc_ray.config import ModelSettings
+    from lrmc_ray.data.examples import EncodingSummary, encode_rows, read_rows
+    from lrmc_ray.demo.files import demo_files
+    from lrmc_ray.method.microbatch import Sample
+    from lrmc_ray.method.subsets import select_candidates
+    from lrmc_ray.models import cache_directory, load_model, load_tokenizer, local_directory
+
+    directory = local_directory(ModelSettings())
+    model, tokenizer = load_model(directory), load_tokenizer(directory)
+    number = args.batch_size * (args.steps + 1)
+    inputs: list[tuple[Any, Any]] = []
+    if args.length:
+        import pydoc_data.topics
+
+        text = "\n".join(
+            pydoc_data.topics.topics[name] for name in sorted(pydoc_data.topics.topics)
+        )
+        ids_T = torch.tensor(tokenizer(text[: 8 * number * args.length])["input_ids"])
+        for start in range(0, number * args.length, args.length):
+            is_target_T = torch.arange(args.length) >= args.length * 3 // 4
+            inputs.append((ids_T[start : start + args.length], is_target_T))
+    else:
+        rows = read_rows([demo_files(cache_directory()).train])
+        for example in encode_rows(
+            rows, tokenizer, max_length=1024, on_long="error", summary=EncodingSummary()
+        ):
+            inputs.append((torch.tensor(example.input_ids), torch.tensor(example.is_target)))
+            if len(inputs) == number:
+                break
+    samples = []
+    for index, (ids_T, is_target_T) in enumerate(inputs):
+        with torch.inference_mode():
+            logits_PV = model(input_ids=ids_T[None]).logits[0, :-1]
+        k_max = torch.where(is_target_T[1:], 1024, 64)
+        sets = select_candidates(logits_PV, ids_T[1:], tau=0.99, k_min=1, k_max=k_max)
+        samples.append(
+            Sample(f"{index}", ids_T, torch.arange(len(ids_T) - 1), is_target_T[1:], sets)
+        )
+    return samples
+
+
+def run_ours(args: argparse.Namespace, samples: Sequence[Any], name: str) -> list[float]:
+    """Seconds of every step of our loop."""
+    from lrmc_ray.config import ModelSettings
+    from lrmc_ray.method.optimizers import make_optimizer
+    from lrmc_ray.method.training_loop import LossSettings, WorkerGroup, train
+    from lrmc_ray.models import (
+        attention_cost,
+        batch_hidden_states,
+        head_of,
+        load_model,
+        local_directory,
+    )
+
+    is_full = name.startswith("full")
+    model = load_model(local_directory(ModelSettings())).train()
+    steps = train(
+        lambda batch: batch_hidden_states(model, batch),
+        head_of(model),
+        make_optimizer("adamw" if is_full else "moclip", model.parameters(), lr=LR),
+        lambda step: list(samples[step * args.batch_size : (step + 1) * args.batch_size]),
+        LossSettings(
+            "full" if is_full else "restricted", 0, 1.0 if name == "default" else 0.0, seed=0
+        ),
+        WorkerGroup(),
+        first_step=0,
+        steps=args.steps + 1,
+        num_micro_batches=4 if name == "default" else 1,
+        lr_of_step=lambda step: LR,
+        autocast=torch.bfloat16 if args.precision == "bf16" else None,
+        attention_cost=math.inf if name == "full, padded" else attention_cost(model),
+    )
+    seconds, last = [], time.perf_counter()
+    for _ in steps:
+        now = time.perf_counter()
+        seconds.append(now - last)
+        last = now
+    return seconds
+
+
+def run_theirs(args: argparse.Namespace, samples: Sequence[Any], name: str) -> list[float]:
+    """Seconds of every step of a Trainer."""
+    from datasets import Dataset
+    from torch.utils.data import SequentialSampler
+    from transformers import Trainer, TrainerCallback, TrainingArguments
+
+    from lrmc_ray.config import ModelSettings
+    from lrmc_ray.models import load_model, load_tokenizer, local_directory
+
+    directory = local_directory(ModelSettings())
+    model, tokenizer = load_model(directory), load_tokenizer(directory)
+    rows = []
+    for sample in samples:
+        is_target = [False, *sample.is_supervised_P.tolist()]
+        ids = sample.input_ids_T.tolist()
+        labels = [i if t else -100 for i, t in zip(ids, is_target, strict=True)]
+        row = {"input_ids": ids, "labels": labels}
+        if name == "sft":
+            row = {"input_ids": ids, "completion_mask": [int(t) for t in is_target]}
+        rows.append(row)
+    seconds: list[float] = []
+
+    class Clock(TrainerCallback):
+        def on_step_begin(self, *_: Any, **__: Any) -> None:
+            self.start = time.perf_counter()
+
+        def on_step_end(self, *_: Any, **__: Any) -> None:
+            seconds.append(time.perf_counter() - self.start)
+
+    def pad(batch: Sequence[dict[str, list[int]]]) -> dict[str, torch.Tensor]:
+        longest = max(len(row["input_ids"]) for row in batch)
+
+        def filled(key: str, value: int) -> torch.Tensor:
+            return torch.tensor([r[key] + [value] * (longest - len(r[key])) for r in batch])
+
+        ones = [[1] * len(row["input_ids"]) for row in batch]
+        mask = torch.tensor([o + [0] * (longest - len(o)) for o in ones])
+        return {
+            "input_ids": filled("input_ids", 0),
+            "labels": filled("labels", -100),
+            "attention_mask": mask,
+        }
+
+    with tempfile.TemporaryDirectory() as scratch:
+        options: dict[str, Any] = {
+            "output_dir": scratch,
+            "per_device_train_batch_size": args.batch_size,
+            "max_steps": args.steps + 1,
+            "learning_rate": LR,
+            "lr_scheduler_type": "constant",
+            "optim": "adamw_torch_fused",
+            "max_grad_norm": 0.0,
+            "report_to": [],
+            "logging_strategy": "no",
+            "save_strategy": "no",
+            "use_cpu": True,
+            "bf16": args.precision == "bf16",
+            "disable_tqdm": True,
+        }
+        shared = {"model": model, "train_dataset": Dataset.from_list(rows), "callbacks": [Clock()]}
+        if name == "sft":
+            from trl import SFTConfig, SFTTrainer
+
+            options |= {"max_length": None, "gradient_checkpointing": False}
+            base, extra = SFTTrainer, {"processing_class": tokenizer}
+            arguments: Any = SFTConfig(**options)
+        else:
+            base, extra = Trainer, {"data_collator": pad}
+            arguments = TrainingArguments(**options)
+
+        class InOrder(base):  # type: ignore[misc, valid-type]
+            def _get_train_sampler(self, dataset: Any = None) -> Any:
+                return SequentialSampler(dataset if dataset is not None else self.train_dataset)
+
+        InOrder(args=arguments, **shared, **extra).train()
+    return seconds
+
+
+def child(args: argparse.Namespace) -> None:
+    """One variant; prints its seconds per step and its peak memory."""
+    torch.set_num_threads(args.threads)
+    samples = torch.load(args.samples, weights_only=False)
+    run: Callable[..., list[float]] = run_theirs if args.child in ("trainer", "sft") else run_ours
+    # So that its imports are not counted as its memory.
+    import transformers  # noqa: F401
+
+    if args.child == "sft":
+        import trl  # noqa: F401
+    gc.collect()
+    before = status_bytes("VmRSS")
+    seconds = run(args, samples, args.child)
+    peak = status_bytes("VmHWM") - before
+    print(json.dumps({"seconds": seconds[1:], "peak_bytes": peak}))
+
+
+def measure(args: argparse.Namespace) -> dict[str, Any]:
+    torch.set_num_threads(args.threads)
+    samples = make_samples(args)
+    tokens = [len(sample.input_ids_T) for sample in samples[args.batch_size :]]
+    found: dict[str, dict[str, list[float]]] = {
+        name: {"seconds": [], "peak_bytes": []} for name in args.variants
+    }
+    with tempfile.NamedTemporaryFile(suffix=".pt") as file:
+        torch.save(samples, file.name)
+        for _ in range(args.rounds):
+            for name in args.variants:
+                command = [*sys.argv, "--child", name, "--samples", file.name]
+                result = subprocess.run(
+                    [sys.executable, *command], capture_output=True, text=True, check=False
+                )
+                if result.returncode:
+                    raise RuntimeError(f"{name} failed:\n{result.stderr[-3000:]}")
+                line = json.loads(result.stdout.splitlines()[-1])
+                found[name]["seconds"] += line["seconds"]
+                found[name]["peak_bytes"].append(line["peak_bytes"])
+    tokens_per_step = sum(tokens) / args.steps
+    print(
+        f"{args.batch_size} samples of {min(tokens)} to {max(tokens)} tokens per step, "
+        f"{args.precision}, {args.threads} thread(s), {args.rounds} x {args.steps} steps"
+    )
+    titles = ("s/step", "tokens/s", "speed-up", "peak MB", "memory")
+    print(f"{'':14s}" + "".join(f"{title:>10s}" for title in titles) + "   relative to trainer")
+    rows = {}
+    for name, values in found.items():
+        seconds = statistics.median(values["seconds"])
+        peak = statistics.median(values["peak_bytes"])
+        rows[name] = {
+            "seconds_per_step": seconds,
+            "tokens_per_second": tokens_per_step / seconds,
+            "peak_bytes": peak,
+        }
+        first = rows[args.variants[0]]
+        rows[name]["speedup"] = first["seconds_per_step"] / seconds
+        rows[name]["memory_ratio"] = peak / first["peak_bytes"]
+        print(
+            f"{name:14s}{seconds:10.2f}{tokens_per_step / seconds:10.1f}"
+            f"{rows[name]['speedup']:10.2f}{peak / 1e6:10.0f}{rows[name]['memory_ratio']:10.2f}"
+        )
+    return {"tokens_per_step": tokens_per_step, "variants": rows}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--batch-size", type=int, default=8)
+    parser.add_argument("--steps", type=int, default=3, help="timed, after one that is not")
+    parser.add_argument("--rounds", type=int, default=2)
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--precision", choices=["fp32", "bf16"], default="fp32")
+    parser.add_argument("--length", type=int, default=0, help="tokens; default: the demo's samples")
+    parser.add_argument("--variants", nargs="*", default=list(VARIANTS), choices=VARIANTS)
+    parser.add_argument("--child", help=argparse.SUPPRESS)
+    parser.add_argument("--samples", help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.child:
+        child(args)
+        return
+    result = measure(args)
+    settings = {k: v for k, v in vars(args).items() if k not in ("child", "samples")}
+    print(
+        json.dumps({"benchmark": "training_step", "torch": torch.__version__, **settings, **result})
+    )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,110 @@
+"""Which parameters of a model are trained: all, all but some, or low-rank adapters.
+
+Adapters are peft's and are merged into the weights before the model is saved, so what is exported
+is always an ordinary model.
+"""
+
+import fnmatch
+from typing import TYPE_CHECKING, Any
+
+from lrmc_ray.config import TrainSettings
+from lrmc_ray.errors import ConfigError, DataError
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+
+class TrainableModel:
+    """A causal LM in training mode, and the parameters of it that change."""
+
+    def __init__(self, model: Any, settings: TrainSettings) -> None:
+        """Prepare ``model``, in place.
+
+        Raises:
+            ConfigError: a pattern fits no parameter or layer, or nothing is left to train.
+        """
+        self._peft: Any = None
+        if settings.lora_rank:
+            self._peft = _with_adapters(model, settings)
+            model = self._peft.get_base_model()
+        else:
+            _freeze(model, settings.freeze)
+        if settings.gradient_checkpointing:
+            model.gradient_checkpointing_enable(
+                gradient_checkpointing_kwargs={"use_reentrant": False}
+            )
+        self.model = model.train()
+        self.parameters: dict[str, nn.Parameter] = {
+            name: parameter
+            for name, parameter in model.named_parameters()
+            if parameter.requires_grad
+        }
+        """What is trained, by name; tied ones once."""
+        if not self.parameters:
+            raise ConfigError(
+                f"train.freeze must leave something to train, got {list(settings.freeze)}, which "
+                "fits every parameter"
+            )
+
+    def state(self) -> "dict[str, Tensor]":
+        """The trained parameters, not copied."""
+        return {name: parameter.detach() for name, parameter in self.parameters.items()}
+
+    def load(self, state: "dict[str, Tensor]") -> None:
+        """Set the trained parameters.
+
+        Raises:
+            DataError: ``state`` is that of other parameters.
+        """
+        import torch
+
+        if {k: v.shape for k, v in state.items()} != {
+            k: v.shape for k, v in self.parameters.items()
+        }:
+            raise DataError("the checkpoint holds other parameters than those that are trained")
+        with torch.no_grad():
+            for name, parameter in self.parameters.items():
+                parameter.copy_(state[name])
+
+    def merged(self) -> Any:
+        """The model to save, adapters merged into its weights; training cannot go on after it."""
+        return self.model if self._peft is None else self._peft.merge_and_unload()
+
+
+def _freeze(model: Any, patterns: tuple[str, ...]) -> None:
+    names = [name for name, _ in model.named_parameters()]
+    for pattern in patterns:
+        if not fnmatch.filter(names, pattern):
+            raise ConfigError(
+                f"train.freeze must fit names of parameters, {pattern!r} fits none of "
+                f"{len(names)}; they are like {names[0]} and {names[len(names) // 2]}"
+            )
+    for name, parameter in model.named_parameters():
+        is_frozen = any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)
+        parameter.requires_grad_(not is_frozen)
+
+
+def _with_adapters(model: Any, settings: TrainSettings) -> Any:
+    import torch
+
+    try:
+        from peft import LoraConfig, get_peft_model
+    except ImportError:
+        raise ConfigError(
+            f"train.lora_rank = {settings.lora_rank} needs the package peft, which is not "
+            "installed; run `pip install 'lrmc-ray[lora]'`, or set it to 0"
+        ) from None
+    config = LoraConfig(
+        task_type="CAUSAL_LM",
+        r=settings.lora_rank,
+        lora_alpha=settings.lora_alpha,
+        target_modules=list(settings.lora_targets) or "all-linear",
+    )
+    torch.manual_seed(settings.seed)  # every worker draws the same adapters
+    try:
+        return get_peft_model(model, config)
+    except ValueError as error:
+        raise ConfigError(
+            f"train.lora_targets must name linear layers, got {list(settings.lora_targets)}: "
+            f"{str(error).splitlines()[0]}"
+        ) from None

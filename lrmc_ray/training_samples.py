@@ -1,0 +1,137 @@
+"""Which samples training takes at which step, and which are held out to be scored.
+
+All of it follows from the record, the settings and the step, so every worker, every restart and
+the audit of the ledger come to the same.
+"""
+
+import fnmatch
+import math
+from pathlib import Path
+
+import numpy as np
+import pyarrow.parquet as pq
+
+from lrmc_ray.config import TrainSettings
+from lrmc_ray.data.order import SampleOrder
+from lrmc_ray.data.records import Records
+from lrmc_ray.errors import ConfigError
+from lrmc_ray.method.microbatch import Sample, cut_sample
+
+_HELD_OUT_KEY = 2**62
+
+
+class TrainingSamples:
+    """The samples of a record as one training run uses them."""
+
+    def __init__(self, records: Records, settings: TrainSettings) -> None:
+        """Divide ``records`` as ``settings`` say.
+
+        Raises:
+            ConfigError: a domain of ``domain_weights`` is not in the record, or nothing is left.
+        """
+        self.records = records
+        self._settings = settings
+        self.sample_ids, domains = sample_names(records)
+        self.held_out = _held_out(len(records), settings)
+        """Indices of the samples that are scored and never trained on, ascending."""
+        is_trained = np.ones(len(records), dtype=bool)
+        is_trained[self.held_out] = False
+        weights = _domain_weights(settings, domains, records.directory)
+        try:
+            self._order = SampleOrder(
+                [
+                    np.array(
+                        [i for i, d in enumerate(domains) if d == domain and is_trained[i]],
+                        dtype=np.int64,
+                    )
+                    for domain in weights
+                ],
+                list(weights.values()),
+                seed=settings.seed,
+            )
+        except ValueError:
+            raise ConfigError(
+                f"training needs at least one sample, {records.directory} has {len(records)}, of "
+                f"which {len(self.held_out)} are held out and the others' domains have weight 0; "
+                "raise train.domain_weights or give more data"
+            ) from None
+
+    @property
+    def epoch_length(self) -> int:
+        """Samples per epoch, repetitions counted."""
+        return self._order.epoch_length
+
+    def indices_of_step(self, step: int) -> list[int]:
+        """Where the samples of ``step`` are in the record."""
+        return self._order.of_step(step, batch_size=self._settings.batch_size)
+
+    def ids_of_step(self, step: int) -> list[str]:
+        """The names of the samples of ``step``."""
+        return [self.sample_ids[index] for index in self.indices_of_step(step)]
+
+    def __getitem__(self, index: int) -> Sample:
+        """One sample, its candidates cut at the settings' tau."""
+        return cut_sample(self.records[index], self._settings.tau, k_min=self._settings.k_min)
+
+
+def sample_names(records: Records) -> tuple[list[str], list[str]]:
+    """Id and domain of every sample; the domain is empty where the record has none."""
+    ids: list[str] = []
+    domains: list[str] = []
+    for part in records.parts:
+        file = pq.ParquetFile(records.directory / part.name, page_checksum_verification=True)
+        columns = [name for name in ("sample_id", "domain") if name in file.schema_arrow.names]
+        table = file.read(columns=columns)
+        ids += table["sample_id"].to_pylist()
+        if "domain" in columns:
+            domains += [domain or "" for domain in table["domain"].to_pylist()]
+        else:
+            domains += [""] * table.num_rows
+    return ids, domains
+
+
+def _held_out(num_samples: int, settings: TrainSettings) -> list[int]:
+    if not settings.evaluate_every:
+        return []
+    count = min(max(1, round(settings.holdout_share * num_samples)), num_samples - 1)
+    key = [settings.seed, _HELD_OUT_KEY]
+    chosen = np.random.Generator(np.random.Philox(key=key)).permutation(num_samples)[:count]
+    return sorted(chosen.tolist())
+
+
+def _domain_weights(
+    settings: TrainSettings, domains: list[str], directory: Path
+) -> dict[str, float]:
+    """Weight of every domain that occurs, by name."""
+    present = sorted(set(domains))
+    for pattern in settings.domain_weights:
+        if not fnmatch.filter(present, pattern):
+            names = ", ".join(repr(name) for name in present)
+            raise ConfigError(
+                f"train.domain_weights must name domains of the record, got {pattern!r}; "
+                f"{directory} has {names}"
+            )
+    return {
+        domain: next(
+            (w for p, w in settings.domain_weights.items() if fnmatch.fnmatchcase(domain, p)), 1.0
+        )
+        for domain in present
+    }
+
+
+def number_of_steps(settings: TrainSettings, record: Path) -> int:
+    """Steps of a run: ``train.steps``, or as many as ``train.epochs`` need, rounded up.
+
+    Raises:
+        ConfigError: the warm-up is longer.
+    """
+    if settings.epochs is None:
+        return settings.steps
+    samples = TrainingSamples(Records(record), settings)
+    steps = math.ceil(round(settings.epochs * samples.epoch_length, 6) / settings.batch_size)
+    if settings.warmup_steps > steps:
+        raise ConfigError(
+            f"train.warmup_steps must not exceed the steps of train.epochs, got "
+            f"{settings.warmup_steps} > {steps}; lower it"
+        )
+    return steps
