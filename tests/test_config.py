@@ -153,7 +153,10 @@ RULES = {
     "evaluate.drift_samples": whole(0),
     "search.name": study_name,
     "search.trials": whole(1),
+    "search.objective": one_of("combined", "budget", "pareto"),
     "search.forgetting_weight": not_negative,
+    "search.max_forgetting": number(lambda x: -1 <= x <= 1),
+    "search.trial_timeout_seconds": optional(positive),
     "search.yardstick_lr": optional(learning_rate),
     "search.seed": seed,
     "search.startup_trials": whole(1),
@@ -258,6 +261,7 @@ def test_a_broken_parameter_is_a_config_error_that_names_it(name, value):
                 continue
             space = made.parameters[parameter]
             ends = space.choices or (space.low, space.high)
+            assert not space.when
             assert all(RULES[f"train.{parameter}"](as_trial(parameter, end)) for end in ends)
 
 
@@ -315,6 +319,13 @@ def as_trial(name, value):
         ("parameters.loss={choices=['fulll']}", ["parameters.loss", "got 'fulll'"]),
         ("parameters.loss={low=0, high=1}", ["parameters.loss", "got 0.0"]),
         ("parameters.k_min={low=1, high=4}", ["train.k_min", "4 > 2", "raise record.k_min"]),
+        ("parameters.tau={range='auto', low=0.1}", ["parameters.tau", "stands alone"]),
+        ("parameters.lr={range='auto'}", ["parameters.lr", "tau and delta_max", "give low"]),
+        ("parameters.tau={low=0.1, high=0.9, when={losss='soft'}}", ["losss is no setting"]),
+        (
+            "parameters.delta_max={low=1, high=9, when={optimizer='adamw'}}",
+            ["parameters.delta_max.when", "optimizer never is 'adamw'", "['moclip']"],
+        ),
         ("parameters.tau=0.5", ["parameters.tau must be a section of settings, got 0.5"]),
     ],
 )
@@ -531,3 +542,17 @@ def test_settings_that_contradict_each_other_are_refused(overrides, message):
 def test_a_warm_up_is_compared_with_steps_only_where_these_count():
     assert "warmup_steps must not exceed" in error_of("train.warmup_steps=31")
     assert run_settings("train.warmup_steps=31", "train.epochs=2").train.epochs == 2
+
+
+def test_an_automatic_range_is_recorded_at_its_top():
+    assert run_settings("parameters.tau={range='auto'}").recorded_tau() == 0.999
+
+
+def test_a_condition_may_name_a_searched_choice_but_not_a_conditional_one():
+    searched = "parameters.optimizer={choices=['moclip', 'adamw']}"
+    cap = "parameters.delta_max={low=1, high=9, when={optimizer='moclip'}}"
+    made = run_settings(searched, cap)
+    assert made.parameters["delta_max"].when == {"optimizer": "moclip"}
+    chained = "parameters.tau={low=0.1, high=0.9, when={clip='scale'}}"
+    conditional = "parameters.clip={choices=['scale'], when={optimizer='moclip'}}"
+    assert "has a condition itself" in error_of(searched, conditional, chained)
