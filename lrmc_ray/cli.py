@@ -10,12 +10,17 @@ from lrmc_ray.config import RunSettings, apply_overrides, find_space, read_toml,
 
 STAGES = {
     "record": "Stage 0: record the candidate tokens of the training data",
+    "plan": "what recording would cost: K, bytes and hours, from a sample",
+    "inspect": "look into a record, or verify every file of it",
     "train": "Stage 1: fine-tune on the recorded candidates with MoClip",
     "evaluate": "score a model: domain gain and forgetting against its base",
     "tune": "search tau, delta_max and more; does all of the above",
     "report": "table, figure and report.html of a finished or running search",
     "mlflow-sync": "bring MLflow up to date with the files of a search",
 }
+
+_MODULES = {"inspect": "inspect_records"}
+"""Stages whose module is called otherwise."""
 
 
 def add_run_arguments(parser: argparse.ArgumentParser, *, default_space: str | None = None) -> None:
@@ -30,9 +35,10 @@ def add_run_arguments(parser: argparse.ArgumentParser, *, default_space: str | N
     parser.add_argument("--model", metavar="M", help="directory or Hugging Face id of the base")
     parser.add_argument(
         "--train-data",
-        metavar="FILE",
+        metavar="[DOMAIN=]FILE",
         action="append",
-        help="JSONL of messages, or of prompt and completion; may be given several times",
+        help="JSONL or Parquet file, folder or pattern, with messages, or prompt and completion, "
+        "or text in every row; may be given several times",
     )
     parser.add_argument(
         "--domain-tasks", metavar="TASKS", help="comma-separated tasks that should improve"
@@ -132,7 +138,8 @@ def main() -> int:
     arguments, rest = parser.parse_known_args(sys.argv[1:2])
     if arguments.stage == "mlflow-sync":
         return run_command(mlflow_sync, sys.argv[2:] + rest)
-    module = importlib.import_module(f"lrmc_ray.{arguments.stage}")
+    name = _MODULES.get(arguments.stage, arguments.stage)
+    module = importlib.import_module(f"lrmc_ray.{name}")
     return run_command(module.main, sys.argv[2:] + rest)
 
 

@@ -57,12 +57,16 @@ class DataSettings(Settings):
     """What it is taught."""
 
     train: Strings = (DEMO,)
-    """JSONL files of ``messages`` or of ``prompt`` and ``completion``; ``demo`` is NL2SQL, ``ct``
-    radio exam questions."""
+    """JSONL or Parquet files, folders or patterns, ``DOMAIN=`` before one that has a domain of its
+    own; ``demo`` is NL2SQL, ``ct`` radio exam questions."""
     max_length: int = Field(1024, ge=2)
     """Most tokens of one sample, prompt included."""
     on_long: Literal["error", "drop", "truncate"] = "error"
     """What happens to a longer sample."""
+    on_bad_row: Literal["error", "skip"] = "error"
+    """``skip`` leaves out rows that cannot be used and lists them in rejects.jsonl."""
+    max_rejected_share: float = Field(0.05, ge=0, le=1)
+    """Largest share of the rows that ``skip`` may leave out."""
 
 
 class RecordSettings(Settings):

@@ -7,6 +7,7 @@ model is made from what is installed. Code from a model's repository is never ru
 
 import contextlib
 import hashlib
+import json
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -107,6 +108,39 @@ def tokenizer_fingerprint(directory: Path) -> str:
         if (directory / name).is_file():
             digest.update(f"{name} {file_digest(directory / name)}\n".encode())
     return digest.hexdigest()
+
+
+def vocabulary_size(directory: Path) -> int:
+    """Rows of the output head: the tokenizer's tokens, and padding behind them.
+
+    Raises:
+        DataError: the configuration does not say.
+    """
+    config = json.loads((directory / "config.json").read_text(encoding="utf-8"))
+    size = config.get("vocab_size", config.get("text_config", {}).get("vocab_size"))
+    if not isinstance(size, int):
+        raise DataError(f"{directory / 'config.json'} has no vocab_size; save the model again")
+    return size
+
+
+def template_fingerprint(directory: Path) -> str:
+    """SHA-256 of the chat template alone, wherever the tokenizer keeps it; "" without one.
+
+    Raises:
+        DataError: the file that holds it is not readable.
+    """
+    template: Any = None
+    try:
+        if (file := directory / "chat_template.jinja").is_file():
+            template = file.read_text(encoding="utf-8")
+        for name in ("chat_template.json", "tokenizer_config.json"):
+            if template is None and (file := directory / name).is_file():
+                template = json.loads(file.read_text(encoding="utf-8")).get("chat_template")
+    except (ValueError, AttributeError) as error:
+        raise DataError(f"{file} is not readable ({error}); save the tokenizer again") from None
+    if not template:
+        return ""
+    return hashlib.sha256(json.dumps(template, sort_keys=True).encode()).hexdigest()
 
 
 @contextlib.contextmanager

@@ -9,9 +9,12 @@ or a node died, replaces itself, and a command that was killed goes on with the 
 """
 
 import argparse
+import contextlib
+import dataclasses
 import json
 import logging
 import os
+import shlex
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -27,22 +30,69 @@ from lrmc_ray.artifacts import (
     publish,
     read_manifest,
     write_json,
+    write_manifest,
 )
 from lrmc_ray.config import CT, DEMO, RunSettings
 from lrmc_ray.console import progress, run_command, setup_logging
-from lrmc_ray.errors import DataError
+from lrmc_ray.data.sources import Source, find_sources
+from lrmc_ray.errors import DataError, IncompleteArtifactError, ResourceError
+from lrmc_ray.fault_points import passed
 from lrmc_ray.ray_session import RAY_LOG, ray_session
 
 _log = logging.getLogger(__name__)
 
 SORT_WINDOW = 4096
 """Examples that are sorted by length together, one row group; bounds the driver's memory."""
-BATCH_TOKENS = 2048
-"""Padded tokens of one forward pass."""
 SMALLEST_SHARD_TOKENS = 4096
+LARGEST_SHARD_TOKENS = 16_384
+"""Bounds the memory of an actor, which holds a shard's candidates: 6 bytes each, 100 MB at most."""
 SHARDS = 64
-"""Shards of a large data set; a small one has fewer."""
+"""Shards between these bounds; a small data set has fewer, a large one more."""
 EXAMPLES = "examples.parquet"
+PLAN = "plan.json"
+REJECTS = "rejects.jsonl"
+MADE_BY = "python -m lrmc_ray.record"
+
+_IDENTITY = {
+    "model": "model",
+    "chat_template": "chat template",
+    "tokenizer": "tokenizer",
+    "data": "training data",
+    "max_length": "data.max_length",
+    "on_long": "data.on_long",
+    "on_bad_row": "data.on_bad_row",
+    "tau": "tau",
+    "k_min": "k_min",
+    "k_max": "k_max",
+    "prompt_k_max": "prompt_k_max",
+    "schema": "schema version",
+}
+"""Fields of a record's identity, as messages call them. Paths, names and times are not in it."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Preparation:
+    """A record that is about to be made, or that is there."""
+
+    settings: RunSettings
+    identity: Mapping[str, Any]
+    model_directory: Path
+    sources: Sequence[Source]
+    final: Path
+
+    @property
+    def partial(self) -> Path:
+        """Where the record is made."""
+        return self.final.with_name(self.final.name + PARTIAL)
+
+    @property
+    def provenance(self) -> dict[str, str]:
+        """What every file of the record says of itself."""
+        return {
+            **{f"lrmc.{name}": str(self.identity[name]) for name in ("model", "tokenizer", "data")},
+            "lrmc.record": self.final.name,
+            "lrmc.tau": repr(self.identity["tau"]),
+        }
 
 
 def record(settings: RunSettings, output: Path) -> Path:
@@ -54,134 +104,188 @@ def record(settings: RunSettings, output: Path) -> Path:
     Raises:
         DataError: training data that cannot be used.
         IncompleteArtifactError: the model or the training data do not exist.
+        ResourceError: not one actor fits into the cluster.
     """
-    from lrmc_ray.models import local_directory, model_fingerprint, tokenizer_fingerprint
+    prepared = prepare(settings, output)
+    final = prepared.final
+    if is_finished(final):
+        _log.info("the record %s is there already", final)
+        return final
+    with lock_directory(prepared.partial):
+        if not is_finished(final):
+            _record(prepared)
+    return final
 
+
+def prepare(settings: RunSettings, output: Path) -> Preparation:
+    """Read, check and tokenize the training data, unless that has been done; needs no Ray.
+
+    Raises:
+        DataError: training data that cannot be used.
+        IncompleteArtifactError: the model or the training data do not exist.
+    """
+    from lrmc_ray.models import local_directory
+
+    sources = training_sources(settings)
     model_directory = local_directory(settings.model)
-    data_files = training_files(settings)
+    identity, sources = identify(settings, model_directory, sources)
+    prepared = Preparation(
+        settings, identity, model_directory, sources, output / "records" / fingerprint(identity)
+    )
+    if is_finished(prepared.final):
+        _check_rejected(
+            read_manifest(prepared.final, made_by=MADE_BY)["rejects"], settings, prepared.final
+        )
+        return prepared
+    with lock_directory(prepared.partial):
+        if not is_finished(prepared.final):
+            _plan(prepared)
+    return prepared
+
+
+def identify(
+    settings: RunSettings, model_directory: Path, sources: Sequence[Source]
+) -> tuple[dict[str, Any], list[Source]]:
+    """What makes a record the one it is, and the sources in the order of their content.
+
+    The order is that of domains and digests, so that names and places change nothing, not even
+    the order of the samples.
+    """
+    from lrmc_ray.data.records import SCHEMA_VERSION
+    from lrmc_ray.models import model_fingerprint, template_fingerprint, tokenizer_fingerprint
+
+    by_content = sorted(
+        ((source.domain, file_digest(source.path), source) for source in sources),
+        key=lambda item: item[:2],
+    )
     identity = {
         "model": model_fingerprint(model_directory),
+        "chat_template": template_fingerprint(model_directory),
         "tokenizer": tokenizer_fingerprint(model_directory),
-        "data": fingerprint([file_digest(path) for path in data_files]),
+        "data": fingerprint([[domain, digest] for domain, digest, _ in by_content]),
         "max_length": settings.data.max_length,
         "on_long": settings.data.on_long,
+        "on_bad_row": settings.data.on_bad_row,
         "tau": settings.recorded_tau(),
         "k_min": settings.record.k_min,
         "k_max": settings.record.k_max,
         "prompt_k_max": settings.record.prompt_k_max,
-        "schema": _schema_version(),
+        "schema": SCHEMA_VERSION,
     }
-    final = output / "records" / fingerprint(identity)
-    if is_finished(final):
-        _log.info("the record %s is there already", final)
-        return final
-    partial = final.with_name(final.name + PARTIAL)
-    with lock_directory(partial):
-        if not is_finished(final):
-            _record(settings, identity, model_directory, data_files, partial, final)
-    return final
+    assert identity.keys() == _IDENTITY.keys()
+    return identity, [source for _, _, source in by_content]
 
 
-def training_files(settings: RunSettings) -> list[Path]:
-    """The JSONL files that ``data.train`` names, the demo's made where they are asked for.
+def check_fits(record: Path, settings: RunSettings, model_directory: Path) -> None:
+    """Refuse to train on a record that was made of something else than ``settings`` say.
+
+    A record may hold more than training asks for: a larger tau, k_min, k_max. The training data are
+    compared where they can be found: training itself reads the record alone, on any machine.
 
     Raises:
-        IncompleteArtifactError: a file does not exist.
+        DataError: a field differs; the first is named.
+        IncompleteArtifactError: ``record`` is not finished.
     """
-    from lrmc_ray.errors import IncompleteArtifactError
+    recorded = read_manifest(record, made_by=MADE_BY).get("identity", {})
+    names = ["model", "chat_template", "tokenizer", "data", "max_length", "on_long", "schema"]
+    sources: list[Source] = []
+    try:
+        sources = training_sources(settings)
+    except IncompleteArtifactError:
+        names.remove("data")
+    wanted, _ = identify(settings, model_directory, sources)
+    remedy = "record again with this one, or train with what was recorded"
+    for name in names:
+        if recorded.get(name) != wanted[name]:
+            raise DataError(
+                f"{record} was recorded with another {_IDENTITY[name]} ({recorded.get(name)}) than "
+                f"the one given ({wanted[name]}); {remedy}"
+            )
+    for name, least in (("tau", settings.train.tau), ("k_min", settings.train.k_min)):
+        if recorded[name] < least:
+            raise DataError(
+                f"{record} was recorded with {name} = {recorded[name]}, training asks for {least}: "
+                f"a set can be cut, not extended; lower train.{name}, or record again"
+            )
 
-    files = []
+
+def training_sources(settings: RunSettings) -> list[Source]:
+    """The files that ``data.train`` names, the demo's made where they are asked for.
+
+    Raises:
+        IncompleteArtifactError: a name stands for no file.
+        ConfigError: a file is named under two domains.
+    """
+    names = []
     for name in settings.data.train:
         if name == DEMO:
             from lrmc_ray.demo.files import demo_files
             from lrmc_ray.models import cache_directory
 
-            files.append(demo_files(cache_directory()).train)
+            name = str(demo_files(cache_directory()).train)
         elif name == CT and not Path(CT).exists():
             from lrmc_ray.models import cache_directory
             from lrmc_ray.tasks.built import ct_files
 
-            files.append(ct_files(cache_directory()).train)
-        elif Path(name).is_file():
-            files.append(Path(name))
-        else:
-            raise IncompleteArtifactError(
-                f"training data {name} does not exist; give an existing JSONL file"
-            )
-    return files
+            name = str(ct_files(cache_directory()).train)
+        names.append(name)
+    return find_sources(names)
 
 
-def _schema_version() -> str:
-    from lrmc_ray.data.records import SCHEMA_VERSION
-
-    return SCHEMA_VERSION
-
-
-def _record(
-    settings: RunSettings,
-    identity: Mapping[str, Any],
-    model_directory: Path,
-    data_files: Sequence[Path],
-    partial: Path,
-    final: Path,
-) -> None:
-    start = time.monotonic()
-    examples_path = partial / EXAMPLES
-    plan_path = partial / "plan.json"
-    if not plan_path.is_file():
-        plan = _prepare(settings, model_directory, data_files, examples_path)
-        write_json(plan_path, plan)
-    plan = json.loads(plan_path.read_text())
-    provenance = {
-        "lrmc.model": str(identity["model"]),
-        "lrmc.tokenizer": str(identity["tokenizer"]),
-        "lrmc.data": str(identity["data"]),
-        "lrmc.record": final.name,
-    }
-    shards = plan["shards"]
-    done = _finished_parts(partial, shards, provenance)
-    missing = [shard for shard in shards if shard["name"] not in done]
-    rows_done = sum(shard["stop"] - shard["start"] for shard in shards if shard["name"] in done)
-    with progress("Recording", total=plan["samples"], unit="samples", completed=rows_done) as bar:
-        for part in _run_actors(settings, model_directory, partial, missing, provenance):
-            done[part["name"]] = part
-            bar.advance(part["rows"])
-    parts = [done[shard["name"]] for shard in shards]
-    manifest = {
-        "kind": "records",
-        "identity": dict(identity),
-        "provenance": provenance,
-        "vocabulary_size": plan["vocabulary_size"],
-        "files": [{key: part[key] for key in ("name", "rows", "sha256")} for part in parts],
-        "summary": summarize(plan, parts),
-        "seconds": round(time.monotonic() - start, 2),
-    }
-    for name in os.listdir(partial):
-        if name not in done and name != ".lock":
-            (partial / name).unlink()
-    publish(partial, final, manifest)
+def training_files(settings: RunSettings) -> list[Path]:
+    """The paths of :func:`training_sources`."""
+    return [source.path for source in training_sources(settings)]
 
 
-def _prepare(
-    settings: RunSettings, model_directory: Path, data_files: Sequence[Path], path: Path
-) -> dict[str, Any]:
-    """Tokenize every example into ``path``, sorted by length, and cut them into shards."""
+def _plan(prepared: Preparation) -> dict[str, Any]:
+    """The tokenized examples and the shards that they are cut into; made if they are not there."""
+    partial = prepared.partial
+    path = partial / PLAN
+    if path.is_file():
+        plan: dict[str, Any] = json.loads(path.read_text())
+        examples = partial / EXAMPLES
+        if examples.is_file() and file_digest(examples) == plan["examples_sha256"]:
+            _check_rejected(plan["rejects"], prepared.settings, partial)
+            return plan
+        _log.warning("%s is not what was written there; tokenizing again", examples)
+        path.unlink()
+    plan = _tokenize(prepared)
+    write_json(path, plan)
+    passed("record.planned")
+    return plan
+
+
+def _check_rejected(rejects: Mapping[str, int], settings: RunSettings, directory: Path) -> None:
+    """An earlier command may have allowed more rows to be left out."""
+    limit = settings.data.max_rejected_share
+    if rejects["count"] > limit * rejects["rows"]:
+        raise DataError(
+            f"at most {limit:.2%} of the rows may be skipped (data.max_rejected_share), "
+            f"{rejects['count']} of {rejects['rows']} were; {directory / REJECTS} lists them: mend "
+            "or remove them, or raise it"
+        )
+
+
+def _tokenize(prepared: Preparation) -> dict[str, Any]:
+    """Tokenize every example, sorted by length within windows, and cut them into shards."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    from lrmc_ray.data.examples import EncodingSummary, Example, encode_rows, read_rows
-    from lrmc_ray.models import load_tokenizer
+    from lrmc_ray.data.examples import EncodingSummary, Example, Rejects, encode_rows, read_rows
+    from lrmc_ray.models import load_tokenizer, vocabulary_size
 
-    tokenizer = load_tokenizer(model_directory)
-    vocabulary_size = json.loads((model_directory / "config.json").read_text())["vocab_size"]
-    if len(tokenizer) > vocabulary_size:
+    data = prepared.settings.data
+    tokenizer = load_tokenizer(prepared.model_directory)
+    num_logits = vocabulary_size(prepared.model_directory)
+    if len(tokenizer) > num_logits:
         raise DataError(
-            f"the tokenizer has {len(tokenizer)} tokens, the model's head only {vocabulary_size}; "
+            f"the tokenizer has {len(tokenizer)} tokens, the model's head only {num_logits}; "
             "use the tokenizer that belongs to the model"
         )
     schema = pa.schema(
         [
             pa.field("sample_id", pa.string(), nullable=False),
+            pa.field("domain", pa.string(), nullable=False),
             pa.field("input_ids", pa.list_(pa.int32()), nullable=False),
             pa.field("is_target", pa.list_(pa.bool_()), nullable=False),
         ]
@@ -189,44 +293,68 @@ def _prepare(
     summary = EncodingSummary()
     lengths: list[int] = []
     window: list[Example] = []
-    with pq.ParquetWriter(path, schema, compression="zstd") as writer:
+    path = prepared.partial / EXAMPLES
+    with contextlib.ExitStack() as stack:
+        writer = stack.enter_context(
+            pq.ParquetWriter(path, schema, compression="zstd", write_page_checksum=True)
+        )
+        rejects = Rejects()
+        if data.on_bad_row == "skip":
+            file = stack.enter_context((prepared.partial / REJECTS).open("w", encoding="utf-8"))
+            rejects = Rejects(file, max_share=data.max_rejected_share)
+        bar = stack.enter_context(progress("Tokenizing", unit="samples"))
 
         def flush() -> None:
             window.sort(key=lambda example: (len(example.input_ids), example.sample_id))
             lengths.extend(len(example.input_ids) for example in window)
             columns = {
-                "sample_id": [example.sample_id for example in window],
-                "input_ids": [example.input_ids for example in window],
-                "is_target": [example.is_target for example in window],
+                name: [getattr(example, name) for example in window] for name in schema.names
             }
-            writer.write_table(pa.table(columns, schema=schema))
+            writer.write_table(pa.table(columns, schema=schema), row_group_size=SORT_WINDOW)
             window.clear()
 
         for example in encode_rows(
-            read_rows(data_files),
+            read_rows(prepared.sources, rejects),
             tokenizer,
-            max_length=settings.data.max_length,
-            on_long=settings.data.on_long,
+            max_length=data.max_length,
+            on_long=data.on_long,
+            vocabulary_size=num_logits,
             summary=summary,
+            rejects=rejects,
         ):
+            bar.advance()
             window.append(example)
             if len(window) == SORT_WINDOW:
                 flush()
         flush()
+    if rejects.count:
+        _log.warning(
+            "%d of %d rows cannot be used and were left out; %s lists them",
+            *(rejects.count, rejects.rows, prepared.final / REJECTS),
+        )
+    if summary.endless_answers:
+        _log.warning(
+            "%d of %d answers do not end with a special token, so their end is not learned",
+            *(summary.endless_answers, summary.answers),
+        )
     return {
-        "samples": summary.samples,
-        "tokens": summary.tokens,
-        "supervised_tokens": summary.supervised_tokens,
-        "dropped": summary.dropped,
-        "truncated": summary.truncated,
-        "vocabulary_size": vocabulary_size,
-        "shards": _shards(lengths),
+        **{
+            name: getattr(summary, name)
+            for name in ("samples", "tokens", "supervised_tokens", "dropped", "truncated")
+        },
+        "endless_answers": summary.endless_answers,
+        "rejected": rejects.count,
+        "rejects": {"rows": rejects.rows, "count": rejects.count},
+        "vocabulary_size": num_logits,
+        "tokenizer_size": len(tokenizer),
+        "examples_sha256": file_digest(path),
+        "shards": cut_into_shards(lengths),
     }
 
 
-def _shards(lengths: Sequence[int]) -> list[dict[str, Any]]:
-    """Consecutive ranges of about equally many tokens."""
-    target = max(SMALLEST_SHARD_TOKENS, sum(lengths) // SHARDS)
+def cut_into_shards(lengths: Sequence[int]) -> list[dict[str, Any]]:
+    """Consecutive ranges of samples that have about equally many tokens."""
+    target = max(SMALLEST_SHARD_TOKENS, min(sum(lengths) // SHARDS, LARGEST_SHARD_TOKENS))
     shards: list[dict[str, Any]] = []
     start = tokens = 0
     for index, length in enumerate(lengths):
@@ -238,149 +366,144 @@ def _shards(lengths: Sequence[int]) -> list[dict[str, Any]]:
     return shards
 
 
-def _finished_parts(
-    partial: Path, shards: Sequence[Mapping[str, Any]], provenance: Mapping[str, str]
-) -> dict[str, dict[str, Any]]:
+def _record(prepared: Preparation) -> None:
+    """Record the shards that are missing, write the manifest, and give the directory its name."""
+    from lrmc_ray.recording import summarize
+
+    start = time.monotonic()
+    partial = prepared.partial
+    plan = _plan(prepared)
+    shards = plan["shards"]
+    done = _finished_parts(prepared, plan)
+    missing = [shard for shard in shards if shard["name"] not in done]
+    rows_done = sum(shard["stop"] - shard["start"] for shard in shards if shard["name"] in done)
+    with progress("Recording", total=plan["samples"], unit="samples", completed=rows_done) as bar:
+        for part in _run_actors(prepared, missing, plan["tokenizer_size"]):
+            done[part["name"]] = part
+            passed("record.part_counted", part["name"])
+            bar.advance(part["rows"])
+    parts = [_settled(prepared, done[shard["name"]], plan) for shard in shards]
+    passed("record.parts_complete")
+    manifest = {
+        "kind": "records",
+        "identity": dict(prepared.identity),
+        "provenance": prepared.provenance,
+        "model": prepared.settings.model.name,
+        "vocabulary_size": plan["vocabulary_size"],
+        "files": [{key: part[key] for key in ("name", "rows", "sha256")} for part in parts],
+        "rejects": plan["rejects"],
+        "summary": summarize(plan, parts),
+        "seconds": round(time.monotonic() - start, 2),
+    }
+    kept = {".lock", *done, *([REJECTS] if plan["rejected"] else [])}
+    for name in os.listdir(partial):
+        if name not in kept:
+            (partial / name).unlink()
+    write_manifest(partial, manifest)
+    passed("record.manifest_written")
+    publish(partial, prepared.final, manifest)
+    passed("record.published")
+
+
+def _finished_parts(prepared: Preparation, plan: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
     """What an interrupted run left behind, verified; whatever is damaged is made again."""
     from lrmc_ray.data.records import read_part
+    from lrmc_ray.recording import describe
 
     done: dict[str, dict[str, Any]] = {}
-    for shard in shards:
-        path = partial / str(shard["name"])
+    for shard in plan["shards"]:
+        path = prepared.partial / str(shard["name"])
         if not path.is_file():
             continue
         try:
-            table = read_part(path, provenance)
+            table = read_part(path, prepared.provenance)
         except DataError as error:
             _log.warning("%s; recording that part again", error)
             path.unlink()
             continue
         if table.num_rows == shard["stop"] - shard["start"]:
-            done[path.name] = _describe(path, table)
+            done[path.name] = describe(path, tokenizer_size=plan["tokenizer_size"])
     return done
 
 
-def _describe(path: Path, table: Any) -> dict[str, Any]:
-    """What the driver keeps of one finished file: a few numbers, however many tokens it holds."""
-    import numpy as np
+def _settled(
+    prepared: Preparation, part: dict[str, Any], plan: Mapping[str, Any]
+) -> dict[str, Any]:
+    """``part`` as it is on disk now.
 
-    counts = {"supervised": 0, "prompt": 0, "active": 0, "capped": 0}
-    histogram = np.zeros(1 << 16, dtype=np.int64)
-    tau = float(table.schema.metadata[b"lrmc.tau"])
-    candidates = {True: 0, False: 0}
-    for row in range(table.num_rows):
-        row_of = {
-            name: table[name][row].values for name in table.column_names if name != "sample_id"
-        }
-        is_supervised = row_of["is_supervised"].to_numpy(zero_copy_only=False)
-        sizes = np.diff(row_of["candidate_offsets"].to_numpy())
-        outside = row_of["outside_mass"].to_numpy()
-        counts["supervised"] += int(is_supervised.sum())
-        counts["prompt"] += int((~is_supervised).sum())
-        counts["active"] += int(_is_active(row_of, tau)[is_supervised].sum())
-        counts["capped"] += int((outside[is_supervised] > 1 - tau + 1e-7).sum())
-        candidates[True] += int(sizes[is_supervised].sum())
-        candidates[False] += int(sizes[~is_supervised].sum())
-        np.add.at(histogram, np.minimum(sizes[is_supervised], len(histogram) - 1), 1)
-    used = histogram.nonzero()[0]
-    return {
-        "name": path.name,
-        "rows": table.num_rows,
-        "sha256": file_digest(path),
-        "bytes": path.stat().st_size,
-        "supervised_candidates": candidates[True],
-        "prompt_candidates": candidates[False],
-        "k_values": used.tolist(),
-        "k_counts": histogram[used].tolist(),
-        **counts,
-    }
+    An actor that was thought dead may have replaced the file: by the same content, but another
+    kind of processor rounds otherwise.
+    """
+    from lrmc_ray.recording import describe
 
-
-def _is_active(row: Mapping[str, Any], tau: float) -> Any:
-    """Positions with a candidate beside gold, were the set as small as ``tau`` allows."""
-    import numpy as np
-
-    first = row["candidate_offsets"].to_numpy()[:-1]
-    ids = row["candidate_ids"].to_numpy()[first]
-    mass = np.exp(row["candidate_logprobs"].to_numpy(zero_copy_only=False)[first].astype(float))
-    return (ids != row["gold_ids"].to_numpy()) | (mass < tau)
-
-
-def summarize(plan: Mapping[str, Any], parts: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """The record in numbers: positions, candidates per position, shares, bytes."""
-    from collections import Counter
-
-    def total(key: str) -> int:
-        return sum(int(part[key]) for part in parts)
-
-    histogram: Counter[int] = Counter()
-    for part in parts:
-        histogram.update(dict(zip(part["k_values"], part["k_counts"], strict=True)))
-    supervised = total("supervised")
-
-    def quantile(share: float) -> int:
-        seen = 0
-        for size in sorted(histogram):
-            seen += histogram[size]
-            if seen >= share * supervised:
-                return size
-        return 0
-
-    return {
-        "samples": plan["samples"],
-        "tokens": plan["tokens"],
-        "dropped": plan["dropped"],
-        "truncated": plan["truncated"],
-        "supervised_positions": supervised,
-        "prompt_positions": total("prompt"),
-        "k_mean": round(total("supervised_candidates") / supervised, 2),
-        "k_median": quantile(0.5),
-        "k_95": quantile(0.95),
-        "prompt_k_mean": round(total("prompt_candidates") / max(1, total("prompt")), 2),
-        "active_share": round(total("active") / supervised, 4),
-        "capped_share": round(total("capped") / supervised, 4),
-        "bytes": total("bytes"),
-        "bytes_per_supervised_position": round(total("bytes") / supervised, 1),
-    }
+    path = prepared.partial / str(part["name"])
+    if file_digest(path) == part["sha256"]:
+        return part
+    return describe(path, tokenizer_size=plan["tokenizer_size"])
 
 
 def _run_actors(
-    settings: RunSettings,
-    model_directory: Path,
-    partial: Path,
-    shards: Sequence[Mapping[str, Any]],
-    provenance: Mapping[str, str],
+    prepared: Preparation, shards: Sequence[Mapping[str, Any]], tokenizer_size: int
 ) -> Iterator[dict[str, Any]]:
     """Record ``shards`` in an actor pool; yields what each finished file holds."""
     if not shards:
         return
     import ray
 
-    resources = settings.resources
-    cpus, gpus = resources.cpus_per_worker, resources.gpus_per_worker
-    total = ray.cluster_resources()
-    fitting = int(total.get("GPU", 0) // gpus) if gpus else int(total.get("CPU", 1) // cpus)
-    least, most = resources.actors or (1, max(1, min(fitting, len(shards))))
+    settings = prepared.settings
+    cpus, gpus = settings.resources.cpus_per_worker, settings.resources.gpus_per_worker
+    least, most = _actor_range(settings, len(shards))
     dataset = ray.data.from_items(list(shards), override_num_blocks=len(shards)).map_batches(
         Recorder,
         batch_size=1,
         batch_format="pyarrow",
-        compute=ray.data.ActorPoolStrategy(min_size=least, max_size=max(least, most)),
+        compute=ray.data.ActorPoolStrategy(min_size=least, max_size=most),
         num_cpus=cpus,
         num_gpus=gpus or None,
-        fn_constructor_kwargs={
-            "model_directory": str(model_directory),
-            "partial": str(partial),
-            "tau": settings.recorded_tau(),
-            "k_min": settings.record.k_min,
-            "k_max": settings.record.k_max,
-            "prompt_k_max": settings.record.prompt_k_max,
-            "provenance": dict(provenance),
-            "threads": cpus,
-        },
+        fn_constructor_kwargs=recorder_options(prepared, tokenizer_size),
     )
     for row in dataset.iter_rows():
         yield json.loads(row["part"])
+
+
+def recorder_options(prepared: Preparation, tokenizer_size: int) -> dict[str, Any]:
+    """The arguments of a :class:`Recorder`."""
+    settings = prepared.settings
+    return {
+        "model_directory": str(prepared.model_directory),
+        "partial": str(prepared.partial.resolve()),
+        "provenance": prepared.provenance,
+        "tokenizer_size": tokenizer_size,
+        "tau": settings.recorded_tau(),
+        "k_min": settings.record.k_min,
+        "k_max": settings.record.k_max,
+        "prompt_k_max": settings.record.prompt_k_max,
+        "threads": settings.resources.cpus_per_worker,
+    }
+
+
+def _actor_range(settings: RunSettings, num_shards: int) -> tuple[int, int]:
+    """Fewest and most actors.
+
+    Raises:
+        ResourceError: fewer fit into the cluster than are asked for.
+    """
+    import ray
+
+    resources = settings.resources
+    kind = "GPU" if resources.gpus_per_worker else "CPU"
+    each = resources.gpus_per_worker or resources.cpus_per_worker
+    available = ray.cluster_resources().get(kind, 0)
+    fitting = int(available // each)
+    # Ray Data adds actors as far as the cluster's resources go, also on nodes that join later.
+    least, most = resources.actors or (1, num_shards)
+    if fitting < least:
+        raise ResourceError(
+            f"{least} actor(s) of {each:g} {kind} each must fit into the cluster, it has "
+            f"{available:g} {kind}; lower resources.actors or resources."
+            f"{kind.lower()}s_per_worker"
+        )
+    return least, max(least, most)
 
 
 class Recorder:
@@ -391,96 +514,95 @@ class Recorder:
         *,
         model_directory: str,
         partial: str,
+        provenance: dict[str, str],
+        tokenizer_size: int,
         tau: float,
         k_min: int,
         k_max: int,
         prompt_k_max: int,
-        provenance: dict[str, str],
         threads: int,
     ) -> None:
-        import torch
+        from lrmc_ray.recording import CandidateRecorder
 
-        from lrmc_ray.models import head_of, load_model
-
-        torch.set_num_threads(threads)
-        self._device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        self._model = load_model(Path(model_directory)).to(self._device)
-        self._head = head_of(self._model)
+        self._recorder = CandidateRecorder(
+            Path(model_directory),
+            tau=tau,
+            k_min=k_min,
+            k_max=k_max,
+            prompt_k_max=prompt_k_max,
+            threads=threads,
+        )
         self._partial = Path(partial)
-        self._tau, self._k_min, self._k_max = tau, k_min, k_max
-        self._prompt_k_max = prompt_k_max
-        self._provenance = {**provenance, "lrmc.tau": repr(tau)}
+        self._provenance = provenance
+        self._tokenizer_size = tokenizer_size
 
     def __call__(self, batch: Any) -> Any:
         """Record the shards of ``batch`` and describe the files that hold them."""
         import pyarrow as pa
 
-        described = [self._record(shard) for shard in batch.to_pylist()]
+        described = [self.record(shard) for shard in batch.to_pylist()]
         return pa.table({"part": [json.dumps(part) for part in described]})
 
-    def _record(self, shard: Mapping[str, Any]) -> dict[str, Any]:
-        import pyarrow.parquet as pq
-
+    def record(self, shard: Mapping[str, Any]) -> dict[str, Any]:
+        """Write the file of ``shard`` and describe it."""
         from lrmc_ray.data.records import write_part
+        from lrmc_ray.recording import describe
 
-        start, stop = shard["start"], shard["stop"]
-        groups = range(start // SORT_WINDOW, (stop - 1) // SORT_WINDOW + 1)
-        table = pq.ParquetFile(self._partial / EXAMPLES).read_row_groups(groups)
-        rows = table.slice(start - groups[0] * SORT_WINDOW, stop - start).to_pylist()
-        samples = [sample for batch in batches(rows) for sample in self._forward(batch)]
+        passed("record.shard_started", shard["name"])
+        rows = read_examples(self._partial / EXAMPLES, shard["start"], shard["stop"])
         path = self._partial / str(shard["name"])
-        write_part(path, samples, self._provenance)
-        return _describe(path, pq.read_table(path))
-
-    def _forward(self, rows: Sequence[Mapping[str, Any]]) -> list[Any]:
-        """Candidate sets of one padded batch of examples."""
-        import torch
-
-        from lrmc_ray.method.microbatch import Sample
-        from lrmc_ray.method.subsets import select_candidates
-        from lrmc_ray.models import hidden_states, logits
-
-        longest = max(len(row["input_ids"]) for row in rows)
-        input_ids_BT = torch.zeros(len(rows), longest, dtype=torch.int64)
-        for index, row in enumerate(rows):
-            input_ids_BT[index, : len(row["input_ids"])] = torch.tensor(row["input_ids"])
-        samples = []
-        with torch.inference_mode():
-            hidden_BTD = hidden_states(self._model, input_ids_BT.to(self._device))
-            for index, row in enumerate(rows):
-                ids_T = torch.tensor(row["input_ids"], dtype=torch.int64)
-                is_supervised_P = torch.tensor(row["is_target"][1:], dtype=torch.bool)
-                positions_P = torch.arange(len(ids_T) - 1)
-                if not self._prompt_k_max:
-                    positions_P = positions_P[is_supervised_P]
-                    is_supervised_P = is_supervised_P[is_supervised_P]
-                k_max_P = torch.where(is_supervised_P, self._k_max, self._prompt_k_max)
-                gold_P = ids_T[positions_P + 1]
-                candidates = select_candidates(
-                    logits(hidden_BTD[index, positions_P.to(self._device)], self._head),
-                    gold_P.to(self._device),
-                    tau=self._tau,
-                    k_min=self._k_min,
-                    k_max=k_max_P.to(self._device),
-                ).to("cpu")
-                samples.append(
-                    Sample(row["sample_id"], ids_T, positions_P, is_supervised_P, candidates)
-                )
-        return samples
+        write_part(path, self._recorder.record(rows), self._provenance)
+        return describe(path, tokenizer_size=self._tokenizer_size)
 
 
-def batches(rows: Sequence[Mapping[str, Any]]) -> Iterator[list[Mapping[str, Any]]]:
-    """Consecutive rows, as many as fit into ``BATCH_TOKENS`` once padded; at least one."""
-    batch: list[Mapping[str, Any]] = []
-    longest = 0
-    for row in rows:
-        longest = max(longest, len(row["input_ids"]))
-        if batch and longest * (len(batch) + 1) > BATCH_TOKENS:
-            yield batch
-            batch, longest = [], len(row["input_ids"])
-        batch.append(row)
-    if batch:
-        yield batch
+def read_examples(path: Path, start: int, stop: int) -> list[dict[str, Any]]:
+    """The tokenized examples [start, stop) of a plan."""
+    import pyarrow.parquet as pq
+
+    groups = range(start // SORT_WINDOW, (stop - 1) // SORT_WINDOW + 1)
+    with pq.ParquetFile(path, page_checksum_verification=True) as file:
+        table = file.read_row_groups(groups)
+    rows: list[dict[str, Any]] = table.slice(
+        start - groups[0] * SORT_WINDOW, stop - start
+    ).to_pylist()
+    return rows
+
+
+def add_record_arguments(parser: argparse.ArgumentParser) -> None:
+    """Short names of the settings that matter here most."""
+    for option, metavar, text in (
+        ("--max-length", "TOKENS", "data.max_length: most tokens of a sample"),
+        ("--on-long", "POLICY", "data.on_long: error, drop or truncate a longer one"),
+        ("--on-bad-row", "POLICY", "data.on_bad_row: error, or skip and list in rejects.jsonl"),
+        ("--k-max", "K", "record.k_max: most candidates of a supervised position"),
+        ("--prompt-k-max", "K", "record.prompt_k_max: most of a prompt position; 0 records none"),
+        ("--actors", "MIN,MAX", "resources.actors: fewest and most actors"),
+        ("--num-gpus-per-actor", "N", "resources.gpus_per_worker: GPUs of an actor"),
+    ):
+        parser.add_argument(option, metavar=metavar, help=text)
+
+
+_ALIASES = {
+    "max_length": "data.max_length",
+    "on_long": "data.on_long",
+    "on_bad_row": "data.on_bad_row",
+    "k_max": "record.k_max",
+    "prompt_k_max": "record.prompt_k_max",
+    "actors": "resources.actors",
+    "num_gpus_per_actor": "resources.gpus_per_worker",
+}
+
+
+def without_aliases(argv: Sequence[str]) -> list[str]:
+    """``argv`` with the short names written as the settings that they stand for."""
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    add_record_arguments(parser)
+    named, rest = parser.parse_known_args(argv)
+    overrides = []
+    for name, setting in _ALIASES.items():
+        if (value := getattr(named, name)) is not None:
+            overrides.append(f"{setting}={f'[{value}]' if name == 'actors' else value}")
+    return rest + overrides
 
 
 def main(argv: Sequence[str]) -> int:
@@ -488,24 +610,42 @@ def main(argv: Sequence[str]) -> int:
     from lrmc_ray.cli import add_run_arguments, settings_from
 
     parser = argparse.ArgumentParser(
-        prog="python -m lrmc_ray.record",
+        prog=MADE_BY,
         description="Stage 0: record the candidate tokens of every position of the training data.",
+        allow_abbrev=False,
     )
     add_run_arguments(parser)
+    add_record_arguments(parser)
+    argv = without_aliases(argv)
     arguments = parser.parse_intermixed_args(argv)
     setup_logging(arguments.verbose)
     settings = settings_from(arguments)
-    training_files(settings)
-    with ray_session(arguments.address, log=arguments.output / RAY_LOG, verbose=arguments.verbose):
-        directory = record(settings, arguments.output)
-    manifest = read_manifest(directory, made_by="python -m lrmc_ray.record")
+    # Bad rows are found before Ray starts.
+    directory = prepare(settings, arguments.output).final
+    if not is_finished(directory):
+        log = arguments.output / RAY_LOG
+        with ray_session(arguments.address, log=log, verbose=arguments.verbose):
+            record(settings, arguments.output)
+    manifest = read_manifest(directory, made_by=MADE_BY)
     if arguments.json:
         print(json.dumps({"directory": str(directory), **manifest["summary"]}))
     else:
-        for name, value in manifest["summary"].items():
-            print(f"{name:>30}  {value}")
-        print(f"The record is in {directory}. Next: python -m lrmc_ray.train {' '.join(argv)}")
+        print_summary(manifest["summary"])
+        print(f"The record is in {directory}. Look into it: lrmc inspect {directory}")
+        print(f"Next: {shlex.join(['python', '-m', 'lrmc_ray.train', *argv])}")
     return 0
+
+
+def print_summary(summary: Mapping[str, Any]) -> None:
+    """The record in numbers, on stdout."""
+    for name, value in summary.items():
+        if not isinstance(value, Mapping):
+            print(f"{name:>30}  {value}")
+    for domain, counts in summary["domains"].items():
+        print(
+            f"{'domain ' + (domain or '(none)'):>30}  "
+            + ", ".join(f"{count} {unit.replace('_', ' ')}" for unit, count in counts.items())
+        )
 
 
 if __name__ == "__main__":

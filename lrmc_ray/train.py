@@ -60,21 +60,13 @@ def train(settings: RunSettings, record: Path, directory: Path) -> Path:
     Raises:
         TrainingError: the workers failed; the message has the cause.
         DataError: ``directory`` holds a run with other settings, or ``record`` belongs to another
-            model or tokenizer.
+            model, tokenizer, chat template or training data.
     """
-    from lrmc_ray.models import local_directory, model_fingerprint, tokenizer_fingerprint
+    from lrmc_ray.models import local_directory
+    from lrmc_ray.record import check_fits
 
     model_directory = local_directory(settings.model)
-    recorded = read_manifest(record, made_by="python -m lrmc_ray.record")
-    for name, actual in (
-        ("model", model_fingerprint(model_directory)),
-        ("tokenizer", tokenizer_fingerprint(model_directory)),
-    ):
-        if recorded["identity"][name] != actual:
-            raise DataError(
-                f"{record} was recorded with another {name} than that in {model_directory}; "
-                "record again with this one, or train the model that was recorded"
-            )
+    check_fits(record, settings, model_directory)
     settings = with_steps(settings, record)
     with lock_directory(directory):
         _claim(directory, run_identity(settings, record))

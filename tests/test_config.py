@@ -99,6 +99,8 @@ RULES = {
     "data.train": texts,
     "data.max_length": whole(2),
     "data.on_long": one_of("error", "drop", "truncate"),
+    "data.on_bad_row": one_of("error", "skip"),
+    "data.max_rejected_share": number(lambda x: 0 <= x <= 1),
     "record.tau": optional(share),
     "record.k_min": whole(1),
     "record.k_max": whole(1),

@@ -1,22 +1,41 @@
-"""From JSONL to token ids and a label mask.
+"""From JSONL and Parquet to token ids and a label mask.
 
-A row holds ``messages`` (chat) or ``prompt`` and ``completion``. Only what the assistant says is
-supervised, up to and with its end-of-turn token. Every rendered piece is tokenized by itself, as
-it is at inference, where the prompt's tokens are fixed before the first answer token exists.
+A row holds ``messages`` (chat), or ``prompt`` and ``completion``, or plain ``text``; looked for in
+this order. Of a conversation only what the assistant says is supervised, up to and with its
+end-of-turn token; of plain text every token but the first. Every rendered piece of a conversation
+is tokenized by itself, as it is at inference, where the prompt's tokens are fixed before the first
+answer token exists. ``id`` and ``domain`` are optional, other fields are left alone.
 """
 
 import hashlib
 import json
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, Literal
+from dataclasses import dataclass, field
+from typing import Any, Literal, TextIO
 
+from lrmc_ray.data.sources import Source
 from lrmc_ray.errors import DataError, IncompleteArtifactError
 
 MAX_LISTED = 20
 """Bad rows that an error lists."""
+MAX_LINE_BYTES = 64 * 2**20
+"""A longer line of JSONL is a bad row; it is not read into memory."""
+
+_CONTENT = ("messages", "prompt", "completion", "text")
+_COLUMNS = ("id", "domain", *_CONTENT)
+_PARQUET_ROWS = 256  # that are Python objects at one time
+
+
+@dataclass(frozen=True)
+class Row:
+    """One row of a file, as it stands there."""
+
+    place: str
+    """``file:line``, for messages."""
+    content: Mapping[str, Any]
+    domain: str = ""
+    """Of the file; the row's own ``domain`` wins."""
 
 
 @dataclass(frozen=True)
@@ -27,6 +46,7 @@ class Example:
     input_ids: list[int]
     is_target: list[bool]
     """Whether the token is to be learned; [i] belongs to ``input_ids[i]``."""
+    domain: str = ""
 
 
 @dataclass
@@ -38,52 +58,133 @@ class EncodingSummary:
     supervised_tokens: int = 0
     dropped: int = 0
     truncated: int = 0
+    answers: int = 0
+    """Answers of conversations, before any truncation."""
+    endless_answers: int = 0
+    """Those whose last supervised token is no end-of-turn token."""
+    domains: Counter[str] = field(default_factory=Counter)
+    """Samples of each domain."""
 
 
-def read_rows(paths: Sequence[Path]) -> Iterator[tuple[str, Mapping[str, Any]]]:
-    """Every row of the JSONL files with its place, ``file:line``.
+class Rejects:
+    """Rows that cannot be used: listed in one error, or skipped up to a limit.
+
+    Args:
+        file: where every rejected row is noted, one JSON object a line; None if a bad row is an
+            error.
+        max_share: largest share of all rows that may be skipped, in [0, 1].
+    """
+
+    def __init__(self, file: TextIO | None = None, *, max_share: float = 0.0):
+        self.rows = 0
+        """Rows that were looked at."""
+        self.count = 0
+        self._file, self._max_share = file, max_share
+        self._first: list[str] = []
+
+    def add(self, place: str, problem: str) -> None:
+        """Reject the row at ``place``."""
+        self.count += 1
+        if len(self._first) < MAX_LISTED:
+            self._first.append(f"{place}: {problem}")
+        if self._file is not None:
+            self._file.write(json.dumps({"place": place, "problem": problem}) + "\n")
+
+    def settle(self) -> None:
+        """Say how it ended.
+
+        Raises:
+            DataError: bad rows that may not be skipped; the first are listed, the rest counted.
+        """
+        if not self.count or (self._file is not None and self.count <= self._max_share * self.rows):
+            return
+        listed = "\n  ".join(self._first)
+        rest = self.count - len(self._first)
+        more = f"\n  ... and {rest} more" if rest > 0 else ""
+        rule = f"{self.count} unusable row(s); mend or remove them"
+        if self._file is not None:
+            rule = (
+                f"at most {self._max_share:.2%} of the rows may be skipped "
+                f"(data.max_rejected_share), {self.count} of {self.rows} are unusable; mend or "
+                "remove them, or raise it"
+            )
+        raise DataError(f"{rule}:\n  {listed}{more}")
+
+
+def read_rows(sources: Sequence[Source], rejects: Rejects) -> Iterator[Row]:
+    """Every row of the JSONL and Parquet files; lines that are no JSON objects are rejected.
 
     Raises:
         IncompleteArtifactError: a file does not exist.
-        DataError: lines that are no JSON objects (all of them, the first 20 listed), or no rows.
+        DataError: a Parquet file is damaged or has other columns, or there are no rows at all.
     """
-    problems: list[str] = []
-    count = 0
-    for path in paths:
-        if not path.is_file():
+    for source in sources:
+        if not source.path.is_file():
             raise IncompleteArtifactError(
-                f"training data {path} does not exist; give an existing JSONL file"
+                f"training data {source.path} does not exist; give an existing JSONL or Parquet "
+                "file"
             )
-        with path.open("rb") as file:
-            for number, line in enumerate(file, start=1):
-                if not line.strip():
-                    continue
-                count += 1
-                place = f"{path}:{number}"
-                try:
-                    row = json.loads(line.decode("utf-8-sig" if number == 1 else "utf-8"))
-                    # JSON can spell half a surrogate pair, which no text contains.
-                    json.dumps(row, ensure_ascii=False).encode()
-                except (ValueError, RecursionError) as error:
-                    problems.append(f"{place}: not valid JSON in UTF-8: {error}")
-                    continue
-                if not isinstance(row, dict):
-                    problems.append(f"{place}: not a JSON object")
-                    continue
-                yield place, row
-    raise_problems(problems)
-    if count == 0:
-        names = ", ".join(str(path) for path in paths)
-        raise DataError(f"{names}: no rows; a training file needs at least one JSON object a line")
+        read = _parquet_rows if source.path.suffix == ".parquet" else _jsonl_rows
+        yield from read(source, rejects)
+    if rejects.rows == 0:
+        names = ", ".join(str(source.path) for source in sources)
+        raise DataError(f"{names}: no rows; training data need at least one")
 
 
-def raise_problems(problems: list[str]) -> None:
-    """Raise one DataError that lists the first problems and counts the rest."""
-    if problems:
-        listed = "\n  ".join(problems[:MAX_LISTED])
-        rest = len(problems) - MAX_LISTED
-        more = f"\n  ... and {rest} more" if rest > 0 else ""
-        raise DataError(f"{len(problems)} unusable row(s); mend or remove them:\n  {listed}{more}")
+def _jsonl_rows(source: Source, rejects: Rejects) -> Iterator[Row]:
+    with source.path.open("rb") as file:
+        number = 0
+        while line := file.readline(MAX_LINE_BYTES):
+            number += 1
+            if not line.strip():
+                continue
+            rejects.rows += 1
+            place = f"{source.path}:{number}"
+            if len(line) == MAX_LINE_BYTES and not line.endswith(b"\n"):
+                while (rest := file.readline(MAX_LINE_BYTES)) and not rest.endswith(b"\n"):
+                    pass
+                rejects.add(place, f"longer than {MAX_LINE_BYTES} bytes")
+                continue
+            try:
+                content = json.loads(line.decode("utf-8-sig" if number == 1 else "utf-8"))
+                # JSON can spell half a surrogate pair, which no text contains.
+                json.dumps(content, ensure_ascii=False).encode()
+            except (ValueError, RecursionError) as error:
+                rejects.add(place, f"not valid JSON in UTF-8: {error}")
+                continue
+            if isinstance(content, dict):
+                yield Row(place, content, source.domain)
+            else:
+                rejects.add(place, "not a JSON object")
+
+
+def _parquet_rows(source: Source, rejects: Rejects) -> Iterator[Row]:
+    import pyarrow.parquet as pq
+
+    number = 0
+    try:
+        with pq.ParquetFile(source.path, page_checksum_verification=True) as file:
+            names = file.schema_arrow.names
+            columns = [name for name in _COLUMNS if name in names]
+            if not set(columns) & set(_CONTENT):
+                raise DataError(
+                    f"{source.path}: needs a column messages, or prompt and completion, or text; "
+                    f"has {', '.join(names) or 'none'}"
+                )
+            for batch in file.iter_batches(_PARQUET_ROWS, columns=columns):
+                batch.validate(full=True)
+                for content in batch.to_pylist():
+                    number += 1
+                    rejects.rows += 1
+                    # A column is there for every row; what is null was not given.
+                    given = {name: value for name, value in content.items() if value is not None}
+                    yield Row(f"{source.path}:row {number}", given, source.domain)
+    except DataError:
+        raise
+    except Exception as error:  # extension types that others registered raise whatever they like
+        raise DataError(
+            f"{source.path} is no readable Parquet file ({error}); save it again"
+        ) from None
 
 
 def messages_of(row: Mapping[str, Any]) -> list[dict[str, str]]:
@@ -117,8 +218,15 @@ def messages_of(row: Mapping[str, Any]) -> list[dict[str, str]]:
             {"role": "assistant", "content": completion},
         ]
     raise DataError(
-        f"needs 'messages', or 'prompt' and 'completion'; has {', '.join(sorted(row)) or 'nothing'}"
+        "needs 'messages', or 'prompt' and 'completion', or 'text'; has "
+        f"{', '.join(sorted(row)) or 'nothing'}"
     )
+
+
+def is_plain_text(row: Mapping[str, Any]) -> bool:
+    """Whether the row is no conversation but ``text``."""
+    is_conversation = "messages" in row or {"prompt", "completion"} <= row.keys()
+    return "text" in row and not is_conversation
 
 
 def sample_id_of(row: Mapping[str, Any]) -> str:
@@ -131,11 +239,45 @@ def sample_id_of(row: Mapping[str, Any]) -> str:
         if type(row["id"]) not in (str, int):
             raise DataError(f"'id' must be a string or an integer, got {row['id']!r}")
         return str(row["id"])
-    canonical = json.dumps(row, sort_keys=True, ensure_ascii=True)
+    canonical = json.dumps(row, sort_keys=True, ensure_ascii=True, default=repr)
     return hashlib.sha256(canonical.encode()).hexdigest()[:16]
 
 
-def encode(sample_id: str, messages: list[dict[str, str]], tokenizer: Any) -> Example:
+def encode_row(row: Row, tokenizer: Any) -> Example:
+    """Token ids, label mask and domain of a row.
+
+    Raises:
+        DataError: a field is missing, of the wrong type or empty, or see :func:`encode`.
+    """
+    content = row.content
+    sample_id = sample_id_of(content)
+    domain = content.get("domain", row.domain)
+    if not isinstance(domain, str):
+        raise DataError(f"'domain' must be a string, got {domain!r}")
+    if is_plain_text(content):
+        return encode_text(sample_id, content["text"], tokenizer, domain=domain)
+    return encode(sample_id, messages_of(content), tokenizer, domain=domain)
+
+
+def encode_text(sample_id: str, text: Any, tokenizer: Any, *, domain: str = "") -> Example:
+    """Token ids of plain text, all but the first to be learned.
+
+    Nothing is added but what the tokenizer itself puts around a text, such as a first token.
+
+    Raises:
+        DataError: it is no string, or empty.
+    """
+    if not isinstance(text, str):
+        raise DataError(f"'text' must be a string, got {text!r}")
+    if not text.strip():
+        raise DataError("'text' is empty, so there is nothing to learn")
+    input_ids = list(tokenizer(text, add_special_tokens=True)["input_ids"])
+    return Example(sample_id, input_ids, [i > 0 for i in range(len(input_ids))], domain)
+
+
+def encode(
+    sample_id: str, messages: list[dict[str, str]], tokenizer: Any, *, domain: str = ""
+) -> Example:
     """Token ids and label mask of a conversation.
 
     Raises:
@@ -145,7 +287,7 @@ def encode(sample_id: str, messages: list[dict[str, str]], tokenizer: Any) -> Ex
     segments = _chat_segments(messages, tokenizer)
     input_ids: list[int] = []
     is_target: list[bool] = []
-    special = set(tokenizer.all_special_ids)
+    special = special_ids(tokenizer)
     for text, is_answer in segments:
         ids = tokenizer(text, add_special_tokens=False)["input_ids"]
         # A template may put a newline behind the end-of-turn token: not part of the answer.
@@ -154,7 +296,23 @@ def encode(sample_id: str, messages: list[dict[str, str]], tokenizer: Any) -> Ex
         is_target += [is_answer and i <= last for i in range(len(ids))]
     if input_ids:
         is_target[0] = False  # nothing precedes the first token, so nothing can predict it
-    return Example(sample_id, input_ids, is_target)
+    return Example(sample_id, input_ids, is_target, domain)
+
+
+def special_ids(tokenizer: Any) -> set[int]:
+    """Tokens that are no text: those with a role, such as eos, and those marked as special."""
+    added: Mapping[int, Any] = getattr(tokenizer, "added_tokens_decoder", {})
+    return {*tokenizer.all_special_ids, *(i for i, token in added.items() if token.special)}
+
+
+def _last_targets(example: Example) -> Iterator[int]:
+    """The last token of every run of supervised tokens."""
+    following = [*example.is_target[1:], False]
+    for token, is_target, is_next in zip(
+        example.input_ids, example.is_target, following, strict=True
+    ):
+        if is_target and not is_next:
+            yield token
 
 
 def _chat_segments(messages: list[dict[str, str]], tokenizer: Any) -> list[tuple[str, bool]]:
@@ -205,63 +363,84 @@ def _chat_segments(messages: list[dict[str, str]], tokenizer: Any) -> list[tuple
 
 
 def encode_rows(
-    rows: Iterable[tuple[str, Mapping[str, Any]]],
+    rows: Iterable[Row],
     tokenizer: Any,
     *,
     max_length: int,
     on_long: Literal["error", "drop", "truncate"],
+    vocabulary_size: int,
     summary: EncodingSummary,
+    rejects: Rejects,
 ) -> Iterator[Example]:
-    """Every row as an :class:`Example`; ``summary`` counts as it goes.
+    """Every usable row as an :class:`Example`; ``summary`` and ``rejects`` count as it goes.
 
     Raises:
-        DataError: rows that cannot be used, listed with file and line.
+        DataError: rows that cannot be used, unless they may be skipped; no row is left; or no
+            answer ends with an end-of-turn token, so the model would never learn to stop.
     """
-    problems: list[str] = []
     places: dict[str, str] = {}
     copies: Counter[str] = Counter()
-    for place, row in rows:
+    special = special_ids(tokenizer)
+    for row in rows:
+        place = row.place
         try:
-            example = encode(sample_id_of(row), messages_of(row), tokenizer)
+            example = encode_row(row, tokenizer)
         except DataError as error:
-            problems.append(f"{place}: {error}")
+            rejects.add(place, str(error))
             continue
         sample_id = example.sample_id
         if sample_id in places:
-            if "id" in row:
-                problems.append(
-                    f"{place}: id {sample_id!r} was used before, at {places[sample_id]}"
-                )
+            if "id" in row.content:
+                rejects.add(place, f"id {sample_id!r} was used before, at {places[sample_id]}")
                 continue
             copies[sample_id] += 1
             sample_id = f"{sample_id}#{copies[sample_id]}"  # the same text twice is learned twice
         places[sample_id] = place
         ids, is_target = example.input_ids, example.is_target
+        if ids and not 0 <= min(ids) <= max(ids) < vocabulary_size:
+            rejects.add(
+                place,
+                f"the tokenizer gives token {max(ids)}, the model's head has only "
+                f"{vocabulary_size}; use the tokenizer that belongs to the model",
+            )
+            continue
+        ends = [] if is_plain_text(row.content) else list(_last_targets(example))
         if len(ids) > max_length:
             if on_long == "error":
-                problems.append(
-                    f"{place}: {len(ids)} tokens, more than data.max_length = {max_length}; raise "
-                    "it, or set data.on_long to drop or truncate"
+                rejects.add(
+                    place,
+                    f"{len(ids)} tokens, more than data.max_length = {max_length}; raise it, or "
+                    "set data.on_long to drop or truncate",
                 )
                 continue
             if on_long == "drop":
                 summary.dropped += 1
                 continue
-            summary.truncated += 1
             ids, is_target = ids[:max_length], is_target[:max_length]
         if not any(is_target):
-            problems.append(
-                f"{place}: none of its first {len(ids)} tokens is to be learned; raise "
-                "data.max_length, or put a prompt before the answer"
+            rejects.add(
+                place,
+                f"none of its first {len(ids)} tokens is to be learned; raise data.max_length, or "
+                "put a prompt before the answer",
             )
             continue
+        summary.truncated += len(example.input_ids) > max_length
         summary.samples += 1
         summary.tokens += len(ids)
         summary.supervised_tokens += sum(is_target)
-        yield Example(sample_id, ids, is_target)
-    raise_problems(problems)
+        summary.answers += len(ends)
+        summary.endless_answers += sum(token not in special for token in ends)
+        summary.domains[example.domain] += 1
+        yield Example(sample_id, ids, is_target, example.domain)
+    rejects.settle()
     if summary.samples == 0:
         raise DataError(
             f"no sample is left ({summary.dropped} dropped as longer than data.max_length = "
-            f"{max_length}); raise data.max_length"
+            f"{max_length}, {rejects.count} unusable); raise data.max_length or mend the rows"
+        )
+    if 0 < summary.answers == summary.endless_answers:
+        raise DataError(
+            "the last token of an answer must be a special token that ends the turn, but not one "
+            f"of {summary.answers} answers has one: the model would not learn to stop; use a chat "
+            "template that writes it, or a tokenizer with an eos token"
         )

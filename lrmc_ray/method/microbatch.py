@@ -49,7 +49,7 @@ class Sample:
     candidates: CandidateSets
     """P rows."""
     domain: str = ""
-    """What the sample is about, for ``train.domain_weights``; empty where nobody said so."""
+    """What the data call it, for ``train.domain_weights`` and counts; empty where there is one."""
 
 
 @dataclass(frozen=True)

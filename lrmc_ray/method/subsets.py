@@ -32,7 +32,8 @@ import torch
 from torch import Tensor
 
 # Shape suffixes (this file):
-#   N = positions, V = vocabulary size, n = positions of one chunk, P = padded tokens per position.
+#   N = positions, V = vocabulary size, n = positions of one chunk, r = a few of these,
+#   P = padded tokens per position.
 
 _DTYPES = {
     "offsets": torch.int64,
@@ -42,7 +43,8 @@ _DTYPES = {
 }
 _MASS_UNIT = 2**40
 _LOWEST = torch.finfo(torch.float16).min
-_CHUNK_ELEMENTS = 2**21  # of the [n, V] temporaries: 16 MiB in float64
+_CHUNK_ELEMENTS = 2**21  # of the [n, V] temporaries: 8 MiB in float32
+_CACHED_ELEMENTS = 2**18  # of the float64 ones: 2 MiB stay in the cache, a quarter faster
 _FIRST_K = 128  # most rows need fewer; only the others are searched to k_max
 
 
@@ -231,8 +233,11 @@ def select_candidates(
         none = gold_N.int()
         return CandidateSets(none.new_zeros(1, dtype=torch.int64), none, none.half(), none)
     rows_per_chunk = max(1, _CHUNK_ELEMENTS // vocabulary_size)
-    workspace_nV = logits_NV.new_empty(
-        (min(rows_per_chunk, num_rows), vocabulary_size), dtype=torch.float64
+    rows_at_once = rows_per_chunk
+    if logits_NV.device.type == "cpu":
+        rows_at_once = max(1, min(rows_per_chunk, _CACHED_ELEMENTS // vocabulary_size))
+    workspace_rV = logits_NV.new_empty(
+        (min(rows_at_once, num_rows), vocabulary_size), dtype=torch.float64
     )
     parts = [
         _select_chunk(
@@ -241,7 +246,7 @@ def select_candidates(
             tau,
             k_min,
             cap_N[start : start + rows_per_chunk].clamp_max(vocabulary_size),
-            workspace_nV,
+            workspace_rV,
         )
         for start in range(0, num_rows, rows_per_chunk)
     ]
@@ -285,7 +290,7 @@ def _select_chunk(
     tau: float,
     k_min: int,
     cap_n: Tensor,
-    workspace_nV: Tensor,
+    workspace_rV: Tensor,
 ) -> CandidateSets:
     # Upcast half precision (exact), leave float64 alone.
     logits_nV = logits_nV.to(torch.promote_types(logits_nV.dtype, torch.float32))
@@ -295,8 +300,7 @@ def _select_chunk(
             "logits must be finite, got NaN or infinity; half precision may have overflowed (use "
             "float32), and a mask of -inf is nothing that Stage 1 could repeat"
         )
-    shifted_nV = workspace_nV[: len(logits_nV)].copy_(logits_nV).sub_(highest_n[:, None])
-    lse_n = shifted_nV.exp_().sum(-1).log_().add_(highest_n)
+    lse_n = _logsumexp(logits_nV, highest_n, workspace_rV)
 
     # Sort the tokens above a threshold. Unlike torch.topk, whose order among equal values is
     # undefined, a threshold never divides tied tokens, and a stable sort keeps them by id.
@@ -326,6 +330,17 @@ def _select_chunk(
         logprobs=torch.cat([logprobs_nP, gold_logprob_n1], dim=1)[is_kept_nP],
         gold_ids=gold_n.int(),
     )
+
+
+def _logsumexp(logits_nV: Tensor, highest_n: Tensor, workspace_rV: Tensor) -> Tensor:
+    """[n] float64; ``workspace_rV`` is float64 and holds a few rows at a time."""
+    parts = []
+    for start in range(0, len(logits_nV), len(workspace_rV)):
+        rows_rV = logits_nV[start : start + len(workspace_rV)]
+        highest_r = highest_n[start : start + len(workspace_rV)]
+        shifted_rV = workspace_rV[: len(rows_rV)].copy_(rows_rV).sub_(highest_r[:, None])
+        parts.append(shifted_rV.exp_().sum(-1).log_().add_(highest_r))
+    return torch.cat(parts)
 
 
 def _threshold(logits_nV: Tensor, lse_n: Tensor, tau: float, k_min: int, cap_n: Tensor) -> Tensor:

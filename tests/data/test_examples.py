@@ -1,5 +1,7 @@
+import io
 import json
 import time
+from collections import Counter
 
 import pytest
 from hypothesis import given, settings
@@ -8,12 +10,17 @@ from hypothesis import strategies as st
 from lrmc_ray.data.examples import (
     EncodingSummary,
     Example,
+    Rejects,
+    Row,
     encode,
+    encode_row,
     encode_rows,
+    encode_text,
     messages_of,
     read_rows,
     sample_id_of,
 )
+from lrmc_ray.data.sources import Source
 from lrmc_ray.errors import DataError, IncompleteArtifactError
 from lrmc_ray.models import load_tokenizer
 
@@ -216,12 +223,22 @@ def write(path, *rows: object) -> object:
 GOOD = {"prompt": "What is 2?", "completion": "Two."}
 
 
-def encode_file(paths, tokenizer, *, max_length=1000, on_long="error"):
+def encode_file(
+    paths, tokenizer, *, max_length=1000, on_long="error", rejects=None, vocabulary_size=2**21
+):
     summary = EncodingSummary()
+    rejects = rejects or Rejects()
     paths = paths if isinstance(paths, list) else [paths]
+    sources = [path if isinstance(path, Source) else Source(path) for path in paths]
     examples = list(
         encode_rows(
-            read_rows(paths), tokenizer, max_length=max_length, on_long=on_long, summary=summary
+            read_rows(sources, rejects),
+            tokenizer,
+            max_length=max_length,
+            on_long=on_long,
+            vocabulary_size=vocabulary_size,
+            summary=summary,
+            rejects=rejects,
         )
     )
     return examples, summary
@@ -248,7 +265,7 @@ def error_of(path, tokenizer, **options) -> str:
         (b'["prompt", "completion"]', "not a JSON object"),
         (b"null", "not a JSON object"),
         (b'"text"', "not a JSON object"),
-        ({}, "needs 'messages', or 'prompt' and 'completion'; has nothing"),
+        ({}, "needs 'messages', or 'prompt' and 'completion', or 'text'; has nothing"),
         ({"prompt": "2?", "answer": "Two."}, "has answer, prompt"),
         ({"completion": "Two."}, "has completion"),
         ({"prompt": 2, "completion": "Two."}, "'prompt' and 'completion' must be strings"),
@@ -426,6 +443,8 @@ def test_a_sample_of_exactly_max_length_is_taken_whole(long_file, tokenizer):
             samples=3,
             tokens=sum(len(example.input_ids) for example in examples),
             supervised_tokens=sum(sum(example.is_target) for example in examples),
+            answers=3,
+            domains=Counter({"": 3}),
         )
 
 
@@ -469,4 +488,310 @@ def test_a_cut_that_leaves_nothing_to_learn_is_an_error(long_file, tokenizer):
 def test_all_dropped_is_an_error_with_the_remedy(long_file, tokenizer):
     message = error_of(long_file, tokenizer, max_length=5, on_long="drop")
     assert "no sample is left (3 dropped" in message
-    assert message.endswith("raise data.max_length")
+    assert message.endswith("raise data.max_length or mend the rows")
+
+
+# Plain text
+
+
+def test_every_token_of_plain_text_but_the_first_is_learned(tmp_path, tokenizer):
+    text = "Ohm's law: U = R I.\n\nIn words, voltage is resistance times current."
+    row = {"text": text, "source": "book"}
+    (example,), summary = encode_file(write(tmp_path / "train.jsonl", row), tokenizer)
+    assert example.input_ids == tokenizer(text)["input_ids"]
+    assert example.is_target == [False] + [True] * (len(example.input_ids) - 1)
+    assert decoded(example.input_ids, tokenizer) == text
+    assert summary.supervised_tokens == summary.tokens - 1
+    assert summary.answers == 0  # so nothing has to end a turn
+
+
+def test_a_conversation_wins_over_text_and_half_of_one_does_not(tmp_path, tokenizer):
+    path = write(
+        tmp_path / "train.jsonl", {**GOOD, "text": "other"}, {"prompt": "2?", "text": "b c"}
+    )
+    (conversation, text), _ = encode_file(path, tokenizer)
+    assert targets(conversation, tokenizer) == f"Two.{END}"
+    assert decoded(text.input_ids, tokenizer) == "b c"
+
+
+def test_text_that_is_longer_than_max_length_is_cut(tmp_path, tokenizer):
+    path = write(tmp_path / "train.jsonl", {"text": "one two three four five"})
+    (whole,), _ = encode_file(path, tokenizer)
+    (cut,), summary = encode_file(path, tokenizer, max_length=3, on_long="truncate")
+    assert cut.input_ids == whole.input_ids[:3]
+    assert (summary.truncated, summary.supervised_tokens) == (1, 2)
+
+
+@pytest.mark.parametrize(
+    ("text", "problem"),
+    [
+        ("", "'text' is empty"),
+        (" \n", "'text' is empty"),
+        (7, "'text' must be a string, got 7"),
+        (None, "'text' must be a string, got None"),
+        ("I", "none of its first 1 tokens is to be learned"),
+    ],
+)
+def test_text_without_anything_to_learn_is_a_bad_row(tmp_path, tokenizer, text, problem):
+    path = write(tmp_path / "train.jsonl", GOOD, {"text": text})
+    assert f"{path}:2: {problem}" in error_of(path, tokenizer)
+
+
+# Domains
+
+
+def test_a_row_is_of_its_own_domain_or_of_its_files(tmp_path, tokenizer):
+    first = write(tmp_path / "a.jsonl", {**GOOD, "domain": "sql"}, {"text": "one two"})
+    second = write(tmp_path / "b.jsonl", {"text": "three four"}, {"text": "5 6", "domain": ""})
+    examples, summary = encode_file([first, Source(second, "radio")], tokenizer)
+    assert [example.domain for example in examples] == ["sql", "", "radio", ""]
+    assert summary.domains == {"sql": 1, "": 2, "radio": 1}
+
+
+@pytest.mark.parametrize("domain", [None, 7, ["sql"]])
+def test_a_domain_is_a_string(tmp_path, tokenizer, domain):
+    path = write(tmp_path / "train.jsonl", GOOD, {"text": "one two", "domain": domain})
+    assert f"{path}:2: 'domain' must be a string, got {domain!r}" in error_of(path, tokenizer)
+
+
+# The end of the turn
+
+WITHOUT_END = "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}\n{% endfor %}" + (
+    "{% if add_generation_prompt %}assistant: {% endif %}"
+)
+
+
+def test_a_template_that_never_ends_an_answer_is_refused(tmp_path, tokenizer):
+    path = write(tmp_path / "train.jsonl", GOOD, {"prompt": "3?", "completion": "Three."})
+    tokenizer.chat_template = WITHOUT_END
+    assert "not one of 2 answers has one: the model would not learn to stop" in error_of(
+        path, tokenizer
+    )
+    tokenizer.chat_template = None
+    assert len(encode_file(path, tokenizer)[0]) == 2  # the end of text follows each answer
+    tokenizer.eos_token = None
+    assert "use a chat template that writes it" in error_of(path, tokenizer)
+
+
+def test_answers_without_an_end_are_counted_beside_those_with_one(tmp_path, tokenizer):
+    tokenizer.chat_template = WITHOUT_END.replace(
+        "\n{% endfor %}", "{% if 'Two' in m['content'] %}<|im_end|>{% endif %}\n{% endfor %}"
+    )
+    rows = [{"messages": chat("2?", "Two.", "3?", "Three.", "Bye.")}, GOOD]
+    _, summary = encode_file(write(tmp_path / "train.jsonl", *rows), tokenizer)
+    assert (summary.answers, summary.endless_answers) == (3, 1)
+
+
+def test_an_answer_that_was_cut_off_had_an_end(long_file, tokenizer):
+    _, summary = encode_file(long_file, tokenizer, max_length=25, on_long="truncate")
+    assert summary.truncated > 0
+    assert (summary.answers, summary.endless_answers) == (3, 0)
+
+
+def test_a_token_that_is_marked_as_special_ends_a_turn_as_well(tokenizer):
+    """Llama 3 names its end-of-turn token nowhere but among the added ones."""
+    from tokenizers import AddedToken
+
+    tokenizer.add_tokens([AddedToken("<|eot|>", special=True)])
+    tokenizer.chat_template = tokenizer.chat_template.replace("<|im_end|>", "<|eot|>")
+    example = encode("x", chat("2?", "Two."), tokenizer)
+    assert targets(example, tokenizer) == "Two.<|eot|>"
+
+
+# The vocabulary
+
+
+def test_a_token_that_the_head_lacks_is_a_bad_row(tmp_path, tokenizer):
+    path = write(tmp_path / "train.jsonl", GOOD, {"text": "a b"})
+    examples, _ = encode_file(path, tokenizer)
+    largest = [max(example.input_ids) for example in examples]
+    assert largest[0] != largest[1]
+    assert len(encode_file(path, tokenizer, vocabulary_size=max(largest) + 1)[0]) == 2
+    message = error_of(path, tokenizer, vocabulary_size=max(largest))
+    assert f"{path}:{1 + largest.index(max(largest))}: the tokenizer gives token" in message
+    assert message.count("\n") == 1
+
+
+# Rows that are left out
+
+
+def skipping(max_share: float) -> tuple[Rejects, io.StringIO]:
+    file = io.StringIO()
+    return Rejects(file, max_share=max_share), file
+
+
+def test_rows_that_are_skipped_are_noted_with_place_and_problem(tmp_path, tokenizer):
+    rows = [GOOD, b"{", {"prompt": "2?"}, {"prompt": "3?", "completion": "Three."}]
+    path = write(tmp_path / "train.jsonl", *rows)
+    rejects, file = skipping(0.5)
+    examples, summary = encode_file(path, tokenizer, rejects=rejects)
+    assert len(examples) == summary.samples == 2
+    assert (rejects.rows, rejects.count) == (4, 2)
+    noted = [json.loads(line) for line in file.getvalue().splitlines()]
+    assert [note["place"] for note in noted] == [f"{path}:2", f"{path}:3"]
+    assert noted[0]["problem"].startswith("not valid JSON")
+    assert noted[1]["problem"].startswith("needs 'messages'")
+
+
+@pytest.mark.parametrize(("max_share", "is_fine"), [(0.25, True), (0.2499, False), (0.0, False)])
+def test_no_more_rows_are_skipped_than_is_allowed(tmp_path, tokenizer, max_share, is_fine):
+    rows = [GOOD, {"text": "a b"}, {"text": ""}, {"text": "c d"}]
+    path = write(tmp_path / "train.jsonl", *rows)
+    rejects, _ = skipping(max_share)
+    if is_fine:
+        assert len(encode_file(path, tokenizer, rejects=rejects)[0]) == 3
+        return
+    message = error_of(path, tokenizer, rejects=rejects)
+    assert f"at most {max_share:.2%} of the rows may be skipped" in message
+    assert "1 of 4 are unusable" in message
+    assert f"{path}:3: 'text' is empty" in message
+
+
+def test_nothing_left_is_an_error_however_much_may_be_skipped(tmp_path, tokenizer):
+    rejects, _ = skipping(1.0)
+    message = error_of(write(tmp_path / "train.jsonl", {"text": ""}), tokenizer, rejects=rejects)
+    assert "no sample is left (0 dropped" in message
+    assert "1 unusable)" in message
+
+
+def test_a_line_that_is_too_long_is_a_bad_row_and_the_next_is_read(
+    tmp_path, tokenizer, monkeypatch
+):
+    monkeypatch.setattr("lrmc_ray.data.examples.MAX_LINE_BYTES", 100)
+    long = json.dumps({"text": "x" * 250}).encode()
+    exact = b'{"text": "a ' + b"b" * 85 + b'"}'
+    assert len(exact) == 99
+    path = write(tmp_path / "train.jsonl", long, GOOD, long[:-1], exact)
+    message = error_of(path, tokenizer)
+    assert message.startswith("2 unusable row(s)")
+    assert f"{path}:1: longer than 100 bytes" in message
+    assert f"{path}:3: longer than 100 bytes" in message
+
+
+def test_a_line_of_100_megabytes_is_refused_without_reading_it_whole(tmp_path, tokenizer):
+    path = tmp_path / "train.jsonl"
+    path.write_bytes(b'{"text": "' + b"x" * (100 << 20) + b'"}\n' + json.dumps(GOOD).encode())
+    assert f"{path}:1: longer than {64 << 20} bytes" in error_of(path, tokenizer)
+
+
+# Parquet
+
+
+def parquet(path, columns, **options):
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    table = columns if isinstance(columns, pa.Table) else pa.table(columns)
+    pq.write_table(table, path, **options)
+    return path
+
+
+def test_parquet_gives_what_jsonl_gives(tmp_path, tokenizer):
+    rows = [
+        {"messages": chat("2?", "Two.", "3?", "Three."), "domain": "a", "id": "x"},
+        {"messages": chat("4?", "Four."), "domain": "b", "id": "y"},
+    ]
+    lines, _ = encode_file(write(tmp_path / "train.jsonl", *rows), tokenizer)
+    import pyarrow as pa
+
+    path = parquet(tmp_path / "train.parquet", pa.Table.from_pylist(rows), row_group_size=1)
+    assert encode_file(path, tokenizer)[0] == lines
+    # The order of columns, others beside them, and the width of strings change nothing.
+    table = pa.Table.from_pylist([{"n": 1, **row} for row in rows]).select(
+        ["n", "id", "messages", "domain"]
+    )
+    table = table.set_column(3, "domain", table["domain"].cast(pa.large_string()))
+    path = parquet(tmp_path / "other.parquet", table)
+    assert encode_file(path, tokenizer)[0] == lines
+
+
+def test_parquet_rows_of_different_kinds_leave_the_other_columns_null(tmp_path, tokenizer):
+    columns = {
+        "prompt": ["What is 2?", None, "3?"],
+        "completion": ["Two.", None, None],
+        "text": [None, "one two", None],
+        "domain": [None, "d", None],
+    }
+    path = parquet(tmp_path / "train.parquet", columns)
+    message = error_of(path, tokenizer)
+    assert f"{path}:row 3: needs 'messages', or 'prompt' and 'completion'" in message
+    assert message.endswith("has prompt")
+    rejects, _ = skipping(0.5)
+    examples, _ = encode_file(path, tokenizer, rejects=rejects)
+    assert examples[0].sample_id == sample_id_of(GOOD)  # as from JSONL
+    assert [example.domain for example in examples] == ["", "d"]
+
+
+PARQUET_DAMAGES = {
+    "empty": lambda content: b"",
+    "half": lambda content: content[: len(content) // 2],
+    "one byte short": lambda content: content[:-1],
+    "no Parquet": lambda content: b'{"text": "a b"}\n' * 9,
+    "broken footer": lambda content: content[:-12] + b"\xff" * 4 + content[-8:],
+}
+
+
+@pytest.mark.parametrize("damage", PARQUET_DAMAGES)
+def test_a_damaged_parquet_file_is_exit_code_4_whatever_may_be_skipped(tmp_path, tokenizer, damage):
+    path = parquet(tmp_path / "train.parquet", {"text": ["one two", "three four"]})
+    path.write_bytes(PARQUET_DAMAGES[damage](path.read_bytes()))
+    rejects, _ = skipping(1.0)
+    message = error_of(path, tokenizer, rejects=rejects)
+    assert message.startswith(f"{path} is no readable Parquet file (")
+    assert message.endswith("save it again")
+
+
+def test_a_flipped_bit_in_a_parquet_file_with_checksums_is_noticed(tmp_path, tokenizer):
+    """In a file whose bits are text: without the checksum another letter would be learned."""
+    texts = [f"word {number} and a few more" for number in range(200)]
+    options = {"compression": "none", "use_dictionary": False}
+    for has_checksums in (False, True):
+        path = tmp_path / f"train-{has_checksums}.parquet"
+        parquet(path, {"text": texts}, write_page_checksum=has_checksums, **options)
+        content = bytearray(path.read_bytes())
+        content[content.index(b"word 57")] ^= 4  # no page header holds this one
+        path.write_bytes(content)
+    assert "is no readable Parquet file (" in error_of(path, tokenizer)
+    assert len(encode_file(tmp_path / "train-False.parquet", tokenizer)[0]) == 200
+
+
+@pytest.mark.parametrize(
+    ("columns", "problem"),
+    [
+        ({"question": ["2?"]}, "needs a column messages, or prompt and completion, or text; has q"),
+        ({"text": [7]}, "row 1: 'text' must be a string, got 7"),
+        ({"text": [["a"]]}, "row 1: 'text' must be a string, got ['a']"),
+        ({"text": [b"a b"]}, "row 1: 'text' must be a string, got b'a b'"),
+        ({"prompt": ["2?"]}, "row 1: needs 'messages'"),
+        ({"messages": ["2?"]}, "row 1: 'messages' must be a non-empty list"),
+        ({"messages": [[{"role": "user", "content": None}]]}, "row 1: each message needs"),
+        ({"messages": [[{"role": "assistant"}]]}, "row 1: each message needs the strings"),
+        ({"text": ["a b", "c d"], "id": [1.5, 2.5]}, "row 1: 'id' must be a string or an integer"),
+        ({"text": ["a b", "c d"], "id": [7, 7]}, "row 2: id '7' was used before"),
+        ({"text": ["a b"], "domain": [3]}, "row 1: 'domain' must be a string, got 3"),
+        ({"text": [None, None]}, "row 2: needs 'messages'"),
+        ({}, "needs a column messages, or prompt and completion, or text; has none"),
+    ],
+)
+def test_bad_columns_and_rows_of_parquet_are_exit_code_4(tmp_path, tokenizer, columns, problem):
+    path = parquet(tmp_path / "train.parquet", columns)
+    assert problem in error_of(path, tokenizer)
+
+
+def test_a_parquet_file_without_rows_is_exit_code_4(tmp_path, tokenizer):
+    path = parquet(tmp_path / "train.parquet", {"text": []})
+    assert error_of(path, tokenizer).startswith(f"{path}: no rows")
+
+
+def test_text_that_is_no_utf8_is_exit_code_4(tmp_path, tokenizer):
+    import pyarrow as pa
+
+    binary = pa.array([b"one two", b"\xc3\x28"], type=pa.binary())
+    path = parquet(tmp_path / "train.parquet", {"text": binary.view(pa.string())})
+    assert "is no readable Parquet file (" in error_of(path, tokenizer)
+
+
+def test_ids_of_plain_text_rows_are_made_of_the_content(tokenizer):
+    row = Row("x:1", {"text": "one two", "domain": "d"})
+    example = encode_row(row, tokenizer)
+    assert example == encode_text(sample_id_of(row.content), "one two", tokenizer, domain="d")

@@ -27,6 +27,7 @@ V = 97
 PROVENANCE = {"lrmc.model": "ab12", "lrmc.tokenizer": "cd34", "lrmc.data": "ef", "lrmc.record": "r"}
 COLUMNS = [
     ("sample_id", "string"),
+    ("domain", "string"),
     ("input_ids", "list<element: int32>"),
     ("positions", "list<element: int32>"),
     ("is_supervised", "list<element: bool>"),
@@ -66,12 +67,13 @@ def make_sample(seed: int, *, num_tokens: int | None = None, skip_prompt: bool =
             logprobs=torch.tensor(np.minimum(np.float16(logprobs), np.float16(0))),
             gold_ids=torch.tensor(ids[positions + 1], dtype=torch.int32),
         ),
+        domain=("", "sql", "radio \u00fc")[seed % 3],
     )
 
 
 def assert_same(sample: Sample, expected: Sample) -> None:
     """Equal in every value, dtype and bit."""
-    assert sample.sample_id == expected.sample_id
+    assert (sample.sample_id, sample.domain) == (expected.sample_id, expected.domain)
     for name in ("input_ids_T", "positions_P", "is_supervised_P"):
         left, right = getattr(sample, name), getattr(expected, name)
         assert left.dtype == right.dtype
@@ -146,7 +148,7 @@ def test_the_columns_are_those_of_the_contract(tmp_path, samples):
     assert [(field.name, str(field.type)) for field in schema] == COLUMNS
     assert not any(field.nullable for field in schema)
     assert schema.metadata == {
-        b"lrmc.schema_version": b"1",
+        b"lrmc.schema_version": b"2",
         **{key.encode(): value.encode() for key, value in PROVENANCE.items()},
     }
 
@@ -366,21 +368,21 @@ def test_a_file_of_another_record_is_noticed(record, samples, key):
     assert f"{key} is None, the record's is" in error_of(record)
 
 
-@pytest.mark.parametrize("version", ["0", "2", "1.0", ""])
+@pytest.mark.parametrize("version", ["0", "1", "3", "2.0", ""])
 def test_another_schema_version_is_refused(record, samples, version, monkeypatch):
     monkeypatch.setattr(records, "SCHEMA_VERSION", version)
     write_part(record / "part-1.parquet", samples[3:4], PROVENANCE)
     monkeypatch.undo()
     declare(record)
     message = error_of(record)
-    assert f"record schema version {version}, not 1 as read here; record again" in message
+    assert f"record schema version {version}, not 2 as read here; record again" in message
 
 
 def test_a_file_without_metadata_is_refused(record, samples):
     table = to_table(samples[3:4], PROVENANCE).replace_schema_metadata(None)
     pq.write_table(table, record / "part-1.parquet")
     declare(record)
-    assert "record schema version absent, not 1" in error_of(record)
+    assert "record schema version absent, not 2" in error_of(record)
 
 
 def test_metadata_that_is_no_text_is_refused(record, samples):

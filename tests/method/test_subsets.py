@@ -264,15 +264,26 @@ class LargestTensor(TorchDispatchMode):
         return result
 
 
-def test_chunks_bound_the_temporaries_and_change_nothing(monkeypatch):
+@pytest.mark.parametrize("cached_rows", [0, 1, 3, 7, 100])
+def test_chunks_bound_the_temporaries_and_change_nothing(monkeypatch, cached_rows):
     logits_NV, gold_N = random_logits(9, 60, 1000)
     whole = select_candidates(logits_NV, gold_N, tau=0.9, k_max=50)
     monkeypatch.setattr(subsets, "_CHUNK_ELEMENTS", 7 * 1000)
+    monkeypatch.setattr(subsets, "_CACHED_ELEMENTS", cached_rows * 1000 + 500)
     with LargestTensor() as largest:
         chunked = select_candidates(logits_NV, gold_N, tau=0.9, k_max=50)
     assert_equal(chunked, whole)
     # The logits themselves have 60,000 elements, the result at most 60 * 51.
     assert largest.numel <= 7 * 1000 + 8
+
+
+def test_rows_of_very_different_levels_do_not_disturb_each_other(monkeypatch):
+    monkeypatch.setattr(subsets, "_CACHED_ELEMENTS", 2 * 50)
+    logits_NV, gold_N = random_logits(12, 9, 50)
+    logits_NV += torch.tensor([0.0, 3e4, -3e4]).repeat(3)[:, None]
+    together = select_candidates(logits_NV, gold_N, tau=0.9)
+    alone = [select_candidates(logits_NV[i : i + 1], gold_N[i : i + 1], tau=0.9) for i in range(9)]
+    assert_equal(together, CandidateSets.concatenate(alone))
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
