@@ -228,9 +228,14 @@ def test_what_is_damaged_or_unfinished_is_removed_and_does_not_count_among_the_n
 ):
     directory = tmp_path / "training"
     shutil.copytree(undisturbed.killed, directory)
-    (directory / CHECKPOINTS / "step_00000004" / "state.pt").write_bytes(b"torn")
-    (directory / CHECKPOINTS / "step_00000005.partial").mkdir()
-    kill_after(start(directory), 4)
+    shutil.copytree(
+        directory / CHECKPOINTS / "step_00000004", directory / CHECKPOINTS / "step_00000005"
+    )
+    (directory / CHECKPOINTS / "step_00000005" / "state.pt").write_bytes(b"torn")
+    (directory / CHECKPOINTS / "step_00000006.partial").mkdir()
+    run = start(directory)
+    kill_after(run, 4)  # before it saves anything
+    assert run.first_step == 4
     names = sorted(path.name for path in (directory / CHECKPOINTS).iterdir())
     assert names == ["step_00000002", "step_00000004"]
 
