@@ -14,8 +14,9 @@ from transformers import AutoModelForCausalLM
 from lrmc_ray.artifacts import write_manifest
 from lrmc_ray.checkpoints import list_checkpoints
 from lrmc_ray.config import TrainSettings
-from lrmc_ray.data.examples import EncodingSummary, encode_rows, read_rows
+from lrmc_ray.data.examples import EncodingSummary, Rejects, encode_rows, read_rows
 from lrmc_ray.data.records import Records, write_part
+from lrmc_ray.data.sources import find_sources
 from lrmc_ray.errors import ConfigError, DataError
 from lrmc_ray.ledger import audit_ledger
 from lrmc_ray.method.microbatch import Sample
@@ -39,8 +40,15 @@ def record_of(model_directory, data, directory):
     """What Stage 0 writes, position by position, without Ray."""
     model, tokenizer = load_model(model_directory), load_tokenizer(model_directory)
     samples = []
+    rejects = Rejects()
     for example in encode_rows(
-        read_rows([data]), tokenizer, max_length=512, on_long="error", summary=EncodingSummary()
+        read_rows(find_sources([str(data)]), rejects),
+        tokenizer,
+        max_length=512,
+        on_long="error",
+        vocabulary_size=len(tokenizer),
+        summary=EncodingSummary(),
+        rejects=rejects,
     ):
         ids_T = torch.tensor(example.input_ids)
         is_supervised_P = torch.tensor(example.is_target[1:])
