@@ -15,6 +15,7 @@ STAGES = {
     "train": "Stage 1: fine-tune on the recorded candidates with MoClip",
     "evaluate": "score a model: domain gain and forgetting against its base",
     "tune": "search tau, delta_max and more; does all of the above",
+    "suggest": "ranges of tau and delta_max worth searching",
     "report": "table, figure and report.html of a finished or running search",
     "mlflow-sync": "bring MLflow up to date with the files of a search",
 }

@@ -193,8 +193,8 @@ class TrainSettings(Settings):
             raise ValueError(f"betas must be in [0, 1), got {self.betas}")
         if self.export == "best" and not self.evaluate_every:
             raise ValueError(
-                "export = 'best' needs held-out samples, got evaluate_every = 0; set "
-                "train.evaluate_every"
+                "evaluate_every must be at least 1 with export = 'best', got 0: there is nothing "
+                "to choose by; set train.evaluate_every"
             )
         if self.freeze and self.lora_rank:
             raise ValueError(
@@ -226,6 +226,10 @@ class EvaluateSettings(Settings):
     """Texts on which KL(base || tuned) is measured; 0 switches it off."""
 
 
+AUTOMATIC = {"tau": 0.999, "delta_max": 180.0}
+"""Settings of ``train`` whose range can be found automatically, and the largest that it may be."""
+
+
 class ParameterRange(Settings):
     """One searched setting of ``train``."""
 
@@ -237,9 +241,17 @@ class ParameterRange(Settings):
     """Search the logarithm."""
     choices: Annotated[tuple[float | str, ...] | None, BeforeValidator(_as_tuple)] = None
     """Values to choose from, in place of low and high."""
+    range: Literal["auto"] | None = None
+    """``auto``: low and high are those that ``lrmc suggest`` finds for this model and data."""
+    when: dict[str, float | str] = Field(default_factory=dict)
+    """Searched only in trials with these settings of ``train``: ``{optimizer = "moclip"}``."""
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
+        if self.range is not None:
+            if (self.low, self.high, self.choices) != (None, None, None) or self.log:
+                raise ValueError('range = "auto" stands alone, without low, high, log and choices')
+            return self
         if self.choices is not None:
             if self.low is not None or self.high is not None or self.log:
                 raise ValueError("give either low and high, or choices, not both")
@@ -262,14 +274,22 @@ class SearchSettings(Settings):
     """Names the study in MLflow and on disk."""
     trials: int = Field(10, ge=1)
     """Trials in all, the defaults and the yardstick included."""
+    objective: Literal["combined", "budget", "pareto"] = "combined"
+    """``combined``: the largest combined score. ``budget``: the largest domain gain with at most
+    ``max_forgetting``. ``pareto``: the whole front, of which the knee is taken."""
     forgetting_weight: float = Field(1.0, ge=0)
     """``combined`` = domain gain - forgetting_weight * forgetting."""
+    max_forgetting: float = Field(0.01, ge=-1, le=1)
+    """Forgetting that ``budget`` allows, as a fraction: 0.01 is one point of 100."""
     yardstick_lr: float | None = Field(3e-5, gt=0, lt=1)
     """Learning rate of the plain fine-tuning trial; none leaves it out."""
     seed: int = Field(0, ge=0, lt=2**32)
     """Of Optuna's sampler."""
     startup_trials: int = Field(4, ge=1)
     """Random trials before the sampler (TPE) models the objective."""
+    trial_timeout_seconds: float | None = Field(None, gt=0)
+    """Time after which a trial is stopped as failed; by default ten times the longest that has
+    ended, and at least ten minutes."""
     keep_models: Literal["best", "all"] = "best"
     """Which tuned models stay on disk."""
 
@@ -318,7 +338,15 @@ class RunSettings(Settings):
         for name, searched in self.parameters.items():
             if name not in TrainSettings.model_fields:
                 raise ValueError(f"parameters.{name} is no setting of train{_suggest(name)}")
+            self._check_condition(name, searched)
+            if searched.range == "auto" and name not in AUTOMATIC:
+                raise ValueError(
+                    f'parameters.{name}: range = "auto" is known for {" and ".join(AUTOMATIC)} '
+                    "only; give low and high"
+                )
             for value in searched.choices or (searched.low, searched.high):
+                if value is None:
+                    continue  # not yet known
                 try:
                     trial_settings(self.train, {name: value})
                 except ConfigError as error:
@@ -340,6 +368,26 @@ class RunSettings(Settings):
             )
         return self
 
+    def _check_condition(self, name: str, searched: ParameterRange) -> None:
+        for key, value in searched.when.items():
+            if key not in TrainSettings.model_fields:
+                raise ValueError(f"parameters.{name}.when: {key} is no setting of train")
+            other = self.parameters.get(key)
+            if other is None:
+                possible: tuple[Any, ...] = (getattr(self.train, key),)
+            elif other.when:
+                raise ValueError(
+                    f"parameters.{name}.when: {key} has a condition itself, got {other.when}; "
+                    "put both conditions here"
+                )
+            else:
+                possible = other.choices or ()
+            if value not in possible:
+                raise ValueError(
+                    f"parameters.{name}.when: {key} never is {value!r}: it must be one of "
+                    f"{list(possible)}, by parameters.{key}.choices or train.{key}"
+                )
+
     def wanted_tau(self) -> float:
         """The largest tau that training, or any trial of the search, asks for."""
         return self._largest("tau")
@@ -348,7 +396,9 @@ class RunSettings(Settings):
         """The largest value that a number of ``train`` has, in any trial of the search."""
         searched = self.parameters.get(name)
         values = [getattr(self.train, name)]
-        if searched is not None:
+        if searched is not None and searched.range == "auto":
+            values.append(AUTOMATIC[name])
+        elif searched is not None:
             values += searched.choices or (searched.high,)
         return float(max(values))
 

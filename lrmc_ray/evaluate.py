@@ -1,9 +1,11 @@
 """Score a model on domain and general tasks, and a tuned model against its base.
 
     python -m lrmc_ray.evaluate --tuned runs/.../model
+    python -m lrmc_ray.evaluate --model M --base B
 
 Scores are kept by what made them: the base is scored once, and a model, task list or batch size
-that was scored before is not scored again.
+that was scored before is not scored again. Beside ``items.parquet``, a tuned model's scores have
+the items that it lost and gained against its base, ``receipt.parquet``.
 """
 
 import argparse
@@ -11,7 +13,7 @@ import json
 import logging
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -22,11 +24,13 @@ from lrmc_ray.artifacts import (
     lock_directory,
     publish,
     read_manifest,
+    write_atomically,
     write_json,
 )
 from lrmc_ray.config import ModelSettings, RunSettings
 from lrmc_ray.console import progress, run_command, setup_logging
-from lrmc_ray.errors import IncompleteArtifactError, LrmcError
+from lrmc_ray.errors import ConfigError, DataError, IncompleteArtifactError, LrmcError
+from lrmc_ray.models import tokenizer_fingerprint
 from lrmc_ray.ray_session import RAY_LOG, ray_session
 
 if TYPE_CHECKING:
@@ -37,6 +41,7 @@ _log = logging.getLogger(__name__)
 MADE_BY = "python -m lrmc_ray.evaluate"
 DRIFT_TEXTS = "drift_texts.json"
 DRIFT_LOGPROBS = "drift_logprobs.npz"
+RECEIPT = "receipt.parquet"
 
 Split = Literal["dev", "test"]
 
@@ -71,8 +76,14 @@ def evaluate(
     Raises:
         EvaluationError: scoring failed; the message has the cause.
     """
-    from lrmc_ray.models import model_fingerprint, tokenizer_fingerprint
+    from lrmc_ray.harness import task_fingerprints
+    from lrmc_ray.models import model_fingerprint
+    from lrmc_ray.tasks.registry import expand
 
+    chosen = settings.evaluate
+    names = [*expand(chosen.domain_tasks), *expand(chosen.general_tasks)]
+    if base is not None:
+        _check_vocabulary(model_directory, base)
     identity = {
         "model": model_fingerprint(model_directory),
         "tokenizer": tokenizer_fingerprint(model_directory),
@@ -80,6 +91,7 @@ def evaluate(
         "general_from": general_from.name if general_from else None,
         "base": base.name if base else None,
         "tasks_version": _tasks_version(),
+        "tasks": task_fingerprints(names, split),
         **settings.evaluate.model_dump(mode="json"),
     }
     final = output / "scores" / fingerprint(identity)
@@ -93,6 +105,7 @@ def evaluate(
             manifest = {
                 "kind": "scores",
                 "identity": identity,
+                "vocabulary": _vocabulary(model_directory),
                 "drift": drift,
                 "seconds": round(time.monotonic() - start, 2),
             }
@@ -104,6 +117,39 @@ def _tasks_version() -> str:
     from lrmc_ray.tasks.registry import VERSION
 
     return str(VERSION)
+
+
+def _vocabulary(model_directory: Path) -> dict[str, Any]:
+    """What two models must share for their log-probabilities to be comparable.
+
+    Read from the files: transformers would cost the caller seconds and memory.
+    """
+    config = json.loads((model_directory / "config.json").read_text(encoding="utf-8"))
+    size = config.get("vocab_size") or config.get("text_config", {}).get("vocab_size")
+    path = model_directory / "tokenizer.json"
+    if not path.is_file():
+        return {"size": size, "tokens": tokenizer_fingerprint(model_directory)}
+    tokenizer = json.loads(path.read_text(encoding="utf-8"))
+    vocabulary = tokenizer["model"].get("vocab")
+    added = [[token["content"], token["id"]] for token in tokenizer.get("added_tokens") or []]
+    return {"size": size, "tokens": fingerprint([vocabulary, added])}
+
+
+def _check_vocabulary(model_directory: Path, base: Path) -> None:
+    """Refuse a model that cannot be compared with ``base``, before it is scored."""
+    theirs = read_manifest(base, made_by=MADE_BY)["vocabulary"]
+    own = _vocabulary(model_directory)
+    if own != theirs:
+        differ = (
+            f"{own['size']} tokens against {theirs['size']}"
+            if own["size"] != theirs["size"]
+            else "other tokens"
+        )
+        raise DataError(
+            f"{model_directory} must have its base's vocabulary, but has {differ}: neither its "
+            "cross-entropy per token nor its drift means anything beside the base's; give the base "
+            "that it was made from"
+        )
 
 
 def _score(
@@ -119,13 +165,14 @@ def _score(
     import ray
     from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
-    from lrmc_ray.harness import ScoreRequest, ScoreResult, mean_kl
-    from lrmc_ray.scores import Scores
+    from lrmc_ray.harness import ScoreRequest, ScoreResult, task_label
+    from lrmc_ray.scores import Scores, receipt
+    from lrmc_ray.tasks.registry import expand
 
     chosen = settings.evaluate
-    tasks: list[tuple[str, Any]] = [(name, "domain") for name in chosen.domain_tasks]
+    tasks: list[tuple[str, Any]] = [(name, "domain") for name in expand(chosen.domain_tasks)]
     if general_from is None:
-        tasks += [(name, "general") for name in chosen.general_tasks]
+        tasks += [(name, "general") for name in expand(chosen.general_tasks)]
     resources = settings.resources
     remote = ray.remote(_score_part).options(
         num_cpus=resources.cpus_per_worker,
@@ -134,8 +181,12 @@ def _score(
         # A trial's own placement group has no CPUs to give.
         scheduling_strategy=PlacementGroupSchedulingStrategy(placement_group=None),
     )
-    hands = _divide(tasks, parallel)
     before = _read_drift(base) if base else None
+    # Dealt to the tasks, so that the texts are the same ones however many hands there are.
+    shares: dict[Any, int] = {}
+    for group in ("domain", "general"):
+        count = sum(own == group for _, own in tasks)
+        shares[group] = -(-chosen.drift_samples // count) if count else 0
     pending = [
         remote.remote(
             str(model_directory),
@@ -145,13 +196,12 @@ def _score(
                 precision=chosen.precision,
                 limit=chosen.limit,
                 split=split,
-                drift_samples=chosen.drift_samples // len(hands),
-                # The first hand measures all of it: the order must be the base model's.
-                drift_texts=None if before is None else (before.texts if index == 0 else {}),
+                drift_samples=shares,
+                drift_texts=before.texts if before else None,
             ),
             resources.cpus_per_worker,
         )
-        for index, hand in enumerate(hands)
+        for hand in _divide(tasks, parallel)
     ]
     try:
         results: list[ScoreResult] = ray.get(pending)
@@ -162,34 +212,66 @@ def _score(
     except ray.exceptions.RayError as error:
         raise EvaluationError(f"scoring {model_directory} failed: {error}") from error
     rows = [row for result in results for row in result.rows]
-    order = {name: index for index, (name, _) in enumerate(tasks)}
+    order = {task_label(name): index for index, (name, _) in enumerate(tasks)}
     rows.sort(key=lambda row: order[row["task"]])
     if general_from is not None:
         known = Scores.load(general_from).items.to_pylist()
         rows += [row for row in known if row["group"] == "general"]
-    Scores.from_rows(rows).save(partial)
+    scores = Scores.from_rows(rows)
+    scores.save(partial)
+    texts = {label: part for result in results for label, part in result.texts.items()}
+    logprobs = {label: part for result in results for label, part in result.logprobs.items()}
     if before is None:
-        _write_drift(partial, results)
+        write_json(partial / DRIFT_TEXTS, texts)
+        _write_arrays(partial / DRIFT_LOGPROBS, logprobs)
         return {}
-    drift = {
-        f"eval/kl_base_{group}": mean_kl(before.logprobs[group], logprobs)
-        for group, logprobs in results[0].logprobs.items()
-    }
-    return {name: value for name, value in drift.items() if value is not None}
+    assert base is not None
+    _write_receipt(partial / RECEIPT, receipt(Scores.load(base), scores))
+    groups = {task_label(name): group for name, group in tasks}
+    return _drift(before.logprobs, logprobs, groups)
 
 
-def _write_drift(directory: Path, results: "Sequence[ScoreResult]") -> None:
-    """Keep the base model's texts and its log-probabilities there."""
+def _drift(
+    before: Mapping[str, Any], after: Mapping[str, Any], groups: Mapping[str, str]
+) -> dict[str, float]:
+    """KL(base || tuned) of each group, with the ends of its interval, under the metrics' names."""
     import numpy as np
 
-    texts: dict[str, list[list[int]]] = {}
-    logprobs: dict[str, Any] = {}
-    for group in results[0].texts:
-        texts[group] = [ids for result in results for ids in result.texts[group]]
-        logprobs[group] = np.concatenate([result.logprobs[group] for result in results])
-    write_json(directory / DRIFT_TEXTS, texts)
+    from lrmc_ray.harness import mean_kl
+
+    drift: dict[str, float] = {}
+    for group in ("domain", "general"):
+        labels = [label for label, own in groups.items() if own == group and label in before]
+        if not labels:
+            continue
+        divergence = mean_kl(
+            np.concatenate([before[label] for label in labels]),
+            np.concatenate([after[label] for label in labels]),
+        )
+        if divergence is not None:
+            name = f"eval/kl_base_{group}"
+            drift |= {
+                name: divergence.value,
+                f"{name}_low": divergence.low,
+                f"{name}_high": divergence.high,
+            }
+    return drift
+
+
+def _write_arrays(path: Path, arrays: Mapping[str, Any]) -> None:
+    import numpy as np
+
     # numpy's annotation takes every keyword for allow_pickle's type.
-    np.savez(directory / DRIFT_LOGPROBS, **logprobs)
+    np.savez(path, **arrays)
+
+
+def _write_receipt(path: Path, table: Any) -> None:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    sink = pa.BufferOutputStream()
+    pq.write_table(table, sink, write_page_checksum=True)
+    write_atomically(path, sink.getvalue().to_pybytes())
 
 
 def _read_drift(base: Path) -> "ScoreResult":
@@ -199,7 +281,7 @@ def _read_drift(base: Path) -> "ScoreResult":
 
     texts = json.loads((base / DRIFT_TEXTS).read_text(encoding="utf-8"))
     with np.load(base / DRIFT_LOGPROBS, allow_pickle=False) as logprobs:
-        return ScoreResult([], texts, {group: logprobs[group] for group in texts})
+        return ScoreResult([], texts, {label: logprobs[label] for label in texts})
 
 
 def _divide(tasks: Sequence[Any], parallel: int) -> list[list[Any]]:
@@ -222,30 +304,46 @@ def _score_part(model_directory: str, request: Any, threads: int) -> Any:
 
 def main(argv: Sequence[str]) -> int:
     """The command ``python -m lrmc_ray.evaluate``."""
-    from rich.console import Console
-    from rich.table import Table
-
     from lrmc_ray.cli import add_run_arguments, settings_from
     from lrmc_ray.models import local_directory
     from lrmc_ray.ray_session import local_cpus
-    from lrmc_ray.scores import Scores, compare
 
     parser = argparse.ArgumentParser(
         prog=MADE_BY,
-        description="Score the base model and, with --tuned, a tuned one against it.",
+        description="Score a model; with --base or --tuned, against the model it was made from.",
     )
     add_run_arguments(parser)
-    parser.add_argument("--tuned", metavar="DIR", help="the tuned model's directory")
+    parser.add_argument(
+        "--base", metavar="B", help="the base (default: --model); then --model is scored against it"
+    )
+    parser.add_argument(
+        "--tuned",
+        metavar="DIR",
+        action="append",
+        default=[],
+        help="a tuned model's directory; may be given several times",
+    )
+    parser.add_argument(
+        "--actors",
+        type=int,
+        metavar="N",
+        help="Ray actors that share the tasks (default: one per CPU)",
+    )
     arguments = parser.parse_intermixed_args(argv)
     setup_logging(arguments.verbose)
+    if arguments.actors is not None and arguments.actors < 1:
+        raise ConfigError(f"--actors must be at least 1, got {arguments.actors}")
     settings = settings_from(arguments)
-    if arguments.tuned and not Path(arguments.tuned).is_dir():
-        raise IncompleteArtifactError(
-            f"{arguments.tuned} does not exist; give the directory of a tuned model"
-        )
-    models = [local_directory(settings.model)]
-    if arguments.tuned:
-        models.append(local_directory(ModelSettings(name=arguments.tuned)))
+    for directory in arguments.tuned:
+        if not Path(directory).is_dir():
+            raise IncompleteArtifactError(
+                f"{directory} does not exist; give the directory of a tuned model"
+            )
+    base = ModelSettings(name=arguments.base) if arguments.base else settings.model
+    tuned = [ModelSettings(name=directory) for directory in arguments.tuned]
+    if arguments.base and not tuned:
+        tuned = [settings.model]
+    models = [local_directory(model) for model in (base, *tuned)]
     scored: list[Path] = []
     with (
         ray_session(arguments.address, log=arguments.output / RAY_LOG, verbose=arguments.verbose),
@@ -259,50 +357,97 @@ def main(argv: Sequence[str]) -> int:
                     arguments.output,
                     split="test",
                     base=scored[0] if scored else None,
-                    parallel=local_cpus() if arguments.address == "local" else 4,
+                    parallel=arguments.actors
+                    or (local_cpus() if arguments.address == "local" else 4),
                 )
             )
             bar.advance(1)
-    base = Scores.load(scored[0])
-    table = Table(title="95 % intervals in brackets")
-    for column in ("task", "metric", "base"):
-        table.add_column(column)
-    if not arguments.tuned:
-        if arguments.json:
-            values = {
-                f"{task}/{metric}": items.value.value
-                for (task, metric), items in base.metrics.items()
-            }
-            print(json.dumps({"scores": str(scored[0]), **values}))
-            return 0
-        for (task, metric), items in base.metrics.items():
-            table.add_row(task, metric, str(items.value))
-        Console().print(table)
-        print(f"The scores are in {scored[0]}. Next: {MADE_BY} --tuned DIR")
-        return 0
-    search = settings.search
-    compared = compare(
-        base,
-        Scores.load(scored[1]),
-        forgetting_weight=search.forgetting_weight,
-        seed=search.seed,
-    )
-    drift = read_manifest(scored[1], made_by=MADE_BY)["drift"]
-    if arguments.json:
-        paths = [str(path) for path in scored]
-        print(json.dumps({"scores": paths, **compared.metrics(), **drift}))
-        return 0
-    table.add_column("tuned")
-    table.add_column("change")
-    for task_change in compared.tasks:
-        for change in task_change.metrics:
-            cells = [str(change.before), str(change.after), str(change.delta)]
-            table.add_row(task_change.task, change.metric, *cells)
-    Console().print(table)
-    print(f"domain gain {compared.domain_gain}, forgetting {compared.forgetting}")
-    for name, value in drift.items():
-        print(f"{name} {value:.4f} nats per position")
+    if tuned:
+        _show_changes(settings, scored, as_json=arguments.json)
+    else:
+        _show_scores(scored[0], as_json=arguments.json)
     return 0
+
+
+def _show_scores(directory: Path, *, as_json: bool) -> None:
+    """One model's scores, each with its standard error and interval."""
+    from rich.console import Console
+    from rich.table import Table
+
+    from lrmc_ray.scores import Scores
+
+    scores = Scores.load(directory)
+    if as_json:
+        values: dict[str, Any] = {"scores": str(directory)}
+        for (task, metric), items in scores.metrics.items():
+            values[f"{task}/{metric}"] = items.value.value
+            values[f"{task}/{metric}_low"] = items.value.low
+            values[f"{task}/{metric}_high"] = items.value.high
+            values[f"{task}/{metric}_standard_error"] = items.standard_error
+        print(json.dumps(values))
+        return
+    table = Table(title="95 % intervals in brackets")
+    for column in ("task", "metric", "items", "score", "standard error"):
+        table.add_column(column)
+    for (task, metric), items in scores.metrics.items():
+        row = (task, metric, str(items.num_items), str(items.value), f"{items.standard_error:.3f}")
+        table.add_row(*row)
+    Console().print(table)
+    print(f"The scores are in {directory}. Next: {MADE_BY} --tuned DIR")
+
+
+def _show_changes(settings: RunSettings, scored: Sequence[Path], *, as_json: bool) -> None:
+    """Each tuned model against the base, the first of ``scored``."""
+    from rich.console import Console
+    from rich.table import Table
+
+    from lrmc_ray.scores import Scores, compare, receipt
+    from lrmc_ray.statistics import Interval
+
+    base = Scores.load(scored[0])
+    console = Console()
+    for directory in scored[1:]:
+        tuned = Scores.load(directory)
+        search = settings.search
+        compared = compare(
+            base, tuned, forgetting_weight=search.forgetting_weight, seed=search.seed
+        )
+        drift = read_manifest(directory, made_by=MADE_BY)["drift"]
+        if as_json:
+            paths = [str(scored[0]), str(directory)]
+            print(json.dumps({"scores": paths, **compared.metrics(), **drift}))
+            continue
+        table = Table(title="95 % intervals in brackets; grey: not distinguishable from no change")
+        for column in ("task", "metric", "items", "base", "tuned", "change"):
+            table.add_column(column)
+        for task in compared.tasks:
+            for change in task.metrics:
+                cells = [str(change.before), str(change.after), str(change.delta)]
+                style = None if change.delta.distinguishable else "bright_black"
+                table.add_row(task.task, change.metric, str(task.num_items), *cells, style=style)
+        console.print(table)
+        for name, interval in (
+            ("domain gain", compared.domain_gain),
+            ("forgetting", compared.forgetting),
+            ("combined", compared.combined),
+            ("cross-entropy of general text", compared.general_ce_delta),
+        ):
+            if interval is not None:
+                doubt = "" if interval.distinguishable else ", not distinguishable from 0"
+                style = None if interval.distinguishable else "bright_black"
+                console.print(f"{name} {interval}{doubt}", style=style, highlight=False)
+        for group in ("domain", "general"):
+            name = f"eval/kl_base_{group}"
+            if name in drift:
+                interval = Interval(drift[name], drift[f"{name}_low"], drift[f"{name}_high"])
+                console.print(f"KL from the base on {group} text {interval} nats", highlight=False)
+        changes = receipt(base, tuned)["change"].to_pylist()
+        console.print(
+            f"{changes.count('lost')} items lost, {changes.count('gained')} gained: "
+            f"{directory / RECEIPT}",
+            highlight=False,
+            soft_wrap=True,
+        )
 
 
 if __name__ == "__main__":

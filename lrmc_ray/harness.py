@@ -9,6 +9,7 @@ import difflib
 import logging
 import math
 import os
+import re
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -17,7 +18,9 @@ from typing import Any, Literal
 
 import numpy as np
 
-from lrmc_ray.errors import ConfigError, DataError
+from lrmc_ray.artifacts import file_digest
+from lrmc_ray.errors import ConfigError, DataError, LrmcError
+from lrmc_ray.statistics import Interval, bootstrap_means, percentile_interval
 
 _log = logging.getLogger(__name__)
 
@@ -37,11 +40,11 @@ class ScoreRequest:
     precision: Literal["fp32", "bf16"]
     limit: int | None
     split: Literal["dev", "test"]
-    """Which questions the demo's own domain task asks."""
-    drift_samples: int
-    """Texts to choose for measuring drift, where ``drift_texts`` does not name them."""
-    drift_texts: "dict[Group, list[list[int]]] | None" = None
-    """Token ids of the base model's texts; a tuned model is compared on the same ones."""
+    """Which questions our own domain tasks ask."""
+    drift_samples: dict[Group, int]
+    """Texts of each task to measure drift on, by its group, unless ``drift_texts`` names them."""
+    drift_texts: "dict[str, list[list[int]]] | None" = None
+    """Token ids of the base model's texts by task; a tuned model is compared on the same ones."""
 
 
 @dataclass(frozen=True)
@@ -50,17 +53,17 @@ class ScoreResult:
 
     rows: list[dict[str, Any]]
     """Rows of ``items.parquet``."""
-    texts: dict[Group, list[list[int]]]
-    """Token ids of the texts on which drift is measured."""
-    logprobs: dict[Group, np.ndarray]
-    """The model's log-probabilities there, float32 [positions, vocabulary]."""
+    texts: dict[str, list[list[int]]]
+    """Token ids of the texts on which drift is measured, by task."""
+    logprobs: dict[str, np.ndarray]
+    """The model's log-probabilities there, float32 [texts x positions, vocabulary], by task."""
 
 
 def score(model_directory: Path, request: ScoreRequest) -> ScoreResult:
     """Score the model in ``model_directory``.
 
     Raises:
-        ConfigError: a task does not exist.
+        ConfigError: a task does not exist, or its file is refused.
         DataError: a task cannot be run or scored.
     """
     os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
@@ -75,25 +78,31 @@ def score(model_directory: Path, request: ScoreRequest) -> ScoreResult:
         logging.getLogger(name).setLevel(logging.ERROR)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     dtype = torch.bfloat16 if request.precision == "bf16" else torch.float32
-    model = load_model(model_directory, dtype=dtype).to(device)
-    tokenizer = load_tokenizer(model_directory)
-    lm = PrefixLM(model, tokenizer, batch_tokens=request.batch_tokens)
     rows: list[dict[str, Any]] = []
-    texts: dict[Group, list[list[int]]] = {"domain": [], "general": []}
+    texts: dict[str, list[list[int]]] = {}
     with tempfile.TemporaryDirectory() as scratch:
+        # Before the model is loaded: a task that does not exist is found out at once.
         manager = task_manager([name for name, _ in request.tasks], Path(scratch), request.split)
+        model = load_model(model_directory, dtype=dtype).to(device)
+        tokenizer = load_tokenizer(model_directory)
+        lm = PrefixLM(model, tokenizer, batch_tokens=request.batch_tokens)
         for name, group in request.tasks:
             samples = run_task(lm, manager, name, request.limit)
-            rows.extend(task_rows(name, group, samples, tokenizer))
-            texts[group].extend(_drift_texts(samples, tokenizer))
-    chosen = request.drift_texts
-    if chosen is None:
-        chosen = {group: _spread(part, request.drift_samples) for group, part in texts.items()}
-    return ScoreResult(
-        rows,
-        chosen,
-        {group: lm.last_logprobs(part, DRIFT_POSITIONS) for group, part in chosen.items()},
-    )
+            rows.extend(task_rows(task_label(name), group, samples, tokenizer))
+            if request.drift_texts is None:
+                texts[task_label(name)] = _spread(
+                    _drift_texts(samples, tokenizer), request.drift_samples[group]
+                )
+    if request.drift_texts is not None:
+        labels = [task_label(name) for name, _ in request.tasks]
+        texts = {label: request.drift_texts.get(label, []) for label in labels}
+    logprobs = {label: lm.last_logprobs(part, DRIFT_POSITIONS) for label, part in texts.items()}
+    return ScoreResult(rows, texts, logprobs)
+
+
+def task_label(name: str) -> str:
+    """How scores call the task: a file by its name without folder and suffix."""
+    return Path(name).stem if Path(name).is_file() else name
 
 
 def task_manager(names: Sequence[str], scratch: Path, split: Literal["dev", "test"]) -> Any:
@@ -109,7 +118,10 @@ def task_manager(names: Sequence[str], scratch: Path, split: Literal["dev", "tes
     ours = {*OURS, *(part for parts in OURS.values() for part in parts)}
     materialize(scratch, **task_data(names, split))
     foreign = [name for name in names if name not in ours]
-    manager = TaskManager(include_path=str(scratch), include_defaults=bool(foreign))
+    # Reading the names of lm-eval's 15,000 tasks takes some 10 seconds.
+    manager = TaskManager(
+        include_path=str(scratch), include_defaults=any(map(_may_need_others, foreign))
+    )
     for name in foreign:
         if name not in manager.all_tasks and not Path(name).is_file():
             known = [*OURS, *GROUPS, *manager.all_tasks]
@@ -119,6 +131,11 @@ def task_manager(names: Sequence[str], scratch: Path, split: Literal["dev", "tes
                 f"task {name} is neither one of ours ({', '.join(OURS)}) nor one of lm-eval's{hint}"
             )
     return manager
+
+
+def _may_need_others(name: str) -> bool:
+    """Whether a task is one of lm-eval's, or a file of a group that may name some of them."""
+    return not Path(name).is_file() or "group:" in Path(name).read_text("utf-8", "replace")
 
 
 def task_data(names: Sequence[str], split: Literal["dev", "test"]) -> dict[str, Path]:
@@ -153,49 +170,99 @@ def task_data(names: Sequence[str], split: Literal["dev", "test"]) -> dict[str, 
     return paths
 
 
+def task_fingerprints(names: Sequence[str], split: Literal["dev", "test"]) -> dict[str, str]:
+    """Digests of the local files that decide what is asked: built data, task files of one's own."""
+    files = {str(key): path for key, path in task_data(names, split).items()}
+    for name in names:
+        if Path(name).is_file():
+            files |= {name: Path(name)}
+            files |= {f"{name}: {path}": path for path in _data_files(Path(name))}
+    return {name: file_digest(path) for name, path in files.items() if path.is_file()}
+
+
+def _data_files(task_file: Path) -> list[Path]:
+    """The local files that a task file names under ``data_files``."""
+    text = task_file.read_text(encoding="utf-8", errors="replace")
+    words = re.findall(r"""["']?(/[^"'\s,}\]]+)["']?""", text)
+    return [Path(word) for word in words if Path(word).is_file()]
+
+
 def run_task(
     lm: Any, manager: Any, name: str, limit: int | None
 ) -> dict[str, list[dict[str, Any]]]:
-    """lm-eval's samples of every task that ``name`` stands for."""
+    """lm-eval's samples of every task that ``name`` stands for.
+
+    Raises:
+        ConfigError: lm-eval refuses the task's file.
+        DataError: the task has no items, or its file and its data do not fit.
+    """
     from lm_eval import simple_evaluate
 
     from lrmc_ray.tasks.registry import OURS
 
     samples: dict[str, list[dict[str, Any]]] = {}
     for part in OURS.get(name, (name,)):
-        loaded = manager.load([part])
-        metadata = [task.config.metadata or {} for task in loaded["tasks"].values()]
+        try:
+            loaded = manager.load([part])
+        except Exception as error:  # whatever YAML, datasets and lm-eval may raise
+            raise ConfigError(
+                f"lm-eval refuses the task {part}: {_told(error)}; correct the task file (its data "
+                "must be where `data_files` says), or choose another task"
+            ) from error
+        tasks = loaded["tasks"]
+        if not tasks:
+            raise ConfigError(f"the task {part} has no tasks in it; correct its file")
+        for task_name, task in tasks.items():
+            if not len(task.eval_docs):
+                raise DataError(f"task {task_name} has no items; check its data files")
+        metadata = [task.config.metadata or {} for task in tasks.values()]
         chat = all(isinstance(m, Mapping) and m.get("chat_template") for m in metadata)
-        results = simple_evaluate(
-            model=lm,
-            tasks=[part],
-            task_manager=manager,
-            limit=limit,
-            apply_chat_template=chat,
-            bootstrap_iters=0,
-            log_samples=True,
-        )
+        try:
+            results = simple_evaluate(
+                model=lm,
+                tasks=[part],
+                task_manager=manager,
+                limit=limit,
+                apply_chat_template=chat,
+                bootstrap_iters=0,
+                log_samples=True,
+            )
+        except (LrmcError, RuntimeError, MemoryError, ImportError):
+            raise  # of the model, the machine or the installation
+        except Exception as error:  # of templates and items
+            raise DataError(
+                f"task {part} cannot be run on its data: {_told(error)}; compare the fields that "
+                "its file names with those of its items"
+            ) from error
         if not results or not results.get("samples"):
             raise DataError(f"task {part} has no items; check its data files")
         samples.update(results["samples"])
-        for task_name, task in loaded["tasks"].items():
+        for task_name, task in tasks.items():
             for sample in samples[task_name]:
                 sample["output_type"] = task.OUTPUT_TYPE
                 sample["metric_names"] = [m["metric"] for m in task.config.metric_list or []]
     return samples
 
 
+def _told(error: Exception) -> str:
+    """An error in one line, with its innermost cause."""
+    cause = error.__cause__ or error
+    text = " ".join(str(cause).split())
+    return f"{type(cause).__name__}: {text[:300]}" if text else type(cause).__name__
+
+
 def task_rows(
     name: str, group: Group, samples: Mapping[str, list[dict[str, Any]]], tokenizer: Any
 ) -> Iterator[dict[str, Any]]:
     """The rows of one requested task; a group's subtasks become its items."""
-    companions = {task + suffix for task in samples for suffix in _COMPANIONS} & samples.keys()
+    own = [task for task in samples if task.startswith("lrmc_")]
+    companions = {task + suffix for task in own for suffix in _COMPANIONS} & samples.keys()
     for task, items in samples.items():
         if task in companions:
             continue
         further: dict[int, dict[str, float]] = {}
         for suffix, (metric, measure) in _COMPANIONS.items():
-            for item in samples.get(task + suffix, []):
+            for item in samples[task + suffix] if task + suffix in companions else ():
                 further.setdefault(item["doc_id"], {})[metric] = measure(item, tokenizer)
         first_filter = items[0]["filter"] if items else None
         for item in items:
@@ -304,9 +371,20 @@ def _spread(texts: list[list[int]], count: int) -> list[list[int]]:
     return [texts[index * len(texts) // count] for index in range(count)]
 
 
-def mean_kl(base_PV: np.ndarray, tuned_PV: np.ndarray) -> float | None:
-    """Mean over positions of KL(base || tuned), in nats; None without positions."""
-    if not len(base_PV):
+def mean_kl(base_PV: np.ndarray, tuned_PV: np.ndarray) -> Interval | None:
+    """Mean over positions of KL(base || tuned), in nats, over the whole vocabulary.
+
+    The interval is over the texts, which have ``DRIFT_POSITIONS`` positions each. None without
+    positions.
+    """
+    divergence_P = np.array(
+        [
+            np.sum(np.exp(base_V.astype(np.float64)) * (base_V - tuned_V.astype(np.float64)))
+            for base_V, tuned_V in zip(base_PV, tuned_PV, strict=True)
+        ]
+    )
+    if not len(divergence_P):
         return None
-    divergence = (np.exp(base_PV.astype(np.float64)) * (base_PV - tuned_PV)).sum(axis=-1)
-    return float(divergence.mean())
+    of_text_N = divergence_P.reshape(-1, DRIFT_POSITIONS).mean(axis=1)
+    replicates_1B = bootstrap_means(of_text_N, resamples=2000, rng=np.random.default_rng(0))
+    return percentile_interval(float(of_text_N.mean()), replicates_1B[0])

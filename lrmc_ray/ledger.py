@@ -70,9 +70,13 @@ class Ledger:
         }
         self._file.write(json.dumps(line).encode() + b"\n")
 
+    def sync(self) -> None:
+        """Return when all lines are on the disk; before a checkpoint that builds on them."""
+        os.fsync(self._file.fileno())
+
     def close(self) -> None:
         """Close the file."""
-        os.fsync(self._file.fileno())
+        self.sync()
         self._file.close()
 
     def __enter__(self) -> Self:

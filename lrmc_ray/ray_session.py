@@ -119,6 +119,35 @@ def _stderr_to(log: Path) -> Iterator[None]:
         shown.close()
 
 
+def release_orphaned_groups() -> int:
+    """Remove the placement groups whose creator is dead; returns how many.
+
+    Ray keeps such a group, and the cores in it, until the whole job ends: when a trial dies, so
+    does the controller of its training, but not the group of the training's workers.
+    """
+    import ray
+    from ray._private.state import state
+    from ray.core.generated.gcs_pb2 import PlacementGroupTableData
+    from ray.util.placement_group import PlacementGroup, remove_placement_group
+
+    own_job = ray.get_runtime_context().get_job_id()
+    released = 0
+    # Ray's public table of placement groups does not say who made them.
+    for serialized in state._connect_and_get_accessor().get_placement_group_table():
+        group = PlacementGroupTableData.FromString(serialized)
+        if (
+            group.creator_actor_dead
+            # Groups that the driver made, Tune's among them, have no creating actor to be alive.
+            and set(group.creator_actor_id) - {0xFF}
+            and not group.is_detached
+            and group.creator_job_id.hex() == own_job
+            and group.state != PlacementGroupTableData.REMOVED
+        ):
+            remove_placement_group(PlacementGroup(ray.PlacementGroupID(group.placement_group_id)))
+            released += 1
+    return released
+
+
 def _ensure_token() -> None:
     """Make the secret that Ray's processes show each other, readable by its owner only."""
     if os.environ["RAY_AUTH_MODE"] != "token" or "RAY_AUTH_TOKEN" in os.environ:

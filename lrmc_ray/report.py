@@ -11,7 +11,6 @@ import argparse
 import functools
 import io
 import json
-import math
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -24,6 +23,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from lrmc_ray.artifacts import read_manifest, write_atomically
 from lrmc_ray.console import format_seconds, run_command
 from lrmc_ray.errors import ConfigError, DataError, IncompleteArtifactError, LrmcError
+from lrmc_ray.landscape import surface
 from lrmc_ray.metrics_log import StepMetrics, read_metrics
 from lrmc_ray.report_html import (
     COLOURS,
@@ -33,10 +33,13 @@ from lrmc_ray.report_html import (
     ROLE_NAMES,
     Curve,
     FrontPoint,
+    contour_figure,
     curve_figure,
     drawing,
     flatten,
     front_figure,
+    hypervolume_figure,
+    importance_figure,
     number,
     percent,
     percent_range,
@@ -56,7 +59,8 @@ from lrmc_ray.scores import (
     difference,
     receipt,
 )
-from lrmc_ray.statistics import Interval, front_probability, pareto_front
+from lrmc_ray.statistics import CONFIDENCE, HYPERVOLUME_REFERENCE, Interval, Objective, choose
+from lrmc_ray.trade_off import TradeOff, trade_off
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -72,6 +76,11 @@ CURVES = {
     "moclip/angle_deg": ("Angle of gradient and momentum", "degrees"),
 }
 RESAMPLES = 2000
+_OBJECTIVE_NOTES: dict[Objective, str] = {
+    "combined": "",
+    "budget": " The search looked for the most domain gain with at most {budget} of forgetting.",
+    "pareto": " The search looked for the whole front; its knee is called the best.",
+}
 _MAX_EXAMPLES = 6
 
 
@@ -109,13 +118,20 @@ class StudyFile(_Entry):
     schema_version: Literal[1] = Field(alias="schema")
     name: str
     created: str
-    objective: str = "combined"
+    objective: Objective = "combined"
     forgetting_weight: float = Field(ge=0, allow_inf_nan=False)
+    max_forgetting: float = Field(0.01, allow_inf_nan=False)
+    """What the objective ``budget`` allows, as a fraction."""
     space: dict[str, Any] = {}
     settings: dict[str, Any] = {}
     versions: dict[str, str] = {}
     base_scores: str | None = None
     stage_seconds: dict[str, float] = {}
+    sessions: tuple[tuple[float, float], ...] = ()
+    """Begin and end of every sitting, in seconds since 1970."""
+    forecast: dict[str, Any] | None = None
+    importance: dict[str, dict[str, float]] = {}
+    """Of each parameter, for ``eval/domain_gain`` and the others: shares that add up to one."""
     record: dict[str, Any] = {}
     trials: tuple[TrialEntry, ...] = ()
     best: int | None = None
@@ -138,6 +154,10 @@ class Trial:
     front_probability: float = 0.0
     """Share of the resamples in which the trial is on the Pareto front."""
     is_on_front: bool = False
+    knee_probability: float = 0.0
+    """Share of the resamples in which it is the front's knee."""
+    budget_probability: float = 0.0
+    """Share of the resamples in which it forgets at most ``max_forgetting``."""
 
     @property
     def name(self) -> str:
@@ -180,15 +200,24 @@ class Study:
     file: StudyFile
     trials: tuple[Trial, ...]
     best: Trial | None
-    """The study's choice, or the highest combined score where it has made none."""
+    """The study's choice, or the best by its objective where it has made none."""
+    closest: Trial | None
+    """Where no trial keeps the budget, so that there is no best one: the one that forgets least."""
     yardstick: Trial | None
-    """Plain fine-tuning; of several learning rates the one with the highest combined score."""
+    """Plain fine-tuning; of several learning rates the one that the objective prefers."""
     candidate: Trial | None
-    """``best``, or the best of the others where plain fine-tuning itself is the best."""
+    """``shown``, or the best of the others where plain fine-tuning itself is the best."""
     verdict: Verdict | None
     """None until a trial has scores."""
+    trade_off: TradeOff | None
+    """Of ``compared``; None until a trial has scores."""
     notes: tuple[str, ...]
     """What a reader must know about damaged or missing parts."""
+
+    @property
+    def shown(self) -> Trial | None:
+        """The trial that the report is about: the best, or the closest to the budget."""
+        return self.best or self.closest
 
     @property
     def compared(self) -> tuple[Trial, ...]:
@@ -252,18 +281,20 @@ def load_study(study_dir: Path, *, resamples: int = RESAMPLES) -> Study:
         seed=_bootstrap_seed(file),
         resamples=resamples,
     )
-    trials = _with_front(
+    trials, traded = _with_trade_off(
         [
             _load_trial(entry, study_dir, base, compare_with)
             for entry in sorted(file.trials, key=lambda entry: entry.number)
-        ]
+        ],
+        file.max_forgetting,
     )
     notes = [
         f"{trial.name} is marked complete, but cannot be used: {trial.problem}"
         for trial in trials
         if trial.problem is not None and trial.entry.state == "COMPLETE"
     ]
-    best = _highest(trials)
+    preferred, is_feasible = _preferred(file, trials)
+    best, closest = (preferred, None) if is_feasible else (None, preferred)
     if file.best is not None:
         named = next((trial for trial in trials if trial.entry.number == file.best), None)
         if named is None:
@@ -275,12 +306,14 @@ def load_study(study_dir: Path, *, resamples: int = RESAMPLES) -> Study:
                 f"{named.name} was chosen as the best; the best of the readable trials is shown"
             )
         else:
-            best = named
-    yardstick = _highest([trial for trial in trials if trial.entry.role == "yardstick"])
-    candidate = best
-    if best is not None and best.entry.role == "yardstick":
-        candidate = _highest([trial for trial in trials if trial.entry.role != "yardstick"])
-    verdict = _search_verdict(base, best, candidate, yardstick)
+            best, closest = named, None
+    yardsticks = [trial for trial in trials if trial.entry.role == "yardstick"]
+    others = [trial for trial in trials if trial.entry.role != "yardstick"]
+    yardstick = _preferred(file, yardsticks)[0]
+    shown = candidate = best or closest
+    if shown is not None and shown.entry.role == "yardstick":
+        candidate = _preferred(file, others)[0]
+    verdict = _search_verdict(base, shown, candidate, yardstick)
     if verdict is not None and best is not None and file.final:
         try:
             verdict = _final_verdict(study_dir, file.final, best, verdict, compare_with)
@@ -291,9 +324,11 @@ def load_study(study_dir: Path, *, resamples: int = RESAMPLES) -> Study:
         file=file,
         trials=tuple(trials),
         best=best,
+        closest=closest,
         yardstick=yardstick,
         candidate=candidate,
         verdict=verdict,
+        trade_off=traded,
         notes=tuple(notes),
     )
 
@@ -416,34 +451,43 @@ def _load_trial(
     return Trial(entry, scores=scores, comparison=comparison)
 
 
-def _with_front(trials: Sequence[Trial]) -> list[Trial]:
-    """The trials with their place on the Pareto front."""
+def _with_trade_off(
+    trials: Sequence[Trial], max_forgetting: float
+) -> tuple[list[Trial], TradeOff | None]:
+    """The trials with their place on the Pareto front, and the front as a whole."""
     compared = [trial for trial in trials if trial.comparison is not None]
     comparisons = [trial.comparison for trial in compared if trial.comparison is not None]
     if not comparisons:
-        return list(trials)
-    front = pareto_front([(one.domain_gain.value, one.forgetting.value) for one in comparisons])
-    probability_T = front_probability(
-        [one.domain_gain_replicates for one in comparisons],
-        [one.forgetting_replicates for one in comparisons],
-    )
+        return list(trials), None
+    traded = trade_off(comparisons, max_forgetting=max_forgetting)
     placed = {
         trial.entry.number: replace(
-            trial, is_on_front=index in front, front_probability=float(probability_T[index])
+            trial,
+            is_on_front=index in traded.front,
+            front_probability=traded.front_probability[index],
+            knee_probability=traded.knee_probability[index],
+            budget_probability=traded.budget_probability[index],
         )
         for index, trial in enumerate(compared)
     }
-    return [placed.get(trial.entry.number, trial) for trial in trials]
+    return [placed.get(trial.entry.number, trial) for trial in trials], traded
 
 
-def _highest(trials: Sequence[Trial]) -> Trial | None:
-    """The trial with the highest combined score."""
+def _preferred(file: StudyFile, trials: Sequence[Trial]) -> tuple[Trial | None, bool]:
+    """The trial that the study's objective prefers, and whether it may be called the best."""
     compared = [trial for trial in trials if trial.comparison is not None]
-    return max(
-        compared,
-        key=lambda trial: trial.comparison.combined.value if trial.comparison else -math.inf,
-        default=None,
+    points = [
+        (trial.comparison.domain_gain.value, trial.comparison.forgetting.value)
+        for trial in compared
+        if trial.comparison is not None
+    ]
+    choice = choose(
+        points,
+        file.objective,
+        forgetting_weight=file.forgetting_weight,
+        max_forgetting=file.max_forgetting,
     )
+    return (compared[choice.index], choice.is_feasible) if choice else (None, False)
 
 
 # In words
@@ -460,14 +504,58 @@ class Sentence:
 
 def headline(study: Study) -> tuple[Sentence, ...]:
     """What was learned, what was forgotten, and how that compares with plain fine-tuning."""
-    if study.best is None or study.verdict is None:
+    if study.shown is None or study.verdict is None:
         count = len(study.problems)
         text = f"No trial has scores yet: {count} of {count} failed or unfinished."
         return (Sentence(text, False),)
     comparison = study.verdict.comparison
-    sentences = [_learned(study.best, comparison), _forgotten(comparison)]
+    sentences = [
+        *_closest(study),
+        _learned(study.shown, comparison),
+        _forgotten(comparison),
+        *_by_objective(study),
+    ]
     versus = _against_yardstick(study, study.verdict)
     return (*sentences, versus) if versus else tuple(sentences)
+
+
+def _closest(study: Study) -> list[Sentence]:
+    """That no trial keeps the budget, where that is so."""
+    if study.closest is None:
+        return []
+    return [
+        Sentence(
+            f"No trial stays within the budget of {points(study.file.max_forgetting)} points of "
+            f"forgetting, so there is no best one; {study.closest.name} forgets least.",
+            True,
+        )
+    ]
+
+
+def _by_objective(study: Study) -> list[Sentence]:
+    """How sure the choice is, in terms of the study's own objective."""
+    best, traded = study.best, study.trade_off
+    if best is None or traded is None:
+        return []
+    if study.file.objective == "budget":
+        share = best.budget_probability
+        return [
+            Sentence(
+                f"It stays within the budget of {points(study.file.max_forgetting)} points in "
+                f"{percent(share)} of the resamples of the search's items.",
+                share >= CONFIDENCE,
+            )
+        ]
+    if study.file.objective == "pareto":
+        share = best.knee_probability
+        return [
+            Sentence(
+                f"It is the knee of a front of {len(traded.front)} trials, and is so in "
+                f"{percent(share)} of the resamples of the search's items.",
+                share >= CONFIDENCE,
+            )
+        ]
+    return []
 
 
 def _learned(best: Trial, comparison: Comparison) -> Sentence:
@@ -518,7 +606,7 @@ def _against_yardstick(study: Study, verdict: Verdict) -> Sentence | None:
     combined = versus.combined
     plain = f"plain fine-tuning ({study.yardstick.name})"
     start = ""
-    if study.candidate is not study.best:
+    if study.candidate is not study.shown:
         start = f"Plain fine-tuning itself scored best; the best other is {study.candidate.name}. "
     if combined.distinguishable:
         relation = f"{'better' if combined.value > 0 else 'worse'} than"
@@ -606,6 +694,8 @@ def _headline_numbers(comparison: Comparison) -> tuple[Interval, Interval, Inter
 
 def _tags(study: Study, trial: Trial) -> list[str]:
     tags = ["best"] if trial is study.best else []
+    if trial is study.closest:
+        tags.append("closest to the budget")
     if trial.entry.role == "yardstick":
         tags.append("plain fine-tuning")
     elif trial.entry.role == "defaults":
@@ -622,7 +712,10 @@ def as_json(study: Study) -> dict[str, Any]:
     return {
         "study": study.file.name,
         "directory": str(study.directory),
+        "objective": study.file.objective,
         "best": study.best.entry.number if study.best else None,
+        "closest": study.closest.entry.number if study.closest else None,
+        "trade_off": _trade_off_json(study),
         "best_results": verdict.comparison.metrics() if verdict else None,
         "fresh_tasks": list(verdict.fresh_tasks) if verdict else [],
         "yardstick": study.yardstick.entry.number if study.yardstick else None,
@@ -639,6 +732,8 @@ def as_json(study: Study) -> dict[str, Any]:
                 "settings": trial.entry.settings,
                 "on_front": trial.is_on_front,
                 "front_probability": trial.front_probability,
+                "knee_probability": trial.knee_probability,
+                "budget_probability": trial.budget_probability,
                 "results": (
                     {**trial.entry.results, **trial.comparison.metrics()}
                     if trial.comparison
@@ -647,6 +742,21 @@ def as_json(study: Study) -> dict[str, Any]:
             }
             for trial in study.trials
         ],
+    }
+
+
+def _trade_off_json(study: Study) -> dict[str, Any] | None:
+    traded = study.trade_off
+    if traded is None:
+        return None
+    numbers = [trial.entry.number for trial in study.compared]
+    return {
+        "front": [numbers[index] for index in traded.front],
+        "knee": numbers[traded.knee],
+        "knee_gain": asdict(traded.knee_gain),
+        "knee_forgetting": asdict(traded.knee_forgetting),
+        "hypervolume": asdict(traded.hypervolume[-1]),
+        "hypervolume_reference": list(HYPERVOLUME_REFERENCE),
     }
 
 
@@ -776,7 +886,8 @@ def _write(study: Study) -> Path:
 
 def _page(study: Study) -> dict[str, Any]:
     """Everything that the page shows, in the words of its template."""
-    best, verdict = study.best, study.verdict
+    best, verdict = study.shown, study.verdict
+    surface_names, ground = _surface(study)
     curves, curve_notes = _curves(study)
     tiles = []
     if verdict is not None:
@@ -802,6 +913,9 @@ def _page(study: Study) -> dict[str, Any]:
         "objective_text": (
             f"Combined = domain gain - {weight} x forgetting; against plain fine-tuning it is the "
             "difference of both combined scores."
+            + _OBJECTIVE_NOTES[study.file.objective].format(
+                budget=points(study.file.max_forgetting)
+            )
         ),
         "cautions": _cautions(study),
         "notes": (*study.notes, *curve_notes),
@@ -824,7 +938,12 @@ def _page(study: Study) -> dict[str, Any]:
         "curves": curves,
         "curve_roles": [(role, ROLE_NAMES[role]) for role in ROLE_NAMES if role in curve_roles],
         "costs": _cost_rows(study),
+        "cost_sentences": _cost_sentences(study),
         "cost_note": _cost_note(study),
+        "trade_off": _trade_off_section(study),
+        "surface": ground,
+        "surface_names": surface_names,
+        "importance": _importance(study),
         "record": flatten(study.file.record),
         **_receipt(verdict),
         "tables": [
@@ -841,8 +960,101 @@ def _page(study: Study) -> dict[str, Any]:
     }
 
 
+def _trade_off_section(study: Study) -> dict[str, Any] | None:
+    """The front, its knee and its hypervolume, for every objective."""
+    traded = study.trade_off
+    if traded is None:
+        return None
+    compared = study.compared
+    bend = compared[traded.knee]
+    area = traded.hypervolume[-1]
+    gain, forgetting = (points(value) for value in HYPERVOLUME_REFERENCE)
+    rows = []
+    for index in traded.front:
+        trial = compared[index]
+        assert trial.comparison is not None  # compared
+        rows.append(
+            {
+                "name": trial.name,
+                "gain": trial.comparison.domain_gain,
+                "forgetting": trial.comparison.forgetting,
+                "on_front": number(trial.front_probability, 2),
+                "knee": number(trial.knee_probability, 2),
+                "budget": number(trial.budget_probability, 2),
+            }
+        )
+    return {
+        "sentences": [
+            f"{len(traded.front)} of {len(compared)} trials are on the front. Its knee is "
+            f"{bend.name}, in {percent(traded.knee_probability[traded.knee])} of the resamples; "
+            f"wherever the knee falls, its gain is {points(traded.knee_gain.value)} "
+            f"({points_range(traded.knee_gain)}) and its forgetting "
+            f"{points(traded.knee_forgetting.value)} ({points_range(traded.knee_forgetting)})."
+        ],
+        "rows": rows,
+        "figure": drawing(
+            hypervolume_figure(traded.hypervolume, [trial.name for trial in compared]),
+            "hypervolume",
+        ),
+        "caption": (
+            f"Hypervolume: the area between the front and the point (gain {gain}, forgetting "
+            f"{forgetting}), now {1e4 * area.value:.0f} points x points (95 % interval "
+            f"{1e4 * area.low:.0f} to {1e4 * area.high:.0f}). It grows as the front does; the "
+            "band leans upwards, since a front picks lucky trials. The three shares on the right "
+            f"are of the resamples; the budget is {points(study.file.max_forgetting)} points of "
+            "forgetting."
+        ),
+    }
+
+
+def _surface(study: Study) -> tuple[tuple[str, str], Any]:
+    """The combined score over the two thresholds, or over the first two numbers searched."""
+    searched = [
+        name
+        for name, space in study.file.space.items()
+        if isinstance(space, Mapping) and space.get("choices") is None
+    ]
+    searched.sort(key=lambda name: name not in ("tau", "delta_max"))
+    if len(searched) < 2:
+        return ("", ""), None
+    names = (searched[0], searched[1])
+    placed = [
+        (
+            float(trial.entry.params[names[0]]),
+            float(trial.entry.params[names[1]]),
+            trial.comparison.combined.value,
+            trial.name,
+        )
+        for trial in study.compared
+        if trial.comparison is not None and all(name in trial.entry.params for name in names)
+    ]
+    ground = surface(
+        [one[0] for one in placed], [one[1] for one in placed], [one[2] for one in placed]
+    )
+    return names, drawing(contour_figure(ground, placed, names), "surface") if ground else None
+
+
+def _importance(study: Study) -> Any:
+    names = {
+        "eval/domain_gain": "domain gain",
+        "eval/forgetting": "forgetting",
+        "eval/combined": "combined",
+    }
+    shares = {
+        text: study.file.importance[key]
+        for key, text in names.items()
+        if study.file.importance.get(key)
+    }
+    return drawing(importance_figure(shares), "importance") if shares else None
+
+
 def _trial_row(study: Study, trial: Trial) -> dict[str, Any]:
-    kinds = {"best": "best", "plain fine-tuning": "yardstick", "defaults": "defaults"}
+    kinds = {
+        "best": "best",
+        "closest to the budget": "closest",
+        "plain fine-tuning": "yardstick",
+        "defaults": "defaults",
+    }
     tags = [{"kind": kinds[text], "text": text} for text in _tags(study, trial)]
     row: dict[str, Any] = {
         "number": trial.entry.number,
@@ -1013,18 +1225,53 @@ def _cost_rows(study: Study) -> list[dict[str, str]]:
         rows.append(_cost_row("Stage 0: record (once)", {"train_seconds": stages["record"]}))
     if "base_evaluation" in stages:
         rows.append(_cost_row("base model (once)", {"evaluate_seconds": stages["base_evaluation"]}))
-    if study.best is not None:
-        rows.append(_cost_row(f"{study.best.name}, the best", study.best.entry.cost))
-    if study.yardstick is not None and study.yardstick is not study.best:
+    if study.shown is not None:
+        how = "the best" if study.best else "closest to the budget"
+        rows.append(_cost_row(f"{study.shown.name}, {how}", study.shown.entry.cost))
+    if study.yardstick is not None and study.yardstick is not study.shown:
         rows.append(
             _cost_row(f"{study.yardstick.name}, plain fine-tuning", study.yardstick.entry.cost)
         )
     total: dict[str, float] = {}
     for trial in study.trials:
-        for key, value in trial.entry.cost.items():
+        cost = dict(trial.entry.cost)
+        if (hours := _core_hours(cost)) is not None:
+            cost["core_hours"] = hours
+        for key, value in cost.items():
             total[key] = total.get(key, 0.0) + value
     rows.append(_cost_row(f"all {len(study.trials)} trials", total))
     return rows
+
+
+def _core_hours(cost: Mapping[str, float]) -> float | None:
+    """Cores held, times hours; None where that was not written down."""
+    if "core_hours" in cost:
+        return cost["core_hours"]
+    if "train_cores" not in cost or "evaluate_cores" not in cost:
+        return None
+    seconds = sum(
+        cost.get(f"{part}_seconds", 0.0) * cost[f"{part}_cores"] for part in ("train", "evaluate")
+    )
+    return seconds / 3600
+
+
+def _cost_sentences(study: Study) -> list[str]:
+    """Wall time, and the forecast beside it."""
+    sessions = study.file.sessions
+    taken = sum(end - start for start, end in sessions)
+    if not taken:
+        return []
+    sentences = [
+        f"The search took {format_seconds(taken)} by the clock"
+        + (f" in {len(sessions)} sittings." if len(sessions) > 1 else ".")
+    ]
+    if study.file.forecast is not None:
+        expected = study.file.forecast.get("seconds", 0.0)
+        sentences.append(
+            f"The forecast for {study.file.forecast.get('trials')} trials was "
+            f"{format_seconds(expected)} ({study.file.forecast.get('basis')})."
+        )
+    return sentences
 
 
 def _cost_row(part: str, cost: Mapping[str, float]) -> dict[str, str]:
@@ -1039,6 +1286,7 @@ def _cost_row(part: str, cost: Mapping[str, float]) -> dict[str, str]:
         "part": part,
         "train": seconds("train_seconds"),
         "evaluate": seconds("evaluate_seconds"),
+        "core_hours": "-" if (hours := _core_hours(cost)) is None else f"{hours:.3f}",
         "tokens": tokens,
         "tokens_share": share,
     }
@@ -1050,7 +1298,7 @@ def _cost_note(study: Study) -> str:
         "consists of positions, that give no gradient; the gradient stays the same."
     )
     record = study.file.stage_seconds.get("record")
-    best, plain = study.best, study.yardstick
+    best, plain = study.shown, study.yardstick
     if record is None or best is None or plain is None or best is plain:
         return note
     own, other = (trial.entry.cost.get("train_seconds") for trial in (best, plain))

@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from lrmc_ray.landscape import Surface
 from lrmc_ray.statistics import Interval
 
 if TYPE_CHECKING:
@@ -230,6 +231,109 @@ def curve_figure(curves: Sequence[Curve], unit: str) -> "Figure":
     return figure
 
 
+def hypervolume_figure(areas: Sequence[Interval], labels: Sequence[str]) -> "Figure":
+    """The area under the front over the trials, with its interval, in points x points."""
+    import plotly.graph_objects as go
+
+    figure = go.Figure()
+    x = list(range(1, len(areas) + 1))
+    scaled = [(1e4 * one.value, 1e4 * one.low, 1e4 * one.high) for one in areas]
+    figure.add_scatter(
+        x=[*x, *reversed(x)],
+        y=[high for _, _, high in scaled] + [low for _, low, _ in reversed(scaled)],
+        fill="toself",
+        fillcolor="rgba(15, 118, 110, 0.12)",
+        line={"width": 0},
+        hoverinfo="skip",
+        mode="lines",
+    )
+    figure.add_scatter(
+        x=x,
+        y=[value for value, _, _ in scaled],
+        mode="lines+markers",
+        line={"color": COLOURS["front"], "width": 2, "shape": "hv"},
+        customdata=list(labels),
+        hovertemplate="up to %{customdata}<br>%{y:.3g}<extra></extra>",
+    )
+    figure.update_layout(
+        **_layout(260),
+        showlegend=False,
+        xaxis=_axis("trials with scores"),
+        yaxis=_axis("points x points"),
+    )
+    return figure
+
+
+def contour_figure(
+    ground: Surface,
+    trials: Sequence[tuple[float, float, float, str]],
+    names: tuple[str, str],
+) -> "Figure":
+    """A score over two parameters: the surface, and on it the trials as (x, y, score, label)."""
+    import plotly.graph_objects as go
+
+    figure = go.Figure()
+    rows = [[None if value != value else 100 * value for value in row] for row in ground.z.tolist()]
+    figure.add_contour(
+        x=ground.x.tolist(),
+        y=ground.y.tolist(),
+        z=rows,
+        colorscale=[[0, "#f1f5f9"], [1, "#0f766e"]],
+        contours={"coloring": "heatmap", "showlines": False},
+        colorbar={"title": {"text": "points"}, "thickness": 10, "outlinewidth": 0},
+        hoverinfo="skip",
+    )
+    figure.add_scatter(
+        x=[x for x, _, _, _ in trials],
+        y=[y for _, y, _, _ in trials],
+        mode="markers",
+        marker={
+            "size": 10,
+            "color": [100 * score for _, _, score, _ in trials],
+            "colorscale": [[0, "#f1f5f9"], [1, "#0f766e"]],
+            "cmin": min(100 * score for _, _, score, _ in trials),
+            "cmax": max(100 * score for _, _, score, _ in trials),
+            "line": {"color": "#1e293b", "width": 1},
+        },
+        customdata=[f"{label}: {points(score)}" for _, _, score, label in trials],
+        hovertemplate="%{customdata}<br>%{x:.4g}, %{y:.4g}<extra></extra>",
+    )
+    figure.update_layout(
+        **_layout(360), showlegend=False, xaxis=_axis(names[0]), yaxis=_axis(names[1])
+    )
+    return figure
+
+
+def importance_figure(shares: Mapping[str, Mapping[str, float]]) -> "Figure":
+    """How much each parameter matters, one group of bars per score."""
+    import plotly.graph_objects as go
+
+    figure = go.Figure()
+    names = sorted(
+        {name for one in shares.values() for name in one},
+        key=lambda name: max(one.get(name, 0.0) for one in shares.values()),
+    )
+    colours = {"domain gain": COLOURS["best"], "forgetting": COLOURS["yardstick"]}
+    for score, one in reversed(list(shares.items())):
+        figure.add_bar(
+            y=names,
+            x=[100 * one.get(name, 0.0) for name in names],
+            orientation="h",
+            name=score,
+            marker={"color": colours.get(score, COLOURS["search"])},
+            hovertemplate="%{y}: %{x:.0f} % of the differences in %{fullData.name}<extra></extra>",
+        )
+    layout = _layout(90 + 26 * len(names) * len(shares))
+    figure.update_layout(
+        **layout | {"margin": {"l": 56, "r": 12, "t": 36, "b": 48}},
+        barmode="group",
+        legend={"orientation": "h", "y": 1.0, "yanchor": "bottom", "traceorder": "reversed"},
+        xaxis=_axis("% of the differences explained"),
+        yaxis=_axis("") | {"gridcolor": "rgba(0,0,0,0)"},
+    )
+    return figure
+
+
 def _layout(height: int) -> dict[str, Any]:
     return {
         "template": {},  # The default one adds 7 kB to every figure.
@@ -441,7 +545,7 @@ _TEMPLATE = """{% macro chosen(rows) %}
 
 {% if parameters %}
 <section>
-<h2>Parameters of the best trial</h2>
+<h2>Parameters of {{ best_name }}</h2>
 <ul class="chips">{% for name, value in parameters %}<li>{{ name }} <b>{{ value }}</b></li>{% endfor %}</ul>
 </section>
 {% endif %}
@@ -452,6 +556,36 @@ _TEMPLATE = """{% macro chosen(rows) %}
 {{ front.place }}
 <p class="legend">{% for role, text in roles %}<span><i class="mark" style="background: {{ colours[role] }}"></i>{{ text }}</span> {% endfor %}<span><i class="key" style="background: {{ colours.front }}"></i>Pareto front</span></p>
 <p class="caption">Every point is a trial; touch one for its parameters. Right: the general tasks got worse; left of 0 they improved. Up: the domain tasks got better. Bars are 95 % intervals. The dotted line is the Pareto front: trials that no other trial beats in both. All on the items that the search used. {{ front_note }}</p>
+</section>
+{% endif %}
+
+{% if trade_off %}
+<section>
+<h2>The front as a whole</h2>
+{% for sentence in trade_off.sentences %}<p>{{ sentence }}</p>{% endfor %}
+<table class="cards">
+<thead><tr><th>trial</th><th class="num">domain gain</th><th class="num">forgetting</th><th class="num">on the front</th><th class="num">is the knee</th><th class="num">keeps the budget</th></tr></thead>
+<tbody>{% for row in trade_off.rows %}<tr><td class="wide"><b>{{ row.name }}</b></td>
+<td class="num" data-label="domain gain">{{ row.gain.value | points }}<small>{{ row.gain | points_range }}</small></td>
+<td class="num" data-label="forgetting">{{ row.forgetting.value | points }}<small>{{ row.forgetting | points_range }}</small></td>
+<td class="num" data-label="on the front">{{ row.on_front }}</td><td class="num" data-label="is the knee">{{ row.knee }}</td><td class="num" data-label="keeps budget">{{ row.budget }}</td></tr>{% endfor %}</tbody>
+</table>
+<h3>Hypervolume over the trials</h3>
+{{ trade_off.figure.place }}
+<p class="caption">{{ trade_off.caption }}</p>
+</section>
+{% endif %}
+
+{% if surface or importance %}
+<section>
+<h2>What the parameters do</h2>
+<div class="curves">
+{% if surface %}<div><h3>Combined score over {{ surface_names[0] }} and {{ surface_names[1] }}</h3>{{ surface.place }}</div>{% endif %}
+
+{% if importance %}<div><h3>Importance of the parameters</h3>{{ importance.place }}</div>{% endif %}
+
+</div>
+<p class="caption">{% if surface %}The surface is a smooth fit between the trials (dots); the other parameters differ from trial to trial, so it shows a tendency. {% endif %}{% if importance %}Importance is Optuna's PED-ANOVA over the completed trials: how much a parameter tells the best quarter from the others. With few trials it is rough.{% endif %}</p>
 </section>
 {% endif %}
 
@@ -519,9 +653,10 @@ _TEMPLATE = """{% macro chosen(rows) %}
 <section>
 <h2>Cost</h2>
 <table class="cards">
-<thead><tr><th>part</th><th class="num">training</th><th class="num">evaluation</th><th class="num">tokens processed of original</th></tr></thead>
-<tbody>{% for row in costs %}<tr><td class="wide">{{ row.part }}</td><td class="num" data-label="training">{{ row.train }}</td><td class="num" data-label="evaluation">{{ row.evaluate }}</td><td class="num" data-label="tokens">{{ row.tokens }}{% if row.tokens_share %}<small>{{ row.tokens_share }}</small>{% endif %}</td></tr>{% endfor %}</tbody>
+<thead><tr><th>part</th><th class="num">training</th><th class="num">evaluation</th><th class="num">core hours</th><th class="num">tokens processed of original</th></tr></thead>
+<tbody>{% for row in costs %}<tr><td class="wide">{{ row.part }}</td><td class="num" data-label="training">{{ row.train }}</td><td class="num" data-label="evaluation">{{ row.evaluate }}</td><td class="num" data-label="core hours">{{ row.core_hours }}</td><td class="num" data-label="tokens">{{ row.tokens }}{% if row.tokens_share %}<small>{{ row.tokens_share }}</small>{% endif %}</td></tr>{% endfor %}</tbody>
 </table>
+{% for sentence in cost_sentences %}<p class="note">{{ sentence }}</p>{% endfor %}
 <p class="caption">{{ cost_note }}</p>
 {% if record %}
 <h3>The record (Stage 0)</h3>
@@ -565,6 +700,12 @@ _TEMPLATE = """{% macro chosen(rows) %}
 </main>
 <script>
 {% if front %}{{ front.script }}{% endif %}
+
+{% if trade_off %}{{ trade_off.figure.script }}{% endif %}
+
+{% if surface %}{{ surface.script }}{% endif %}
+
+{% if importance %}{{ importance.script }}{% endif %}
 
 {% for _, figure in curves %}{{ figure.script }}
 {% endfor %}

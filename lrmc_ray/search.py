@@ -23,26 +23,40 @@ from optuna.trial import FrozenTrial, TrialState
 from ray.tune.search import Searcher
 
 from lrmc_ray.config import ParameterRange, RunSettings, TrainSettings
+from lrmc_ray.statistics import Objective
 
 _log = logging.getLogger(__name__)
 
-OBJECTIVE = "eval/combined"
+GAIN, FORGETTING, COMBINED = "eval/domain_gain", "eval/forgetting", "eval/combined"
 UNFINISHED = (TrialState.RUNNING, TrialState.WAITING)
 
 
-def open_study(path: Path, name: str) -> optuna.Study:
+def open_study(path: Path, name: str, objective: Objective = "combined") -> optuna.Study:
     """The study in the SQLite file ``path``, made if it is not there."""
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     storage = optuna.storages.RDBStorage(f"sqlite:///{path.resolve()}")
+    directions = [optuna.study.StudyDirection.MAXIMIZE]
+    if objective == "pareto":
+        directions.append(optuna.study.StudyDirection.MINIMIZE)
     return optuna.create_study(
-        storage=storage, study_name=name, direction="maximize", load_if_exists=True
+        storage=storage, study_name=name, directions=directions, load_if_exists=True
     )
+
+
+def objective_values(objective: Objective, results: Mapping[str, float]) -> list[float]:
+    """What the study is told of a trial, by objective."""
+    if objective == "combined":
+        return [results[COMBINED]]
+    if objective == "budget":
+        return [results[GAIN]]
+    return [results[GAIN], results[FORGETTING]]
 
 
 def distribution(name: str, searched: ParameterRange) -> BaseDistribution:
     """Optuna's form of a searched setting."""
     if searched.choices is not None:
         return CategoricalDistribution(searched.choices)
+    assert searched.range is None, "automatic ranges are found before the search begins"
     assert searched.low is not None
     assert searched.high is not None
     if TrainSettings.model_fields[name].annotation is int:
@@ -57,9 +71,9 @@ class TrialQueue:
         """Prepare ``study``: its first trial is the defaults, its second plain fine-tuning."""
         self._study = study
         self._settings = settings
-        self._distributions = {
-            name: distribution(name, searched) for name, searched in settings.parameters.items()
-        }
+        # Those that others depend on first.
+        parameters = sorted(settings.parameters.items(), key=lambda item: bool(item[1].when))
+        self._distributions = {name: distribution(name, searched) for name, searched in parameters}
         self._abandon_unready()
         self._waiting = [
             trial for trial in study.get_trials(deepcopy=False) if trial.state in UNFINISHED
@@ -97,11 +111,21 @@ class TrialQueue:
         distributions: Mapping[str, BaseDistribution],
         overrides: Mapping[str, Any],
     ) -> FrozenTrial:
-        trial = self._study.ask(dict(distributions))
+        trial = self._study.ask()
+        for name, space in distributions.items():
+            if self._is_searched(name, trial.params):
+                _suggest(trial, name, space)
         trial.set_user_attr("role", role)
         trial.set_user_attr("overrides", dict(overrides))
         trial.set_user_attr("ready", True)
         return self._study.get_trials(deepcopy=False)[trial.number]
+
+    def _is_searched(self, name: str, params: Mapping[str, Any]) -> bool:
+        """Whether the condition of parameter ``name`` holds in a trial with ``params``."""
+        return all(
+            params.get(key, getattr(self._settings.train, key)) == value
+            for key, value in self._settings.parameters[name].when.items()
+        )
 
     @property
     def num_counted(self) -> int:
@@ -129,9 +153,59 @@ class TrialQueue:
         )
         return self._ask("search", self._distributions, {})
 
-    def complete(self, number: int, value: float) -> None:
-        """Tell the study a trial's objective."""
-        self._study.tell(number, value, skip_if_finished=True)
+    def complete(self, number: int, results: Mapping[str, float]) -> None:
+        """Tell the study a trial's objective, and how far beyond the budget it is."""
+        search = self._settings.search
+        trial_id = self._study.get_trials(deepcopy=False)[number]._trial_id
+        trial = optuna.trial.Trial(self._study, trial_id)
+        trial.set_user_attr("results", {key: results[key] for key in (GAIN, FORGETTING, COMBINED)})
+        if search.objective == "budget":
+            trial.set_constraint("forgetting", results[FORGETTING] - search.max_forgetting)
+        values = objective_values(search.objective, results)
+        self._study.tell(number, values, skip_if_finished=True)
+
+    def importance(self) -> dict[str, dict[str, float]]:
+        """How much each searched parameter matters for gain, forgetting and combined score.
+
+        Optuna's PED-ANOVA (Watanabe et al. 2023) over the completed trials: shares that add up to
+        one. Empty with fewer than four trials, or where every trial scored the same.
+        """
+        trials = self._completed_search_trials()
+        if len(trials) < 4 or not self._distributions:
+            return {}
+        shares: dict[str, dict[str, float]] = {}
+        for key in (GAIN, FORGETTING, COMBINED):
+            sign = -1.0 if key == FORGETTING else 1.0
+            known = optuna.create_study(direction="maximize")
+            for trial in trials:
+                known.add_trial(
+                    optuna.trial.create_trial(
+                        params=trial.params,
+                        distributions=trial.distributions,
+                        value=sign * trial.user_attrs["results"][key],
+                    )
+                )
+            names = sorted(set.intersection(*(set(trial.params) for trial in trials)))
+            try:
+                found = optuna.importance.get_param_importances(
+                    known,
+                    # The best quarter: a tenth of a short search would be one or two trials.
+                    evaluator=optuna.importance.PedAnovaImportanceEvaluator(target_quantile=0.25),
+                    params=names,
+                )
+            except (RuntimeError, ValueError):  # nothing varies
+                continue
+            total = sum(found.values())
+            if total > 0:
+                shares[key] = {name: value / total for name, value in found.items()}
+        return shares
+
+    def _completed_search_trials(self) -> list[FrozenTrial]:
+        return [
+            trial
+            for trial in self._study.get_trials(deepcopy=False)
+            if trial.state == TrialState.COMPLETE and trial.params and "results" in trial.user_attrs
+        ]
 
     def fail(self, number: int, cause: str) -> None:
         """Tell the study that a trial failed, and why."""
@@ -140,12 +214,23 @@ class TrialQueue:
         self._study.tell(number, state=TrialState.FAIL, skip_if_finished=True)
 
 
+def _suggest(trial: optuna.Trial, name: str, space: BaseDistribution) -> None:
+    """Let ``trial`` draw one parameter."""
+    if isinstance(space, FloatDistribution):
+        trial.suggest_float(name, space.low, space.high, log=space.log)
+    elif isinstance(space, IntDistribution):
+        trial.suggest_int(name, space.low, space.high, log=space.log)
+    else:
+        assert isinstance(space, CategoricalDistribution)
+        trial.suggest_categorical(name, space.choices)
+
+
 class StudySearcher(Searcher):  # type: ignore[misc]  # Ray's types are skipped
     """Hands the queue's trials to Ray Tune and tells the study how they ended."""
 
     def __init__(self, queue: TrialQueue, on_change: Any) -> None:
         """Call ``on_change(number, result, cause)`` when a trial starts or ends."""
-        super().__init__(metric=OBJECTIVE, mode="max")
+        super().__init__(metric=COMBINED, mode="max")
         self._queue = queue
         self._on_change = on_change
         self._numbers: dict[str, int] = {}
@@ -169,13 +254,16 @@ class StudySearcher(Searcher):  # type: ignore[misc]  # Ray's types are skipped
     ) -> None:
         """Tell the study; a trial without a finite objective has failed."""
         number = self._numbers.pop(trial_id)
-        value = (result or {}).get(OBJECTIVE)
-        if not error and isinstance(value, float) and math.isfinite(value):
-            self._queue.complete(number, value)
-            self._on_change(number, result, None)
+        if error or result is None:
+            self._on_change(number, None, "its process died")
             return
-        cause = "its process died" if error else f"its objective is {value}, not a finite number"
-        self._on_change(number, None, cause)
+        for name in (GAIN, FORGETTING, COMBINED):
+            value = result.get(name)
+            if not isinstance(value, float) or not math.isfinite(value):
+                self._on_change(number, None, f"its {name} is {value}, not a finite number")
+                return
+        self._queue.complete(number, result)
+        self._on_change(number, result, None)
 
     def __getstate__(self) -> dict[str, Any]:
         """Nothing: Tune pickles its searcher for a restore that is never made."""

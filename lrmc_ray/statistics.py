@@ -10,6 +10,7 @@ after), B = bootstrap resamples, T = trials.
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -241,3 +242,98 @@ def front_probability(gain_TB: ArrayLike, forgetting_TB: ArrayLike) -> FloatArra
     """
     probability_T: FloatArray = on_front(gain_TB, forgetting_TB).mean(axis=1, dtype=np.float64)
     return probability_T
+
+
+# What a search looks for, and what its trials say about the trade-off.
+
+Objective = Literal["combined", "budget", "pareto"]
+HYPERVOLUME_REFERENCE = (0.0, 0.1)
+"""(gain, forgetting) below which a trial adds nothing: no gain, or 10 points of 100 forgotten.
+
+Fixed, so that searches over the same tasks can be compared.
+"""
+
+
+@dataclass(frozen=True, slots=True)
+class Choice:
+    """The trial that an objective prefers."""
+
+    index: int
+    is_feasible: bool
+    """False: no trial stays within the budget, and this one forgets least."""
+
+
+def choose(
+    points: Sequence[tuple[float, float]],
+    objective: Objective,
+    *,
+    forgetting_weight: float,
+    max_forgetting: float,
+) -> Choice | None:
+    """The best of the (gain, forgetting) points; None where there are none.
+
+    - ``combined``: the largest gain - forgetting_weight * forgetting.
+    - ``budget``: the largest gain with forgetting <= max_forgetting. Without any such point the one
+      with the least forgetting, marked as not feasible.
+    - ``pareto``: the knee of the front.
+
+    Of equals the first wins.
+    """
+    if not points:
+        return None
+    indices = range(len(points))
+    if objective == "combined":
+        best = max(indices, key=lambda i: points[i][0] - forgetting_weight * points[i][1])
+        return Choice(best, True)
+    if objective == "pareto":
+        bend = knee(points)
+        assert bend is not None  # There are points.
+        return Choice(bend, True)
+    feasible = [i for i in indices if points[i][1] <= max_forgetting]
+    if feasible:
+        return Choice(max(feasible, key=lambda i: (points[i][0], -points[i][1])), True)
+    return Choice(min(indices, key=lambda i: (points[i][1], -points[i][0])), False)
+
+
+def hypervolume_replicates(
+    gain_TB: ArrayLike, forgetting_TB: ArrayLike, reference: tuple[float, float]
+) -> FloatArray:
+    """``hypervolume`` of the first 1, 2, ... T trials in every replicate, shape [T, B].
+
+    The area is a maximum over noisy points, so its replicates lie above it on average.
+    """
+    least_gain, most_forgetting = reference
+    # A point that does not beat the reference is moved onto its edge, where it has no area.
+    above_TB = np.maximum(np.asarray(gain_TB, dtype=np.float64), least_gain)
+    below_TB = np.minimum(np.asarray(forgetting_TB, dtype=np.float64), most_forgetting)
+    area_TB = np.empty_like(above_TB)
+    for count in range(1, len(above_TB) + 1):
+        order_tB = np.argsort(below_TB[:count], axis=0, kind="stable")
+        gain_tB = np.take_along_axis(above_TB[:count], order_tB, axis=0)
+        forgetting_tB = np.take_along_axis(below_TB[:count], order_tB, axis=0)
+        covered_tB = np.maximum.accumulate(gain_tB, axis=0)
+        rise_tB = np.diff(covered_tB, axis=0, prepend=least_gain)
+        area_TB[count - 1] = (rise_tB * (most_forgetting - forgetting_tB)).sum(axis=0)
+    return area_TB
+
+
+def knee_replicates(gain_TB: ArrayLike, forgetting_TB: ArrayLike) -> NDArray[np.intp]:
+    """``knee`` of every replicate: indices of trials, shape [B]."""
+    # By ascending forgetting, as the front is walked.
+    order_TB = np.argsort(np.asarray(forgetting_TB, dtype=np.float64), axis=0, kind="stable")
+    rising_TB = np.take_along_axis(np.asarray(gain_TB, dtype=np.float64), order_TB, axis=0)
+    spent_TB = np.take_along_axis(np.asarray(forgetting_TB, dtype=np.float64), order_TB, axis=0)
+    front_TB = on_front(rising_TB, spent_TB)
+
+    def scaled(values_TB: FloatArray) -> FloatArray:
+        low_B = np.where(front_TB, values_TB, np.inf).min(axis=0)
+        high_B = np.where(front_TB, values_TB, -np.inf).max(axis=0)
+        range_B = np.where(high_B > low_B, high_B - low_B, 1.0)
+        return np.asarray((values_TB - low_B) / range_B)
+
+    x_TB, y_TB = scaled(spent_TB), scaled(rising_TB)
+    # The front's two ends lie on the line by construction; rounding must not make one win.
+    is_end_TB = (x_TB <= 0.0) | (x_TB >= 1.0)
+    above_TB = np.where(front_TB, np.where(is_end_TB, 0.0, y_TB - x_TB), -np.inf)
+    chosen_B = np.take_along_axis(order_TB, above_TB.argmax(axis=0)[None], axis=0)[0]
+    return np.asarray(chosen_B, dtype=np.intp)

@@ -309,7 +309,7 @@ class StudyTracker:
         )
 
 
-def sync(study_dir: Path, tracking_uri: str, experiment: str = EXPERIMENT) -> Forwarded:
+def sync(study_dir: Path, tracking_uri: str, experiment: str | None = None) -> Forwarded:
     """Bring MLflow up to ``study_dir``; a second call adds nothing.
 
     Not to be called while a :class:`StudyTracker` forwards the same study: both would create the
@@ -326,6 +326,7 @@ def sync(study_dir: Path, tracking_uri: str, experiment: str = EXPERIMENT) -> Fo
     _prepare_mlflow()
     from mlflow.exceptions import MlflowException
 
+    experiment = experiment or study.get("experiment") or EXPERIMENT
     mirror = _Mirror(tracking_uri, experiment, study_dir)
     problems: list[Exception] = []
     try:
@@ -339,6 +340,54 @@ def sync(study_dir: Path, tracking_uri: str, experiment: str = EXPERIMENT) -> Fo
         raise DataError("; ".join(str(problem) for problem in problems))
     assert mirror.trade_off_path is not None
     return Forwarded(mirror.runs_created, mirror.points_sent, mirror.trade_off_path)
+
+
+def register_model(study_dir: Path, model: Path, name: str, tracking_uri: str) -> str:
+    """Put the study's best model into MLflow's registry; returns its version.
+
+    The version holds the Hugging Face directory as it is: ``mlflow.artifacts.download_artifacts(
+    "models:/NAME/VERSION")`` and ``from_pretrained`` open it. (MLflow 3.17's transformers flavour
+    cannot save what transformers 5 has written.) A second call for the same trial finds the first.
+
+    Raises:
+        IncompleteArtifactError: there is no study, or it is not in MLflow.
+        ResourceError: MLflow cannot be reached or refuses.
+    """
+    study = read_study(study_dir)
+    _prepare_mlflow()
+    from mlflow import MlflowClient
+    from mlflow.exceptions import MlflowException
+
+    wanted = {STUDY_TAG: str(study["id"]), TRIAL_TAG: str(study.get("best"))}
+    try:
+        client = MlflowClient(tracking_uri)
+        for version in client.search_model_versions(f"name = '{name}'"):
+            if wanted.items() <= dict(version.tags).items():
+                return str(version.version)
+        found = client.get_experiment_by_name(study.get("experiment") or EXPERIMENT)
+        runs = (
+            []
+            if found is None
+            else client.search_runs([found.experiment_id], f"tags.`{STUDY_TAG}` = '{study['id']}'")
+        )
+        parents = [run for run in runs if TRIAL_TAG not in run.data.tags]
+        if not parents:
+            raise IncompleteArtifactError(
+                f"the study {study['id']} is not in MLflow at {tracking_uri}; run "
+                f"`lrmc mlflow-sync {study_dir}` first"
+            )
+        run_id = parents[0].info.run_id
+        client.log_artifacts(run_id, str(model), "best_model")
+        if not client.search_registered_models(f"name = '{name}'"):
+            client.create_registered_model(name)
+        source = f"{parents[0].info.artifact_uri.rstrip('/')}/best_model"
+        version = client.create_model_version(name, source, run_id, tags=wanted)
+    except (MlflowException, OSError) as error:
+        raise ResourceError(
+            f"MLflow at {tracking_uri} must take the model {name}, but "
+            f"{_in_one_line(_root_cause(error))}; start it, or choose another name"
+        ) from error
+    return str(version.version)
 
 
 def read_study(study_dir: Path) -> dict[str, Any]:

@@ -41,6 +41,8 @@ _log = logging.getLogger(__name__)
 MADE_BY = "python -m lrmc_ray.train"
 MAX_WORKER_FAILURES = 10
 """Losses of workers or nodes in a row, without a new checkpoint, that one command puts up with."""
+RESERVATION = "reservation"
+"""A file with the name under which Ray keeps the run's resources."""
 STOP_SECONDS = 20.0
 """How long a command that is told to stop waits for a last checkpoint."""
 
@@ -154,6 +156,7 @@ def _fit(
     reached: Path | None = None
     while True:
         try:
+            _release_reservation(directory)
             trainer = _trainer(settings, record, model_directory, directory, scratch)
             return _interruptible(trainer.fit, directory)
         except Exception as error:
@@ -258,12 +261,16 @@ def worker_range(settings: RunSettings) -> tuple[int, int]:
     return least, max(least, min(most, settings.train.micro_batches))
 
 
+_INNER = ("_base_exc", "controller_failure", "health_check_failure", "cause", "__cause__")
+"""Where errors of Ray keep what they wrap."""
+
+
 def _cause(error: BaseException) -> BaseException:
     """The innermost error of what Ray Train wraps several times."""
     failures = getattr(error, "worker_failures", None)
     if failures:
         return _cause(_most_telling(failures.values()))
-    for attribute in ("controller_failure", "health_check_failure", "cause", "__cause__"):
+    for attribute in _INNER:
         inner = getattr(error, attribute, None)
         if isinstance(inner, BaseException) and inner is not error:
             return _cause(inner)
@@ -290,6 +297,37 @@ def _text(cause: BaseException) -> str:
     return first if isinstance(cause, FloatingPointError) else f"{type(cause).__name__}: {first}"
 
 
+def _note_reservation(directory: Path) -> None:
+    """Write down under which name the controller of this run has reserved its workers."""
+    try:
+        from ray.train.v2._internal.execution.context import get_train_context
+
+        run_id = get_train_context().train_run_context.run_id
+    except (ImportError, AttributeError):  # not a public interface
+        return
+    (directory / RESERVATION).write_text(f"train-{run_id}", encoding="utf-8")
+
+
+def _release_reservation(directory: Path) -> None:
+    """Give back what a controller that was killed had reserved.
+
+    Ray holds it for three minutes, in which the next run on the same cluster would find no
+    resources; with a Ray of its own there is nothing to give back.
+    """
+    import ray
+    from ray.exceptions import RayError
+
+    path = directory / RESERVATION
+    if not path.is_file():
+        return
+    try:
+        coordinator = ray.get_actor("AutoscalingCoordinator", namespace="AutoscalingCoordinator")
+        ray.get(coordinator.cancel_request.remote(path.read_text(encoding="utf-8")), timeout=10)
+    except (ValueError, AttributeError, TypeError, RayError) as error:
+        _log.debug("nothing was given back: %s", error)
+    path.unlink(missing_ok=True)
+
+
 def _worker(config: dict[str, Any]) -> dict[str, Any]:
     """The loop of one worker; returns, from rank 0, what goes into the manifest."""
     import ray.train
@@ -301,6 +339,8 @@ def _worker(config: dict[str, Any]) -> dict[str, Any]:
 
     torch.set_num_threads(config["threads"])
     context = ray.train.get_context()
+    if context.get_world_rank() == 0:
+        _note_reservation(Path(config["directory"]))
     run = TrainingRun(
         validate(TrainSettings, config["train"], "train"),
         record=Path(config["record"]),

@@ -199,6 +199,7 @@ class TrainingRun:
                         applied=result.is_applied,
                     )
                     if done < settings.steps and (is_best or self._is_due(done, is_preempted)):
+                        ledger.sync()
                         self._save_checkpoint(
                             done, self.seconds_before + time.monotonic() - started
                         )

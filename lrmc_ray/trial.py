@@ -6,6 +6,9 @@ the study; a trial that died goes on there when it is started again.
 
 import json
 import math
+import os
+import signal
+import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -19,6 +22,8 @@ from lrmc_ray.run_files import MODEL
 from lrmc_ray.train import MADE_BY as TRAIN
 from lrmc_ray.train import train
 
+PROCESSES = "processes.jsonl"
+"""The processes in which a trial ran, one a line, the last one last: so the search can stop it."""
 RESULT = "result.json"
 FAILURE = "failure.json"
 
@@ -49,7 +54,11 @@ def run_trial(
     directory = trial_directory(study, config["number"])
     directory.mkdir(parents=True, exist_ok=True)
     (directory / FAILURE).unlink(missing_ok=True)
+    with (directory / PROCESSES).open("a", encoding="utf-8") as log:
+        log.write(json.dumps(_this_process()) + "\n")
     try:
+        if fault := _fault(config["number"]):
+            return _suffer(fault, directory)
         run = RunSettings.model_validate(dict(settings))
         tuned = trial_settings(run.train, {**config["params"], **config["overrides"]})
         run = run.model_copy(update={"train": tuned})
@@ -93,6 +102,8 @@ def _run(settings: RunSettings, directory: Path, record: Path, base: Path) -> di
             "evaluate_seconds": scored["seconds"],
             "processed_tokens": trained["processed_tokens"],
             "original_tokens": trained["original_tokens"],
+            "train_cores": trained["world_size"] * settings.resources.cpus_per_worker,
+            "evaluate_cores": settings.resources.cpus_per_worker,
         },
     }
 
@@ -113,3 +124,74 @@ def failure_cause(directory: Path) -> str | None:
     except FileNotFoundError:
         return None
     return cause
+
+
+def _this_process() -> dict[str, Any]:
+    import ray
+
+    pid = os.getpid()
+    node = ray.get_runtime_context().get_node_id()
+    return {"pid": pid, "born": process_birth(pid), "node": node, "began": time.time()}
+
+
+def last_process(directory: Path) -> dict[str, Any] | None:
+    """The process in which a trial runs, or ran last; None if it never began."""
+    try:
+        lines = (directory / PROCESSES).read_text(encoding="utf-8").splitlines()
+        process: dict[str, Any] = json.loads(lines[-1])
+    except (FileNotFoundError, IndexError, ValueError):  # or torn by a crash
+        return None
+    return process
+
+
+def process_birth(pid: int) -> int | None:
+    """When a process began, in clock ticks since boot; None if there is none of that number."""
+    try:
+        # The second field, the program's name, may contain anything but ends in the last ")".
+        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    except (FileNotFoundError, ProcessLookupError):
+        return None
+    return int(fields[19])
+
+
+def kill_process(pid: int, born: int | None) -> bool:
+    """End a process of this node at once, unless its number has gone to another one."""
+    if born is None or process_birth(pid) != born:
+        return False
+    os.kill(pid, signal.SIGKILL)
+    return True
+
+
+# Faults that tests ask for: LRMC_TESTING=1 LRMC_TRIAL_FAULTS=2:raise,3:hang,4:none
+
+
+def _fault(number: int) -> str | None:
+    if os.environ.get("LRMC_TESTING") != "1":
+        return None
+    faults = os.environ.get("LRMC_TRIAL_FAULTS", "").split(",")
+    return dict(fault.split(":") for fault in faults if fault).get(str(number))
+
+
+def _suffer(fault: str, directory: Path) -> dict[str, float]:
+    """Fail in the way that was asked for; ``none`` ends well at once, without any work."""
+    if fault == "raise":
+        raise ValueError("a fault was asked for")
+    if fault == "exit":
+        os._exit(3)
+    if fault == "kill":
+        os.kill(os.getpid(), signal.SIGKILL)
+    if fault == "memory":
+        import resource
+
+        resource.setrlimit(resource.RLIMIT_AS, (2**30, resource.RLIM_INFINITY))
+        bytearray(2**31)
+    if fault == "hang":
+        time.sleep(1e9)
+    names = ("eval/domain_gain", "eval/forgetting", "eval/combined")
+    if fault == "none":
+        cost = {"train_seconds": 1.0, "evaluate_seconds": 1.0}
+        results = dict.fromkeys(names, 0.0)
+        write_json(directory / RESULT, {"results": results, "scores": "scores", "cost": cost})
+        return results
+    assert fault == "nan", f"unknown fault {fault}"
+    return dict.fromkeys(names, math.nan)

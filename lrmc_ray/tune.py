@@ -11,6 +11,7 @@ import argparse
 import importlib.metadata
 import json
 import logging
+import math
 import platform
 import shutil
 import sys
@@ -19,6 +20,7 @@ import time
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
+from dataclasses import asdict
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -32,9 +34,11 @@ from lrmc_ray.artifacts import (
     write_json,
 )
 from lrmc_ray.config import RunSettings
-from lrmc_ray.console import progress, run_command, setup_logging
+from lrmc_ray.console import format_seconds, progress, run_command, setup_logging
 from lrmc_ray.errors import ResourceError
-from lrmc_ray.ray_session import RAY_LOG, TRIAL_SLOT, ray_session
+from lrmc_ray.forecast import divide, forecast
+from lrmc_ray.ray_session import RAY_LOG, TRIAL_SLOT, ray_session, release_orphaned_groups
+from lrmc_ray.run_files import CHECKPOINT_NOW, CHECKPOINTS
 
 if TYPE_CHECKING:
     import optuna
@@ -51,12 +55,22 @@ MLFLOW_UI = "http://127.0.0.1:5000"
 """Where `mlflow ui` listens by default."""
 SOME_TRIALS_FAILED = 10
 """Exit code of a finished search with failed trials."""
+STOP_SECONDS = 20.0
+"""How long an interrupted search waits for the checkpoints of its running trials."""
+CLOCK_SECONDS = 2.0
+"""Most by which the clocks of two nodes may differ."""
+LEFTOVER_SECONDS = 10.0
+"""How long a killed process may take to vanish."""
+SHORTEST_LIMIT_SECONDS = 600.0
+"""Time that every trial has, where no limit is set."""
+LIMIT_FACTOR = 10.0
+"""A trial may take this many times as long as the longest that has ended."""
 
 
 def study_identity(settings: RunSettings) -> dict[str, Any]:
     """What makes two searches the same one: all but how many trials, how fast, what is kept."""
     identity = settings.model_dump(mode="json", exclude={"resources"})
-    for key in ("trials", "keep_models"):
+    for key in ("trials", "keep_models", "trial_timeout_seconds"):
         del identity["search"][key]
     return identity
 
@@ -64,7 +78,13 @@ def study_identity(settings: RunSettings) -> dict[str, Any]:
 class Search:
     """One search in its directory: the study, the trials, MLflow's copy, the report."""
 
-    def __init__(self, settings: RunSettings, output: Path, tracking_uri: str | None) -> None:
+    def __init__(
+        self,
+        settings: RunSettings,
+        output: Path,
+        tracking_uri: str | None = None,
+        experiment: str | None = None,
+    ) -> None:
         """Open the search in ``output``, which holds the records and scores that searches share."""
         from lrmc_ray.tracking import default_tracking_uri
 
@@ -73,18 +93,28 @@ class Search:
         self.id = fingerprint(_json_ready(study_identity(settings)))
         self.directory = self.output / f"{settings.search.name}-{self.id}"
         self.tracking_uri = tracking_uri or default_tracking_uri(self.output)
+        self.experiment = experiment
         self.description: dict[str, Any] = {}
         self._lock = threading.Lock()
+        self._began: dict[int, float] = {}
+        """When each running trial was handed out here, in seconds since 1970."""
+        self._session = [time.time(), time.time()]
+        self._queue: TrialQueue | None = None
         self.tracker: StudyTracker | None = None
 
     # The study's description, study.json
 
     def open(self) -> None:
         """Read ``study.json``, or begin it."""
+        from lrmc_ray.tracking import EXPERIMENT
+
         self.directory.mkdir(parents=True, exist_ok=True)
         path = self.directory / STUDY_FILE
         if path.is_file():
             self.description = json.loads(path.read_text(encoding="utf-8"))
+            self.description["sessions"].append(self._session)
+            if self.experiment is not None:
+                self.description["experiment"] = self.experiment
             return
         settings = _json_ready(self.settings.model_dump(mode="json"))
         self.description = {
@@ -93,23 +123,30 @@ class Search:
             "name": self.settings.search.name,
             "created": datetime.now(UTC).isoformat(timespec="seconds"),
             "state": "RUNNING",
-            "objective": "combined",
+            "objective": self.settings.search.objective,
             "forgetting_weight": self.settings.search.forgetting_weight,
+            "max_forgetting": self.settings.search.max_forgetting,
             "space": settings.pop("parameters"),
             "settings": settings,
             "versions": _versions(),
             "stage_seconds": {},
+            "sessions": [self._session],
+            "experiment": self.experiment or EXPERIMENT,
+            "forecast": None,
+            "importance": {},
             "record": {},
             "datasets": _datasets(self.settings),
             "artifacts": [],
             "trials": [],
             "best": None,
+            "closest": None,
             "final": {},
         }
         self.write()
 
     def write(self) -> None:
         """Bring ``study.json`` up to date."""
+        self._session[1] = time.time()
         write_json(self.directory / STUDY_FILE, self.description)
 
     def entry(self, number: int) -> dict[str, Any]:
@@ -148,8 +185,25 @@ class Search:
         scored = read_manifest(base, made_by="python -m lrmc_ray.evaluate")
         self.description["stage_seconds"]["base_evaluation"] = scored["seconds"]
         self.description["base_scores"] = _relative(base, self.directory)
+        self._find_ranges(recorded)
         self.write()
         return recorded, base
+
+    def _find_ranges(self, recorded: Path) -> None:
+        """Replace automatic ranges by what the record and a short run say, once per study."""
+        from lrmc_ray.suggest import automatic, suggest, with_ranges
+
+        names = automatic(self.settings)
+        if not names:
+            return
+        if "ranges" not in self.description:
+            found = suggest(self.settings, recorded, names)
+            self.description["ranges"] = {name: asdict(one) for name, one in found.items()}
+            for name, one in found.items():
+                _log.info("%s from %g to %g: %s", name, one.low, one.high, one.reason)
+        self.settings = with_ranges(self.settings, self.description["ranges"])
+        dumped = _json_ready(self.settings.model_dump(mode="json"))
+        self.description["space"] = dumped["parameters"]
 
     def slots(self) -> int:
         """Workers that the machine or cluster can hold at once.
@@ -181,11 +235,13 @@ class Search:
 
         from lrmc_ray.search import StudySearcher, TrialQueue, open_study
 
-        study = open_study(self.directory / "study.db", self.id)
+        study = open_study(self.directory / "study.db", self.id, self.settings.search.objective)
         queue = TrialQueue(study, self.settings)
+        self._queue = queue
         self._adopt(study)
         if queue.is_finished:
             return
+        self._end_leftovers()
         concurrent, workers = self.shares()
         settings = self.settings.model_copy(
             update={"resources": self.settings.resources.model_copy(update={"workers": workers})}
@@ -235,20 +291,20 @@ class Search:
 
     def shares(self) -> tuple[int, tuple[int, int]]:
         """Trials side by side, and the fewest and most workers of each."""
-        resources = self.settings.resources
-        slots = self.slots()
-        wanted = resources.max_concurrent or max(2, self.settings.search.trials // 4)
-        concurrent = min(wanted, slots // (resources.workers[0] if resources.workers else 1))
-        if concurrent < 1:
-            assert resources.workers is not None
-            raise ResourceError(
-                f"a trial needs {resources.workers[0]} workers, {slots} fit; lower "
-                "resources.workers"
-            )
-        most = slots // concurrent
-        if resources.workers:
-            return concurrent, (resources.workers[0], min(resources.workers[1], most))
-        return concurrent, (1, most)
+        return divide(self.slots(), self.settings.resources, self.settings.search.trials)
+
+    def _end_leftovers(self) -> None:
+        """End trial processes of a sitting that was killed: they still hold their directories."""
+        from lrmc_ray.trial import kill_process, last_process, process_birth
+
+        for directory in sorted((self.directory / "trials").glob("*")):
+            process = last_process(directory)
+            if process is None or not kill_process(process["pid"], process["born"]):
+                continue
+            _log.warning("ended process %d of an earlier sitting", process["pid"])
+            deadline = time.monotonic() + LEFTOVER_SECONDS
+            while process_birth(process["pid"]) == process["born"] and time.monotonic() < deadline:
+                time.sleep(0.1)
 
     def _adopt(self, study: "optuna.Study") -> None:
         """Bring ``study.json`` up to the study: a crash may have come between the two."""
@@ -267,9 +323,15 @@ class Search:
         cause: str | None,
     ) -> None:
         """A trial starts (neither result nor cause) or has ended."""
-        from lrmc_ray.trial import failure_cause, trial_directory
+        from lrmc_ray.trial import FAILURE, failure_cause, trial_directory
 
         directory = trial_directory(self.directory, number)
+        if result is None and cause is None:
+            (directory / FAILURE).unlink(missing_ok=True)
+            self._began[number] = time.time()
+        else:
+            self._began.pop(number, None)
+            release_orphaned_groups()
         if cause is not None:
             queue.fail(number, failure_cause(directory) or cause)
         with self._lock:
@@ -291,7 +353,7 @@ class Search:
     def _describe(self, trial: "optuna.trial.FrozenTrial") -> dict[str, Any]:
         """Bring the entry of ``trial`` up to date."""
         from lrmc_ray.config import trial_settings
-        from lrmc_ray.search import OBJECTIVE
+        from lrmc_ray.search import COMBINED
         from lrmc_ray.trial import read_result, trial_directory
 
         entry = self.entry(trial.number)
@@ -314,7 +376,7 @@ class Search:
         }
         entry.setdefault("started", time.time())
         result = read_result(directory)
-        if name == "COMPLETE" and result is not None and OBJECTIVE in result["results"]:
+        if name == "COMPLETE" and result is not None and COMBINED in result["results"]:
             entry |= {
                 "scores": f"{entry['directory']}/{result['scores']}",
                 "results": result["results"],
@@ -325,19 +387,34 @@ class Search:
         return entry
 
     def _choose_best(self) -> None:
-        finished = [t for t in self.description["trials"] if "eval/combined" in t["results"]]
-        best = max(
-            finished, key=lambda t: (t["results"]["eval/combined"], -t["number"]), default=None
+        """Name the best trial; or, where none keeps the budget, the one that comes closest."""
+        from lrmc_ray.statistics import choose
+
+        search = self.settings.search
+        finished = [t for t in self.description["trials"] if t["results"]]
+        choice = choose(
+            _points(finished),
+            search.objective,
+            forgetting_weight=search.forgetting_weight,
+            max_forgetting=search.max_forgetting,
         )
-        number = best["number"] if best else None
-        if number != self.description["best"]:
-            self.description |= {"best": number, "final": {}}
+        number = finished[choice.index]["number"] if choice else None
+        best, closest = (number, None) if choice and choice.is_feasible else (None, number)
+        if best != self.description["best"]:
+            self.description["final"] = {}
+        self.description |= {"best": best, "closest": closest}
 
     def _kept(self) -> set[int]:
         """Trials whose models the end of the search still needs."""
+        from lrmc_ray.statistics import pareto_front
+
         trials = self.description["trials"]
         kept = {t["number"] for t in trials if t["state"] == "RUNNING" or t["role"] == "yardstick"}
-        return kept | {self.description["best"]}
+        if self.settings.search.objective == "pareto":
+            # The knee may move back to an older trial of the front.
+            finished = [t for t in trials if t["results"]]
+            kept |= {finished[i]["number"] for i in pareto_front(_points(finished))}
+        return kept | {self.description["best"], self.description.get("closest")}
 
     def _remove_models(self) -> None:
         if self.settings.search.keep_models == "all":
@@ -349,19 +426,84 @@ class Search:
                 shutil.rmtree(model, ignore_errors=True)
 
     def _watch(self, thread: threading.Thread) -> None:
-        """Show the trials until the last has ended."""
+        """Show the trials until the last has ended, and stop those that take too long."""
         from lrmc_ray.watch import watch
 
-        watch(
-            self.directory,
-            total=self.settings.search.trials,
-            is_running=thread.is_alive,
-            read=self._snapshot,
-        )
+        def is_running() -> bool:
+            self._stop_overdue()
+            # The controller of a dead trial's training dies a little after it.
+            release_orphaned_groups()
+            return thread.is_alive()
+
+        try:
+            watch(
+                self.directory,
+                total=self.settings.search.trials,
+                is_running=is_running,
+                read=self._snapshot,
+            )
+        except (KeyboardInterrupt, SystemExit):
+            self._finish_steps()
+            raise
+
+    def time_limit(self) -> float:
+        """Seconds after which a trial is stopped."""
+        if self.settings.search.trial_timeout_seconds is not None:
+            return self.settings.search.trial_timeout_seconds
+        costs = [trial.get("cost") or {} for trial in self._snapshot()]
+        taken: list[float] = [
+            cost["train_seconds"] + cost["evaluate_seconds"] for cost in costs if cost
+        ]
+        if not taken:
+            return math.inf
+        return max(SHORTEST_LIMIT_SECONDS, LIMIT_FACTOR * max(taken))
+
+    def _stop_overdue(self) -> None:
+        """Kill the processes of trials beyond their time; Ray Tune then sees them fail."""
+        from lrmc_ray.trial import FAILURE, last_process, trial_directory
+
+        limit = self.time_limit()
+        for number, handed_out in list(self._began.items()):
+            directory = trial_directory(self.directory, number)
+            process = last_process(directory)
+            # One from before is that of an earlier sitting; clocks of nodes may differ a little.
+            if process is None or process["began"] < handed_out - CLOCK_SECONDS:
+                continue
+            taken = time.time() - process["began"]
+            if taken <= limit:
+                continue
+            cause = (
+                f"it has not ended after {format_seconds(taken)}, more than "
+                f"{format_seconds(limit)}; raise search.trial_timeout_seconds if it is only slow"
+            )
+            write_json(directory / FAILURE, {"cause": cause})
+            if not _kill_trial(directory):
+                _log.warning("trial %d is overdue, and its process was not found", number)
+            self._began.pop(number, None)
+
+    def _finish_steps(self) -> None:
+        """Let every running trial finish its step and save a checkpoint, for a while."""
+        from lrmc_ray.trial import trial_directory
+
+        trainings = [trial_directory(self.directory, number) / "training" for number in self._began]
+        asked = [path / CHECKPOINT_NOW for path in trainings if (path / CHECKPOINTS).is_dir()]
+        for path in asked:
+            path.touch()
+        if asked:
+            _log.info("stopping; waiting up to %.0f s for checkpoints", STOP_SECONDS)
+        deadline = time.monotonic() + STOP_SECONDS
+        while any(path.exists() for path in asked) and time.monotonic() < deadline:
+            time.sleep(0.1)
+        for path in asked:
+            path.unlink(missing_ok=True)
 
     def _snapshot(self) -> list[dict[str, Any]]:
         with self._lock:
-            return [dict(trial) for trial in self.description["trials"]]
+            best = self.description["best"]
+            return [
+                {**trial, "is_best": trial["number"] == best}
+                for trial in self.description["trials"]
+            ]
 
     # The end
 
@@ -447,6 +589,9 @@ class Search:
         """Write the report of what there is, and send it to MLflow."""
         from lrmc_ray.report import FIGURE_FILE, REPORT_FILE, write_report
 
+        if self._queue is not None:
+            self.description["importance"] = self._queue.importance()
+        self.write()
         write_report(self.directory)
         artifacts = [
             {"path": SETTINGS_FILE, "folder": "config"},
@@ -481,6 +626,26 @@ class Search:
         self.write()
 
 
+def _kill_trial(directory: Path) -> bool:
+    """End a trial's process, wherever it runs; whether it was there."""
+    import ray
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+    from lrmc_ray.trial import kill_process, last_process
+
+    where = last_process(directory)
+    if where is None:
+        return False
+    kill = ray.remote(kill_process).options(
+        num_cpus=0,
+        scheduling_strategy=NodeAffinitySchedulingStrategy(where["node"], soft=False),
+    )
+    try:
+        return bool(ray.get(kill.remote(where["pid"], where["born"]), timeout=60))
+    except (ray.exceptions.RayError, TimeoutError):
+        return False  # its node is gone, and the trial with it
+
+
 def _trainable(config: dict[str, Any], **fixed: Any) -> None:
     """What Ray Tune runs: one trial, one report."""
     from ray import tune
@@ -488,6 +653,11 @@ def _trainable(config: dict[str, Any], **fixed: Any) -> None:
     from lrmc_ray.trial import run_trial
 
     tune.report(run_trial(config, **fixed))
+
+
+def _points(trials: Sequence[Mapping[str, Any]]) -> list[tuple[float, float]]:
+    """(gain, forgetting) of finished trials."""
+    return [(t["results"]["eval/domain_gain"], t["results"]["eval/forgetting"]) for t in trials]
 
 
 def _json_ready(value: Any) -> Any:
@@ -533,6 +703,7 @@ def tune(search: Search, address: str, *, verbose: bool) -> None:
                 study_id=search.description["id"],
                 study_name=search.description["name"],
                 directory=search.directory,
+                experiment=search.description["experiment"],
                 params=_flat(search.description["settings"]),
                 datasets=search.description["datasets"],
                 catch_up=f"lrmc mlflow-sync {search.directory}",
@@ -540,12 +711,15 @@ def tune(search: Search, address: str, *, verbose: bool) -> None:
         )
         search.tracker.log_artifact(search.directory / SETTINGS_FILE, "config")
         stack.enter_context(ray_session(address, log=search.directory / RAY_LOG, verbose=verbose))
+        if search.description["forecast"] is None:
+            expected = forecast(settings, search.output, slots=search.slots())
+            search.description["forecast"] = asdict(expected) if expected else None
         recorded, base = search.prepare()
         try:
             search.run_trials(recorded, base)
         except BaseException:
-            if any(trial["results"] for trial in search.description["trials"]):
-                search.report()
+            search.report()
+            _log.info("what there is so far: %s", search.directory / "report.html")
             raise
         search.score_finalists()
         search.export()
@@ -579,19 +753,43 @@ def main(argv: Sequence[str]) -> int:
         metavar="URI",
         help="MLflow server or database (default: sqlite in the output directory)",
     )
+    parser.add_argument(
+        "--experiment", metavar="NAME", help="MLflow experiment (default: lrmc_ray)"
+    )
+    parser.add_argument(
+        "--register-model", metavar="NAME", help="put the best model into MLflow's registry"
+    )
+    parser.add_argument(
+        "--explain",
+        action="store_true",
+        help="only say what would be searched and what it would cost",
+    )
     arguments = parser.parse_intermixed_args(argv)
     setup_logging(arguments.verbose)
     settings = settings_from(arguments)
     from lrmc_ray.record import training_files
 
     training_files(settings)
-    search = Search(settings, arguments.output, arguments.tracking_uri)
+    if arguments.explain:
+        from lrmc_ray.explain import explain
+
+        explain(settings, arguments.output, as_json=arguments.json)
+        return 0
+    search = Search(settings, arguments.output, arguments.tracking_uri, arguments.experiment)
     with lock_directory(search.directory):
         search.open()
         if search.is_finished:
             print("This search has finished; nothing was done again.", file=sys.stderr)
         else:
             tune(search, arguments.address, verbose=arguments.verbose)
+        model = search.directory / BEST_MODEL
+        if arguments.register_model and model.is_dir():
+            from lrmc_ray.tracking import register_model
+
+            version = register_model(
+                search.directory, model, arguments.register_model, search.tracking_uri
+            )
+            print(f"MLflow has it as models:/{arguments.register_model}/{version}", file=sys.stderr)
     _print_end(search, arguments)
     return SOME_TRIALS_FAILED if search.num_failed else 0
 
@@ -613,12 +811,20 @@ def _print_end(search: Search, arguments: argparse.Namespace) -> None:
     command = f"--space {arguments.space}" if arguments.space != "demo" else ""
     print(f"\nReport  {search.directory / 'report.html'}")
     print(f"Figure  {search.directory / 'gain_vs_forgetting.png'}")
-    print(f"Model   {model}")
+    if study.best is not None:
+        print(f"Model   {model}")
+    elif study.closest is not None:
+        closest = search.directory / "trials" / f"{study.closest.entry.number:04d}"
+        print(
+            f"Model   none: no trial keeps the budget. Raise search.max_forgetting, or take the "
+            f"closest one: {closest / 'training' / 'model'}"
+        )
     print("\nNext:")
     print(f"  mlflow ui --backend-store-uri {search.tracking_uri}")
     if search.description.get("trade_off_path"):
         print(f"      forgetting against gain: {MLFLOW_UI}/{search.description['trade_off_path']}")
-    print(f"  python -m lrmc_ray.evaluate --tuned {model}")
+    if study.best is not None:
+        print(f"  python -m lrmc_ray.evaluate --tuned {model}")
     print(f"  ray up cluster.yaml && python -m lrmc_ray.tune --address auto {command}".rstrip())
 
 

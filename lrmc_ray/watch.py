@@ -84,7 +84,8 @@ def _watch_lines(
 def _line(trial: dict[str, Any], total: int) -> str:
     start = f"trial {trial['number']} of {total} ({trial['role']})"
     if trial["state"] == "COMPLETE":
-        return f"{start}: {_scores(trial)}"
+        best = ", the best so far" if trial.get("is_best") else ""
+        return f"{start}: {_scores(trial)}{best}"
     if trial["state"] == "FAIL":
         return f"{start} failed: {trial['cause']}"
     return f"{start} runs with {_params(trial)}"
@@ -125,6 +126,16 @@ def _progress(directory: Path, trial: dict[str, Any]) -> str:
     return f"step {last.step}/{steps}, loss {loss:.3f}, {format_seconds(left)} of training left"
 
 
+def _core_hours(trials: Sequence[dict[str, Any]]) -> float:
+    """Cores held by the trials that have ended, times hours."""
+    seconds = 0.0
+    for trial in trials:
+        if cost := trial.get("cost"):
+            seconds += cost["train_seconds"] * cost.get("train_cores", 1)
+            seconds += cost["evaluate_seconds"] * cost.get("evaluate_cores", 1)
+    return seconds / 3600.0
+
+
 def _table(directory: Path, trials: Sequence[dict[str, Any]], total: int, start: float) -> "Table":
     from rich.table import Table
 
@@ -135,16 +146,15 @@ def _table(directory: Path, trials: Sequence[dict[str, Any]], total: int, start:
     if new:
         each = (now - start) / len(new)
         title += f", about {format_seconds(each * (total - len(ended)))} left"
+    if hours := _core_hours(trials):
+        title += f", {hours:.2g} core hours so far"
     table = Table(title=title, title_justify="left")
     for column in ("trial", "settings", "state"):
         table.add_column(column)
-    best = max(
-        (trial["results"]["eval/combined"] for trial in trials if trial["results"]), default=None
-    )
     for trial in trials:
         if trial["state"] == "COMPLETE":
             state = _scores(trial)
-            if trial["results"].get("eval/combined") == best:
+            if trial.get("is_best"):
                 state += "  best so far"
         elif trial["state"] == "FAIL":
             state = f"failed: {trial['cause']}"

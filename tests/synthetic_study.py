@@ -115,6 +115,7 @@ def make_study(directory: Path) -> Path:
             has_angle=not is_plain,
         )
         cost = {"train_seconds": 70 + rng.uniform(-5, 5), "original_tokens": 61440}
+        cost |= {"train_cores": 2, "evaluate_cores": 1}
         cost["processed_tokens"] = 61440 if is_plain else int(61440 * rng.uniform(0.7, 0.9))
         if is_complete:
             cost["evaluate_seconds"] = rng.uniform(36, 42)
@@ -160,6 +161,12 @@ def make_study(directory: Path) -> Path:
         "versions": {"lrmc_ray": "0.1.0", "torch": "2.13.0", "ray": "2.60.0", "python": "3.11.7"},
         "base_scores": "base_scores",
         "stage_seconds": {"record": 24.2, "base_evaluation": 38.5},
+        "sessions": [[1.7e9, 1.7e9 + 600], [1.7e9 + 5000, 1.7e9 + 5300]],
+        "forecast": {"seconds": 840.0, "trials": 10, "basis": "measured: median of 3 trials"},
+        "importance": {
+            "eval/domain_gain": {"lr": 0.6, "tau": 0.3, "delta_max": 0.1},
+            "eval/forgetting": {"lr": 0.8, "tau": 0.05, "delta_max": 0.15},
+        },
         "record": {
             "supervised_positions": 5231, "k_mean": 79.2, "k_median": 6, "capped_share": 0.013,
             "active_share": 0.83, "bytes": 1843211,

@@ -16,7 +16,7 @@ MODULES = {
     for path in sorted(PACKAGE.rglob("*.py"))
 }
 STAGES = {"record", "train", "evaluate", "tune", "report"}
-WITH_RAY = {"record", "train", "evaluate", "tune", "trial", "search", "ray_session"}
+WITH_RAY = {"record", "train", "evaluate", "tune", "trial", "search", "ray_session", "suggest"}
 WITH_OPTUNA = {"search", "tune"}
 HEAVY = {"ray", "torch", "mlflow", "optuna", "transformers", "lm_eval", "pandas", "matplotlib"}
 

@@ -68,6 +68,14 @@ def optional(rule):
     return lambda value: value is None or rule(value)
 
 
+def patterns(value) -> bool:
+    return value == [] or texts(value)
+
+
+def weights(value) -> bool:
+    return type(value) is dict and all(text(k) and not_negative(v) for k, v in value.items())
+
+
 def study_name(value) -> bool:
     plain = "ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789"
     return (
@@ -114,6 +122,19 @@ RULES = {
     "train.schedule": one_of("constant", "linear", "cosine"),
     "train.warmup_steps": whole(0),
     "train.steps": whole(1),
+    "train.epochs": optional(number(lambda x: x > 0)),
+    "train.domain_weights": weights,
+    "train.freeze": patterns,
+    "train.lora_rank": whole(0),
+    "train.lora_alpha": whole(1),
+    "train.lora_targets": patterns,
+    "train.packing": lambda value: type(value) is bool,
+    "train.gradient_checkpointing": lambda value: type(value) is bool,
+    "train.keep_checkpoints": whole(1),
+    "train.evaluate_every": whole(0),
+    "train.holdout_share": number(lambda x: 0 < x < 1),
+    "train.export": one_of("last", "best"),
+    "train.refresh_every": whole(0),
     "train.batch_size": whole(1),
     "train.micro_batches": whole(1),
     "train.max_grad_norm": optional(positive),
@@ -132,7 +153,10 @@ RULES = {
     "evaluate.drift_samples": whole(0),
     "search.name": study_name,
     "search.trials": whole(1),
+    "search.objective": one_of("combined", "budget", "pareto"),
     "search.forgetting_weight": not_negative,
+    "search.max_forgetting": number(lambda x: -1 <= x <= 1),
+    "search.trial_timeout_seconds": optional(positive),
     "search.yardstick_lr": optional(learning_rate),
     "search.seed": seed,
     "search.startup_trials": whole(1),
@@ -140,6 +164,7 @@ RULES = {
     "resources.workers": optional(pair(whole(1), lambda low, high: low <= high)),
     "resources.max_concurrent": optional(whole(1)),
     "resources.actors": optional(pair(whole(1), lambda low, high: low <= high)),
+    "resources.resize_seconds": number(lambda x: x > 0),
     "resources.cpus_per_worker": whole(1),
     "resources.gpus_per_worker": not_negative,
 }
@@ -236,6 +261,7 @@ def test_a_broken_parameter_is_a_config_error_that_names_it(name, value):
                 continue
             space = made.parameters[parameter]
             ends = space.choices or (space.low, space.high)
+            assert not space.when
             assert all(RULES[f"train.{parameter}"](as_trial(parameter, end)) for end in ends)
 
 
@@ -252,6 +278,8 @@ def as_trial(name, value):
     ("override", "parts"),
     [
         ("train.tau=1.5", ["train.tau", "less than or equal to 1", "got 1.5", "Probability"]),
+        ("train.export=best", ["train", "evaluate_every must be at least 1", "got 0"]),
+        ("train.domain_weights.law=-1", ["train.domain_weights.law", "greater", "got -1"]),
         ("train.tau=0", ["train.tau", "greater than 0", "got 0"]),
         ('train.tau="0.9"', ["train.tau", "must be a valid number", "got '0.9'"]),
         ("train.tau=nan", ["train.tau", "finite", "got nan"]),
@@ -291,6 +319,13 @@ def as_trial(name, value):
         ("parameters.loss={choices=['fulll']}", ["parameters.loss", "got 'fulll'"]),
         ("parameters.loss={low=0, high=1}", ["parameters.loss", "got 0.0"]),
         ("parameters.k_min={low=1, high=4}", ["train.k_min", "4 > 2", "raise record.k_min"]),
+        ("parameters.tau={range='auto', low=0.1}", ["parameters.tau", "stands alone"]),
+        ("parameters.lr={range='auto'}", ["parameters.lr", "tau and delta_max", "give low"]),
+        ("parameters.tau={low=0.1, high=0.9, when={losss='soft'}}", ["losss is no setting"]),
+        (
+            "parameters.delta_max={low=1, high=9, when={optimizer='adamw'}}",
+            ["parameters.delta_max.when", "optimizer never is 'adamw'", "['moclip']"],
+        ),
         ("parameters.tau=0.5", ["parameters.tau must be a section of settings, got 0.5"]),
     ],
 )
@@ -491,3 +526,33 @@ def test_an_unknown_space_lists_those_that_are_shipped():
         message = str(caught.value)
         assert message.startswith(f"space file {name} does not exist")
         assert all(path.name in message for path in SHIPPED)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["train.freeze=a.*", "train.lora_rank=4"], "freeze must be empty with adapters"),
+        (["train.refresh_every=5", "train.loss=soft"], "refresh_every must be 0"),
+    ],
+)
+def test_settings_that_contradict_each_other_are_refused(overrides, message):
+    assert message in error_of(*overrides)
+
+
+def test_a_warm_up_is_compared_with_steps_only_where_these_count():
+    assert "warmup_steps must not exceed" in error_of("train.warmup_steps=31")
+    assert run_settings("train.warmup_steps=31", "train.epochs=2").train.epochs == 2
+
+
+def test_an_automatic_range_is_recorded_at_its_top():
+    assert run_settings("parameters.tau={range='auto'}").recorded_tau() == 0.999
+
+
+def test_a_condition_may_name_a_searched_choice_but_not_a_conditional_one():
+    searched = "parameters.optimizer={choices=['moclip', 'adamw']}"
+    cap = "parameters.delta_max={low=1, high=9, when={optimizer='moclip'}}"
+    made = run_settings(searched, cap)
+    assert made.parameters["delta_max"].when == {"optimizer": "moclip"}
+    chained = "parameters.tau={low=0.1, high=0.9, when={clip='scale'}}"
+    conditional = "parameters.clip={choices=['scale'], when={optimizer='moclip'}}"
+    assert "has a condition itself" in error_of(searched, conditional, chained)

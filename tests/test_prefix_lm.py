@@ -42,10 +42,12 @@ class Counter:
 
     def __init__(self, model):
         self.positions = 0
+        self.shapes = []
         self._handle = model.base_model.register_forward_pre_hook(self._count, with_kwargs=True)
 
     def _count(self, _module, _args, kwargs):
         self.positions += kwargs["input_ids"].numel()
+        self.shapes.append(tuple(kwargs["input_ids"].shape))
 
     def __enter__(self):
         return self
@@ -185,6 +187,30 @@ def test_an_answer_ends_with_its_turn(model, tokenizer, shared, plain, monkeypat
         assert their_answer in (our_answer, our_answer + tokenizer.decode([third]))
 
 
+def test_an_answer_ends_with_a_stop_string(model, tokenizer, shared):
+    requests = instances("generate_until", generation(13, 1, until=["e"]))
+    prompt = tokenizer(requests[0].args[0])["input_ids"]
+    ids = list(prompt)
+    while "e" not in tokenizer.decode(ids[len(prompt) :]):
+        with torch.inference_mode():
+            ids.append(int(model(torch.tensor([ids])).logits[0, -1].argmax()))
+    assert 1 < len(ids) - len(prompt) < 24
+    with Counter(model) as counter:
+        shared.generate_until(requests)
+    assert counter.positions == len(ids) - 1  # the last token is written, not read
+
+
+@pytest.mark.parametrize("batch_tokens", [32, 300])
+def test_no_pass_is_larger_than_it_may_be(batch_tokens, model, tokenizer):
+    lm = PrefixLM(model, tokenizer, batch_tokens=batch_tokens)
+    with Counter(model) as counter:
+        for pairs in REQUESTS.values():
+            lm.loglikelihood(instances("loglikelihood", pairs))
+        lm.generate_until(instances("generate_until", GENERATIONS["stop strings"]))
+    assert all(rows == 1 or rows * length <= batch_tokens for rows, length in counter.shapes)
+    assert any(rows > 1 for rows, _ in counter.shapes)
+
+
 def test_an_answer_that_never_ends_is_cut(model, shared):
     requests = instances("generate_until", generation(14, 4, until=["never to be seen"]))
     with Counter(model) as counter:
@@ -227,6 +253,19 @@ def test_gold_answers_are_scored_from_the_prompts_that_were_generated_from(
         assert counter.positions < 13 * longest + sum(
             len(tokenizer(f"{p} {words(random.Random(9), 4)}")["input_ids"]) for p in others
         )
+
+
+def test_a_prompt_that_is_all_shared_does_not_score_what_it_lacks(shared, plain):
+    """The shorter prompt's only token of its own is a line break, which belongs to the answer."""
+    header = contexts(21)[0]
+    prompts = [f"{header}\n", f"{header}\n\n"]
+    shared.generate_until(
+        instances("generate_until", [(p, {"until": [], "max_gen_toks": 2}) for p in prompts])
+    )
+    requests = instances("loglikelihood", [(p, "yes no") for p in prompts])
+    assert_equal_answers(
+        shared.loglikelihood(requests), plain.loglikelihood(requests, disable_tqdm=True)
+    )
 
 
 def test_last_logprobs_are_the_models(model, tokenizer, shared):

@@ -660,7 +660,8 @@ def test_the_interactive_front_has_the_same_points(page, study):
 
 def test_the_training_curves_are_those_of_the_metrics_files(page, made):
     data = figures(page)
-    assert set(data) == {"front", "train-loss", "subset-rho", "moclip-angle_deg"}
+    across = {"front", "hypervolume", "surface", "importance"}
+    assert set(data) == across | {"train-loss", "subset-rho", "moclip-angle_deg"}
     traces = {trace["name"]: trace for trace in data["train-loss"]["data"]}
     assert set(traces) == {f"trial {index}" for index in range(10)}
     lines = [
@@ -793,5 +794,107 @@ onload = () => setTimeout(() => {{
     assert measured["width"] <= width
     traces = {name: count for name, count, _ in measured["figures"]}
     # The front's 4 groups of trials, its line and the base; one line per trial elsewhere.
-    assert traces == {"front": 6, "train-loss": 10, "subset-rho": 10, "moclip-angle_deg": 9}
+    across = {"front": 6, "hypervolume": 2, "surface": 1, "importance": 2}
+    assert traces == across | {"train-loss": 10, "subset-rho": 10, "moclip-angle_deg": 9}
     assert all(right <= width for _, _, right in measured["figures"])
+
+
+# Objectives and the front as a whole
+
+
+def best_of(directory: Path, **changes: Any) -> Study:
+    edit(directory, best=None, **changes)
+    return load_study(directory)
+
+
+def test_by_budget_only_a_trial_within_it_is_the_best(own):
+    """By the search's numbers: trials 2 and 8 forget at most 0.005, 0 and others more."""
+    study = best_of(own, objective="budget", max_forgetting=0.005)
+    values = {
+        trial.entry.number: (trial.comparison.domain_gain.value, trial.comparison.forgetting.value)
+        for trial in study.compared
+    }
+    inside = {number: gain for number, (gain, forgetting) in values.items() if forgetting <= 0.005}
+    assert 0 < len(inside) < len(values)
+    assert study.best.entry.number == max(inside, key=inside.get)
+    assert study.closest is None
+    said = " ".join(sentence.text for sentence in headline(study))
+    share = study.best.budget_probability
+    assert f"within the budget of +0.5 points in {100 * share:.0f} % of the resamples" in said
+    replicates = study.best.comparison.forgetting_replicates
+    assert share == pytest.approx(sum(f <= 0.005 for f in replicates) / len(replicates))
+
+
+def test_where_no_trial_keeps_the_budget_the_least_forgetting_one_is_shown_and_none_is_best(own):
+    study = best_of(own, objective="budget", max_forgetting=-0.05)
+    least = min(study.compared, key=lambda trial: trial.comparison.forgetting.value)
+    assert study.best is None
+    assert study.closest is least is study.shown
+    assert study.verdict.comparison is least.comparison
+    summary = as_json(study)
+    assert (summary["best"], summary["closest"]) == (None, least.entry.number)
+    html = write_report(own).read_text(encoding="utf-8")
+    assert 'class="tag best"' not in html
+    text = visible_text(html)
+    assert (
+        f"No trial stays within the budget of \N{MINUS SIGN}5.0 points of forgetting, so there is "
+        f"no best one; {least.name} forgets least."
+    ) in text
+    assert "closest to the budget" in text
+
+
+def test_of_a_whole_front_the_knee_is_the_best(own):
+    from lrmc_ray.statistics import knee
+
+    study = best_of(own, objective="pareto")
+    values = [
+        (trial.comparison.domain_gain.value, trial.comparison.forgetting.value)
+        for trial in study.compared
+    ]
+    assert study.best is study.compared[knee(values)]
+    front = sum(trial.is_on_front for trial in study.compared)
+    said = " ".join(sentence.text for sentence in headline(study))
+    assert f"the knee of a front of {front} trials" in said
+
+
+@pytest.mark.parametrize("objective", ["combined", "budget", "pareto"])
+def test_the_front_is_shown_as_a_whole_for_every_objective(own, objective):
+    from lrmc_ray.statistics import HYPERVOLUME_REFERENCE, hypervolume, knee
+
+    study = best_of(own, objective=objective)
+    values = [
+        (trial.comparison.domain_gain.value, trial.comparison.forgetting.value)
+        for trial in study.compared
+    ]
+    html = write_report(own).read_text(encoding="utf-8")
+    text = visible_text(html)
+    bend = study.compared[knee(values)]
+    assert f"Its knee is {bend.name}, in {100 * bend.knee_probability:.0f} %" in text
+    area = 1e4 * hypervolume(values, HYPERVOLUME_REFERENCE)
+    assert f"now {area:.0f} points x points" in text
+    line = figures(html)["hypervolume"]["data"][1]["y"]
+    assert line == pytest.approx(
+        [1e4 * hypervolume(values[: n + 1], HYPERVOLUME_REFERENCE) for n in range(len(values))]
+    )
+    assert sum(trial.knee_probability for trial in study.compared) == pytest.approx(1.0)
+
+
+def test_the_surface_goes_through_the_trials_region_and_importance_is_drawn(page, study):
+    drawn = figures(page)
+    dots = drawn["surface"]["data"][1]
+    assert len(dots["x"]) == sum("tau" in trial.entry.params for trial in study.compared)
+    assert {bar["name"] for bar in drawn["importance"]["data"]} == {"domain gain", "forgetting"}
+    gain = next(bar for bar in drawn["importance"]["data"] if bar["name"] == "domain gain")
+    assert dict(zip(gain["y"], gain["x"], strict=True)) == {"lr": 60, "tau": 30, "delta_max": 10}
+
+
+def test_costs_are_given_in_core_hours_and_beside_the_forecast(page, made):
+    entries = json.loads((made / "study.json").read_text())["trials"]
+    hours = sum(
+        2 * entry["cost"]["train_seconds"] + entry["cost"].get("evaluate_seconds", 0.0)
+        for entry in entries
+    )
+    text = visible_text(page)
+    assert f"{hours / 3600:.3f}" in text
+    assert "The search took 15 min 00 s by the clock in 2 sittings." in text
+    assert "The forecast for 10 trials was 14 min 00 s (measured: median of 3 trials)." in text

@@ -8,7 +8,19 @@ from optuna.trial import TrialState
 from ray.tune.search import Searcher
 
 from lrmc_ray.config import RunSettings
-from lrmc_ray.search import OBJECTIVE, StudySearcher, TrialQueue, distribution, open_study
+from lrmc_ray.search import (
+    COMBINED,
+    FORGETTING,
+    GAIN,
+    StudySearcher,
+    TrialQueue,
+    distribution,
+    open_study,
+)
+
+
+def results(gain=0.0, forgetting=0.0):
+    return {GAIN: gain, FORGETTING: forgetting, COMBINED: gain - forgetting}
 
 
 def make_settings(**search):
@@ -31,7 +43,7 @@ def drain(queue, value=0.0):
     trials = []
     while (trial := queue.next()) is not None:
         trials.append(trial)
-        queue.complete(trial.number, value + trial.number)
+        queue.complete(trial.number, results(value + trial.number))
     return trials
 
 
@@ -74,7 +86,7 @@ def test_a_reopened_study_hands_out_unfinished_trials_first_and_repeats_no_point
 
     queue = TrialQueue(open_study(tmp_path / "s.db", "s"), settings)
     done = queue.next()
-    queue.complete(done.number, 0.0)
+    queue.complete(done.number, results())
     left = [queue.next(), queue.next()]  # the driver dies here
     reopened = TrialQueue(open_study(tmp_path / "s.db", "s"), settings)
     rest = drain(reopened)
@@ -114,20 +126,21 @@ def test_the_sampler_learns_from_the_scores(tmp_path):
         lr = trial.params.get("lr", 1e-3)
         value = -((math.log10(lr) + 4.5) ** 2)
         values.append(value)
-        queue.complete(trial.number, value)
+        queue.complete(trial.number, results(value))
     assert sum(values[-15:]) / 15 > sum(values[2:10]) / 8
 
 
 @pytest.mark.parametrize(
     ("result", "error", "state"),
     [
-        ({OBJECTIVE: 0.5}, False, TrialState.COMPLETE),
-        ({OBJECTIVE: float("nan")}, False, TrialState.FAIL),
-        ({OBJECTIVE: float("inf")}, False, TrialState.FAIL),
+        (results(0.6, 0.1), False, TrialState.COMPLETE),
+        (results(float("nan")), False, TrialState.FAIL),
+        (results(float("inf")), False, TrialState.FAIL),
+        (results() | {FORGETTING: float("nan")}, False, TrialState.FAIL),
         ({}, False, TrialState.FAIL),
         (None, False, TrialState.FAIL),
         (None, True, TrialState.FAIL),
-        ({OBJECTIVE: 0.5}, True, TrialState.FAIL),
+        (results(0.5), True, TrialState.FAIL),
     ],
 )
 def test_every_way_of_ending_is_told_to_the_study(tmp_path, result, error, state):
@@ -169,3 +182,100 @@ def test_distributions_follow_the_types_of_the_settings():
         10, 30
     )
     assert distribution("clip", parameters["clip"]).choices == ("scale", "momentum")
+
+
+# Objectives
+
+
+def play(path, settings, outcome):
+    """Run a whole search in which ``outcome`` says what a trial's parameters lead to."""
+    study = open_study(path, "s", settings.search.objective)
+    queue = TrialQueue(study, settings)
+    while (trial := queue.next()) is not None:
+        queue.complete(trial.number, results(*outcome(trial.params)))
+    return study
+
+
+def trade_off(params):
+    """A higher learning rate learns more and forgets more; the plain trial forgets a lot."""
+    strength = (math.log10(params.get("lr", 1e-3)) + 6) / 3
+    return strength, strength**2 / 10
+
+
+def test_trials_beyond_the_budget_are_constrained_and_never_the_best(tmp_path):
+
+    def search(max_forgetting):
+        settings = make_settings(
+            trials=20, objective="budget", max_forgetting=max_forgetting, startup_trials=6
+        )
+        study = play(tmp_path / f"{max_forgetting}.db", settings, trade_off)
+        gains = {trial.number: trial.value for trial in study.trials}
+        return study, gains, {n: gain for n, gain in gains.items() if gain**2 / 10 <= 0.02}
+
+    study, gains, feasible = search(0.02)
+    assert 2 < len(feasible) < 20
+    assert max(gains, key=gains.get) not in feasible
+    assert study.best_trial.number == max(feasible, key=feasible.get)
+    # The sampler knows: without the constraint it looks elsewhere.
+    _, _, without = search(1.0)
+    late, late_without = (sum(n >= 8 for n in inside) for inside in (feasible, without))
+    assert late >= late_without + 3
+
+
+def test_the_budget_survives_a_restart(tmp_path):
+    settings = make_settings(trials=4, objective="budget", max_forgetting=0.02)
+    study = open_study(tmp_path / "s.db", "s", "budget")
+    queue = TrialQueue(study, settings)
+    queue.complete(queue.next().number, results(0.9, 0.3))
+    queue.complete(queue.next().number, results(0.2, 0.01))
+    again = open_study(tmp_path / "s.db", "s", "budget")
+    TrialQueue(again, settings)
+    assert again.best_trial.number == 1
+    assert [trial.constraints for trial in again.trials[:2]] == [
+        {"forgetting": pytest.approx(0.28)},
+        {"forgetting": pytest.approx(-0.01)},
+    ]
+
+
+def test_a_pareto_search_has_two_objectives(tmp_path):
+    settings = make_settings(trials=12, objective="pareto")
+    study = play(tmp_path / "s.db", settings, trade_off)
+    assert [d.name for d in study.directions] == ["MAXIMIZE", "MINIMIZE"]
+    for trial in study.trials:
+        assert trial.values == pytest.approx(trade_off(trial.params))
+    assert {trial.state for trial in study.trials} == {TrialState.COMPLETE}
+    assert len(study.best_trials) >= 10  # all lie on one curve
+
+
+# Conditions
+
+
+def test_a_parameter_is_searched_only_where_its_condition_holds(tmp_path):
+    settings = RunSettings.model_validate(
+        {
+            "search": {"trials": 14, "startup_trials": 4},
+            "parameters": {
+                "delta_max": {"low": 10, "high": 120, "when": {"optimizer": "moclip"}},
+                "optimizer": {"choices": ["moclip", "adamw"]},
+                "lr": {"low": 1e-6, "high": 1e-3, "log": True},
+            },
+        }
+    )
+    trials = drain(TrialQueue(open_study(tmp_path / "s.db", "s"), settings))
+    searched = [trial.params for trial in trials if trial.user_attrs["role"] != "yardstick"]
+    assert {params["optimizer"] for params in searched} == {"moclip", "adamw"}
+    for params in searched:
+        assert ("delta_max" in params) == (params["optimizer"] == "moclip")
+    assert searched[0] == {"optimizer": "moclip", "lr": 3e-5, "delta_max": 45.0}
+
+
+def test_a_condition_on_a_fixed_setting_holds_always(tmp_path):
+    settings = RunSettings.model_validate(
+        {
+            "search": {"trials": 3},
+            "train": {"clip": "momentum"},
+            "parameters": {"delta_max": {"low": 10, "high": 120, "when": {"clip": "momentum"}}},
+        }
+    )
+    trials = drain(TrialQueue(open_study(tmp_path / "s.db", "s"), settings))
+    assert ["delta_max" in trial.params for trial in trials] == [True, False, True]

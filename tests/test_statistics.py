@@ -9,11 +9,15 @@ from scipy import stats
 
 from lrmc_ray import statistics
 from lrmc_ray.statistics import (
+    Choice,
     Interval,
     bootstrap_means,
+    choose,
     front_probability,
     hypervolume,
+    hypervolume_replicates,
     knee,
+    knee_replicates,
     mean_interval,
     on_front,
     paired_bootstrap,
@@ -313,3 +317,54 @@ def test_on_front_takes_columns_one_by_one():
     gain = np.array([[1.0, 0.0], [0.0, 1.0]])
     forgetting = np.zeros((2, 2))
     np.testing.assert_array_equal(on_front(gain, forgetting), [[True, False], [False, True]])
+
+
+# What an objective prefers
+
+POINTS = [(0.10, 0.000), (0.40, 0.012), (0.30, 0.008), (0.60, 0.200), (0.40, 0.009)]
+
+
+@pytest.mark.parametrize(
+    ("objective", "weight", "limit", "expected"),
+    [
+        ("combined", 1.0, 0.0, Choice(3, True)),  # 0.6 - 0.2 = 0.4 against 0.4 - 0.009
+        ("combined", 1.1, 0.0, Choice(4, True)),  # 0.38 against 0.3901
+        ("combined", 1000.0, 0.0, Choice(0, True)),
+        ("budget", 1.0, 0.02, Choice(4, True)),  # two gain 0.4: the one that forgets less
+        ("budget", 1.0, 0.0085, Choice(2, True)),
+        ("budget", 1.0, 0.009, Choice(4, True)),  # the limit itself is allowed
+        ("budget", 1.0, -0.01, Choice(0, False)),
+        ("budget", 1.0, 1.0, Choice(3, True)),
+    ],
+)
+def test_choose_by_hand(objective, weight, limit, expected):
+    chosen = choose(POINTS, objective, forgetting_weight=weight, max_forgetting=limit)
+    assert chosen == expected
+
+
+def test_choose_takes_the_knee_of_a_front_and_nothing_from_nothing():
+    options = {"forgetting_weight": 1.0, "max_forgetting": 0.01}
+    assert choose(POINTS, "pareto", **options) == Choice(knee(POINTS), True)
+    for objective in ("combined", "budget", "pareto"):
+        assert choose([], objective, **options) is None
+
+
+@given(seed=st.integers(0, 2**16), num_trials=st.integers(1, 7), ties=st.booleans())
+@settings(max_examples=40, deadline=None)
+def test_replicates_of_knee_and_hypervolume_equal_one_replicate_at_a_time(seed, num_trials, ties):
+    rng = np.random.default_rng(seed)
+    gain_TB = rng.normal(0.3, 0.3, (num_trials, 9))
+    forgetting_TB = rng.normal(0.05, 0.05, (num_trials, 9))
+    if ties:
+        gain_TB, forgetting_TB = gain_TB.round(1), forgetting_TB.round(2)
+    reference = (0.0, 0.1)
+    area_TB = hypervolume_replicates(gain_TB, forgetting_TB, reference)
+    knee_B = knee_replicates(gain_TB, forgetting_TB)
+    for b in range(9):
+        points = list(zip(gain_TB[:, b], forgetting_TB[:, b], strict=True))
+        for count in range(1, num_trials + 1):
+            expected = hypervolume(points[:count], reference)
+            assert area_TB[count - 1, b] == pytest.approx(expected, abs=1e-12)
+        # Equal points may be exchanged, and so may equal heights above the line.
+        assert points[knee_B[b]] == points[knee(points)]
+    assert (np.diff(area_TB, axis=0) >= -1e-12).all()

@@ -12,6 +12,7 @@ import subprocess
 import sys
 import threading
 import time
+import urllib.request
 from pathlib import Path
 
 import pytest
@@ -715,3 +716,35 @@ def test_importing_is_light(module):
         [sys.executable, "-c", code], capture_output=True, text=True, check=True
     )
     assert result.stdout.strip() == "[]"
+
+
+def test_training_never_calls_mlflow():
+    """Its workers write a file: nothing that MLflow does can reach them."""
+    code = (
+        "import sys, lrmc_ray.training_run, lrmc_ray.train\n"
+        "assert not {'mlflow', 'lrmc_ray.tracking'} & set(sys.modules), 'mlflow is there'"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_the_best_model_is_registered_once_and_comes_back_whole(client, uri, tmp_path):
+    from lrmc_ray.tracking import register_model
+
+    write_study(tmp_path, "registered", best=1, experiment="another")
+    model = tmp_path / "best_model"
+    model.mkdir()
+    (model / "model.safetensors").write_bytes(b"weights")
+    (model / "config.json").write_text("{}")
+    with pytest.raises(IncompleteArtifactError, match="run `lrmc mlflow-sync"):
+        register_model(tmp_path, model, "my-model", uri)
+    sync(tmp_path, uri)
+    assert client.get_experiment_by_name("another") is not None
+    assert register_model(tmp_path, model, "my-model", uri) == "1"
+    assert register_model(tmp_path, model, "my-model", uri) == "1"
+    (version,) = client.search_model_versions("name = 'my-model'")
+    assert version.tags["lrmc.trial"] == "1"
+    source = client.get_model_version_download_uri("my-model", "1")
+    copy = Path(urllib.request.url2pathname(source.removeprefix("file://")))
+    assert {path.name: path.read_bytes() for path in copy.iterdir()} == {
+        path.name: path.read_bytes() for path in model.iterdir()
+    }

@@ -109,7 +109,8 @@ def _canonical(query: exp.Expr) -> object:
     selected = {
         item.alias: item.unalias()
         for item in query.expressions
-        if item.alias and item.unalias().name != item.alias
+        # An unknown column under its own name would lead to itself.
+        if item.alias and not (isinstance(item.this, exp.Column) and not item.this.table)
     }
 
     def render(node: Any) -> object:

@@ -192,7 +192,7 @@ def test_the_task_scores_texts_and_letters(split, built, tiny_model, monkeypatch
     monkeypatch.setenv("LRMC_CACHE", str(built))
     request = ScoreRequest(
         tasks=(("ct", "domain"),), batch_tokens=512, precision="fp32", limit=9, split=split,
-        drift_samples=2,
+        drift_samples={"domain": 2, "general": 2},
     )  # fmt: skip
     result = score(tiny_model, request)
     scores = Scores.from_rows(result.rows)
@@ -249,7 +249,7 @@ def test_questions_that_were_not_built_are_missing_input(tmp_path, monkeypatch, 
         training_files(load_settings(None, ["data.train=ct"]))
     request = ScoreRequest(
         tasks=(("ct", "domain"),), batch_tokens=512, precision="fp32", limit=9, split="dev",
-        drift_samples=2,
+        drift_samples={"domain": 2, "general": 2},
     )  # fmt: skip
     with pytest.raises(IncompleteArtifactError, match="build them"):
         score(tiny_model, request)

@@ -192,6 +192,20 @@ def test_hostile_statements_are_refused(runner, no_trace, sql):
     assert time.monotonic() - start < 10
 
 
+def test_1000_queries_take_less_than_a_minute(countries):
+    """Gold queries of the demo; the child's processor time counts, the machine may be busy."""
+    rows = make_examples(countries, seed=1, num_train=200, num_dev=1, num_test=1)["train"]
+    with SqlRunner(countries) as runner:
+        runner.execute("SELECT 1")
+        child = psutil.Process(runner._process.pid)
+        start = time.process_time()
+        for index in range(1000):
+            assert runner.execute(rows[index % len(rows)]["sql"]).error is None
+        times = child.cpu_times()
+        assert time.process_time() - start + times.user + times.system < 60
+        assert runner.num_restarts == 0
+
+
 @pytest.mark.parametrize("sql", SLOW.values(), ids=SLOW)
 def test_endless_statements_are_stopped_and_the_next_one_runs(runner, no_trace, sql):
     start = time.monotonic()

@@ -161,7 +161,7 @@ def built(tmp_path_factory):
 def request():
     return ScoreRequest(
         tasks=(("nl2sql_spider", "domain"),), batch_tokens=512, precision="fp32", limit=None,
-        split="test", drift_samples=2,
+        split="test", drift_samples={"domain": 2, "general": 2},
     )  # fmt: skip
 
 

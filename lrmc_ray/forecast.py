@@ -1,0 +1,225 @@
+"""What a search will cost, before it is started.
+
+From the measured costs of earlier searches in the output directory where there are any with the
+same model, data and tasks; else a rough estimate from the model's size, the tokens and the cores.
+Neither needs Ray, torch or a download.
+"""
+
+import json
+import math
+import statistics
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from lrmc_ray.config import DEMO, ResourceSettings, RunSettings
+from lrmc_ray.errors import DataError, ResourceError
+
+STUDY_FILE = "study.json"
+CORE_FLOPS = 7e10
+"""Of float32 per second and core: SmolLM2-135M in the demo on an AMD EPYC core with AVX2."""
+CHARACTERS_PER_TOKEN = 4.0
+ITEMS_PER_TASK = 200
+"""Of a task without ``evaluate.limit``; real tasks have between tens and thousands."""
+TOKENS_PER_ITEM = 160
+"""Processed to score one item; measured on the demo's tasks."""
+START_SECONDS = 15.0
+"""Of one trial: processes, imports, loading the model."""
+
+
+@dataclass(frozen=True)
+class Forecast:
+    """What a search takes. Core seconds are cores that are held, times seconds."""
+
+    trials: int
+    concurrent: int
+    """Trials side by side."""
+    workers: int
+    """Training workers of each."""
+    record_seconds: float
+    """Stage 0, once."""
+    base_seconds: float
+    """Scoring the base model, once."""
+    train_seconds: float
+    """Training of one trial."""
+    evaluate_seconds: float
+    """Scoring of one trial."""
+    seconds: float
+    """The whole search by the clock."""
+    core_seconds: float
+    basis: str
+    """What it rests on, in words."""
+    is_measured: bool
+
+
+def divide(slots: int, resources: ResourceSettings, trials: int) -> tuple[int, tuple[int, int]]:
+    """Trials side by side, and the fewest and most workers of each, where ``slots`` workers fit.
+
+    Raises:
+        ResourceError: not one trial fits.
+    """
+    wanted = resources.max_concurrent or max(2, trials // 4)
+    concurrent = min(wanted, slots // (resources.workers[0] if resources.workers else 1))
+    if concurrent < 1:
+        fewest = resources.workers[0] if resources.workers else 1
+        raise ResourceError(f"a trial needs {fewest} workers, {slots} fit; lower resources.workers")
+    most = slots // concurrent
+    if resources.workers:
+        return concurrent, (resources.workers[0], min(resources.workers[1], most))
+    return concurrent, (1, most)
+
+
+def forecast(settings: RunSettings, output: Path, *, slots: int) -> Forecast | None:
+    """What a search costs on a machine that holds ``slots`` workers at once.
+
+    Returns:
+        None where nothing is known: an unseen model that is not on this machine, or on GPUs.
+    """
+    parts = _measured(settings, output) or _estimated(settings, slots)
+    if parts is None:
+        return None
+    trials = settings.search.trials
+    concurrent, (_, most) = divide(slots, settings.resources, trials)
+    workers = max(1, min(most, settings.train.micro_batches))
+    cores = settings.resources.cpus_per_worker
+    train = parts["train_core_seconds"] / (workers * cores)
+    each = train + parts["evaluate_seconds"] + START_SECONDS
+    # At the end base, best and yardstick answer fresh domain questions: about half of the items.
+    final = parts["base_seconds"] / 2 + parts["evaluate_seconds"] / 2
+    once = parts["record_seconds"] + parts["base_seconds"] + final
+    return Forecast(
+        trials=trials,
+        concurrent=concurrent,
+        workers=workers,
+        record_seconds=parts["record_seconds"],
+        base_seconds=parts["base_seconds"],
+        train_seconds=train,
+        evaluate_seconds=parts["evaluate_seconds"],
+        seconds=once + math.ceil(trials / concurrent) * each,
+        core_seconds=cores * (once * slots + trials * (train * workers + each - train)),
+        basis=parts["basis"],
+        is_measured=parts["is_measured"],
+    )
+
+
+def _studies(output: Path) -> Iterator[dict[str, Any]]:
+    for path in sorted(output.glob(f"*/{STUDY_FILE}")):
+        try:
+            study = json.loads(path.read_text(encoding="utf-8"))
+            if isinstance(study, dict):
+                yield study
+        except ValueError:
+            continue  # The report says what is wrong with it.
+
+
+def _measured(settings: RunSettings, output: Path) -> dict[str, Any] | None:
+    """Medians over finished trials with the same model, data and tasks."""
+    wanted = settings.model_dump(mode="json")
+    train_per_sample: list[float] = []
+    evaluate: list[float] = []
+    record: list[float] = []
+    base: list[float] = []
+    for study in _studies(output):
+        used = study.get("settings", {})
+        if any(used.get(part) != wanted[part] for part in ("model", "data", "evaluate")):
+            continue
+        stages = study.get("stage_seconds", {})
+        record += [stages["record"]] if "record" in stages else []
+        base += [stages["base_evaluation"]] if "base_evaluation" in stages else []
+        for trial in study.get("trials", []):
+            cost = trial.get("cost") or {}
+            if "train_seconds" in cost and "evaluate_seconds" in cost:
+                tuned = trial["settings"]
+                samples = tuned["steps"] * tuned["batch_size"]
+                cores = cost.get("train_cores", 1)
+                train_per_sample.append(cost["train_seconds"] * cores / samples)
+                evaluate.append(cost["evaluate_seconds"])
+    if not train_per_sample:
+        return None
+    samples = settings.train.steps * settings.train.batch_size
+    scored = statistics.median(evaluate)
+    return {
+        "train_core_seconds": statistics.median(train_per_sample) * samples,
+        "evaluate_seconds": scored,
+        "record_seconds": statistics.median(record) if record else 0.0,
+        "base_seconds": statistics.median(base) if base else scored,
+        "basis": f"measured: median of {len(train_per_sample)} finished trials in {output}",
+        "is_measured": True,
+    }
+
+
+def _estimated(settings: RunSettings, slots: int) -> dict[str, Any] | None:
+    """From floating-point operations: 2 per parameter and token forward, 6 with the gradient."""
+    from lrmc_ray.record import training_files
+
+    directory = _model_directory(settings)
+    if directory is None or settings.resources.gpus_per_worker:
+        return None
+    parameters = count_parameters(directory)
+    samples, tokens = count_tokens(training_files(settings), settings.data.max_length)
+    cores = settings.resources.cpus_per_worker
+    trained = settings.train.steps * settings.train.batch_size * tokens / samples
+    tasks = len(settings.evaluate.domain_tasks) + len(settings.evaluate.general_tasks)
+    scored = tasks * (settings.evaluate.limit or ITEMS_PER_TASK) * TOKENS_PER_ITEM
+    per_second = CORE_FLOPS * cores
+    evaluate = 2.0 * parameters * scored / per_second
+    return {
+        "train_core_seconds": 6.0 * parameters * trained / CORE_FLOPS,
+        "evaluate_seconds": evaluate,
+        "record_seconds": 2.0 * parameters * tokens / (per_second * slots),
+        "base_seconds": evaluate / min(slots, tasks),
+        "basis": (
+            f"rough estimate: {parameters / 1e6:.0f}M parameters, about {tokens / samples:.0f} "
+            f"tokens per sample, {CORE_FLOPS / 1e9:.0f} GFLOP/s per core; it can be off by a "
+            "factor of three"
+        ),
+        "is_measured": False,
+    }
+
+
+def _model_directory(settings: RunSettings) -> Path | None:
+    """The model's directory if it is on this machine; nothing is downloaded."""
+    from lrmc_ray.demo.base_model import NAME
+    from lrmc_ray.models import cache_directory
+
+    if settings.model.name != DEMO:
+        return Path(settings.model.name) if Path(settings.model.name).is_dir() else None
+    directory = cache_directory() / NAME
+    return directory if directory.is_dir() else None
+
+
+def count_parameters(directory: Path) -> int:
+    """Parameters of a saved model, from the headers of its safetensors files.
+
+    Raises:
+        DataError: a file is damaged.
+    """
+    total = 0
+    for path in sorted(directory.glob("*.safetensors")):
+        with path.open("rb") as file:
+            try:
+                size = int.from_bytes(file.read(8), "little")
+                header: Mapping[str, Any] = json.loads(file.read(min(size, 2**27)))
+                total += sum(
+                    math.prod(tensor["shape"])
+                    for name, tensor in header.items()
+                    if name != "__metadata__"
+                )
+            except (ValueError, KeyError, TypeError, AttributeError) as error:
+                raise DataError(
+                    f"{path} has no safetensors header ({error}); save the model again"
+                ) from None
+    return total
+
+
+def count_tokens(files: list[Path], max_length: int) -> tuple[int, float]:
+    """Samples, and about how many tokens they have together."""
+    samples, tokens = 0, 0.0
+    for path in files:
+        with path.open("rb") as file:
+            for line in file:
+                if line.strip():
+                    samples += 1
+                    tokens += min(float(max_length), len(line) / CHARACTERS_PER_TOKEN)
+    return max(1, samples), tokens

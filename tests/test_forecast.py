@@ -1,0 +1,135 @@
+"""What a search will cost: against hand-made searches and a model whose size is known."""
+
+import json
+
+import pytest
+
+from lrmc_ray.config import ResourceSettings, RunSettings
+from lrmc_ray.errors import ResourceError
+from lrmc_ray.explain import explain
+from lrmc_ray.forecast import count_parameters, count_tokens, divide, forecast
+from tests.tiny import make_data
+
+
+@pytest.fixture
+def settings(tiny_model, tmp_path):
+    data = make_data(tmp_path / "train.jsonl", num_rows=10)
+    return RunSettings.model_validate(
+        {
+            "model": {"name": str(tiny_model)},
+            "data": {"train": [str(data)]},
+            "search": {"trials": 8},
+            "train": {"steps": 30, "batch_size": 8, "micro_batches": 4},
+            "evaluate": {"limit": 50},
+            "parameters": {
+                "delta_max": {"low": 10, "high": 120, "when": {"optimizer": "moclip"}},
+                "tau": {"range": "auto"},
+                "lr": {"low": 1e-6, "high": 1e-4, "log": True},
+            },
+        }
+    )
+
+
+def write_study(directory, settings, costs):
+    directory.mkdir()
+    study = {
+        "settings": settings.model_dump(mode="json", exclude={"parameters"}),
+        "stage_seconds": {"record": 30.0, "base_evaluation": 20.0},
+        "trials": [
+            {"settings": {"steps": 15, "batch_size": 8}, "cost": cost} for cost in [*costs, {}]
+        ],
+    }
+    (directory / "study.json").write_text(json.dumps(study))
+
+
+@pytest.mark.parametrize(
+    ("slots", "trials", "resources", "expected"),
+    [
+        (2, 6, {}, (2, (1, 1))),
+        (8, 4, {}, (2, (1, 4))),
+        (8, 40, {}, (8, (1, 1))),
+        (8, 40, {"max_concurrent": 3}, (3, (1, 2))),
+        (8, 40, {"workers": (2, 4)}, (4, (2, 2))),
+        (1, 6, {}, (1, (1, 1))),
+    ],
+)
+def test_cores_are_divided_among_trials(slots, trials, resources, expected):
+    assert divide(slots, ResourceSettings(**resources), trials) == expected
+
+
+def test_not_one_trial_fits():
+    with pytest.raises(ResourceError, match="a trial needs 4 workers, 2 fit"):
+        divide(2, ResourceSettings(workers=(4, 4)), 6)
+
+
+def test_measured_costs_are_scaled_to_the_steps_of_the_search(settings, tmp_path):
+    """15 steps took 60, 120 and 90 core seconds; 30 steps on 1 core each take 180."""
+    costs = [
+        {"train_seconds": 60.0, "evaluate_seconds": 10.0, "train_cores": 1},
+        {"train_seconds": 60.0, "evaluate_seconds": 12.0, "train_cores": 2},
+        {"train_seconds": 90.0, "evaluate_seconds": 14.0},
+    ]
+    write_study(tmp_path / "demo-1", settings, costs)
+    found = forecast(settings, tmp_path, slots=2)
+    assert found.is_measured
+    assert (found.concurrent, found.workers) == (2, 1)
+    assert found.train_seconds == pytest.approx(180.0)
+    assert found.evaluate_seconds == 12.0
+    # Record, base, four rounds of two trials with 15 s to start, and the final scoring.
+    assert found.seconds == pytest.approx(30 + 20 + 4 * (180 + 12 + 15) + 10 + 6)
+    assert "median of 3 finished trials" in found.basis
+
+
+def test_a_search_over_other_tasks_is_no_measure(settings, tmp_path):
+    other = settings.model_copy(
+        update={"evaluate": settings.evaluate.model_copy(update={"limit": 7})}
+    )
+    costs = [{"train_seconds": 60.0, "evaluate_seconds": 10.0}]
+    write_study(tmp_path / "demo-1", other, costs)
+    assert not forecast(settings, tmp_path, slots=2).is_measured
+
+
+def test_the_rough_estimate_follows_the_models_size(settings, tmp_path, tiny_model):
+    from lrmc_ray.models import load_model
+
+    parameters = sum(p.numel() for p in load_model(tiny_model).parameters())
+    assert count_parameters(tiny_model) == parameters
+    found = forecast(settings, tmp_path / "none", slots=2)
+    path = tmp_path / "train.jsonl"
+    lines = path.read_text().splitlines()
+    per_sample = sum(len(line) + 1 for line in lines) / 4 / len(lines)
+    assert found.train_seconds == pytest.approx(6 * parameters * 240 * per_sample / 7e10)
+    assert count_tokens([path], 3) == (10, 30.0)
+    assert "rough estimate" in found.basis
+
+
+def test_an_absent_model_costs_nobody_knows_what(settings, tmp_path):
+    absent = settings.model_copy(
+        update={"model": settings.model.model_copy(update={"name": "some/model"})}
+    )
+    assert forecast(absent, tmp_path, slots=2) is None
+
+
+def test_explain_says_what_is_searched_and_what_it_costs(settings, tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "200")
+    explain(settings, tmp_path, as_json=False)
+    said = capsys.readouterr().out
+    for words in (
+        "1e-06 to 0.0001",
+        "optimizer = moclip",
+        "automatic, from the record",
+        "combined = domain gain - 1 x forgetting",
+        "Trials: 8. First the settings of [train] and plain fine-tuning",
+        "Cost: about",
+        "Rough estimate",
+    ):
+        assert words in said
+    budget = settings.model_copy(
+        update={"search": settings.search.model_copy(update={"objective": "budget"})}
+    )
+    explain(budget, tmp_path, as_json=False)
+    assert "at most 1 points of 100 of forgetting" in capsys.readouterr().out
+    explain(settings, tmp_path, as_json=True)
+    told = json.loads(capsys.readouterr().out)
+    assert (told["trials"], told["objective"]) == (8, "combined")
+    assert told["forecast"]["trials"] == 8
