@@ -128,12 +128,13 @@ def _progress(directory: Path, trial: dict[str, Any]) -> str:
 
 def _core_hours(trials: Sequence[dict[str, Any]]) -> float:
     """Cores held by the trials that have ended, times hours."""
-    seconds = 0.0
-    for trial in trials:
-        if cost := trial.get("cost"):
-            seconds += cost["train_seconds"] * cost.get("train_cores", 1)
-            seconds += cost["evaluate_seconds"] * cost.get("evaluate_cores", 1)
-    return seconds / 3600.0
+    costs = [trial["cost"] for trial in trials if trial.get("cost")]
+    seconds: float = sum(
+        cost["train_seconds"] * cost.get("train_cores", 1)
+        + cost["evaluate_seconds"] * cost.get("evaluate_cores", 1)
+        for cost in costs
+    )
+    return seconds / 3600
 
 
 def _table(directory: Path, trials: Sequence[dict[str, Any]], total: int, start: float) -> "Table":

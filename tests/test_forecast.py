@@ -1,7 +1,11 @@
 """What a search will cost: against hand-made searches and a model whose size is known."""
 
 import json
+import subprocess
+import sys
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from lrmc_ray.config import ResourceSettings, RunSettings
@@ -133,3 +137,29 @@ def test_explain_says_what_is_searched_and_what_it_costs(settings, tmp_path, cap
     told = json.loads(capsys.readouterr().out)
     assert (told["trials"], told["objective"]) == (8, "combined")
     assert told["forecast"]["trials"] == 8
+
+
+def test_the_command_explains_without_starting_anything(settings, tmp_path):
+    data, model = settings.data.train[0], settings.model.name
+    done = subprocess.run(
+        [
+            *(sys.executable, "-m", "lrmc_ray.tune", "--explain", "--space", "budget", "--json"),
+            *("--model", model, "--train-data", data, "--output", str(tmp_path / "runs")),
+        ],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    told = json.loads(done.stdout)
+    assert (told["objective"], told["max_forgetting"]) == ("budget", 0.01)
+    assert told["parameters"]["delta_max"]["when"] == {"optimizer": "moclip"}
+    assert not (tmp_path / "runs").exists()
+
+
+def test_parquet_counts_rows_and_their_size(tmp_path):
+    path = tmp_path / "data.parquet"
+    texts = [f"{number:0400d}" for number in range(100)]
+    pq.write_table(pa.table({"text": texts}), path, use_dictionary=False)
+    samples, tokens = count_tokens([path], 512)
+    assert samples == 100
+    assert tokens == pytest.approx(100 * 100, rel=0.05)  # 400 characters each
