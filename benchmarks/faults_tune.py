@@ -100,9 +100,10 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--kills", type=int, default=3, help="of the driver")
     parser.add_argument("--seed", type=int, default=0, help="of the moments of the kills")
     parser.add_argument("--trials", type=int, default=12)
-    parser.add_argument("--timeout", type=float, default=90.0, help="seconds of one trial")
-    parser.add_argument("--shortest", type=float, default=20.0, help="seconds before a kill")
-    parser.add_argument("--longest", type=float, default=60.0, help="seconds before a kill")
+    parser.add_argument("--timeout", type=float, default=120.0, help="seconds of one trial")
+    parser.add_argument(
+        "--longest", type=float, default=30.0, help="most seconds from a trial's start to a kill"
+    )
     parser.add_argument("--work", type=Path, help="directory to keep (default: a temporary one)")
     parser.add_argument("--sitting", type=Path, help=argparse.SUPPRESS)
     arguments, rest = parser.parse_known_args(argv)
@@ -156,9 +157,12 @@ def run(arguments: argparse.Namespace, work: Path) -> dict[str, Any]:
     start = time.monotonic()
     kills = 0
     for _ in range(arguments.kills):
+        started = count_starts(output)
         process = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL)
+        while process.poll() is None and count_starts(output) == started:
+            time.sleep(0.1)
         try:
-            process.wait(rng.uniform(arguments.shortest, arguments.longest))
+            process.wait(rng.uniform(0.0, arguments.longest))
             break  # it ended before it could be killed
         except subprocess.TimeoutExpired:
             process.send_signal(signal.SIGKILL)
@@ -179,6 +183,12 @@ def run(arguments: argparse.Namespace, work: Path) -> dict[str, Any]:
         "placement_groups_left": left["groups"],
         "processes_left": len(alive),
     }
+
+
+def count_starts(output: Path) -> int:
+    """How often a trial has been started."""
+    paths = output.glob("faults-*/trials/*/processes.jsonl")
+    return sum(path.read_text().count("\n") for path in paths)
 
 
 def audit(study_directory: Path) -> dict[str, Any]:

@@ -29,6 +29,7 @@ from lrmc_ray.artifacts import (
     PARTIAL,
     file_digest,
     fingerprint,
+    is_finished,
     lock_directory,
     read_manifest,
     write_json,
@@ -38,7 +39,7 @@ from lrmc_ray.console import format_seconds, progress, run_command, setup_loggin
 from lrmc_ray.errors import ResourceError
 from lrmc_ray.forecast import divide, forecast
 from lrmc_ray.ray_session import RAY_LOG, TRIAL_SLOT, ray_session, release_orphaned_groups
-from lrmc_ray.run_files import CHECKPOINT_NOW, CHECKPOINTS
+from lrmc_ray.run_files import CHECKPOINT_NOW
 
 if TYPE_CHECKING:
     import optuna
@@ -486,7 +487,9 @@ class Search:
         from lrmc_ray.trial import trial_directory
 
         trainings = [trial_directory(self.directory, number) / "training" for number in self._began]
-        asked = [path / CHECKPOINT_NOW for path in trainings if (path / CHECKPOINTS).is_dir()]
+        asked = [
+            path / CHECKPOINT_NOW for path in trainings if path.is_dir() and not is_finished(path)
+        ]
         for path in asked:
             path.touch()
         if asked:
@@ -695,6 +698,7 @@ def tune(search: Search, address: str, *, verbose: bool) -> None:
     from lrmc_ray.tracking import StudyTracker
 
     settings = search.settings
+    search.write()  # this sitting has begun
     with ExitStack() as stack:
         write_json(search.directory / SETTINGS_FILE, _json_ready(settings.model_dump(mode="json")))
         search.tracker = stack.enter_context(

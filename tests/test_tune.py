@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from lrmc_ray.artifacts import write_manifest
 from lrmc_ray.config import RunSettings
 from lrmc_ray.trial import (
     FAILURE,
@@ -195,17 +196,17 @@ def test_an_overdue_trial_gets_its_cause_once(tmp_path, monkeypatch):
 
 def test_an_interrupted_search_asks_its_trials_for_a_checkpoint_and_waits(tmp_path, monkeypatch):
     from lrmc_ray import tune
-    from lrmc_ray.run_files import CHECKPOINT_NOW, CHECKPOINTS
+    from lrmc_ray.run_files import CHECKPOINT_NOW
 
     search = make_search(tmp_path, POINTS)
     search._began = dict.fromkeys((2, 3, 4), time.time())
     training = {n: trial_directory(search.directory, n) / "training" for n in (2, 3, 4)}
-    for number in (2, 3):
-        (training[number] / CHECKPOINTS).mkdir()
+    write_manifest(training[4], {})  # it trains no more
     answered = []
 
     def answer(seconds):  # trial 2 saves a checkpoint, trial 3 never does
         answered.append((training[3] / CHECKPOINT_NOW).exists())
+        assert not (training[4] / CHECKPOINT_NOW).exists()
         (training[2] / CHECKPOINT_NOW).unlink(missing_ok=True)
 
     monkeypatch.setattr(tune, "STOP_SECONDS", 0.2)
