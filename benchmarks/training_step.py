@@ -49,8 +49,7 @@ def status_bytes(field: str) -> int:
 def make_samples(args: argparse.Namespace) -> list[Any]:
     """Recorded as Stage 0 does: tau 0.99, at most 1,024 and 64 candidates."""
     from lrmc_ray.config import ModelSettings
-    from lrmc_ray.data.examples import EncodingSummary, Rejects, encode_rows, read_rows
-    from lrmc_ray.data.sources import find_sources
+    from lrmc_ray.data.examples import Row, encode_row
     from lrmc_ray.demo.files import demo_files
     from lrmc_ray.method.microbatch import Sample
     from lrmc_ray.method.subsets import select_candidates
@@ -71,19 +70,10 @@ def make_samples(args: argparse.Namespace) -> list[Any]:
             is_target_T = torch.arange(args.length) >= args.length * 3 // 4
             inputs.append((ids_T[start : start + args.length], is_target_T))
     else:
-        rejects = Rejects()
-        for example in encode_rows(
-            read_rows(find_sources([str(demo_files(cache_directory()).train)]), rejects),
-            tokenizer,
-            max_length=1024,
-            on_long="error",
-            vocabulary_size=len(tokenizer),
-            summary=EncodingSummary(),
-            rejects=rejects,
-        ):
+        lines = demo_files(cache_directory()).train.read_text(encoding="utf-8").splitlines()
+        for line in lines[:number]:
+            example = encode_row(Row("demo", json.loads(line)), tokenizer)
             inputs.append((torch.tensor(example.input_ids), torch.tensor(example.is_target)))
-            if len(inputs) == number:
-                break
     samples = []
     for index, (ids_T, is_target_T) in enumerate(inputs):
         with torch.inference_mode():

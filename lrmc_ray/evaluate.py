@@ -30,6 +30,7 @@ from lrmc_ray.artifacts import (
 from lrmc_ray.config import ModelSettings, RunSettings
 from lrmc_ray.console import progress, run_command, setup_logging
 from lrmc_ray.errors import ConfigError, DataError, IncompleteArtifactError, LrmcError
+from lrmc_ray.models import tokenizer_fingerprint
 from lrmc_ray.ray_session import RAY_LOG, ray_session
 
 if TYPE_CHECKING:
@@ -76,7 +77,7 @@ def evaluate(
         EvaluationError: scoring failed; the message has the cause.
     """
     from lrmc_ray.harness import task_fingerprints
-    from lrmc_ray.models import model_fingerprint, tokenizer_fingerprint
+    from lrmc_ray.models import model_fingerprint
     from lrmc_ray.tasks.registry import expand
 
     chosen = settings.evaluate
@@ -119,18 +120,19 @@ def _tasks_version() -> str:
 
 
 def _vocabulary(model_directory: Path) -> dict[str, Any]:
-    """What two models must share for their log-probabilities to be comparable."""
-    from transformers import AutoConfig
+    """What two models must share for their log-probabilities to be comparable.
 
-    from lrmc_ray.artifacts import fingerprint
-    from lrmc_ray.models import load_tokenizer
-
-    config = AutoConfig.from_pretrained(model_directory, local_files_only=True)
-    tokens = load_tokenizer(model_directory).get_vocab()
-    return {
-        "size": config.get_text_config().vocab_size,
-        "tokens": fingerprint(sorted(tokens.items())),
-    }
+    Read from the files: transformers would cost the caller seconds and memory.
+    """
+    config = json.loads((model_directory / "config.json").read_text(encoding="utf-8"))
+    size = config.get("vocab_size") or config.get("text_config", {}).get("vocab_size")
+    path = model_directory / "tokenizer.json"
+    if not path.is_file():
+        return {"size": size, "tokens": tokenizer_fingerprint(model_directory)}
+    tokenizer = json.loads(path.read_text(encoding="utf-8"))
+    vocabulary = tokenizer["model"].get("vocab")
+    added = [[token["content"], token["id"]] for token in tokenizer.get("added_tokens") or []]
+    return {"size": size, "tokens": fingerprint([vocabulary, added])}
 
 
 def _check_vocabulary(model_directory: Path, base: Path) -> None:

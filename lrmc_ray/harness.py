@@ -255,13 +255,14 @@ def task_rows(
     name: str, group: Group, samples: Mapping[str, list[dict[str, Any]]], tokenizer: Any
 ) -> Iterator[dict[str, Any]]:
     """The rows of one requested task; a group's subtasks become its items."""
-    companions = {task + suffix for task in samples for suffix in _COMPANIONS} & samples.keys()
+    own = [task for task in samples if task.startswith("lrmc_")]
+    companions = {task + suffix for task in own for suffix in _COMPANIONS} & samples.keys()
     for task, items in samples.items():
         if task in companions:
             continue
         further: dict[int, dict[str, float]] = {}
         for suffix, (metric, measure) in _COMPANIONS.items():
-            for item in samples.get(task + suffix, []):
+            for item in samples[task + suffix] if task + suffix in companions else ():
                 further.setdefault(item["doc_id"], {})[metric] = measure(item, tokenizer)
         first_filter = items[0]["filter"] if items else None
         for item in items:

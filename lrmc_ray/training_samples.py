@@ -75,18 +75,17 @@ class TrainingSamples:
 
 
 def sample_names(records: Records) -> tuple[list[str], list[str]]:
-    """Id and domain of every sample; the domain is empty where the record has none."""
+    """Id and domain of every sample."""
     ids: list[str] = []
     domains: list[str] = []
     for part in records.parts:
-        file = pq.ParquetFile(records.directory / part.name, page_checksum_verification=True)
-        columns = [name for name in ("sample_id", "domain") if name in file.schema_arrow.names]
-        table = file.read(columns=columns)
+        table = pq.read_table(
+            records.directory / part.name,
+            columns=["sample_id", "domain"],
+            page_checksum_verification=True,
+        )
         ids += table["sample_id"].to_pylist()
-        if "domain" in columns:
-            domains += [domain or "" for domain in table["domain"].to_pylist()]
-        else:
-            domains += [""] * table.num_rows
+        domains += table["domain"].to_pylist()
     return ids, domains
 
 

@@ -5,6 +5,8 @@ import pytest
 
 # The tests' own arithmetic is small: more threads than cores only make it slower.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+# Ray reads it once, when it is imported, and some test files import it before they start it.
+os.environ.setdefault("RAY_AUTH_MODE", "token")
 
 
 @pytest.fixture(scope="session")

@@ -255,9 +255,8 @@ def test_a_refusal_reaches_the_caller_through_ray(session, settings, tiny_model,
 @pytest.mark.parametrize(
     ("name", "near"),
     [
-        ("wordnett", "wordnet"),
-        ("mmlu_pr", "mmlu_pro"),
         ("gpqa_main_zershot", "gpqa_main_zeroshot"),
+        pytest.param("wordnett", "wordnet", marks=pytest.mark.slow),
     ],
 )
 def test_the_nearest_names_are_given(name, near, tmp_path):
@@ -272,6 +271,7 @@ def test_groups_of_tasks():
     assert expand(["paper"]) == ("mmlu", "bbh", "gpqa_main_zeroshot", "minerva_math")
 
 
+@pytest.mark.slow
 def test_lm_eval_knows_the_papers_tasks(tmp_path):
     task_manager(expand(["paper"]), tmp_path, "dev")
 

@@ -78,6 +78,7 @@ def test_what_an_earlier_attempt_did_further_on_does_not_count(tmp_path):
     assert sorted(committed(read_ledger(tmp_path / "l"))) == [0, 1, 2, 3, 4]
     result = audit(tmp_path / "l", steps=9)
     assert (result.steps_missing, result.samples_missing) == (4, 16)
+    assert result.steps_replayed == 2  # what was not done again is no replay
     assert not result.is_exact
 
 

@@ -273,7 +273,7 @@ def test_settings_that_matter_change_their_field(model, data, override, field):
         "train.batch_size=4",
         "train.lr=1e-3",
         "train.seed=9",
-        "evaluate.batch_size=2",
+        "evaluate.limit=2",
         "search.name=other",
         "data.max_rejected_share=0.5",
     ],

@@ -14,9 +14,8 @@ from transformers import AutoModelForCausalLM
 from lrmc_ray.artifacts import write_manifest
 from lrmc_ray.checkpoints import list_checkpoints
 from lrmc_ray.config import TrainSettings
-from lrmc_ray.data.examples import EncodingSummary, Rejects, encode_rows, read_rows
+from lrmc_ray.data.examples import Row, encode_row
 from lrmc_ray.data.records import Records, write_part
-from lrmc_ray.data.sources import find_sources
 from lrmc_ray.errors import ConfigError, DataError
 from lrmc_ray.ledger import audit_ledger
 from lrmc_ray.method.microbatch import Sample
@@ -36,20 +35,12 @@ torch.set_num_threads(1)
 STEPS = 6
 
 
-def record_of(model_directory, data, directory):
+def record_of(model_directory, data, directory, *, domain_of=lambda number: ""):
     """What Stage 0 writes, position by position, without Ray."""
     model, tokenizer = load_model(model_directory), load_tokenizer(model_directory)
     samples = []
-    rejects = Rejects()
-    for example in encode_rows(
-        read_rows(find_sources([str(data)]), rejects),
-        tokenizer,
-        max_length=512,
-        on_long="error",
-        vocabulary_size=len(tokenizer),
-        summary=EncodingSummary(),
-        rejects=rejects,
-    ):
+    for number, line in enumerate(data.read_text().splitlines()):
+        example = encode_row(Row(f"line {number}", json.loads(line)), tokenizer)
         ids_T = torch.tensor(example.input_ids)
         is_supervised_P = torch.tensor(example.is_target[1:])
         with torch.no_grad():
@@ -64,6 +55,7 @@ def record_of(model_directory, data, directory):
                 torch.arange(len(ids_T) - 1),
                 is_supervised_P,
                 candidates,
+                domain_of(number),
             )
         )
     directory.mkdir()
@@ -236,9 +228,14 @@ def test_what_is_damaged_or_unfinished_is_removed_and_does_not_count_among_the_n
 ):
     directory = tmp_path / "training"
     shutil.copytree(undisturbed.killed, directory)
-    (directory / CHECKPOINTS / "step_00000004" / "state.pt").write_bytes(b"torn")
-    (directory / CHECKPOINTS / "step_00000005.partial").mkdir()
-    kill_after(start(directory), 4)
+    shutil.copytree(
+        directory / CHECKPOINTS / "step_00000004", directory / CHECKPOINTS / "step_00000005"
+    )
+    (directory / CHECKPOINTS / "step_00000005" / "state.pt").write_bytes(b"torn")
+    (directory / CHECKPOINTS / "step_00000006.partial").mkdir()
+    run = start(directory)
+    kill_after(run, 4)  # before it saves anything
+    assert run.first_step == 4
     names = sorted(path.name for path in (directory / CHECKPOINTS).iterdir())
     assert names == ["step_00000002", "step_00000004"]
 
@@ -634,22 +631,18 @@ def test_held_out_samples_depend_on_the_seed_alone(recorded):
     assert len(held_out(evaluate_every=1, holdout_share=0.999)) == 19
 
 
-def test_domains_are_read_where_the_record_has_them(recorded, tmp_path):
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
+def test_domains_have_their_weights(recorded, tiny_model, tmp_path):
     ids, domains = sample_names(Records(recorded))
     assert len(set(ids)) == 20
     assert set(domains) == {""}
-    shutil.copytree(recorded, tmp_path / "record")
-    path = tmp_path / "record" / "part-00000.parquet"
-    table = pq.read_table(path)
-    names = ["radio" if i % 4 else "sql" for i in range(20)]
-    if "domain" in table.column_names:
-        table = table.drop_columns(["domain"])
-    pq.write_table(table.append_column("domain", pa.array(names)), path, write_page_checksum=True)
-    records = Records(tmp_path / "record")
+    data = make_data(tmp_path / "train.jsonl", num_rows=20)
+    names = ["radio" if number % 4 else "sql" for number in range(20)]
+    directory = record_of(
+        tiny_model, data, tmp_path / "record", domain_of=lambda number: names[number]
+    )
+    records = Records(directory)
     assert sample_names(records) == (ids, names)
+    assert [records[index].domain for index in range(20)] == names
     samples = TrainingSamples(records, settings_of(domain_weights={"ra*": 0.4}, batch_size=11))
     assert samples.epoch_length == 5 + 6
     for step in range(3):

@@ -113,6 +113,7 @@ def test_an_outage_neither_slows_training_nor_loses_or_doubles_a_metric(
                 time.sleep(STEP_SECONDS)
         if fault != "frozen":
             server.start()
+        monkeypatch.setenv("MLFLOW_HTTP_REQUEST_TIMEOUT", "60")  # of a server that is well but busy
         tracker.finish(0, "FINISHED", trial["results"])
         tracker.close(timeout_seconds=60)
         sync(tmp_path, server.uri)
