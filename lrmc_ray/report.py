@@ -616,8 +616,22 @@ def _against_yardstick(study: Study, verdict: Verdict) -> Sentence | None:
         f"{start}Item by item, {study.candidate.name} is {relation} {plain}: combined score "
         f"{points(combined.value)} points (95 % interval {points_range(combined)}), from domain "
         f"gain {points(versus.domain_gain.value)} ({points_range(versus.domain_gain)}) and "
-        f"forgetting {points(versus.forgetting.value)} ({points_range(versus.forgetting)}).",
+        f"forgetting {points(versus.forgetting.value)} ({points_range(versus.forgetting)})."
+        f"{_untuned(study)}",
         combined.distinguishable,
+    )
+
+
+def _untuned(study: Study) -> str:
+    """That the yardstick had one try, while the candidate was chosen among several."""
+    others = sum(trial.entry.role != "yardstick" for trial in study.compared)
+    if len(study.compared) - others != 1 or others < 2 or study.yardstick is None:
+        return ""
+    rate = study.yardstick.entry.settings.get("lr")
+    at = f" at the learning rate {rate:g}" if isinstance(rate, float) else ""
+    return (
+        f" Plain fine-tuning ran once{at}, the other is the best of {others} trials: tune both "
+        "before you call one method the better."
     )
 
 

@@ -321,6 +321,12 @@ def test_the_headline_states_what_was_learned_and_forgotten(study):
     assert (
         f"{points(combined.value)} points (95 % interval {points_range(combined)})" in versus.text
     )
+    others = sum(trial.entry.role != "yardstick" for trial in study.compared)
+    rate = study.yardstick.entry.settings["lr"]
+    assert versus.text.endswith(
+        f"Plain fine-tuning ran once at the learning rate {rate:g}, the other is the best of "
+        f"{others} trials: tune both before you call one method the better."
+    )
 
 
 def test_what_may_be_luck_is_said_and_shown_in_grey(own):
