@@ -165,7 +165,7 @@ def measured_angles(settings: RunSettings, record: Path) -> list[int]:
     """Histogram of the angles in a short run whose cap never binds, in this process."""
     import torch
 
-    from lrmc_ray.method.moclip import MoClip
+    from lrmc_ray.method.moclip import NUM_ANGLE_BINS, MoClip
     from lrmc_ray.method.training_loop import WorkerGroup
     from lrmc_ray.models import local_directory
     from lrmc_ray.training_run import TrainingRun
@@ -178,7 +178,7 @@ def measured_angles(settings: RunSettings, record: Path) -> list[int]:
             **{"export": "last", "refresh_every": 0, "schedule": "constant"},
         }
     )
-    total: list[int] = []
+    total = np.zeros(NUM_ANGLE_BINS, dtype=int)
     with (
         tempfile.TemporaryDirectory(prefix="lrmc-suggest-") as scratch,
         progress("Measuring angles", total=STEPS, unit="steps") as bar,
@@ -196,9 +196,10 @@ def measured_angles(settings: RunSettings, record: Path) -> list[int]:
         for result in run._steps():
             histogram = optimizer.angle_statistics().histogram
             if result.step >= WARM_UP_STEPS:
-                total = [a + b for a, b in zip(total, histogram, strict=True)] or list(histogram)
+                total += histogram
             bar.advance(1)
-    return total
+    counts: list[int] = total.tolist()
+    return counts
 
 
 def suggest(settings: RunSettings, record: Path, names: Sequence[str]) -> dict[str, Suggestion]:

@@ -4,18 +4,24 @@ import math
 
 import pytest
 import torch
+from safetensors import safe_open
 
 from lrmc_ray.config import RunSettings
 from lrmc_ray.errors import DataError
 from lrmc_ray.method.subsets import select_candidates
 from lrmc_ray.suggest import (
+    STEPS,
+    WARM_UP_STEPS,
     automatic,
+    measured_angles,
     quantile_of_histogram,
     suggest_delta_max,
     suggest_tau,
     tau_table,
     with_ranges,
 )
+from tests.test_training_run import record_of
+from tests.tiny import make_data
 
 TAUS = (0.5, 0.7, 0.8, 0.9, 0.95, 0.99)
 
@@ -110,3 +116,16 @@ def test_found_ranges_take_the_place_of_auto_and_keep_conditions():
     assert (made.parameters["tau"].low, made.parameters["tau"].high) == (0.7, 0.98)
     assert made.parameters["delta_max"].when == {"optimizer": "moclip"}
     assert made.parameters["lr"] == settings.parameters["lr"]
+
+
+def test_angles_are_measured_on_every_tensor_after_the_warm_up(tiny_model, tmp_path):
+    record = record_of(tiny_model, make_data(tmp_path / "train.jsonl"), tmp_path / "record")
+    settings = RunSettings.model_validate(
+        {"model": {"name": str(tiny_model)}, "train": {"clip": "none", "steps": 2, "epochs": 1.0}}
+    )
+    histogram = measured_angles(settings, record)
+    with safe_open(tiny_model / "model.safetensors", "pt") as weights:
+        tensors = len(weights.keys())
+    assert sum(histogram) == (STEPS - WARM_UP_STEPS) * tensors
+    # With random weights and unlike samples, gradients neither follow the momentum nor oppose it.
+    assert 20 < quantile_of_histogram(histogram, 0.5) < 110
