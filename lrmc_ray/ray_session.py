@@ -22,6 +22,7 @@ _ENVIRONMENT = {
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_DATA_DISABLE_PROGRESS_BARS": "1",  # the commands show their own
     "RAY_AIR_NEW_OUTPUT": "0",  # Tune's own tables on stdout
+    "RAY_CHDIR_TO_TRIAL_DIR": "0",  # relative paths in the settings mean the same in every trial
     "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "120",
     "RAY_AUTH_MODE": "token",
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
