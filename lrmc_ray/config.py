@@ -287,11 +287,35 @@ class SearchSettings(Settings):
     """Of Optuna's sampler."""
     startup_trials: int = Field(4, ge=1)
     """Random trials before the sampler (TPE) models the objective."""
+    early_stopping: Literal["median", "none"] = "none"
+    """``median``: a trial that is worse on the way than half of the others before it ends there;
+    not for ``pareto``, which has no one score."""
+    early_stopping_after: float = Field(0.5, gt=0, lt=1)
+    """Share of its steps after which a trial is scored on the way."""
+    early_stopping_items: int = Field(16, ge=2)
+    """Items per task, the first ones, on which it is scored; no answers are generated."""
+    early_stopping_trials: int = Field(4, ge=2)
+    """Other trials that must have been scored on the way before one may be stopped."""
     trial_timeout_seconds: float | None = Field(None, gt=0)
     """Time after which a trial is stopped as failed; by default ten times the longest that has
     ended, and at least ten minutes."""
     keep_models: Literal["best", "all"] = "best"
     """Which tuned models stay on disk."""
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        if self.early_stopping != "none" and self.objective == "pareto":
+            raise ValueError(
+                f"early_stopping must be 'none' with objective = 'pareto', got "
+                f"'{self.early_stopping}': a trial has no one score to be stopped by; set "
+                "search.early_stopping"
+            )
+        return self
+
+    @property
+    def stops_early(self) -> bool:
+        """Whether any trial of this search may be stopped early."""
+        return self.early_stopping == "median" and self.trials > self.early_stopping_trials
 
 
 class ResourceSettings(Settings):

@@ -344,6 +344,8 @@ class Search:
                     self.tracker.forward(number, self.directory / entry["metrics_file"])
                 elif cause is not None:
                     self.tracker.finish(number, "FAILED", cause=entry["cause"])
+                elif entry["state"] == "PRUNED":
+                    self.tracker.finish(number, "PRUNED", cause=entry["cause"])
                 else:
                     self.tracker.finish(number, "FINISHED", entry["results"])
             if result is not None or cause is not None:
@@ -354,6 +356,7 @@ class Search:
     def _describe(self, trial: "optuna.trial.FrozenTrial") -> dict[str, Any]:
         """Bring the entry of ``trial`` up to date."""
         from lrmc_ray.config import trial_settings
+        from lrmc_ray.early_stopping import read_decision
         from lrmc_ray.search import COMBINED
         from lrmc_ray.trial import read_result, trial_directory
 
@@ -374,16 +377,21 @@ class Search:
             "scores": None,
             "results": {},
             "cost": {},
+            "rung": None,
         }
         entry.setdefault("started", time.time())
         result = read_result(directory)
+        if (decision := read_decision(directory / "training")) is not None:
+            entry["rung"] = asdict(decision)
         if name == "COMPLETE" and result is not None and COMBINED in result["results"]:
             entry |= {
                 "scores": f"{entry['directory']}/{result['scores']}",
                 "results": result["results"],
                 "cost": result["cost"],
             }
-        if name in ("COMPLETE", "FAIL"):
+        if name == "PRUNED" and result is not None and decision is not None:
+            entry |= {"cause": decision.reason(result["train"]["steps"]), "cost": result["cost"]}
+        if name in ("COMPLETE", "PRUNED", "FAIL"):
             entry.setdefault("ended", time.time())
         return entry
 
@@ -619,7 +627,7 @@ class Search:
         return (
             self.description["state"] == "FINISHED"
             and len(trials) >= self.settings.search.trials
-            and all(trial["state"] in ("COMPLETE", "FAIL") for trial in trials)
+            and all(trial["state"] in ("COMPLETE", "PRUNED", "FAIL") for trial in trials)
         )
 
     def end(self) -> None:
