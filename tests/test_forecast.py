@@ -84,6 +84,27 @@ def test_measured_costs_are_scaled_to_the_steps_of_the_search(settings, tmp_path
     assert "median of 3 finished trials" in found.basis
 
 
+def test_early_stopping_costs_a_slice_and_saves_half_of_the_later_trials(settings, tmp_path):
+    """As above, 16 of 50 items on the way; of 8 trials the last 4 may end, after half of 180 s."""
+    costs = [{"train_seconds": 90.0, "evaluate_seconds": 12.5}]
+    write_study(tmp_path / "demo-1", settings, costs)
+    study = json.loads((tmp_path / "demo-1" / "study.json").read_text())
+    stopped = {"state": "PRUNED", "settings": {"steps": 15, "batch_size": 8}}
+    stopped["cost"] = {"train_seconds": 1.0, "evaluate_seconds": 0.0}
+    study["trials"] += [stopped] * 3  # they say nothing of what a whole trial takes
+    (tmp_path / "demo-1" / "study.json").write_text(json.dumps(study))
+    without = forecast(settings, tmp_path, slots=2)
+    assert (without.early_seconds, without.saved_seconds) == (0.0, 0.0)
+    search = settings.search.model_copy(update={"early_stopping": "median"})
+    median = settings.model_copy(update={"search": search})
+    found = forecast(median, tmp_path, slots=2)
+    assert found.train_seconds == without.train_seconds == pytest.approx(180.0)
+    assert found.early_seconds == pytest.approx(4.0)
+    assert found.seconds == pytest.approx(without.seconds + 4 * 4.0)
+    assert found.core_seconds == pytest.approx(without.core_seconds + 8 * 4.0)
+    assert found.saved_seconds == pytest.approx(4 / 2 * (90 + 12.5) / 2)
+
+
 def test_a_search_over_other_tasks_is_no_measure(settings, tmp_path):
     other = settings.model_copy(
         update={"evaluate": settings.evaluate.model_copy(update={"limit": 7})}
@@ -128,11 +149,17 @@ def test_explain_says_what_is_searched_and_what_it_costs(settings, tmp_path, cap
         "Rough estimate",
     ):
         assert words in said
-    budget = settings.model_copy(
-        update={"search": settings.search.model_copy(update={"objective": "budget"})}
-    )
+    assert "Early stopping: none (search.early_stopping)." in said
+    wanted = {"objective": "budget", "early_stopping": "median"}
+    budget = settings.model_copy(update={"search": settings.search.model_copy(update=wanted)})
     explain(budget, tmp_path, as_json=False)
-    assert "at most 1 points of 100 of forgetting" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "at most 1 points of 100 of forgetting" in said
+    assert "after 50 % of its steps a trial is scored on 16 items a task" in said
+    assert "Early stopping costs" in said
+    few = budget.search.model_copy(update={"trials": 4})
+    explain(budget.model_copy(update={"search": few}), tmp_path, as_json=False)
+    assert "Early stopping: none: 4 trials are not more than" in capsys.readouterr().out
     explain(settings, tmp_path, as_json=True)
     told = json.loads(capsys.readouterr().out)
     assert (told["trials"], told["objective"]) == (8, "combined")
