@@ -3,11 +3,11 @@
     python benchmarks/early_stopping.py --trials 12                     # a random model of 0.2M
     python benchmarks/early_stopping.py --demo --trials 10              # SmolLM2-135M, 40 minutes
 
-Runs one study twice, with ``search.early_stopping`` "none" and "median", in one output directory, so
-record and base scores are made once. All points are drawn at random and seeded per trial
-(``search.startup_trials`` = trials): both searches have the same trials, and the winner of the whole
-one is kept exactly if it was not stopped. The last line is one JSON object: hours by the clock and
-core hours of both, the shares that are saved, trials stopped, whether the winner is the same, and
+Runs one study twice, with ``search.early_stopping`` "none" and "median", in one output directory,
+so record and base scores are made once. All points are drawn at random and seeded per trial
+(``search.startup_trials`` = trials): both searches have the same trials, and the winner of the
+whole one is kept exactly if it was not stopped. The last line is one JSON object: hours by the
+clock of both, the shares that are left, trials stopped, whether the winner is the same, and
 Spearman's correlation of the scores on the way with the final ones, over all trials.
 """
 

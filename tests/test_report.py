@@ -903,7 +903,7 @@ def test_the_report_says_what_early_stopping_cost_and_saved(own):
     saved = sum(whole) / 4 - entries[7]["cost"]["train_seconds"]
     text = visible_text(write_report(own).read_text())
     assert (
-        "1 of 5 trials that were scored on the way, which took 20.0 s in all, stopped early: about "
+        "1 of 5 trials that were scored on the way, which took 20 s in all, stopped early: about "
         f"{format_seconds(saved)} of training and scoring less"
     ) in text
     assert as_json(load_study(own))["trials"][7]["rung"] == rung
