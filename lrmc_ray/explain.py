@@ -8,7 +8,7 @@ from typing import Any
 
 from lrmc_ray.config import ParameterRange, RunSettings
 from lrmc_ray.console import format_seconds
-from lrmc_ray.forecast import Forecast, forecast
+from lrmc_ray.forecast import Forecast, forecast, with_expected_steps
 from lrmc_ray.ray_session import local_cpus
 
 
@@ -20,6 +20,10 @@ def explain(settings: RunSettings, output: Path, *, as_json: bool) -> None:
         output: where costs of earlier searches are looked for.
         as_json: one JSON object in place of text.
     """
+    from lrmc_ray.record import training_files
+
+    training_files(settings)
+    settings = with_expected_steps(settings, output)
     slots = local_cpus() // settings.resources.cpus_per_worker
     cost = forecast(settings, output, slots=max(1, slots))
     if as_json:

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from lrmc_ray.artifacts import fingerprint, is_finished
 from lrmc_ray.config import DEMO, ResourceSettings, RunSettings
 from lrmc_ray.errors import DataError, ResourceError
 
@@ -80,6 +81,7 @@ def forecast(settings: RunSettings, output: Path, *, slots: int) -> Forecast | N
     Returns:
         None where nothing is known: an unseen model that is not on this machine, or on GPUs.
     """
+    settings = with_expected_steps(settings, output)
     parts = _measured(settings, output) or _estimated(settings, slots)
     if parts is None:
         return None
@@ -113,6 +115,29 @@ def forecast(settings: RunSettings, output: Path, *, slots: int) -> Forecast | N
         basis=parts["basis"],
         is_measured=parts["is_measured"],
     )
+
+
+def with_expected_steps(settings: RunSettings, output: Path) -> RunSettings:
+    """``settings`` with ``train.epochs``, if they are set, turned into ``train.steps``.
+
+    By the record where it has been made, else by the rows of the training data.
+    """
+    train = settings.train
+    if train.epochs is None:
+        return settings
+    from lrmc_ray.record import identify, training_files, training_sources
+    from lrmc_ray.train import with_steps
+
+    directory = _model_directory(settings)
+    if directory is not None:
+        identity, _ = identify(settings, directory, training_sources(settings))
+        recorded = output / "records" / fingerprint(identity)
+        if is_finished(recorded):
+            return with_steps(settings, recorded)
+    samples, _ = count_tokens(training_files(settings), settings.data.max_length)
+    steps = max(1, math.ceil(round(train.epochs * samples, 6) / train.batch_size))
+    update = {"steps": steps, "epochs": None}
+    return settings.model_copy(update={"train": train.model_copy(update=update)})
 
 
 def _early_seconds(settings: RunSettings, evaluate_seconds: float) -> float:

@@ -467,9 +467,9 @@ def main(argv: Sequence[str]) -> int:
     setup_logging(arguments.verbose)
     arguments.overrides += flag_overrides(arguments)
     settings = settings_from(arguments)
-    from lrmc_ray.record import record, training_files
+    from lrmc_ray.record import prepare, record
 
-    training_files(settings)
+    prepare(settings, arguments.output)  # bad rows are found before Ray starts
     with ray_session(arguments.address, log=arguments.output / RAY_LOG, verbose=arguments.verbose):
         recorded = record(settings, arguments.output)
         settings = with_steps(settings, recorded)

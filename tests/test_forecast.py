@@ -11,7 +11,13 @@ import pytest
 from lrmc_ray.config import ResourceSettings, RunSettings
 from lrmc_ray.errors import ResourceError
 from lrmc_ray.explain import explain
-from lrmc_ray.forecast import count_parameters, count_tokens, divide, forecast
+from lrmc_ray.forecast import (
+    count_parameters,
+    count_tokens,
+    divide,
+    forecast,
+    with_expected_steps,
+)
 from tests.tiny import make_data
 
 
@@ -164,6 +170,37 @@ def test_explain_says_what_is_searched_and_what_it_costs(settings, tmp_path, cap
     told = json.loads(capsys.readouterr().out)
     assert (told["trials"], told["objective"]) == (8, "combined")
     assert told["forecast"]["trials"] == 8
+
+
+def test_epochs_are_explained_as_steps(settings, tmp_path):
+    """By the rows of the data: 2.5 epochs of 10 samples in batches of 8 take 4 steps."""
+    train = settings.train.model_copy(update={"epochs": 2.5, "steps": 999})
+    epochs = settings.model_copy(update={"train": train})
+    expected = with_expected_steps(epochs, tmp_path).train
+    assert (expected.steps, expected.epochs) == (4, None)
+    steps = settings.model_copy(
+        update={"train": train.model_copy(update={"steps": 4, "epochs": None})}
+    )
+    found, wanted = (forecast(one, tmp_path, slots=2).train_seconds for one in (epochs, steps))
+    assert found == wanted
+    assert with_expected_steps(settings, tmp_path) is settings
+
+
+def test_epochs_are_those_of_the_record_where_there_is_one(settings, tmp_path):
+    """Of which two samples were too long, so 8 are left: 2.5 epochs take 3 steps."""
+    from lrmc_ray.artifacts import fingerprint
+    from lrmc_ray.models import local_directory
+    from lrmc_ray.record import identify, training_sources
+    from tests.test_training_run import record_of
+
+    train = settings.train.model_copy(update={"epochs": 2.5})
+    epochs = settings.model_copy(update={"train": train})
+    identity, _ = identify(epochs, local_directory(epochs.model), training_sources(epochs))
+    (tmp_path / "records").mkdir()
+    data = tmp_path / "shorter.jsonl"
+    data.write_text("".join((tmp_path / "train.jsonl").read_text().splitlines(True)[:8]))
+    record_of(local_directory(epochs.model), data, tmp_path / "records" / fingerprint(identity))
+    assert with_expected_steps(epochs, tmp_path).train.steps == 3
 
 
 def test_the_command_explains_without_starting_anything(settings, tmp_path):
