@@ -49,6 +49,7 @@ from lrmc_ray.models import (
     save_model,
 )
 from lrmc_ray.run_files import CHECKPOINT_NOW, CHECKPOINTS, LEDGER, METRICS, MODEL
+from lrmc_ray.system_metrics import SystemMetrics
 from lrmc_ray.trainable import TrainableModel
 from lrmc_ray.training_samples import TrainingSamples
 
@@ -190,6 +191,7 @@ class TrainingRun:
         settings = self.settings
         with contextlib.ExitStack() as files:
             metrics_log = ledger = None
+            system = SystemMetrics(self.device)
             if self._is_writer:
                 metrics_log = files.enter_context(MetricsLog(self.directory / METRICS))
                 ledger = files.enter_context(Ledger(self.directory / LEDGER))
@@ -204,7 +206,7 @@ class TrainingRun:
                 self.is_pruned = self._is_hopeless(done, metrics)
                 is_preempted = self._is_preempted()
                 if metrics_log is not None and ledger is not None:
-                    metrics_log.log(done, metrics)
+                    metrics_log.log(done, metrics | system.sample())
                     ledger.write(
                         step=result.step,
                         sample_ids=result.sample_ids,

@@ -263,6 +263,8 @@ def test_scoring_on_the_way_does_not_change_what_is_trained(start):
     assert [line.metrics["train/loss"] for line in lines[0]] == [
         line.metrics["train/loss"] for line in lines[1]
     ]
+    # And of the machine at every step.
+    assert all(line.metrics["system/process_memory_usage_megabytes"] > 50 for line in lines[1])
     on_the_way = [line.step for line in lines[1] if "slice/combined" in line.metrics]
     assert on_the_way == [3]
     decision = read_decision(scored.directory)
