@@ -164,6 +164,21 @@ def test_a_trial_that_stopped_early_is_described_and_never_the_best(tmp_path):
     assert study.trials[0].state == optuna.trial.TrialState.PRUNED
 
 
+def test_epochs_of_a_trial_are_described_as_its_steps(tmp_path, tiny_model):
+    """8 samples: 3 epochs in batches of 4 are 6 steps; what a trial cannot have is left to it."""
+    from tests.test_training_run import record_of
+
+    data = make_data(tmp_path / "train.jsonl", num_rows=8)
+    search = make_search(tmp_path, POINTS[:1])
+    epochs = {"epochs": 3.0, "batch_size": 4, "micro_batches": 2, "steps": 500}
+    train = search.settings.train.model_copy(update=epochs)
+    assert search._with_steps(train).steps == 500  # no record yet
+    search._recorded = record_of(tiny_model, data, tmp_path / "record")
+    assert (search._with_steps(train).steps, search._with_steps(train).epochs) == (6, None)
+    too_warm = train.model_copy(update={"warmup_steps": 7})
+    assert search._with_steps(too_warm) is too_warm
+
+
 # Ending a trial's process
 
 
