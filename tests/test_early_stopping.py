@@ -104,6 +104,31 @@ def test_items_that_the_base_was_not_asked_and_broken_scores_are_refused():
         slice_change(base, [{**rows[0], "value": float("nan")}, *rows[1:]], forgetting_weight=1.0)
 
 
+def test_answers_are_not_generated_and_score_as_in_the_whole_evaluation(tiny_model, monkeypatch):
+    from lrmc_ray.harness import ScoreRequest, score, slice_rows
+    from lrmc_ray.models import load_model, load_tokenizer
+    from lrmc_ray.prefix_lm import PrefixLM
+
+    request = ScoreRequest(
+        tasks=(("nl2sql", "domain"),), batch_tokens=512, precision="fp32", limit=2, split="dev",
+        drift_samples={"domain": 0, "general": 0},
+    )  # fmt: skip
+    whole = [row for row in score(tiny_model, request).rows if row["metric"] == "gold_probability"]
+
+    def generate(*arguments):
+        raise AssertionError("generated")
+
+    monkeypatch.setattr(PrefixLM, "generate_until", generate)
+    found = slice_rows(
+        load_model(tiny_model), load_tokenizer(tiny_model), request.tasks,
+        items=2, batch_tokens=512, split="dev",
+    )  # fmt: skip
+    assert [row["item_id"] for row in found] == [row["item_id"] for row in whole[:2]]
+    for row, expected in zip(found, whole[:2], strict=True):
+        assert row.pop("value") == pytest.approx(expected.pop("value"), rel=1e-4)
+        assert row == expected
+
+
 # The rule
 
 
@@ -151,9 +176,9 @@ def test_where_a_trial_is_scored_on_the_way():
     assert rung_for(settings_with(median), "defaults").may_stop is False
     # No more items than the base model was asked, and whole steps in floating point.
     few = settings_with(
-        {**median, "early_stopping_after": 0.3}, evaluate={"limit": 6}, train={"steps": 10}
+        {**median, "early_stopping_after": 0.55}, evaluate={"limit": 6}, train={"steps": 20}
     )
-    assert (rung_for(few).step, rung_for(few).items) == (3, 6)
+    assert (rung_for(few).step, rung_for(few).items) == (11, 6)
     for nothing in ({}, {**median, "trials": 4}):
         assert rung_for(settings_with(nothing)) is None
     assert rung_for(settings_with(median, train={"steps": 1})) is None
@@ -265,6 +290,7 @@ def test_scoring_on_the_way_does_not_change_what_is_trained(start):
     ]
     # And of the machine at every step.
     assert all(line.metrics["system/process_memory_usage_megabytes"] > 50 for line in lines[1])
+    assert scored.model.training
     on_the_way = [line.step for line in lines[1] if "slice/combined" in line.metrics]
     assert on_the_way == [3]
     decision = read_decision(scored.directory)
