@@ -77,8 +77,8 @@ def settings_from(arguments: argparse.Namespace) -> RunSettings:
         IncompleteArtifactError: the settings file does not exist.
     """
     path = find_space(arguments.space) if arguments.space else None
-    values = read_toml(path) if path else {}
-    values = apply_overrides(values, arguments.overrides)
+    of_file = read_toml(path) if path else {}
+    values = apply_overrides(of_file, arguments.overrides)
     named: dict[tuple[str, str], object] = {
         ("model", "name"): arguments.model,
         ("data", "train"): arguments.train_data,
@@ -90,7 +90,8 @@ def settings_from(arguments: argparse.Namespace) -> RunSettings:
             table = values.setdefault(section, {})
             if isinstance(table, dict):  # else the validation says what is wrong
                 table[key] = value
-    return validate(RunSettings, values, str(path) if path else "settings")
+    source = str(path) if path else "settings"
+    return validate(RunSettings, values, source, of_file=of_file)
 
 
 def _names(text: str | None) -> list[str] | None:

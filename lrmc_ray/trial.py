@@ -15,17 +15,22 @@ from typing import Any
 
 from lrmc_ray.artifacts import read_manifest, write_json
 from lrmc_ray.config import RunSettings, trial_settings
+from lrmc_ray.early_stopping import read_decision, rung_of
 from lrmc_ray.errors import LrmcError
 from lrmc_ray.evaluate import MADE_BY as EVALUATE
 from lrmc_ray.evaluate import evaluate
 from lrmc_ray.run_files import MODEL
 from lrmc_ray.train import MADE_BY as TRAIN
-from lrmc_ray.train import train
+from lrmc_ray.train import train, with_steps
 
 PROCESSES = "processes.jsonl"
 """The processes in which a trial ran, one a line, the last one last: so the search can stop it."""
 RESULT = "result.json"
 FAILURE = "failure.json"
+RUNG_STEP, RUNG_VALUE, RUNG_FORGETTING = "rung/step", "rung/value", "rung/forgetting"
+"""What Tune is told of a trial that was scored on the way."""
+PRUNED = "rung/pruned"
+"""1 for a trial that was stopped there, and has no results."""
 
 
 class ObjectiveError(LrmcError):
@@ -62,22 +67,58 @@ def run_trial(
         run = RunSettings.model_validate(dict(settings))
         tuned = trial_settings(run.train, {**config["params"], **config["overrides"]})
         run = run.model_copy(update={"train": tuned})
-        result = _run(run, directory, Path(record), Path(base_scores))
+        result = _run(run, directory, Path(record), Path(base_scores), config)
     except Exception as error:
         cause = str(error) if isinstance(error, LrmcError) else f"{type(error).__name__}: {error}"
         write_json(directory / FAILURE, {"cause": cause})
         raise
     write_json(directory / RESULT, result)
     metrics: dict[str, float] = result["results"]
-    return metrics
+    return metrics | _rung_metrics(directory / "training")
 
 
-def _run(settings: RunSettings, directory: Path, record: Path, base: Path) -> dict[str, Any]:
+def _rung_metrics(training: Path) -> dict[str, float]:
+    decision = read_decision(training)
+    if decision is None:
+        return {}
+    return {
+        RUNG_STEP: float(decision.step),
+        RUNG_VALUE: decision.value,
+        RUNG_FORGETTING: decision.forgetting,
+        PRUNED: float(decision.stop),
+    }
+
+
+def _run(
+    settings: RunSettings, directory: Path, record: Path, base: Path, config: Mapping[str, Any]
+) -> dict[str, Any]:
     from lrmc_ray.scores import Scores, compare
 
-    training = train(settings, record, directory / "training")
-    scores = evaluate(settings, training / MODEL, directory, split="dev", base=base)
+    settings = with_steps(settings, record)
+    rung = rung_of(
+        settings,
+        number=config["number"],
+        role=config["role"],
+        trials=directory.parent,
+        base_scores=base,
+    )
+    training = train(settings, record, directory / "training", rung=rung)
     trained = read_manifest(training, made_by=TRAIN)
+    train_cost = {
+        "train_seconds": trained["train_seconds"],
+        "processed_tokens": trained["processed_tokens"],
+        "original_tokens": trained["original_tokens"],
+        "train_cores": trained["world_size"] * settings.resources.cpus_per_worker,
+        "evaluate_cores": settings.resources.cpus_per_worker,
+    }
+    if trained["pruned"]:
+        return {
+            "results": {},
+            "scores": None,
+            "train": settings.train.model_dump(mode="json"),
+            "cost": {**train_cost, "evaluate_seconds": 0.0},
+        }
+    scores = evaluate(settings, training / MODEL, directory, split="dev", base=base)
     scored = read_manifest(scores, made_by=EVALUATE)
     search = settings.search
     comparison = compare(
@@ -97,14 +138,7 @@ def _run(settings: RunSettings, directory: Path, record: Path, base: Path) -> di
         "results": results,
         "scores": str(scores.relative_to(directory)),
         "train": settings.train.model_dump(mode="json"),
-        "cost": {
-            "train_seconds": trained["train_seconds"],
-            "evaluate_seconds": scored["seconds"],
-            "processed_tokens": trained["processed_tokens"],
-            "original_tokens": trained["original_tokens"],
-            "train_cores": trained["world_size"] * settings.resources.cpus_per_worker,
-            "evaluate_cores": settings.resources.cpus_per_worker,
-        },
+        "cost": {**train_cost, "evaluate_seconds": scored["seconds"]},
     }
 
 

@@ -14,7 +14,7 @@ import pytest
 from rich.console import Console
 from synthetic_study import SEED, TRIALS, add_final, edit, item_rows, make_study, save_scores
 
-from lrmc_ray.console import run_command
+from lrmc_ray.console import format_seconds, run_command
 from lrmc_ray.errors import ConfigError, DataError, IncompleteArtifactError
 from lrmc_ray.report import (
     Study,
@@ -900,6 +900,24 @@ def test_the_surface_goes_through_the_trials_region_and_importance_is_drawn(page
     assert {bar["name"] for bar in drawn["importance"]["data"]} == {"domain gain", "forgetting"}
     gain = next(bar for bar in drawn["importance"]["data"] if bar["name"] == "domain gain")
     assert dict(zip(gain["y"], gain["x"], strict=True)) == {"lr": 60, "tau": 30, "delta_max": 10}
+
+
+def test_the_report_says_what_early_stopping_cost_and_saved(own):
+    rung = {"seconds": 4.0, "value": 0.1, "stop": True}
+    edit(own, trials={number: {"rung": rung} for number in (2, 3, 5, 6, 7)})
+    entries = json.loads((own / "study.json").read_text())["trials"]
+    whole = [sum(entries[n]["cost"][f"{part}_seconds"] for part in ("train", "evaluate"))
+             for n in (2, 3, 5, 6)]  # fmt: skip
+    saved = sum(whole) / 4 - entries[7]["cost"]["train_seconds"]
+    text = visible_text(write_report(own).read_text())
+    assert (
+        "1 of 5 trials that were scored on the way, which took 20 s in all, stopped early: about "
+        f"{format_seconds(saved)} of training and scoring less"
+    ) in text
+    assert as_json(load_study(own))["trials"][7]["rung"] == rung
+    edit(own, trials={7: {"state": "FAIL"}})
+    text = visible_text(write_report(own).read_text())
+    assert "0 of 5 trials that were scored on the way" in text
 
 
 def test_costs_are_given_in_core_hours_and_beside_the_forecast(page, made):
