@@ -514,6 +514,16 @@ def _sentences(table: ComparisonTable) -> list[str]:
     )
     if least < len(table.seeds):
         said.append(f"Some methods have only {least} of {len(table.seeds)} seeds so far.")
+    edge = []
+    for row in scored:
+        tried = sorted(point.lr for point in table.points if point.method == row.name)
+        if row.lr in (tried[0], tried[-1]) and len(tried) > 1:
+            edge.append(f"{row.title} ({'lowest' if row.lr == tried[0] else 'highest'})")
+    if edge:
+        said.append(
+            f"At the edge of the learning rates tried, so a better one may lie beyond: "
+            f"{_list(edge)}."
+        )
     failed = [row for row in table.rows if any("failed" in problem for problem in row.problems)]
     if failed:
         said.append(f"Runs failed of: {_list([row.title for row in failed])}.")
@@ -730,20 +740,21 @@ def draw(table: ComparisonTable) -> "Figure":
     left, right = figure.subplots(1, 2)
     beyond = _draw_fronts(left, table)
     _draw_chosen(right, table)
+    left.plot(0, 0, "X", color="#111827", markersize=8)
     for axes in (left, right):
-        axes.axhline(0, color="#cbd5e1", linewidth=0.8, zorder=0)
         axes.axvline(0, color="#cbd5e1", linewidth=0.8, zorder=0)
-        axes.plot(0, 0, "X", color="#111827", markersize=8)
         axes.set_xlabel(FORGETTING_LABEL)
         axes.spines[["top", "right"]].set_visible(False)
         axes.grid(color="#eef2f6", zorder=0)
     left.set_ylabel(GAIN_LABEL)
     left.set_title(f"Over learning rates: development items, seed {table.seeds[0]}", loc="left")
     right.set_title("At the learning rate chosen there: test items, mean of the seeds", loc="left")
-    handles = [_style_handle(index, row.title) for index, row in enumerate(table.rows)]
+    handles = [
+        _style_handle(index, f"{index + 1}  {row.title}") for index, row in enumerate(table.rows)
+    ]
     figure.legend(handles=handles, loc="outside lower center", ncols=4, frameon=False, fontsize=9)
     note = "Bars: 95 % intervals over seeds, thin ones over items where there is one seed."
-    note += " Cross: the base model."
+    note += " Cross: the base model. Filled on the left: the chosen learning rate."
     if beyond:
         note += f" Beyond the left figure's edge: {', '.join(beyond)}."
     figure.suptitle(note, x=0.01, ha="left", fontsize=8, color="#526077")
@@ -781,6 +792,8 @@ def _draw_fronts(axes: "Axes", table: ComparisonTable) -> list[str]:
             axes.plot(left, bottom, shape, color=colour, markerfacecolor=face, markersize=6)
             if left > edge:
                 beyond.append(f"{row.title} at {point.lr:g}")
+        if own:
+            _number(axes, index, x[-1], y[-1])
     if x_all.max() > edge:
         axes.set_xlim(right=edge, left=min(0.0, float(x_all.min())) - 0.05 * edge)
     return beyond
@@ -800,14 +813,20 @@ def _draw_chosen(axes: "Axes", table: ComparisonTable) -> None:
             fmt=shape, color=colour, markersize=8, markeredgecolor="white", markeredgewidth=0.8,
             elinewidth=1.4 if len(row.seeds) > 1 else 0.6, capsize=2.5, alpha=0.9,
         )  # fmt: skip
-        axes.annotate(
-            row.title,
-            (100 * forgetting.value, 100 * gain.value),
-            xytext=(6, 5),
-            textcoords="offset points",
-            fontsize=7,
-            color=colour,
-        )
+        _number(axes, index, 100 * forgetting.value, 100 * gain.value)
+
+
+def _number(axes: "Axes", index: int, x: float, y: float) -> None:
+    """The method's number in the legend, beside its point."""
+    axes.annotate(
+        str(index + 1),
+        (x, y),
+        xytext=(5, 4),
+        textcoords="offset points",
+        fontsize=8,
+        color=_style(index)[0],
+        annotation_clip=True,
+    )
 
 
 def _bars(value: Estimate) -> list[list[float]]:

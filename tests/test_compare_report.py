@@ -275,6 +275,7 @@ def test_failures_and_what_is_missing_are_named(table, tmp_path):
     said = " ".join(table.sentences)
     assert "Some methods have only 2 of 3 seeds so far." in said
     assert "Runs failed of: LoRA." in said
+    assert "a better one may lie beyond: LoRA (lowest)." in said
     assert "about one in twenty would stand out by luck" in said
     assert "seed 2, test: failed: its process died" in as_markdown(table)
 
@@ -363,7 +364,9 @@ def test_the_files_are_written_and_the_figure_shows_every_method(finished, table
         point = (100 * row.trade.forgetting.value, 100 * row.trade.domain_gain.value)
         assert (round(point[0], 9), round(point[1], 9)) in shown
     texts = [text.get_text() for text in figure.legends[0].get_texts()]
-    assert texts == [row.title for row in table.rows]
+    assert texts == [f"{number}  {row.title}" for number, row in enumerate(table.rows, 1)]
+    numbers = [text.get_text() for text in chosen.texts]
+    assert numbers == ["1", "2", "3"]
 
 
 def test_the_terminal_shows_intervals_in_brackets(table):
