@@ -36,9 +36,15 @@ from lrmc_ray.artifacts import (
 )
 from lrmc_ray.config import RunSettings
 from lrmc_ray.console import format_seconds, progress, run_command, setup_logging
-from lrmc_ray.errors import ResourceError
 from lrmc_ray.forecast import divide, forecast
-from lrmc_ray.ray_session import RAY_LOG, TRIAL_SLOT, ray_session, release_orphaned_groups
+from lrmc_ray.ray_session import (
+    RAY_LOG,
+    TRIAL_SLOT,
+    check_trial_slots,
+    ray_session,
+    release_orphaned_groups,
+    worker_slots,
+)
 from lrmc_ray.run_files import CHECKPOINT_NOW
 
 if TYPE_CHECKING:
@@ -212,21 +218,7 @@ class Search:
         Raises:
             ResourceError: not even one.
         """
-        import ray
-
-        resources = self.settings.resources
-        total = ray.cluster_resources()
-        if resources.gpus_per_worker:
-            kind, each = "GPU", resources.gpus_per_worker
-        else:
-            kind, each = "CPU", float(resources.cpus_per_worker)
-        slots = int(total.get(kind, 0) // each)
-        if slots < 1:
-            raise ResourceError(
-                f"one worker needs {each:g} {kind}, the cluster has {total.get(kind, 0):g}; lower "
-                f"resources.{kind.lower()}s_per_worker"
-            )
-        return slots
+        return worker_slots(self.settings.resources)
 
     # The trials
 
@@ -715,6 +707,7 @@ def tune(search: Search, address: str, *, verbose: bool) -> None:
         )
         search.tracker.log_artifact(search.directory / SETTINGS_FILE, "config")
         stack.enter_context(ray_session(address, log=search.directory / RAY_LOG, verbose=verbose))
+        check_trial_slots()
         if search.description["forecast"] is None:
             expected = forecast(settings, search.output, slots=search.slots())
             search.description["forecast"] = asdict(expected) if expected else None
