@@ -17,6 +17,7 @@ STAGES = {
     "tune": "search tau, delta_max and more; does all of the above",
     "suggest": "ranges of tau and delta_max worth searching",
     "report": "table, figure and report.html of a finished or running search",
+    "doctor": "is everything in place, and what to do where it is not",
     "mlflow-sync": "bring MLflow up to date with the files of a search",
 }
 

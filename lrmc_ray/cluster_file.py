@@ -138,6 +138,8 @@ def _open_ports(config: Mapping[str, Any]) -> Iterator[str]:
             host = re.search(r"--host[= ]\s*(\S+)", command)
             if host is None or host[1] not in _LOOPBACK:
                 yield "MLflow has no password: its server must have --host 127.0.0.1"
+            if "MLFLOW_SERVER_ENABLE_JOB_EXECUTION=false" not in command:
+                yield "MLFLOW_SERVER_ENABLE_JOB_EXECUTION must be false: its jobs run code unasked"
     permissions = config["provider"].get("security_group", {}).get("IpPermissions", [])
     for rule in permissions:
         ranges = [r.get("CidrIp") for r in rule.get("IpRanges", [])]
@@ -179,7 +181,7 @@ def _images(config: Mapping[str, Any]) -> Iterator[str]:
                     yield f"{name}: sourceImage must be one image, not a family, got {image!r}"
     docker = config.get("docker") or {}
     for key in ("image", "head_image", "worker_image"):
-        image = docker.get(key)
+        image = str(docker.get(key) or "")
         if image and "@sha256:" not in image:
             yield f"docker.{key} must be pinned by its digest, NAME@sha256:..., got {image!r}"
 

@@ -16,7 +16,17 @@ MODULES = {
     for path in sorted(PACKAGE.rglob("*.py"))
 }
 STAGES = {"record", "train", "evaluate", "tune", "report"}
-WITH_RAY = {"record", "train", "evaluate", "tune", "trial", "search", "ray_session", "suggest"}
+WITH_RAY = {
+    "record",
+    "train",
+    "evaluate",
+    "tune",
+    "trial",
+    "search",
+    "ray_session",
+    "suggest",
+    "doctor",
+}
 WITH_OPTUNA = {"search", "tune"}
 HEAVY = {"ray", "torch", "mlflow", "optuna", "transformers", "lm_eval", "pandas", "matplotlib"}
 
@@ -162,6 +172,7 @@ except SystemExit as end:
         ("lrmc_ray.evaluate", "--domain-tasks"),
         ("lrmc_ray.tune", "section.key=value"),
         ("lrmc_ray.report", "report.html"),
+        ("lrmc_ray.doctor", "--cluster"),
     ],
 )
 def test_help_answers_at_once(module, said):

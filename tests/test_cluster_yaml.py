@@ -127,6 +127,10 @@ UNSAFE = {
         "MLflow has no password",
     ),
     "MLflow's default host": (lambda c: set_start(c, 2, "--host 127.0.0.1", ""), "no password"),
+    "MLflow's jobs": (
+        lambda c: set_start(c, 2, "MLFLOW_SERVER_ENABLE_JOB_EXECUTION=false", ""),
+        "must be false",
+    ),
     "an open port": (
         lambda c: c["provider"].update(
             security_group={
