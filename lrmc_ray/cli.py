@@ -10,7 +10,7 @@ from lrmc_ray.config import RunSettings, apply_overrides, find_space, read_toml,
 
 STAGES = {
     "record": "Stage 0: record the candidate tokens of the training data",
-    "plan": "what recording would cost: K, bytes and hours, from a sample",
+    "plan": "what recording, or a search on a cluster, would cost",
     "inspect": "look into a record, or verify every file of it",
     "train": "Stage 1: fine-tune on the recorded candidates with MoClip",
     "evaluate": "score a model: domain gain and forgetting against its base",
