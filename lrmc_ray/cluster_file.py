@@ -126,6 +126,8 @@ def _open_ports(config: Mapping[str, Any]) -> Iterator[str]:
         for command in starts:
             if "RAY_AUTH_MODE=token" not in command:
                 yield f"{key} must start with RAY_AUTH_MODE=token: whoever reaches a port runs code"
+            if "RAY_enable_metrics_collection=0" not in command:
+                yield f"{key} must have RAY_enable_metrics_collection=0: its port has no token"
             if "--head" not in command:
                 continue
             host = re.search(r"--dashboard-host[= ]\s*(\S+)", command)

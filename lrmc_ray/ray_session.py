@@ -3,6 +3,7 @@
 import contextlib
 import logging
 import os
+import socket
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -19,6 +20,8 @@ all CPUs of a node, would ask for workers that can never start.
 """
 TRIAL_SLOTS = 64
 RAY_LOG = "ray.log"
+ANSWER_SECONDS = 10.0
+"""How long a cluster's head may take to accept a connection."""
 PROBE_SECONDS = 20.0
 """How long a node may take to say whether it sees the output directory."""
 SHARED_SECONDS = 5.0
@@ -31,6 +34,7 @@ _ENVIRONMENT = {
     "RAY_CHDIR_TO_TRIAL_DIR": "0",  # relative paths in the settings mean the same in every trial
     "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "120",
     "RAY_AUTH_MODE": "token",
+    "RAY_enable_metrics_collection": "0",  # its port is open to the world, and asks for no token
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
     "HF_HUB_DISABLE_TELEMETRY": "1",
     "TOKENIZERS_PARALLELISM": "false",
@@ -86,24 +90,64 @@ def ray_session(
 def _start(address: str, num_cpus: int | None, verbose: bool) -> None:
     import ray
 
+    if address == "local":
+        _ensure_token()
+        ray.init(
+            address="local",
+            num_cpus=num_cpus or local_cpus(),
+            resources={TRIAL_SLOT: TRIAL_SLOTS},
+            include_dashboard=False,
+            log_to_driver=verbose,
+            logging_level="WARNING",
+        )
+        return
+    _check_answers(address)
     try:
-        if address == "local":
-            _ensure_token()
-            ray.init(
-                address="local",
-                num_cpus=num_cpus or local_cpus(),
-                resources={TRIAL_SLOT: TRIAL_SLOTS},
-                include_dashboard=False,
-                log_to_driver=verbose,
-                logging_level="WARNING",
-            )
-        else:
-            ray.init(address=address, log_to_driver=verbose, logging_level="WARNING")
-    except ConnectionError as error:
+        ray.init(address=address, log_to_driver=verbose, logging_level="WARNING")
+    except ray.exceptions.AuthenticationError as error:
         raise ResourceError(
-            f"no Ray cluster answers at {address} ({error}); start one with `ray up cluster.yaml`, "
-            "or leave --address out to use this machine"
+            f"the Ray cluster at {address} does not accept this machine's token "
+            f"({str(error).strip().splitlines()[0]}); copy ~/.ray/auth_token from its head, with "
+            "mode 600"
         ) from None
+    except (ConnectionError, ValueError) as error:
+        raise _no_cluster(address, error) from None
+
+
+def _check_answers(address: str) -> None:
+    """Refuse an address where nothing listens; Ray itself would try for minutes.
+
+    Raises:
+        ResourceError: nothing answers, or it is no address.
+    """
+    if address == "auto":
+        return
+    host, _, port = address.removeprefix("ray://").rpartition(":")
+    try:
+        with socket.create_connection((host.strip("[]"), int(port)), timeout=ANSWER_SECONDS):
+            pass
+    except (OSError, ValueError) as error:
+        raise _no_cluster(address, error) from None
+    if os.environ.get("RAY_USE_TLS", "0") == "0" and not _speaks_grpc(f"{host}:{port}"):
+        raise _no_cluster(address, ConnectionError("something else than Ray listens there"))
+
+
+def _speaks_grpc(target: str) -> bool:
+    import grpc
+
+    with grpc.insecure_channel(target) as channel:
+        try:
+            grpc.channel_ready_future(channel).result(timeout=ANSWER_SECONDS)
+        except grpc.FutureTimeoutError:
+            return False
+    return True
+
+
+def _no_cluster(address: str, error: Exception) -> ResourceError:
+    return ResourceError(
+        f"no Ray cluster answers at {address} ({error}); start one with `ray up cluster.yaml`, "
+        "give --address auto on its head or host:6379, or leave --address out to use this machine"
+    )
 
 
 def cluster_nodes() -> list[Node]:

@@ -117,6 +117,10 @@ UNSAFE = {
         "dashboard-host=127.0.0.1",
     ),
     "no token": (lambda c: set_start(c, 1, "RAY_AUTH_MODE=token ", ""), "RAY_AUTH_MODE=token"),
+    "metrics for everyone": (
+        lambda c: set_start(c, 1, "RAY_enable_metrics_collection=0", ""),
+        "its port has no token",
+    ),
     "worker without token": (
         lambda c: c.update(worker_start_ray_commands=["ray start --address=$RAY_HEAD_IP:6379"]),
         "worker_start_ray_commands must start with RAY_AUTH_MODE=token",
