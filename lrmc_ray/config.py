@@ -360,7 +360,12 @@ class ResourceSettings(Settings):
     cpus_per_worker: int = Field(1, ge=1)
     """CPU cores, and torch threads, of a worker or an actor."""
     gpus_per_worker: float = Field(0, ge=0)
-    """GPUs of a worker or an actor."""
+    """GPUs of a worker or an actor; a fraction lets several share one."""
+    custom: dict[str, Annotated[float, Field(gt=0)]] = Field(default_factory=dict)
+    """Custom resources of a worker or an actor, as nodes were started with: ``{nvme = 1}``."""
+    labels: dict[str, str] = Field(default_factory=dict)
+    """Labels that the node of a worker or an actor must have:
+    ``{"ray.io/accelerator-type" = "L4"}``."""
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
@@ -369,7 +374,24 @@ class ResourceSettings(Settings):
                 raise ValueError(
                     f"{name} must be [fewest, most] with 1 <= fewest <= most, got {list(limits)}"
                 )
+        if self.gpus_per_worker > 1 and not self.gpus_per_worker.is_integer():
+            raise ValueError(
+                "gpus_per_worker must be a whole number or at most 1: only one GPU can be shared, "
+                f"got {self.gpus_per_worker}"
+            )
+        if reserved := {"CPU", "GPU", "memory", "lrmc_trial"} & self.custom.keys():
+            raise ValueError(
+                f"custom must not name {sorted(reserved)[0]}; use cpus_per_worker or "
+                "gpus_per_worker"
+            )
         return self
+
+    def of_worker(self) -> dict[str, float]:
+        """What one worker or actor needs, by Ray's names."""
+        need: dict[str, float] = {"CPU": self.cpus_per_worker}
+        if self.gpus_per_worker:
+            need["GPU"] = self.gpus_per_worker
+        return need | self.custom
 
 
 class RunSettings(Settings):

@@ -33,11 +33,18 @@ from lrmc_ray.artifacts import (
     read_manifest,
     write_json,
 )
-from lrmc_ray.config import ResourceSettings, RunSettings, TrainSettings
+from lrmc_ray.config import RunSettings, TrainSettings
 from lrmc_ray.console import format_seconds, progress, run_command, setup_logging
-from lrmc_ray.errors import LrmcError, ResourceError
+from lrmc_ray.errors import LrmcError
 from lrmc_ray.forecast import divide, forecast
-from lrmc_ray.ray_session import RAY_LOG, TRIAL_SLOT, ray_session, release_orphaned_groups
+from lrmc_ray.ray_session import (
+    RAY_LOG,
+    TRIAL_SLOT,
+    check_trial_slots,
+    ray_session,
+    release_orphaned_groups,
+    worker_slots,
+)
 
 if TYPE_CHECKING:
     import optuna
@@ -204,7 +211,11 @@ class Search:
         self.description["space"] = dumped["parameters"]
 
     def slots(self) -> int:
-        """Workers that the machine or cluster can hold at once."""
+        """Workers that the machine or cluster can hold at once.
+
+        Raises:
+            ResourceError: not even one.
+        """
         return worker_slots(self.settings.resources)
 
     # The trials
@@ -613,28 +624,6 @@ class Search:
         self.write()
 
 
-def worker_slots(resources: ResourceSettings) -> int:
-    """Workers that the machine or cluster of the running session can hold at once.
-
-    Raises:
-        ResourceError: not even one.
-    """
-    import ray
-
-    total = ray.cluster_resources()
-    if resources.gpus_per_worker:
-        kind, each = "GPU", resources.gpus_per_worker
-    else:
-        kind, each = "CPU", float(resources.cpus_per_worker)
-    slots = int(total.get(kind, 0) // each)
-    if slots < 1:
-        raise ResourceError(
-            f"one worker needs {each:g} {kind}, the cluster has {total.get(kind, 0):g}; lower "
-            f"resources.{kind.lower()}s_per_worker"
-        )
-    return slots
-
-
 def _kill_trial(directory: Path) -> bool:
     """End a trial's process, wherever it runs; whether it was there."""
     import ray
@@ -723,6 +712,7 @@ def tune(search: Search, address: str, *, verbose: bool) -> None:
         )
         search.tracker.log_artifact(search.directory / SETTINGS_FILE, "config")
         stack.enter_context(ray_session(address, log=search.directory / RAY_LOG, verbose=verbose))
+        check_trial_slots()
         if search.description["forecast"] is None:
             expected = forecast(settings, search.output, slots=search.slots())
             search.description["forecast"] = asdict(expected) if expected else None
