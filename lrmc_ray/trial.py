@@ -10,16 +10,17 @@ import os
 import signal
 import time
 from collections.abc import Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from lrmc_ray.artifacts import read_manifest, write_json
 from lrmc_ray.config import RunSettings, trial_settings
-from lrmc_ray.early_stopping import read_decision, rung_of
+from lrmc_ray.early_stopping import Decision, read_decision, rung_of
 from lrmc_ray.errors import LrmcError
 from lrmc_ray.evaluate import MADE_BY as EVALUATE
 from lrmc_ray.evaluate import evaluate
-from lrmc_ray.run_files import MODEL
+from lrmc_ray.run_files import MODEL, RUNG
 from lrmc_ray.train import MADE_BY as TRAIN
 from lrmc_ray.train import train, with_steps
 
@@ -81,12 +82,14 @@ def _rung_metrics(training: Path) -> dict[str, float]:
     decision = read_decision(training)
     if decision is None:
         return {}
-    return {
+    told = {
         RUNG_STEP: float(decision.step),
         RUNG_VALUE: decision.value,
         RUNG_FORGETTING: decision.forgetting,
         PRUNED: float(decision.stop),
     }
+    # Tune ends the whole search where a trial does not report what its searcher is to maximize.
+    return told | ({"eval/combined": decision.combined} if decision.stop else {})
 
 
 def _run(
@@ -207,7 +210,7 @@ def _fault(number: int) -> str | None:
 
 
 def _suffer(fault: str, directory: Path) -> dict[str, float]:
-    """Fail in the way that was asked for; ``none`` ends well at once, without any work."""
+    """Fail in the way that was asked for; ``none`` and ``prune`` end well at once, without work."""
     if fault == "raise":
         raise ValueError("a fault was asked for")
     if fault == "exit":
@@ -227,5 +230,14 @@ def _suffer(fault: str, directory: Path) -> dict[str, float]:
         results = dict.fromkeys(names, 0.0)
         write_json(directory / RESULT, {"results": results, "scores": "scores", "cost": cost})
         return results
+    if fault == "prune":
+        number = int(directory.name)
+        decision = Decision(number, 3, -1.0, -0.5, 0.5, -1.0, {"0": 0.0}, 0.0, True, 1.0)
+        (directory / "training").mkdir()
+        write_json(directory / "training" / RUNG, asdict(decision))
+        cost = {"train_seconds": 1.0, "evaluate_seconds": 0.0}
+        result = {"results": {}, "scores": None, "train": {"steps": 6}, "cost": cost}
+        write_json(directory / RESULT, result)
+        return _rung_metrics(directory / "training")
     assert fault == "nan", f"unknown fault {fault}"
     return dict.fromkeys(names, math.nan)
