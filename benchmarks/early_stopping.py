@@ -105,7 +105,9 @@ def search(work: Path, arguments: argparse.Namespace, rule: str) -> dict[str, An
 def cost(study: dict[str, Any]) -> tuple[float, float]:
     """Hours by the clock from the first trial's start to the last one's end, and core hours."""
     trials = study["trials"]
-    clock = max(t["ended"] for t in trials) - min(t["started"] for t in trials)
+    first, last = min(t["started"] for t in trials), max(t["ended"] for t in trials)
+    # Without the pauses of a search that was interrupted.
+    clock = sum(max(0.0, min(end, last) - max(begin, first)) for begin, end in study["sessions"])
     cores = sum(
         trial["cost"][f"{part}_seconds"] * trial["cost"][f"{part}_cores"]
         for trial in trials

@@ -33,7 +33,7 @@ from lrmc_ray.artifacts import (
 from lrmc_ray.config import RunSettings, TrainSettings, validate
 from lrmc_ray.console import progress, run_command, setup_logging
 from lrmc_ray.errors import DataError, LrmcError
-from lrmc_ray.ray_session import RAY_LOG, ray_session, worker_slots
+from lrmc_ray.ray_session import RAY_LOG, ray_session, release_orphaned_groups, worker_slots
 from lrmc_ray.run_files import CHECKPOINT_NOW, CHECKPOINTS, LEDGER, METRICS, MODEL
 
 if TYPE_CHECKING:
@@ -192,10 +192,10 @@ def _trainer(
     rung: "Rung | None",
 ) -> Any:
     from ray.train import FailureConfig, RunConfig, ScalingConfig
-    from ray.train.torch import TorchTrainer
 
+    release_orphaned_groups()
     resources = settings.resources
-    return TorchTrainer(
+    return _trainer_class()(
         _worker,
         train_loop_config={
             "train": settings.train.model_dump(mode="json"),
@@ -219,6 +219,31 @@ def _trainer(
             failure_config=FailureConfig(max_failures=0),
         ),
     )
+
+
+def _trainer_class() -> Any:
+    """Ray's ``TorchTrainer`` without two helper processes, whose imports cost seconds of every run.
+
+    One hands out Ray datasets, of which there are none; one removes the placement group of a
+    controller that died, which `release_orphaned_groups` does before every attempt.
+    """
+    from ray.train.torch import TorchTrainer
+
+    try:
+        from ray.train.v2._internal.callbacks import DatasetsCallback
+        from ray.train.v2._internal.callbacks.placement_group_callback import (
+            PlacementGroupCleanerCallback,
+        )
+    except ImportError:  # not a public interface
+        return TorchTrainer
+    helpers = (DatasetsCallback, PlacementGroupCleanerCallback)
+
+    class LeanTrainer(TorchTrainer):  # type: ignore[misc]  # Ray's types are skipped
+        def _create_default_callbacks(self) -> list[Any]:
+            callbacks = super()._create_default_callbacks()
+            return [callback for callback in callbacks if not isinstance(callback, helpers)]
+
+    return LeanTrainer
 
 
 def _interruptible(fit: Callable[[], Any], directory: Path) -> dict[str, Any]:

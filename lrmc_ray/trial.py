@@ -11,16 +11,17 @@ import os
 import signal
 import time
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from lrmc_ray.artifacts import is_finished, read_manifest, write_json
 from lrmc_ray.config import RunSettings, trial_settings
-from lrmc_ray.early_stopping import Rung, read_decision, rung_of
+from lrmc_ray.early_stopping import Decision, Rung, read_decision, rung_of
 from lrmc_ray.errors import LrmcError
 from lrmc_ray.evaluate import MADE_BY as EVALUATE
 from lrmc_ray.evaluate import Split, evaluate
-from lrmc_ray.run_files import CHECKPOINT_NOW, MODEL
+from lrmc_ray.run_files import CHECKPOINT_NOW, MODEL, RUNG
 from lrmc_ray.train import MADE_BY as TRAIN
 from lrmc_ray.train import train, with_steps
 
@@ -99,7 +100,7 @@ def attempt(
         log.write(json.dumps(_this_process()) + "\n")
     try:
         fault = _fault(name)
-        result = _suffer(fault) if fault else work()
+        result = _suffer(fault, directory) if fault else work()
     except Exception as error:
         cause = str(error) if isinstance(error, LrmcError) else f"{type(error).__name__}: {error}"
         write_json(directory / FAILURE, {"cause": cause})
@@ -113,12 +114,14 @@ def _rung_metrics(training: Path) -> dict[str, float]:
     decision = read_decision(training)
     if decision is None:
         return {}
-    return {
+    told = {
         RUNG_STEP: float(decision.step),
         RUNG_VALUE: decision.value,
         RUNG_FORGETTING: decision.forgetting,
         PRUNED: float(decision.stop),
     }
+    # Tune ends the whole search where a trial does not report what its searcher is to maximize.
+    return told | ({"eval/combined": decision.combined} if decision.stop else {})
 
 
 def train_and_score(
@@ -286,8 +289,8 @@ def _fault(name: str) -> str | None:
     return dict(fault.split(":") for fault in faults if fault).get(name)
 
 
-def _suffer(fault: str) -> dict[str, Any]:
-    """Fail in the way that was asked for; ``none`` ends well at once, without any work."""
+def _suffer(fault: str, directory: Path) -> dict[str, Any]:
+    """Fail in the way that was asked for; ``none`` and ``prune`` end well at once, without work."""
     if fault == "raise":
         raise ValueError("a fault was asked for")
     if fault == "exit":
@@ -305,5 +308,12 @@ def _suffer(fault: str) -> dict[str, Any]:
     if fault == "none":
         cost = {"train_seconds": 1.0, "evaluate_seconds": 1.0}
         return {"results": dict.fromkeys(names, 0.0), "scores": "scores", "cost": cost}
+    if fault == "prune":
+        number = int(directory.name)
+        decision = Decision(number, 3, -1.0, -0.5, 0.5, -1.0, {"0": 0.0}, 0.0, True, 1.0)
+        (directory / "training").mkdir()
+        write_json(directory / "training" / RUNG, asdict(decision))
+        cost = {"train_seconds": 1.0, "evaluate_seconds": 0.0}
+        return {"results": {}, "scores": None, "train": {"steps": 6}, "cost": cost}
     assert fault == "nan", f"unknown fault {fault}"
     return {"results": dict.fromkeys(names, math.nan)}

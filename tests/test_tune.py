@@ -325,7 +325,7 @@ from lrmc_ray.tune import Search
 
 directory, data = Path(sys.argv[1]), sys.argv[2]
 settings = load_settings(None, [
-    f'data.train="{data}"', "search.trials=8", "search.trial_timeout_seconds=4",
+    f'data.train="{data}"', "search.trials=9", "search.trial_timeout_seconds=4",
     "search.yardstick_lr=1e-4", "parameters.tau={low=0.8, high=0.999}",
     "resources.max_concurrent=2",
 ])
@@ -353,11 +353,11 @@ with ray_session(log=directory / "ray.log", num_cpus=2):
 
 @pytest.mark.ray
 def test_however_a_trial_ends_the_search_goes_on_and_nothing_is_left(tmp_path):
-    """Trials that raise, exit, are killed, outgrow memory, give NaN and hang, between good ones."""
+    """Trials that raise, exit, are killed, outgrow memory, give NaN, hang and stop themselves."""
     import optuna
 
     data = make_data(tmp_path / "train.jsonl", num_rows=3)
-    faults = ["none", "raise", "exit", "kill", "memory", "nan", "hang", "none"]
+    faults = ["none", "raise", "exit", "kill", "memory", "nan", "hang", "prune", "none"]
     environment = {
         **os.environ,
         "LRMC_TESTING": "1",
@@ -378,8 +378,9 @@ def test_however_a_trial_ends_the_search_goes_on_and_nothing_is_left(tmp_path):
 
     study = optuna.load_study(study_name=None, storage=f"sqlite:///{directory / 'study.db'}")
     assert [trial.state.name for trial in study.trials] == [
-        "COMPLETE" if fault == "none" else "FAIL" for fault in faults
+        {"none": "COMPLETE", "prune": "PRUNED"}.get(fault, "FAIL") for fault in faults
     ]
+    assert study.trials[7].intermediate_values == {3: -1.0}
     causes = [trial.user_attrs.get("cause") for trial in study.trials]
     expected = [
         None,
@@ -390,12 +391,14 @@ def test_however_a_trial_ends_the_search_goes_on_and_nothing_is_left(tmp_path):
         "its eval/domain_gain is nan, not a finite number",
         "raise search.trial_timeout_seconds",
         None,
+        None,
     ]
     for cause, part in zip(causes, expected, strict=True):
         assert (cause is None) == (part is None)
         assert part is None or part in cause
     told = json.loads((directory / "study.json").read_text())["trials"]
-    assert [trial["cause"] for trial in told] == causes
+    assert told[7].pop("cause").startswith("after 3 of 6 steps its combined score on a few items")
+    assert [trial.get("cause") for trial in told] == causes
     assert [trial["state"] for trial in told] == [t.state.name for t in study.trials]
     assert descendants(str(tmp_path)) == []
 
