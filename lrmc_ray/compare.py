@@ -369,8 +369,9 @@ class Comparing:
 
         end_leftovers(self.directory / "runs")
         concurrent, workers = self._shares(worker_slots(self.space.resources))
-        execute = ray.remote(_execute).options(
-            num_cpus=0, resources={TRIAL_SLOT: 1}, max_retries=0, max_calls=1
+        # A process of its own for each, which only waits for its workers.
+        execute = ray.remote(num_cpus=0, resources={TRIAL_SLOT: 1}, max_retries=0, max_calls=1)(
+            _execute
         )
         running: dict[Any, Job] = {}
         with progress(
