@@ -17,7 +17,7 @@ from lrmc_ray.config import (
 
 STAGES = {
     "record": "Stage 0: record the candidate tokens of the training data",
-    "plan": "what recording would cost: K, bytes and hours, from a sample",
+    "plan": "what recording, or a search on a cluster, would cost",
     "inspect": "look into a record, or verify every file of it",
     "train": "Stage 1: fine-tune on the recorded candidates with MoClip",
     "evaluate": "score a model: domain gain and forgetting against its base",
@@ -25,6 +25,7 @@ STAGES = {
     "compare": "methods against each other at equal budget, with intervals over seeds",
     "suggest": "ranges of tau and delta_max worth searching",
     "report": "table, figure and report.html of a finished or running search",
+    "doctor": "is everything in place, and what to do where it is not",
     "mlflow-sync": "bring MLflow up to date with the files of a search",
 }
 
@@ -90,8 +91,8 @@ def read_settings(arguments: argparse.Namespace, kind: type[SettingsType]) -> Se
         IncompleteArtifactError: the settings file does not exist.
     """
     path = find_space(arguments.space) if arguments.space else None
-    values = read_toml(path) if path else {}
-    values = apply_overrides(values, arguments.overrides)
+    of_file = read_toml(path) if path else {}
+    values = apply_overrides(of_file, arguments.overrides)
     named: dict[tuple[str, str], object] = {
         ("model", "name"): arguments.model,
         ("data", "train"): arguments.train_data,
@@ -103,7 +104,8 @@ def read_settings(arguments: argparse.Namespace, kind: type[SettingsType]) -> Se
             table = values.setdefault(section, {})
             if isinstance(table, dict):  # else the validation says what is wrong
                 table[key] = value
-    return validate(kind, values, str(path) if path else "settings")
+    source = str(path) if path else "settings"
+    return validate(kind, values, source, of_file=of_file)
 
 
 def _names(text: str | None) -> list[str] | None:

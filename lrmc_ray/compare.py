@@ -324,9 +324,9 @@ class Comparing:
         from lrmc_ray.evaluate import MADE_BY as EVALUATE
         from lrmc_ray.evaluate import evaluate
         from lrmc_ray.models import local_directory
+        from lrmc_ray.ray_session import worker_slots
         from lrmc_ray.record import MADE_BY as RECORD
         from lrmc_ray.record import record
-        from lrmc_ray.tune import worker_slots
 
         settings = self.shared_settings()
         slots = worker_slots(settings.resources)
@@ -364,8 +364,8 @@ class Comparing:
         """Run every job that has not ended, side by side."""
         import ray
 
+        from lrmc_ray.ray_session import worker_slots
         from lrmc_ray.trial import end_leftovers
-        from lrmc_ray.tune import worker_slots
 
         end_leftovers(self.directory / "runs")
         concurrent, workers = self._shares(worker_slots(self.space.resources))

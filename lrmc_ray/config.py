@@ -315,11 +315,35 @@ class SearchSettings(Settings):
     """Of Optuna's sampler."""
     startup_trials: int = Field(4, ge=1)
     """Random trials before the sampler (TPE) models the objective."""
+    early_stopping: Literal["median", "none"] = "none"
+    """``median``: a trial that is worse on the way than half of the others before it ends there;
+    not for ``pareto``, which has no one score."""
+    early_stopping_after: float = Field(0.5, gt=0, lt=1)
+    """Share of its steps after which a trial is scored on the way."""
+    early_stopping_items: int = Field(16, ge=2)
+    """Items per task, the first ones, on which it is scored; no answers are generated."""
+    early_stopping_trials: int = Field(4, ge=2)
+    """Other trials that must have been scored on the way before one may be stopped."""
     trial_timeout_seconds: float | None = Field(None, gt=0)
     """Time after which a trial is stopped as failed; by default ten times the longest that has
     ended, and at least ten minutes."""
     keep_models: Literal["best", "all"] = "best"
     """Which tuned models stay on disk."""
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        if self.early_stopping != "none" and self.objective == "pareto":
+            raise ValueError(
+                f"early_stopping must be 'none' with objective = 'pareto', got "
+                f"'{self.early_stopping}': a trial has no one score to be stopped by; set "
+                "search.early_stopping"
+            )
+        return self
+
+    @property
+    def stops_early(self) -> bool:
+        """Whether any trial of this search may be stopped early."""
+        return self.early_stopping == "median" and self.trials > self.early_stopping_trials
 
 
 class ResourceSettings(Settings):
@@ -336,7 +360,12 @@ class ResourceSettings(Settings):
     cpus_per_worker: int = Field(1, ge=1)
     """CPU cores, and torch threads, of a worker or an actor."""
     gpus_per_worker: float = Field(0, ge=0)
-    """GPUs of a worker or an actor."""
+    """GPUs of a worker or an actor; a fraction lets several share one."""
+    custom: dict[str, Annotated[float, Field(gt=0)]] = Field(default_factory=dict)
+    """Custom resources of a worker or an actor, as nodes were started with: ``{nvme = 1}``."""
+    labels: dict[str, str] = Field(default_factory=dict)
+    """Labels that the node of a worker or an actor must have:
+    ``{"ray.io/accelerator-type" = "L4"}``."""
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
@@ -345,7 +374,24 @@ class ResourceSettings(Settings):
                 raise ValueError(
                     f"{name} must be [fewest, most] with 1 <= fewest <= most, got {list(limits)}"
                 )
+        if self.gpus_per_worker > 1 and not self.gpus_per_worker.is_integer():
+            raise ValueError(
+                "gpus_per_worker must be a whole number or at most 1: only one GPU can be shared, "
+                f"got {self.gpus_per_worker}"
+            )
+        if reserved := {"CPU", "GPU", "memory", "lrmc_trial"} & self.custom.keys():
+            raise ValueError(
+                f"custom must not name {sorted(reserved)[0]}; use cpus_per_worker or "
+                "gpus_per_worker"
+            )
         return self
+
+    def of_worker(self) -> dict[str, float]:
+        """What one worker or actor needs, by Ray's names."""
+        need: dict[str, float] = {"CPU": self.cpus_per_worker}
+        if self.gpus_per_worker:
+            need["GPU"] = self.gpus_per_worker
+        return need | self.custom
 
 
 class RunSettings(Settings):
@@ -467,8 +513,21 @@ def _locate(
     return settings, field
 
 
-def validate(settings: type[SettingsType], values: Mapping[str, Any], source: str) -> SettingsType:
+def validate(
+    settings: type[SettingsType],
+    values: Mapping[str, Any],
+    source: str,
+    *,
+    of_file: Mapping[str, Any] | None = None,
+) -> SettingsType:
     """``settings`` made from ``values``.
+
+    Args:
+        settings: a class of settings.
+        values: by section and key.
+        source: where they come from.
+        of_file: what ``source`` says, before the command line changed it; what is wrong with
+            ``values`` but not with this is the command line's fault.
 
     Raises:
         ConfigError: with every broken setting, its value, the rule and the nearest known name.
@@ -476,22 +535,41 @@ def validate(settings: type[SettingsType], values: Mapping[str, Any], source: st
     try:
         return settings.model_validate(dict(values))
     except ValidationError as error:
-        lines = []
-        for problem in error.errors():
-            key = ".".join(str(part) for part in problem["loc"])
-            section, field = _locate(settings, problem["loc"])
-            if problem["type"] == "extra_forbidden":
-                close = _suggest(str(problem["loc"][-1]), section.model_fields)
-                lines.append(f"unknown setting {key}{close}")
-            elif problem["type"] == "value_error":
-                message = problem["msg"].removeprefix("Value error, ")
-                lines.append(f"{key}: {message}" if key else message)
-            else:
-                rule = _RULES.get(problem["type"]) or _SHOULD.sub("must", problem["msg"])
-                text = " ".join((field.description or "").split()) if field else ""
-                meaning = f" ({text})" if text else ""
-                lines.append(f"{key} {rule}, got {problem['input']!r}{meaning}")
-        raise ConfigError(f"{source}: " + "; ".join(lines)) from None
+        problems = _in_words(settings, error)
+    own = set(problems)
+    if of_file is not None:
+        try:
+            settings.model_validate(dict(of_file))
+            own = set()
+        except ValidationError as error:
+            own = set(_in_words(settings, error))
+    blamed = {
+        source: [problem for problem in problems if problem in own],
+        "command line": [problem for problem in problems if problem not in own],
+    }
+    raise ConfigError(
+        "; ".join(f"{name}: {'; '.join(lines)}" for name, lines in blamed.items() if lines)
+    )
+
+
+def _in_words(settings: type[Settings], error: ValidationError) -> list[str]:
+    """Every problem with its value, the rule and the nearest known name."""
+    lines = []
+    for problem in error.errors():
+        key = ".".join(str(part) for part in problem["loc"])
+        section, field = _locate(settings, problem["loc"])
+        if problem["type"] == "extra_forbidden":
+            close = _suggest(str(problem["loc"][-1]), section.model_fields)
+            lines.append(f"unknown setting {key}{close}")
+        elif problem["type"] == "value_error":
+            message = problem["msg"].removeprefix("Value error, ")
+            lines.append(f"{key}: {message}" if key else message)
+        else:
+            rule = _RULES.get(problem["type"]) or _SHOULD.sub("must", problem["msg"])
+            text = " ".join((field.description or "").split()) if field else ""
+            meaning = f" ({text})" if text else ""
+            lines.append(f"{key} {rule}, got {problem['input']!r}{meaning}")
+    return lines
 
 
 def trial_settings(base: TrainSettings, params: Mapping[str, Any]) -> TrainSettings:
@@ -588,4 +666,4 @@ def load_settings(space: Path | None, overrides: Iterable[str] = ()) -> RunSetti
     """
     values = read_toml(space) if space is not None else {}
     source = str(space) if space is not None else "settings"
-    return validate(RunSettings, apply_overrides(values, overrides), source)
+    return validate(RunSettings, apply_overrides(values, overrides), source, of_file=values)

@@ -20,7 +20,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 from lrmc_ray.artifacts import (
     fingerprint,
@@ -32,9 +32,12 @@ from lrmc_ray.artifacts import (
 )
 from lrmc_ray.config import RunSettings, TrainSettings, validate
 from lrmc_ray.console import progress, run_command, setup_logging
-from lrmc_ray.errors import DataError, LrmcError, ResourceError
-from lrmc_ray.ray_session import RAY_LOG, ray_session
+from lrmc_ray.errors import DataError, LrmcError
+from lrmc_ray.ray_session import RAY_LOG, ray_session, worker_slots
 from lrmc_ray.run_files import CHECKPOINT_NOW, CHECKPOINTS, LEDGER, METRICS, MODEL
+
+if TYPE_CHECKING:
+    from lrmc_ray.early_stopping import Rung
 
 _log = logging.getLogger(__name__)
 
@@ -51,11 +54,14 @@ class TrainingError(LrmcError):
     """Training failed for good; the message says why."""
 
 
-def train(settings: RunSettings, record: Path, directory: Path) -> Path:
+def train(
+    settings: RunSettings, record: Path, directory: Path, *, rung: "Rung | None" = None
+) -> Path:
     """Train as ``settings.train`` says and leave the model in ``directory / "model"``.
 
     Needs a running Ray session. A call that was interrupted goes on from the newest checkpoint; a
-    finished one returns at once.
+    finished one returns at once. A run that ends at its ``rung`` leaves no model, and its manifest
+    says ``pruned``.
 
     Raises:
         TrainingError: the workers failed; the message has the cause.
@@ -73,14 +79,14 @@ def train(settings: RunSettings, record: Path, directory: Path) -> Path:
         if is_finished(directory):
             return directory
         start = time.monotonic()
-        outcome = _fit(settings, record, model_directory, directory)
+        outcome = _fit(settings, record, model_directory, directory, rung)
         write_manifest(
             directory,
             {
                 "kind": "training",
                 "identity": run_identity(settings, record),
                 "seconds": round(time.monotonic() - start, 2),
-                "ledger": _audit(settings, record, directory),
+                "ledger": _audit(settings, record, directory, steps=outcome["steps"]),
                 **outcome,
             },
         )
@@ -106,14 +112,14 @@ def run_identity(settings: RunSettings, record: Path) -> dict[str, Any]:
     return {"record": record.name, **settings.train.model_dump(mode="json")}
 
 
-def _audit(settings: RunSettings, record: Path, directory: Path) -> dict[str, Any]:
+def _audit(settings: RunSettings, record: Path, directory: Path, *, steps: int) -> dict[str, Any]:
     """Whether every sample was used as it should, as the ledger has it."""
     from lrmc_ray.data.records import Records
     from lrmc_ray.ledger import audit_ledger
     from lrmc_ray.training_samples import TrainingSamples
 
     samples = TrainingSamples(Records(record), settings.train)
-    audit = audit_ledger(directory / LEDGER, samples.ids_of_step, steps=settings.train.steps)
+    audit = audit_ledger(directory / LEDGER, samples.ids_of_step, steps=steps)
     if not audit.is_exact:
         _log.warning(
             "%s does not show every sample used as it should: %s", directory / LEDGER, audit
@@ -145,7 +151,11 @@ def _claim(directory: Path, identity: dict[str, Any]) -> None:
 
 
 def _fit(
-    settings: RunSettings, record: Path, model_directory: Path, directory: Path
+    settings: RunSettings,
+    record: Path,
+    model_directory: Path,
+    directory: Path,
+    rung: "Rung | None",
 ) -> dict[str, Any]:
     """Run the workers to the end and return what rank 0 reports."""
     from lrmc_ray.checkpoints import list_checkpoints
@@ -157,7 +167,7 @@ def _fit(
     while True:
         try:
             _release_reservation(directory)
-            trainer = _trainer(settings, record, model_directory, directory, scratch)
+            trainer = _trainer(settings, record, model_directory, directory, scratch, rung)
             return _interruptible(trainer.fit, directory)
         except Exception as error:
             cause = _cause(error)
@@ -174,15 +184,17 @@ def _fit(
 
 
 def _trainer(
-    settings: RunSettings, record: Path, model_directory: Path, directory: Path, scratch: Path
+    settings: RunSettings,
+    record: Path,
+    model_directory: Path,
+    directory: Path,
+    scratch: Path,
+    rung: "Rung | None",
 ) -> Any:
     from ray.train import FailureConfig, RunConfig, ScalingConfig
     from ray.train.torch import TorchTrainer
 
     resources = settings.resources
-    per_worker: dict[str, float] = {"CPU": resources.cpus_per_worker}
-    if resources.gpus_per_worker:
-        per_worker["GPU"] = resources.gpus_per_worker
     return TorchTrainer(
         _worker,
         train_loop_config={
@@ -191,11 +203,13 @@ def _trainer(
             "model": str(model_directory),
             "directory": str(directory.resolve()),
             "threads": resources.cpus_per_worker,
+            "rung": rung,
         },
         scaling_config=ScalingConfig(
             num_workers=worker_range(settings),
             use_gpu=resources.gpus_per_worker > 0,
-            resources_per_worker=per_worker,
+            resources_per_worker=resources.of_worker(),
+            label_selector=dict(resources.labels) or None,
             elastic_resize_monitor_interval_s=resources.resize_seconds,
         ),
         # A new name each time: Ray would go on from its own snapshot, we from our checkpoints.
@@ -242,22 +256,9 @@ def worker_range(settings: RunSettings) -> tuple[int, int]:
     Raises:
         ResourceError: fewer workers fit than the settings ask for.
     """
-    import ray
-
-    resources = settings.resources
-    total = ray.cluster_resources()
-    if resources.gpus_per_worker:
-        fitting = int(total.get("GPU", 0) // resources.gpus_per_worker)
-    else:
-        fitting = int(total.get("CPU", 0) // resources.cpus_per_worker)
-    least, most = resources.workers or (1, fitting)
-    if fitting < least:
-        kind = "GPU" if resources.gpus_per_worker else "CPU"
-        raise ResourceError(
-            f"{least} workers need {least} times {resources.gpus_per_worker or ''}"
-            f"{resources.cpus_per_worker if kind == 'CPU' else ''} {kind}, the cluster has "
-            f"{total.get(kind, 0):g}; lower resources.workers"
-        )
+    least = settings.resources.workers[0] if settings.resources.workers else 1
+    fitting = worker_slots(settings.resources, least=least, what="training worker")
+    most = settings.resources.workers[1] if settings.resources.workers else fitting
     return least, max(least, min(most, settings.train.micro_batches))
 
 
@@ -349,6 +350,7 @@ def _worker(config: dict[str, Any]) -> dict[str, Any]:
         group=WorkerGroup(context.get_world_rank(), context.get_world_size()),
         device=ray.train.torch.get_device(),
         is_preempted=lambda: ray.train.get_preemption_info() is not None,
+        rung=config["rung"],
     )
     return run.run()
 
@@ -450,9 +452,9 @@ def main(argv: Sequence[str]) -> int:
     setup_logging(arguments.verbose)
     arguments.overrides += flag_overrides(arguments)
     settings = settings_from(arguments)
-    from lrmc_ray.record import record, training_files
+    from lrmc_ray.record import prepare, record
 
-    training_files(settings)
+    prepare(settings, arguments.output)  # bad rows are found before Ray starts
     with ray_session(arguments.address, log=arguments.output / RAY_LOG, verbose=arguments.verbose):
         recorded = record(settings, arguments.output)
         settings = with_steps(settings, recorded)

@@ -23,6 +23,7 @@ from lrmc_ray.artifacts import PARTIAL
 from lrmc_ray.checkpoints import discard_after, load_checkpoint, load_newest, save_checkpoint
 from lrmc_ray.config import TrainSettings
 from lrmc_ray.data.records import Records
+from lrmc_ray.early_stopping import EarlyStopping, Rung
 from lrmc_ray.errors import DataError, DirectoryInUseError
 from lrmc_ray.ledger import Ledger, read_ledger
 from lrmc_ray.method.held_out import held_out_batches, held_out_nll
@@ -50,6 +51,7 @@ from lrmc_ray.models import (
     save_model,
 )
 from lrmc_ray.run_files import CHECKPOINT_NOW, CHECKPOINTS, LEDGER, METRICS, MODEL
+from lrmc_ray.system_metrics import SystemMetrics
 from lrmc_ray.trainable import TrainableModel
 from lrmc_ray.training_samples import TrainingSamples, with_supervised_candidates
 from lrmc_ray.usage import Usage
@@ -76,6 +78,7 @@ class TrainingRun:
         group: WorkerGroup,
         device: torch.device,
         is_preempted: Callable[[], bool] = lambda: False,
+        rung: Rung | None = None,
     ) -> None:
         """Load everything.
 
@@ -88,6 +91,7 @@ class TrainingRun:
             device: where to compute.
             is_preempted: whether a node is about to be taken away; all workers ask after every
                 step and get the same answer.
+            rung: where it is scored on the way, and perhaps ends.
         """
         self.settings = settings
         self.directory = directory
@@ -141,6 +145,12 @@ class TrainingRun:
         self.peak_bytes_before = 0
         self._usage = Usage(device)
         self.best: dict[str, float] = {}
+        self.early_stopping = (
+            EarlyStopping(rung, directory=directory, model_directory=model_directory, group=group)
+            if rung is not None
+            else None
+        )
+        self.is_pruned = False
         self._is_preempted = is_preempted
         self._outside = (0.0, 0.0, 0)
         self._fresh: dict[int, list[CandidateSets]] = {}
@@ -152,7 +162,10 @@ class TrainingRun:
         return self.group.rank == 0
 
     def run(self) -> dict[str, Any]:
-        """Train to the end and save the model; returns what goes into the manifest."""
+        """Train to the end and save the model; returns what goes into the manifest.
+
+        A run that is stopped early has no model.
+        """
         with self._alone():
             self._resume()
             started = time.monotonic()
@@ -160,10 +173,11 @@ class TrainingRun:
             result = self._train(started)
             seconds = self.seconds_before + time.monotonic() - started
             used = self.group.gather((self._usage.cpu_seconds, self._usage.peak_bytes))
-            if self._is_writer:
+            if self._is_writer and not self.is_pruned:
                 self._save_model()
         return {
-            "steps": self.settings.steps,
+            "steps": result.step + 1 if result else self.settings.steps,
+            "pruned": self.is_pruned,
             "train_seconds": round(seconds, 2),
             "cpu_seconds": round(self.cpu_seconds_before + sum(cpu for cpu, _ in used), 2),
             "peak_memory_bytes": max(self.peak_bytes_before, *(peak for _, peak in used)),
@@ -198,6 +212,7 @@ class TrainingRun:
         settings = self.settings
         with contextlib.ExitStack() as files:
             metrics_log = ledger = None
+            system = SystemMetrics(self.device)
             if self._is_writer:
                 metrics_log = files.enter_context(MetricsLog(self.directory / METRICS))
                 ledger = files.enter_context(Ledger(self.directory / LEDGER))
@@ -209,9 +224,10 @@ class TrainingRun:
                 self._count(result)
                 metrics = self._metrics(result, seconds)
                 is_best = self._evaluate(done, metrics)
+                self.is_pruned = self._is_hopeless(done, metrics)
                 is_preempted = self._is_preempted()
                 if metrics_log is not None and ledger is not None:
-                    metrics_log.log(done, metrics)
+                    metrics_log.log(done, metrics | system.sample())
                     ledger.write(
                         step=result.step,
                         sample_ids=result.sample_ids,
@@ -219,11 +235,14 @@ class TrainingRun:
                         loss=result.loss,
                         applied=result.is_applied,
                     )
-                    if done < settings.steps and (is_best or self._is_due(done, is_preempted)):
+                    is_last = done == settings.steps or self.is_pruned
+                    if not is_last and (is_best or self._is_due(done, is_preempted)):
                         ledger.sync()
                         self._save_checkpoint(
                             done, self.seconds_before + time.monotonic() - started
                         )
+                if self.is_pruned:
+                    break
                 last = time.monotonic()
         return result
 
@@ -385,6 +404,15 @@ class TrainingRun:
             return False
         self.best = {"held_out_nll": nll, "step": done}
         return True
+
+    def _is_hopeless(self, done: int, metrics: dict[str, float]) -> bool:
+        """Score the model on the way where it is time; whether the run ends here."""
+        if self.early_stopping is None or done != self.early_stopping.rung.step:
+            return False
+        decision = self.early_stopping.decide(self.model)
+        self.model.train()
+        metrics |= decision.metrics
+        return decision.stop
 
     def _count(self, result: StepResult) -> None:
         self.bad_steps = result.bad_steps

@@ -16,12 +16,13 @@ from typing import Any
 
 from lrmc_ray.artifacts import is_finished, read_manifest, write_json
 from lrmc_ray.config import RunSettings, trial_settings
+from lrmc_ray.early_stopping import Rung, read_decision, rung_of
 from lrmc_ray.errors import LrmcError
 from lrmc_ray.evaluate import MADE_BY as EVALUATE
 from lrmc_ray.evaluate import Split, evaluate
 from lrmc_ray.run_files import CHECKPOINT_NOW, MODEL
 from lrmc_ray.train import MADE_BY as TRAIN
-from lrmc_ray.train import train
+from lrmc_ray.train import train, with_steps
 
 _log = logging.getLogger(__name__)
 
@@ -31,6 +32,10 @@ PROCESSES = "processes.jsonl"
 """The processes in which a trial ran, one a line, the last one last: so the search can stop it."""
 RESULT = "result.json"
 FAILURE = "failure.json"
+RUNG_STEP, RUNG_VALUE, RUNG_FORGETTING = "rung/step", "rung/value", "rung/forgetting"
+"""What Tune is told of a trial that was scored on the way."""
+PRUNED = "rung/pruned"
+"""1 for a trial that was stopped there, and has no results."""
 
 
 class ObjectiveError(LrmcError):
@@ -60,11 +65,18 @@ def run_trial(
     def work() -> dict[str, Any]:
         run = RunSettings.model_validate(dict(settings))
         tuned = trial_settings(run.train, {**config["params"], **config["overrides"]})
-        run = run.model_copy(update={"train": tuned})
-        return train_and_score(run, directory, Path(record), Path(base_scores))
+        run = with_steps(run.model_copy(update={"train": tuned}), Path(record))
+        rung = rung_of(
+            run,
+            number=config["number"],
+            role=config["role"],
+            trials=directory.parent,
+            base_scores=Path(base_scores),
+        )
+        return train_and_score(run, directory, Path(record), Path(base_scores), rung=rung)
 
     metrics: dict[str, float] = attempt(directory, str(config["number"]), work)["results"]
-    return metrics
+    return metrics | _rung_metrics(directory / "training")
 
 
 def attempt(
@@ -97,12 +109,25 @@ def attempt(
     return result
 
 
+def _rung_metrics(training: Path) -> dict[str, float]:
+    decision = read_decision(training)
+    if decision is None:
+        return {}
+    return {
+        RUNG_STEP: float(decision.step),
+        RUNG_VALUE: decision.value,
+        RUNG_FORGETTING: decision.forgetting,
+        PRUNED: float(decision.stop),
+    }
+
+
 def train_and_score(
     settings: RunSettings,
     directory: Path,
     record: Path,
     base: Path,
     *,
+    rung: Rung | None = None,
     split: Split = "dev",
     general_from: Path | None = None,
 ) -> dict[str, Any]:
@@ -113,6 +138,7 @@ def train_and_score(
         directory: of this trial.
         record: what it is trained on.
         base: the base model's scores on the same split.
+        rung: where the trial may be stopped early; then it has no results.
         split: which questions the domain's task asks.
         general_from: scores of the same model whose general tasks are taken over.
 
@@ -121,7 +147,24 @@ def train_and_score(
     """
     from lrmc_ray.scores import Scores, compare
 
-    training = train(settings, record, directory / "training")
+    training = train(settings, record, directory / "training", rung=rung)
+    trained = read_manifest(training, made_by=TRAIN)
+    train_cost = {
+        "train_seconds": trained["train_seconds"],
+        "processed_tokens": trained["processed_tokens"],
+        "original_tokens": trained["original_tokens"],
+        "train_cores": trained["world_size"] * settings.resources.cpus_per_worker,
+        "train_cpu_seconds": trained["cpu_seconds"],
+        "peak_memory_bytes": trained["peak_memory_bytes"],
+        "evaluate_cores": settings.resources.cpus_per_worker,
+    }
+    if trained["pruned"]:
+        return {
+            "results": {},
+            "scores": None,
+            "train": settings.train.model_dump(mode="json"),
+            "cost": {**train_cost, "evaluate_seconds": 0.0},
+        }
     scores = evaluate(
         settings,
         training / MODEL,
@@ -130,7 +173,6 @@ def train_and_score(
         base=base,
         general_from=general_from,
     )
-    trained = read_manifest(training, made_by=TRAIN)
     scored = read_manifest(scores, made_by=EVALUATE)
     search = settings.search
     comparison = compare(
@@ -150,16 +192,7 @@ def train_and_score(
         "results": results,
         "scores": str(scores.relative_to(directory)),
         "train": settings.train.model_dump(mode="json"),
-        "cost": {
-            "train_seconds": trained["train_seconds"],
-            "evaluate_seconds": scored["seconds"],
-            "processed_tokens": trained["processed_tokens"],
-            "original_tokens": trained["original_tokens"],
-            "train_cores": trained["world_size"] * settings.resources.cpus_per_worker,
-            "train_cpu_seconds": trained["cpu_seconds"],
-            "peak_memory_bytes": trained["peak_memory_bytes"],
-            "evaluate_cores": settings.resources.cpus_per_worker,
-        },
+        "cost": {**train_cost, "evaluate_seconds": scored["seconds"]},
     }
 
 

@@ -33,11 +33,18 @@ from lrmc_ray.artifacts import (
     read_manifest,
     write_json,
 )
-from lrmc_ray.config import ResourceSettings, RunSettings
+from lrmc_ray.config import RunSettings, TrainSettings
 from lrmc_ray.console import format_seconds, progress, run_command, setup_logging
-from lrmc_ray.errors import ResourceError
+from lrmc_ray.errors import LrmcError
 from lrmc_ray.forecast import divide, forecast
-from lrmc_ray.ray_session import RAY_LOG, TRIAL_SLOT, ray_session, release_orphaned_groups
+from lrmc_ray.ray_session import (
+    RAY_LOG,
+    TRIAL_SLOT,
+    check_trial_slots,
+    ray_session,
+    release_orphaned_groups,
+    worker_slots,
+)
 
 if TYPE_CHECKING:
     import optuna
@@ -93,6 +100,7 @@ class Search:
         self.experiment = experiment
         self.description: dict[str, Any] = {}
         self._lock = threading.Lock()
+        self._recorded: Path | None = None
         self._began: dict[int, float] = {}
         """When each running trial was handed out here, in seconds since 1970."""
         self._session = [time.time(), time.time()]
@@ -203,7 +211,11 @@ class Search:
         self.description["space"] = dumped["parameters"]
 
     def slots(self) -> int:
-        """Workers that the machine or cluster can hold at once."""
+        """Workers that the machine or cluster can hold at once.
+
+        Raises:
+            ResourceError: not even one.
+        """
         return worker_slots(self.settings.resources)
 
     # The trials
@@ -214,6 +226,7 @@ class Search:
 
         from lrmc_ray.search import StudySearcher, TrialQueue, open_study
 
+        self._recorded = recorded
         study = open_study(self.directory / "study.db", self.id, self.settings.search.objective)
         queue = TrialQueue(study, self.settings)
         self._queue = queue
@@ -315,6 +328,8 @@ class Search:
                     self.tracker.forward(number, self.directory / entry["metrics_file"])
                 elif cause is not None:
                     self.tracker.finish(number, "FAILED", cause=entry["cause"])
+                elif entry["state"] == "PRUNED":
+                    self.tracker.finish(number, "PRUNED", cause=entry["cause"])
                 else:
                     self.tracker.finish(number, "FINISHED", entry["results"])
             if result is not None or cause is not None:
@@ -325,6 +340,7 @@ class Search:
     def _describe(self, trial: "optuna.trial.FrozenTrial") -> dict[str, Any]:
         """Bring the entry of ``trial`` up to date."""
         from lrmc_ray.config import trial_settings
+        from lrmc_ray.early_stopping import read_decision
         from lrmc_ray.search import COMBINED
         from lrmc_ray.trial import read_result, trial_directory
 
@@ -339,24 +355,41 @@ class Search:
             "state": "RUNNING" if name == "WAITING" else name,
             "cause": trial.user_attrs.get("cause"),
             "params": dict(trial.params),
-            "settings": _json_ready(tuned.model_dump(mode="json")),
+            "settings": _json_ready(self._with_steps(tuned).model_dump(mode="json")),
             "directory": _relative(directory, self.directory),
             "metrics_file": _relative(directory / "training" / "metrics.jsonl", self.directory),
             "scores": None,
             "results": {},
             "cost": {},
+            "rung": None,
         }
         entry.setdefault("started", time.time())
         result = read_result(directory)
+        if (decision := read_decision(directory / "training")) is not None:
+            entry["rung"] = asdict(decision)
         if name == "COMPLETE" and result is not None and COMBINED in result["results"]:
             entry |= {
                 "scores": f"{entry['directory']}/{result['scores']}",
                 "results": result["results"],
                 "cost": result["cost"],
             }
-        if name in ("COMPLETE", "FAIL"):
+        if name == "PRUNED" and result is not None and decision is not None:
+            entry |= {"cause": decision.reason(result["train"]["steps"]), "cost": result["cost"]}
+        if name in ("COMPLETE", "PRUNED", "FAIL"):
             entry.setdefault("ended", time.time())
         return entry
+
+    def _with_steps(self, tuned: TrainSettings) -> TrainSettings:
+        """A trial's settings with ``epochs``, if they are set, turned into ``steps``."""
+        from lrmc_ray.train import with_steps
+
+        if tuned.epochs is None or self._recorded is None:
+            return tuned
+        settings = self.settings.model_copy(update={"train": tuned})
+        try:
+            return with_steps(settings, self._recorded).train
+        except LrmcError:  # the trial itself fails of it, with its cause
+            return tuned
 
     def _choose_best(self) -> None:
         """Name the best trial; or, where none keeps the budget, the one that comes closest."""
@@ -581,7 +614,7 @@ class Search:
         return (
             self.description["state"] == "FINISHED"
             and len(trials) >= self.settings.search.trials
-            and all(trial["state"] in ("COMPLETE", "FAIL") for trial in trials)
+            and all(trial["state"] in ("COMPLETE", "PRUNED", "FAIL") for trial in trials)
         )
 
     def end(self) -> None:
@@ -589,28 +622,6 @@ class Search:
         self.description["state"] = "FINISHED"
         self.description["ended"] = time.time()
         self.write()
-
-
-def worker_slots(resources: ResourceSettings) -> int:
-    """Workers that the machine or cluster of the running session can hold at once.
-
-    Raises:
-        ResourceError: not even one.
-    """
-    import ray
-
-    total = ray.cluster_resources()
-    if resources.gpus_per_worker:
-        kind, each = "GPU", resources.gpus_per_worker
-    else:
-        kind, each = "CPU", float(resources.cpus_per_worker)
-    slots = int(total.get(kind, 0) // each)
-    if slots < 1:
-        raise ResourceError(
-            f"one worker needs {each:g} {kind}, the cluster has {total.get(kind, 0):g}; lower "
-            f"resources.{kind.lower()}s_per_worker"
-        )
-    return slots
 
 
 def _kill_trial(directory: Path) -> bool:
@@ -701,6 +712,7 @@ def tune(search: Search, address: str, *, verbose: bool) -> None:
         )
         search.tracker.log_artifact(search.directory / SETTINGS_FILE, "config")
         stack.enter_context(ray_session(address, log=search.directory / RAY_LOG, verbose=verbose))
+        check_trial_slots()
         if search.description["forecast"] is None:
             expected = forecast(settings, search.output, slots=search.slots())
             search.description["forecast"] = asdict(expected) if expected else None
@@ -757,14 +769,12 @@ def main(argv: Sequence[str]) -> int:
     arguments = parser.parse_intermixed_args(argv)
     setup_logging(arguments.verbose)
     settings = settings_from(arguments)
-    from lrmc_ray.record import training_files
-
-    training_files(settings)
     if arguments.explain:
         from lrmc_ray.explain import explain
 
         explain(settings, arguments.output, as_json=arguments.json)
         return 0
+    _check_inputs(settings, arguments.output)
     search = Search(settings, arguments.output, arguments.tracking_uri, arguments.experiment)
     with lock_directory(search.directory):
         search.open()
@@ -782,6 +792,18 @@ def main(argv: Sequence[str]) -> int:
             print(f"MLflow has it as models:/{arguments.register_model}/{version}", file=sys.stderr)
     _print_end(search, arguments)
     return SOME_TRIALS_FAILED if search.num_failed else 0
+
+
+def _check_inputs(settings: RunSettings, output: Path) -> None:
+    """Find what is wrong with data and tasks before Ray starts, and before a study is begun."""
+    from lrmc_ray.harness import task_fingerprints
+    from lrmc_ray.record import prepare
+    from lrmc_ray.tasks.registry import expand
+
+    for split in ("dev", "test"):
+        names = expand([*settings.evaluate.domain_tasks, *settings.evaluate.general_tasks])
+        task_fingerprints(names, split)
+    prepare(settings, output)
 
 
 def _print_end(search: Search, arguments: argparse.Namespace) -> None:

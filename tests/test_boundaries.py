@@ -18,7 +18,7 @@ MODULES = {
 STAGES = {"record", "train", "evaluate", "tune", "compare", "report"}
 WITH_RAY = {
     *("record", "train", "evaluate", "tune", "compare"),
-    *("trial", "search", "ray_session", "suggest"),
+    *("trial", "search", "ray_session", "suggest", "doctor"),
 }
 WITH_OPTUNA = {"search", "tune"}
 HEAVY = {"ray", "torch", "mlflow", "optuna", "transformers", "lm_eval", "pandas", "matplotlib"}
@@ -166,6 +166,7 @@ except SystemExit as end:
         ("lrmc_ray.tune", "section.key=value"),
         ("lrmc_ray.compare", "--methods"),
         ("lrmc_ray.report", "report.html"),
+        ("lrmc_ray.doctor", "--cluster"),
     ],
 )
 def test_help_answers_at_once(module, said):

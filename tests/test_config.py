@@ -77,6 +77,19 @@ def weights(value) -> bool:
     return type(value) is dict and all(text(k) and not_negative(v) for k, v in value.items())
 
 
+def amounts(value) -> bool:
+    reserved = {"CPU", "GPU", "memory", "lrmc_trial"}
+    return (
+        type(value) is dict
+        and all(text(k) and positive(v) for k, v in value.items())
+        and not reserved & set(value)
+    )
+
+
+def labels(value) -> bool:
+    return type(value) is dict and all(text(k) and text(v) for k, v in value.items())
+
+
 def study_name(value) -> bool:
     plain = "ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789"
     return (
@@ -162,6 +175,10 @@ RULES = {
     "search.objective": one_of("combined", "budget", "pareto"),
     "search.forgetting_weight": not_negative,
     "search.max_forgetting": number(lambda x: -1 <= x <= 1),
+    "search.early_stopping": one_of("median", "none"),
+    "search.early_stopping_after": number(lambda x: 0 < x < 1),
+    "search.early_stopping_items": whole(2),
+    "search.early_stopping_trials": whole(2),
     "search.trial_timeout_seconds": optional(positive),
     "search.yardstick_lr": optional(learning_rate),
     "search.seed": seed,
@@ -172,7 +189,9 @@ RULES = {
     "resources.actors": optional(pair(whole(1), lambda low, high: low <= high)),
     "resources.resize_seconds": number(lambda x: x > 0),
     "resources.cpus_per_worker": whole(1),
-    "resources.gpus_per_worker": not_negative,
+    "resources.gpus_per_worker": number(lambda x: 0 <= x <= 1 or x == int(x) >= 0),
+    "resources.custom": amounts,
+    "resources.labels": labels,
 }
 
 EDGES = [
@@ -318,6 +337,8 @@ def as_trial(name, value):
         ("evaluate.general_tasks=[]", ["evaluate.general_tasks must not be empty"]),
         ("resources.workers=[4, 1]", ["workers", "1 <= fewest <= most", "got [4, 1]"]),
         ("resources.actors=[0, 1]", ["actors", "1 <= fewest <= most", "got [0, 1]"]),
+        ("resources.gpus_per_worker=1.5", ["whole number or at most 1", "got 1.5"]),
+        ("resources.custom={GPU = 1}", ["custom must not name GPU", "gpus_per_worker"]),
         ("search.name=../other", ["search.name must match", "'../other'"]),
         ("train=3", ["train must be a section of settings, got 3"]),
         ("parameters.tau={low=0.9, high=0.5}", ["parameters.tau", "low < high", "low=0.9"]),

@@ -1,5 +1,6 @@
 """The search around its trials: the choice, what is kept, time limits, faults, interruption."""
 
+import dataclasses
 import json
 import os
 import signal
@@ -125,6 +126,57 @@ def test_a_longer_limit_and_more_trials_are_the_same_search():
     assert identity() == identity(trials=99, trial_timeout_seconds=5.0, keep_models="all")
     assert identity() != identity(objective="pareto")
     assert identity(objective="budget") != identity(objective="budget", max_forgetting=0.02)
+
+
+# Trials that stopped themselves
+
+
+def test_a_trial_that_stopped_early_is_described_and_never_the_best(tmp_path):
+    import optuna
+
+    from lrmc_ray.artifacts import write_json
+    from lrmc_ray.early_stopping import Decision
+    from lrmc_ray.search import TrialQueue, open_study
+    from lrmc_ray.trial import RESULT
+
+    search = make_search(tmp_path, POINTS[:1], early_stopping="median", yardstick_lr=None)
+    study = open_study(search.directory / "study.db", search.id)
+    queue = TrialQueue(study, search.settings)
+    queue.next()
+    directory = trial_directory(search.directory, 0)
+    decision = Decision(0, 12, 0.9, 0.9, 0.0, 0.9, {"3": 1.0, "4": 1.2}, 1.1, True, 2.5)
+    write_json(directory / "training" / "rung.json", dataclasses.asdict(decision))
+    cost = {"train_seconds": 30.0, "evaluate_seconds": 0.0, "train_cores": 1, "evaluate_cores": 1}
+    train = {"steps": 24}
+    write_json(directory / RESULT, {"results": {}, "scores": None, "train": train, "cost": cost})
+    queue.report(0, 12, 0.9)
+    queue.prune(0, 0.0)
+    search._adopt(study)
+    entry = search.entry(0)
+    assert (entry["state"], entry["scores"], entry["results"]) == ("PRUNED", None, {})
+    assert entry["cause"].startswith("after 12 of 24 steps its combined score on a few items was")
+    assert (entry["rung"]["value"], entry["cost"]["train_seconds"]) == (0.9, 30.0)
+    assert "ended" in entry
+    assert search.description["best"] is None
+    assert search.num_failed == 0
+    search.end()
+    assert search.is_finished
+    assert study.trials[0].state == optuna.trial.TrialState.PRUNED
+
+
+def test_epochs_of_a_trial_are_described_as_its_steps(tmp_path, tiny_model):
+    """8 samples: 3 epochs in batches of 4 are 6 steps; what a trial cannot have is left to it."""
+    from tests.test_training_run import record_of
+
+    data = make_data(tmp_path / "train.jsonl", num_rows=8)
+    search = make_search(tmp_path, POINTS[:1])
+    epochs = {"epochs": 3.0, "batch_size": 4, "micro_batches": 2, "steps": 500}
+    train = search.settings.train.model_copy(update=epochs)
+    assert search._with_steps(train).steps == 500  # no record yet
+    search._recorded = record_of(tiny_model, data, tmp_path / "record")
+    assert (search._with_steps(train).steps, search._with_steps(train).epochs) == (6, None)
+    too_warm = train.model_copy(update={"warmup_steps": 7})
+    assert search._with_steps(too_warm) is too_warm
 
 
 # Ending a trial's process
