@@ -35,7 +35,14 @@ from lrmc_ray.compare_settings import CompareSpace
 from lrmc_ray.config import RunSettings, TrainSettings
 from lrmc_ray.console import format_seconds, progress, run_command, setup_logging
 from lrmc_ray.errors import ConfigError
-from lrmc_ray.ray_session import RAY_LOG, TRIAL_SLOT, ray_session, release_orphaned_groups
+from lrmc_ray.ray_session import (
+    RAY_LOG,
+    TRIAL_SLOT,
+    check_trial_slots,
+    ray_session,
+    release_orphaned_groups,
+    worker_slots,
+)
 from lrmc_ray.run_files import CHECKPOINTS, MODEL
 
 _log = logging.getLogger(__name__)
@@ -324,7 +331,6 @@ class Comparing:
         from lrmc_ray.evaluate import MADE_BY as EVALUATE
         from lrmc_ray.evaluate import evaluate
         from lrmc_ray.models import local_directory
-        from lrmc_ray.ray_session import worker_slots
         from lrmc_ray.record import MADE_BY as RECORD
         from lrmc_ray.record import record
 
@@ -364,7 +370,6 @@ class Comparing:
         """Run every job that has not ended, side by side."""
         import ray
 
-        from lrmc_ray.ray_session import worker_slots
         from lrmc_ray.trial import end_leftovers
 
         end_leftovers(self.directory / "runs")
@@ -656,6 +661,7 @@ def _run(comparing: Comparing, address: str, *, verbose: bool) -> None:
         return
     write_json(comparing.directory / SETTINGS_FILE, comparing.description["settings"])
     with ray_session(address, log=comparing.directory / RAY_LOG, verbose=verbose):
+        check_trial_slots()
         comparing.prepare()
         try:
             comparing.run()

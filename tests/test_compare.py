@@ -163,7 +163,7 @@ def begin(tmp_path, monkeypatch):
         ray = FakeRay(comparing, faults or {})
         comparing.ray = ray
         monkeypatch.setitem(sys.modules, "ray", ray)
-        monkeypatch.setattr("lrmc_ray.tune.worker_slots", lambda resources: 2)
+        monkeypatch.setattr(module, "worker_slots", lambda resources: 2)
         monkeypatch.setattr(module, "release_orphaned_groups", lambda: 0)
         monkeypatch.setattr(module, "STOP_SECONDS", 0.0)
         return comparing
