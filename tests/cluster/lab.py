@@ -24,7 +24,7 @@ SUBNET = "10.77.0"
 PRIVATE = ("/tmp", "/root", "/mnt")
 """What a host does not share with the machine that it is on."""
 NAMESPACES = ("--net", "--mount", "--pid", "--uts", "--ipc")
-TOOLS = ("ip", "unshare", "nsenter", "rsync", "ssh", "ssh-keygen", "/usr/sbin/sshd")
+TOOLS = ("ip", "unshare", "nsenter", "rsync", "curl", "ssh", "ssh-keygen", "/usr/sbin/sshd")
 
 _SWITCH = "ip link set lo up; ip link add lan type bridge; ip link set lan up; exec sleep infinity"
 _HOST = """
@@ -76,7 +76,7 @@ def missing() -> str | None:
         return "root is needed for namespaces"
     for tool in TOOLS:
         if shutil.which(tool) is None:
-            return f"{tool} is not installed (Debian: openssh-server, rsync, iproute2, util-linux)"
+            return f"{tool} is not installed (Debian: openssh-server, rsync, curl, iproute2)"
     probe = ["ip", "link", "add", "probe", "type", "bridge"]
     tried = subprocess.run(
         ["unshare", *NAMESPACES, "--fork", "--mount-proc", *probe],

@@ -35,7 +35,7 @@ pytestmark = [
 ]
 
 HOSTS = ("laptop", "head", "worker1", "worker2")
-STEPS = 160
+STEPS = 120
 SETTINGS = (
     *("search.trials=2", "evaluate.limit=4", "evaluate.drift_samples=2", "search.keep_models=all"),
     *(f"train.steps={STEPS}", "train.batch_size=16", "train.micro_batches=4"),
@@ -96,6 +96,67 @@ def wait_for(condition, what, *, seconds, while_running=None) -> float:
     return time.monotonic() - start
 
 
+def test_a_search_survives_a_host_that_is_cut_off_and_comes_back(hosts, up, tmp_path):
+    more = (
+        f"--space smoke --domain-tasks capitals --general-tasks plain_english {' '.join(SETTINGS)}"
+    )
+    command = readme("ray exec", up).rstrip().removesuffix("'") + f" {more} > /mnt/shared/log 2>&1'"
+    log = hosts.shared / "log"
+    # As a user does, from outside, by ssh.
+    tune = hosts.start("laptop", command, tmp_path / "ray_exec.log")
+    first = Trial(hosts.shared, 0)
+    wait_for(lambda: first.step(2) >= 12, "step 12 on 2 hosts", seconds=150, while_running=tune)
+    hosts.unplug("worker2")
+    cut = time.monotonic()
+    wait_for(lambda: alive(hosts) == 2, "loss noticed", seconds=90, while_running=tune)
+    print(f"cut off at step {first.step()}, noticed after {time.monotonic() - cut:.0f} s", end="")
+    wait_for(lambda: first.step(1) > 0, "step on 1 host", seconds=180, while_running=tune)
+    print(f", went on after {time.monotonic() - cut:.0f} s", end="")
+    hosts.plug("worker2")
+    back = time.monotonic()
+    wait_for(lambda: alive(hosts) == 3, "third node", seconds=120, while_running=tune)
+    print(f"; back {time.monotonic() - back:.0f} s after the cable")
+    assert tune.wait(300) == 0, log.read_text()[-5000:]
+
+    (study,) = hosts.shared.glob("runs/smoke-*/study.json")
+    trials = json.loads(study.read_text())["trials"]
+    assert [trial["state"] for trial in trials] == ["COMPLETE", "COMPLETE"]
+    worlds = [
+        [line.metrics["elastic/world_size"] for line in Trial(hosts.shared, n).lines()]
+        for n in (0, 1)
+    ]
+    assert worlds[0][0] == 2.0
+    assert 1.0 in worlds[0]
+    both = worlds[0] + worlds[1]
+    assert 2.0 in both[both.index(1.0) :], "the host that came back was not used"
+    # Every step once per sample, whoever did it, and the result that one process gets alone.
+    own = record_alone(hosts.shared, tmp_path)
+    recorded = next(hosts.shared.glob("runs/records/*"))
+    assert parts(recorded) == parts(own)
+    for number, trial in enumerate(trials):
+        theirs = Trial(hosts.shared, number).directory
+        manifest = read_manifest(theirs, made_by="train")
+        assert manifest["ledger"]["is_exact"] is True
+        assert manifest["world_size"] in (1, 2)
+        settings = validate(TrainSettings, trial["settings"], "trial")
+        alone = train_alone(settings, own, hosts.shared / "model", tmp_path / f"alone{number}")
+        one, other = (load_file(d / MODEL / "model.safetensors") for d in (theirs, alone))
+        assert one.keys() == other.keys()
+        assert all(torch.equal(one[name], other[name]) for name in one), f"trial {number}"
+        assert used(theirs) == used(alone)
+
+
+def test_mlflow_on_the_head_has_the_search(hosts, up):
+    done = on_head(
+        hosts,
+        "curl -s -X POST -H 'Content-Type: application/json' -d "
+        '\'{"experiment_ids": ["1"], "max_results": 10}\' '
+        "http://127.0.0.1:5000/api/2.0/mlflow/runs/search",
+    )
+    runs = json.loads(done.stdout)["runs"]
+    assert sorted(run["info"]["status"] for run in runs) == ["FINISHED"] * 3  # study, two trials
+
+
 def test_a_host_without_the_token_is_turned_away(hosts, up):
     """Who reaches the head's port, as here from outside of the cluster, still cannot join."""
     head = hosts.hosts["head"].address
@@ -131,63 +192,6 @@ def test_an_output_that_is_not_shared_is_refused_at_the_start(hosts, up):
     assert time.monotonic() - start < 60
     workers = [hosts.hosts[name].address for name in ("worker1", "worker2")]
     assert f"/root/runs is not by {', '.join(workers)}. Mount a shared" in done.stderr
-
-
-def test_a_search_survives_a_host_that_is_cut_off_and_comes_back(hosts, up, tmp_path):
-    more = (
-        f"--space smoke --domain-tasks capitals --general-tasks plain_english {' '.join(SETTINGS)}"
-    )
-    command = readme("ray exec", up).rstrip().removesuffix("'") + f" {more} > /mnt/shared/log 2>&1'"
-    log = hosts.shared / "log"
-    # As a user does, from outside, by ssh.
-    tune = hosts.start("laptop", command, tmp_path / "ray_exec.log")
-    first = Trial(hosts.shared, 0)
-    wait_for(lambda: first.step(2) >= 12, "step 12 on 2 hosts", seconds=150, while_running=tune)
-    hosts.unplug("worker2")
-    print(f"cut off at step {first.step()}")
-    seconds = wait_for(lambda: first.step(1) > 0, "step on 1 host", seconds=150, while_running=tune)
-    print(f"went on after {seconds:.0f} s")
-    hosts.plug("worker2")
-    seconds = wait_for(lambda: alive(hosts) == 3, "third node", seconds=120)
-    print(f"back after {seconds:.0f} s")
-    assert tune.wait(300) == 0, log.read_text()[-5000:]
-
-    (study,) = hosts.shared.glob("runs/smoke-*/study.json")
-    trials = json.loads(study.read_text())["trials"]
-    assert [trial["state"] for trial in trials] == ["COMPLETE", "COMPLETE"]
-    worlds = [
-        [line.metrics["elastic/world_size"] for line in Trial(hosts.shared, n).lines()]
-        for n in (0, 1)
-    ]
-    assert worlds[0][0] == 2.0
-    assert 1.0 in worlds[0]
-    assert 2.0 in worlds[1], "the host that came back was not used"
-    # Every step once per sample, whoever did it, and the result that one process gets alone.
-    own = record_alone(hosts.shared, tmp_path)
-    recorded = next(hosts.shared.glob("runs/records/*"))
-    assert parts(recorded) == parts(own)
-    for number, trial in enumerate(trials):
-        theirs = Trial(hosts.shared, number).directory
-        manifest = read_manifest(theirs, made_by="train")
-        assert manifest["ledger"]["is_exact"] is True
-        assert manifest["world_size"] in (1, 2)
-        settings = validate(TrainSettings, trial["settings"], "trial")
-        alone = train_alone(settings, own, hosts.shared / "model", tmp_path / f"alone{number}")
-        one, other = (load_file(d / MODEL / "model.safetensors") for d in (theirs, alone))
-        assert one.keys() == other.keys()
-        assert all(torch.equal(one[name], other[name]) for name in one), f"trial {number}"
-        assert used(theirs) == used(alone)
-
-
-def test_mlflow_on_the_head_has_the_search(hosts, up):
-    done = on_head(
-        hosts,
-        "curl -s -X POST -H 'Content-Type: application/json' -d "
-        '\'{"experiment_ids": ["1"], "max_results": 10}\' '
-        "http://127.0.0.1:5000/api/2.0/mlflow/runs/search",
-    )
-    runs = json.loads(done.stdout)["runs"]
-    assert sorted(run["info"]["status"] for run in runs) == ["FINISHED"] * 3  # study, two trials
 
 
 def test_ray_down_stops_ray_on_every_host(hosts, up):
