@@ -21,6 +21,8 @@ DEMO = "demo"
 """Names the embedded model and the embedded data."""
 CT = "ct"
 """Names the task of radio exam questions, and its training data."""
+ENGLISH = "english"
+"""Names general text to be replayed: sentences that no task of ours asks about."""
 
 
 def _as_tuple(value: Any) -> Any:
@@ -58,7 +60,7 @@ class DataSettings(Settings):
 
     train: Strings = (DEMO,)
     """JSONL or Parquet files, folders or patterns, ``DOMAIN=`` before one that has a domain of its
-    own; ``demo`` is NL2SQL, ``ct`` radio exam questions."""
+    own; ``demo`` is NL2SQL, ``ct`` radio exam questions, ``english`` general text to replay."""
     max_length: int = Field(1024, ge=2)
     """Most tokens of one sample, prompt included."""
     on_long: Literal["error", "drop", "truncate"] = "error"
@@ -94,24 +96,32 @@ class RecordSettings(Settings):
 class TrainSettings(Settings):
     """Stage 1: the loss, the optimizer and the budget."""
 
-    loss: Literal["restricted", "full", "soft", "active_only"] = "restricted"
-    """``restricted`` is the paper's, ``full`` ordinary fine-tuning."""
+    loss: Literal["restricted", "full", "soft", "active_only", "dft", "kl_to_base"] = "restricted"
+    """``restricted`` is the paper's, ``full`` ordinary fine-tuning, the others baselines."""
+    base_kl_weight: float = Field(1.0, ge=0)
+    """Weight of KL(base || model) with ``kl_to_base``, which holds the base model beside."""
     tau: float = Field(0.99, gt=0, le=1)
     """Probability that the candidates of a position cover."""
     k_min: int = Field(1, ge=1)
     """Fewest candidates; 2 keeps positions active of which the base model was sure."""
+    keep_gold: bool = True
+    """False, an ablation: no position where the gold token is not among the candidates anyway."""
     tail_samples: int = Field(0, ge=0)
     """Sampled tokens that stand for the mass outside the candidates; 0 is the paper's loss."""
     anchor_weight: float = Field(1.0, ge=0)
     """Weight of the KL to the base model on prompt positions; 0 is the paper."""
-    optimizer: Literal["moclip", "adamw", "adam_atan2"] = "moclip"
-    """``adam_atan2`` is MoClip without the cap."""
+    optimizer: Literal["moclip", "adamw", "adam_atan2", "c_adamw", "mofo"] = "moclip"
+    """``adam_atan2`` is MoClip without the cap, the others are baselines."""
     lr: float = Field(3e-5, gt=0, lt=1)
     """Peak learning rate."""
     betas: Betas | None = None
     """Decay of the moments; default (0.9, 0.99) for MoClip, (0.9, 0.999) for AdamW."""
     weight_decay: float = Field(0.0, ge=0)
     """Decoupled weight decay, multiplied by the learning rate."""
+    mofo_share: float = Field(0.15, gt=0, le=1)
+    """Share of each tensor that ``mofo`` moves in a step."""
+    l2_sp_weight: float = Field(0.0, ge=0)
+    """Weight of half the squared distance from the base's weights (L2-SP), in the loss."""
     delta_max: float = Field(45.0, gt=0, le=180)
     """Largest angle between gradient and momentum, in degrees; 180 switches the cap off."""
     clip: Literal["scale", "momentum", "project", "rotate", "none"] = "scale"
@@ -132,6 +142,9 @@ class TrainSettings(Settings):
     """Passes over the training data, rounded up to whole steps; replaces ``steps``."""
     domain_weights: dict[str, Annotated[float, Field(ge=0)]] = Field(default_factory=dict)
     """How often per epoch the samples of a domain are used (patterns allowed); by default 1."""
+    replay_share: float | None = Field(None, ge=0, lt=1)
+    """Share of the samples that are of the domain ``replay``: general text against forgetting.
+    By default it is a domain as any other."""
     freeze: Patterns = ()
     """Parameters that stay as they are, by pattern: ``model.layers.[0-9].*``."""
     lora_rank: int = Field(0, ge=0)
@@ -205,6 +218,21 @@ class TrainSettings(Settings):
             raise ValueError(
                 "refresh_every must be 0 with loss = 'soft', whose targets are the base model's; "
                 "leave one of them out"
+            )
+        if self.refresh_every and not self.keep_gold:
+            raise ValueError(
+                "refresh_every must be 0 with keep_gold = false, which is about the recorded sets; "
+                "leave one of them out"
+            )
+        if self.l2_sp_weight and self.lora_rank:
+            raise ValueError(
+                "l2_sp_weight must be 0 with adapters, which leave all weights as they are, got "
+                f"lora_rank = {self.lora_rank}; leave one of them out"
+            )
+        if self.replay_share is not None and "replay" in self.domain_weights:
+            raise ValueError(
+                "domain_weights must not name the domain replay, whose share is replay_share, got "
+                f"{sorted(self.domain_weights)}; leave one of them out"
             )
         return self
 
@@ -332,7 +360,12 @@ class ResourceSettings(Settings):
     cpus_per_worker: int = Field(1, ge=1)
     """CPU cores, and torch threads, of a worker or an actor."""
     gpus_per_worker: float = Field(0, ge=0)
-    """GPUs of a worker or an actor."""
+    """GPUs of a worker or an actor; a fraction lets several share one."""
+    custom: dict[str, Annotated[float, Field(gt=0)]] = Field(default_factory=dict)
+    """Custom resources of a worker or an actor, as nodes were started with: ``{nvme = 1}``."""
+    labels: dict[str, str] = Field(default_factory=dict)
+    """Labels that the node of a worker or an actor must have:
+    ``{"ray.io/accelerator-type" = "L4"}``."""
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
@@ -341,7 +374,24 @@ class ResourceSettings(Settings):
                 raise ValueError(
                     f"{name} must be [fewest, most] with 1 <= fewest <= most, got {list(limits)}"
                 )
+        if self.gpus_per_worker > 1 and not self.gpus_per_worker.is_integer():
+            raise ValueError(
+                "gpus_per_worker must be a whole number or at most 1: only one GPU can be shared, "
+                f"got {self.gpus_per_worker}"
+            )
+        if reserved := {"CPU", "GPU", "memory", "lrmc_trial"} & self.custom.keys():
+            raise ValueError(
+                f"custom must not name {sorted(reserved)[0]}; use cpus_per_worker or "
+                "gpus_per_worker"
+            )
         return self
+
+    def of_worker(self) -> dict[str, float]:
+        """What one worker or actor needs, by Ray's names."""
+        need: dict[str, float] = {"CPU": self.cpus_per_worker}
+        if self.gpus_per_worker:
+            need["GPU"] = self.gpus_per_worker
+        return need | self.custom
 
 
 class RunSettings(Settings):
@@ -516,7 +566,8 @@ def _in_words(settings: type[Settings], error: ValidationError) -> list[str]:
             lines.append(f"{key}: {message}" if key else message)
         else:
             rule = _RULES.get(problem["type"]) or _SHOULD.sub("must", problem["msg"])
-            meaning = f" ({field.description})" if field and field.description else ""
+            text = " ".join((field.description or "").split()) if field else ""
+            meaning = f" ({text})" if text else ""
             lines.append(f"{key} {rule}, got {problem['input']!r}{meaning}")
     return lines
 

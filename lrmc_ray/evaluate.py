@@ -31,7 +31,7 @@ from lrmc_ray.config import ModelSettings, RunSettings
 from lrmc_ray.console import progress, run_command, setup_logging
 from lrmc_ray.errors import ConfigError, DataError, IncompleteArtifactError, LrmcError
 from lrmc_ray.models import tokenizer_fingerprint
-from lrmc_ray.ray_session import RAY_LOG, ray_session
+from lrmc_ray.ray_session import RAY_LOG, check_model_shared, ray_session, worker_slots
 
 if TYPE_CHECKING:
     from lrmc_ray.harness import ScoreResult
@@ -174,9 +174,14 @@ def _score(
     if general_from is None:
         tasks += [(name, "general") for name in expand(chosen.general_tasks)]
     resources = settings.resources
+    worker_slots(resources, what="evaluation task")
+    if base is None:
+        check_model_shared(model_directory)
     remote = ray.remote(_score_part).options(
         num_cpus=resources.cpus_per_worker,
         num_gpus=resources.gpus_per_worker,
+        resources=dict(resources.custom),
+        label_selector=dict(resources.labels) or None,
         max_retries=2,
         # A trial's own placement group has no CPUs to give.
         scheduling_strategy=PlacementGroupSchedulingStrategy(placement_group=None),

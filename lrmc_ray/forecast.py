@@ -75,14 +75,23 @@ def divide(slots: int, resources: ResourceSettings, trials: int) -> tuple[int, t
     return concurrent, (1, most)
 
 
-def forecast(settings: RunSettings, output: Path, *, slots: int) -> Forecast | None:
+def forecast(
+    settings: RunSettings, output: Path, *, slots: int, gpu_flops: float | None = None
+) -> Forecast | None:
     """What a search costs on a machine that holds ``slots`` workers at once.
 
+    Args:
+        settings: of the search.
+        output: where earlier searches are looked for.
+        slots: workers that fit side by side.
+        gpu_flops: floating-point operations per second that one GPU sustains, where it is known.
+
     Returns:
-        None where nothing is known: an unseen model that is not on this machine, or on GPUs.
+        None where nothing is known: an unseen model that is not on this machine, or GPUs of
+        unknown speed.
     """
     settings = with_expected_steps(settings, output)
-    parts = _measured(settings, output) or _estimated(settings, slots)
+    parts = _measured(settings, output) or _estimated(settings, slots, gpu_flops)
     if parts is None:
         return None
     trials = settings.search.trials
@@ -196,12 +205,13 @@ def _measured(settings: RunSettings, output: Path) -> dict[str, Any] | None:
     }
 
 
-def _estimated(settings: RunSettings, slots: int) -> dict[str, Any] | None:
+def _estimated(settings: RunSettings, slots: int, gpu_flops: float | None) -> dict[str, Any] | None:
     """From floating-point operations: 2 per parameter and token forward, 6 with the gradient."""
     from lrmc_ray.record import training_files
 
     directory = _model_directory(settings)
-    if directory is None or settings.resources.gpus_per_worker:
+    gpus = settings.resources.gpus_per_worker
+    if directory is None or (gpus and gpu_flops is None):
         return None
     parameters = count_parameters(directory)
     samples, tokens = count_tokens(training_files(settings), settings.data.max_length)
@@ -209,17 +219,17 @@ def _estimated(settings: RunSettings, slots: int) -> dict[str, Any] | None:
     trained = settings.train.steps * settings.train.batch_size * tokens / samples
     tasks = len(settings.evaluate.domain_tasks) + len(settings.evaluate.general_tasks)
     scored = tasks * (settings.evaluate.limit or ITEMS_PER_TASK) * TOKENS_PER_ITEM
-    per_second = CORE_FLOPS * cores
+    per_second = gpu_flops * gpus if gpus and gpu_flops else CORE_FLOPS * cores
+    speed = f"{per_second / 1e9:.0f} GFLOP/s per worker"
     evaluate = 2.0 * parameters * scored / per_second
     return {
-        "train_core_seconds": 6.0 * parameters * trained / CORE_FLOPS,
+        "train_core_seconds": 6.0 * parameters * trained / per_second * cores,
         "evaluate_seconds": evaluate,
         "record_seconds": 2.0 * parameters * tokens / (per_second * slots),
         "base_seconds": evaluate / min(slots, tasks),
         "basis": (
             f"rough estimate: {parameters / 1e6:.0f}M parameters, about {tokens / samples:.0f} "
-            f"tokens per sample, {CORE_FLOPS / 1e9:.0f} GFLOP/s per core; it can be off by a "
-            "factor of three"
+            f"tokens per sample, {speed}; it can be off by a factor of three"
         ),
         "is_measured": False,
     }

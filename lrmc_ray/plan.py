@@ -4,6 +4,10 @@
 
 The training data are read, checked and tokenized in full, which the record then need not do
 again; the real model sees a random sample of them. Ray is not needed.
+
+    lrmc plan --cluster cluster.yaml resources.gpus_per_worker=1 --gpu-tflops 60
+
+How many trials of a search fit side by side on that cluster, and the hours that the search takes.
 """
 
 import argparse
@@ -22,6 +26,7 @@ from lrmc_ray.artifacts import is_finished
 from lrmc_ray.config import RunSettings
 from lrmc_ray.console import format_seconds, progress, run_command, setup_logging
 from lrmc_ray.errors import ConfigError
+from lrmc_ray.forecast import divide, forecast
 from lrmc_ray.ray_session import local_cpus
 from lrmc_ray.record import (
     EXAMPLES,
@@ -174,6 +179,67 @@ def _actors_here(settings: RunSettings) -> int:
     return max(1, local_cpus() // resources.cpus_per_worker)
 
 
+def _slots_of(arguments: argparse.Namespace, settings: RunSettings) -> int:
+    from lrmc_ray.cluster_file import cluster_slots, load_cluster
+
+    if arguments.slots is not None:
+        if arguments.slots < 1:
+            raise ConfigError(f"--slots must be at least 1, got {arguments.slots}")
+        return int(arguments.slots)
+    return cluster_slots(load_cluster(arguments.cluster), settings.resources)
+
+
+def plan_search(
+    settings: RunSettings, output: Path, slots: int, gpu_tflops: float | None
+) -> dict[str, Any]:
+    """Trials side by side where ``slots`` workers fit, and what the search takes.
+
+    Raises:
+        ResourceError: not one trial fits.
+    """
+    concurrent, (fewest, most) = divide(slots, settings.resources, settings.search.trials)
+    gpu_flops = None if gpu_tflops is None else gpu_tflops * 1e12
+    cost = forecast(settings, output, slots=slots, gpu_flops=gpu_flops)
+    gpus = settings.resources.gpus_per_worker
+    return {
+        "slots": slots,
+        "trials": settings.search.trials,
+        "trials_side_by_side": concurrent,
+        "workers_of_a_trial": [fewest, min(most, max(fewest, settings.train.micro_batches))],
+        "hours": cost.seconds / 3600 if cost else None,
+        "core_hours": cost.core_seconds / 3600 if cost and not gpus else None,
+        "gpu_hours": (
+            cost.core_seconds / settings.resources.cpus_per_worker * gpus / 3600
+            if cost and gpus
+            else None
+        ),
+        "basis": cost.basis if cost else None,
+    }
+
+
+def show_search(planned: Mapping[str, Any]) -> None:
+    """The plan of a search as text on stdout."""
+    fewest, most = planned["workers_of_a_trial"]
+    print(
+        f"{planned['slots']} workers fit: {planned['trials_side_by_side']} of "
+        f"{planned['trials']} trials side by side, of {fewest} to {most} workers each."
+    )
+    if planned["hours"] is None:
+        print(
+            "Hours: unknown. No earlier search in the output directory had this model, data and "
+            "tasks, and the model is not on this machine or its GPUs' speed is not given "
+            "(--gpu-tflops). Two trials tell: search.trials=2."
+        )
+        return
+    kind = "GPU" if planned["gpu_hours"] is not None else "core"
+    held = planned["gpu_hours"] if kind == "GPU" else planned["core_hours"]
+    print(
+        f"The search takes about {format_seconds(planned['hours'] * 3600)}, {held:.2g} {kind} "
+        "hours, without the time in which nodes start."
+    )
+    print(f"({planned['basis'][0].upper()}{planned['basis'][1:]}.)")
+
+
 def main(argv: Sequence[str]) -> int:
     """The command ``lrmc plan``."""
     from lrmc_ray.cli import add_run_arguments, settings_from
@@ -194,10 +260,35 @@ def main(argv: Sequence[str]) -> int:
         help=f"tokens of the sample, at least (default: {SAMPLE_TOKENS})",
     )
     parser.add_argument("--seed", type=int, default=0, help="of the choice of samples")
+    parser.add_argument(
+        "--cluster",
+        type=Path,
+        metavar="FILE",
+        help="plan a search on the cluster of this file instead: trials side by side, hours",
+    )
+    parser.add_argument(
+        "--slots", type=int, metavar="N", help="the same, where N workers fit, without a file"
+    )
+    parser.add_argument(
+        "--gpu-tflops",
+        type=float,
+        metavar="T",
+        help="what one GPU sustains, in TFLOP/s (about a third of its data sheet), where no "
+        "earlier search in the output directory tells",
+    )
     argv = without_aliases(argv)
     arguments = parser.parse_intermixed_args(argv)
     setup_logging(arguments.verbose)
     settings = settings_from(arguments)
+    if arguments.cluster is not None or arguments.slots is not None:
+        planned = plan_search(
+            settings, arguments.output, _slots_of(arguments, settings), arguments.gpu_tflops
+        )
+        if arguments.json:
+            print(json.dumps(planned))
+        else:
+            show_search(planned)
+        return 0
     if arguments.sample_tokens < 1:
         raise ConfigError(f"--sample-tokens must be at least 1, got {arguments.sample_tokens}")
     prepared = prepare(settings, arguments.output)

@@ -3,11 +3,14 @@
 import contextlib
 import logging
 import os
+import socket
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-from lrmc_ray.errors import ResourceError
+from lrmc_ray.config import ResourceSettings
+from lrmc_ray.errors import IncompleteArtifactError, ResourceError
+from lrmc_ray.placement import Node, check_slots
 
 TRIAL_SLOT = "lrmc_trial"
 """Custom resource of the node where searches run: one unit per waiting trial driver.
@@ -17,6 +20,12 @@ all CPUs of a node, would ask for workers that can never start.
 """
 TRIAL_SLOTS = 64
 RAY_LOG = "ray.log"
+ANSWER_SECONDS = 10.0
+"""How long a cluster's head may take to accept a connection."""
+PROBE_SECONDS = 20.0
+"""How long a node may take to say whether it sees the output directory."""
+SHARED_SECONDS = 5.0
+"""How long a file may take to be seen by another node."""
 
 _ENVIRONMENT = {
     "RAY_USAGE_STATS_ENABLED": "0",
@@ -26,6 +35,7 @@ _ENVIRONMENT = {
     "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "120",
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",  # a run that has ended is noticed that much sooner
     "RAY_AUTH_MODE": "token",
+    "RAY_enable_metrics_collection": "0",  # its port is open to the world, and asks for no token
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
     "HF_HUB_DISABLE_TELEMETRY": "1",
     "TOKENIZERS_PARALLELISM": "false",
@@ -49,12 +59,14 @@ def ray_session(
 
     Args:
         address: ``local`` starts Ray on this machine, ``auto`` or ``host:port`` joins a cluster.
-        log: file for what Ray's own processes say, unless ``verbose``.
+        log: file for what Ray's own processes say, unless ``verbose``; in the output directory,
+            which all nodes of a cluster must see.
         num_cpus: cores that a local session may use; all by default.
         verbose: show the workers' output.
 
     Raises:
         ResourceError: the cluster cannot be reached.
+        IncompleteArtifactError: some node does not see the output directory.
     """
     for name, value in _ENVIRONMENT.items():
         os.environ.setdefault(name, value)
@@ -69,6 +81,8 @@ def ray_session(
     with contextlib.nullcontext() if verbose else _stderr_to(log):
         _start(address, num_cpus, verbose)
         try:
+            if address != "local":
+                check_shared(log.parent)
             yield
         finally:
             ray.shutdown()
@@ -77,24 +91,184 @@ def ray_session(
 def _start(address: str, num_cpus: int | None, verbose: bool) -> None:
     import ray
 
+    if address == "local":
+        _ensure_token()
+        ray.init(
+            address="local",
+            num_cpus=num_cpus or local_cpus(),
+            resources={TRIAL_SLOT: TRIAL_SLOTS},
+            include_dashboard=False,
+            log_to_driver=verbose,
+            logging_level="WARNING",
+        )
+        return
+    _check_answers(address)
     try:
-        if address == "local":
-            _ensure_token()
-            ray.init(
-                address="local",
-                num_cpus=num_cpus or local_cpus(),
-                resources={TRIAL_SLOT: TRIAL_SLOTS},
-                include_dashboard=False,
-                log_to_driver=verbose,
-                logging_level="WARNING",
-            )
-        else:
-            ray.init(address=address, log_to_driver=verbose, logging_level="WARNING")
-    except ConnectionError as error:
+        ray.init(address=address, log_to_driver=verbose, logging_level="WARNING")
+    except ray.exceptions.AuthenticationError as error:
         raise ResourceError(
-            f"no Ray cluster answers at {address} ({error}); start one with `ray up cluster.yaml`, "
-            "or leave --address out to use this machine"
+            f"the Ray cluster at {address} does not accept this machine's token "
+            f"({str(error).strip().splitlines()[0]}); copy ~/.ray/auth_token from its head, with "
+            "mode 600"
         ) from None
+    except (ConnectionError, ValueError) as error:
+        raise _no_cluster(address, error) from None
+
+
+def _check_answers(address: str) -> None:
+    """Refuse an address where nothing listens; Ray itself would try for minutes.
+
+    Raises:
+        ResourceError: nothing answers, or it is no address.
+    """
+    if address == "auto":
+        return
+    host, _, port = address.removeprefix("ray://").rpartition(":")
+    try:
+        with socket.create_connection((host.strip("[]"), int(port)), timeout=ANSWER_SECONDS):
+            pass
+    except (OSError, ValueError) as error:
+        raise _no_cluster(address, error) from None
+    if os.environ.get("RAY_USE_TLS", "0") == "0" and not _speaks_grpc(f"{host}:{port}"):
+        raise _no_cluster(address, ConnectionError("something else than Ray listens there"))
+
+
+def _speaks_grpc(target: str) -> bool:
+    import grpc
+
+    with grpc.insecure_channel(target) as channel:
+        try:
+            grpc.channel_ready_future(channel).result(timeout=ANSWER_SECONDS)
+        except grpc.FutureTimeoutError:
+            return False
+    return True
+
+
+def _no_cluster(address: str, error: Exception) -> ResourceError:
+    return ResourceError(
+        f"no Ray cluster answers at {address} ({error}); start one with `ray up cluster.yaml`, "
+        "give --address auto on its head or host:6379, or leave --address out to use this machine"
+    )
+
+
+def cluster_nodes() -> list[Node]:
+    """The nodes that are alive, and the kinds of nodes that the autoscaler may still start."""
+    import ray
+    from ray._private.state import state
+
+    alive = [node for node in ray.nodes() if node["Alive"]]
+    nodes = [Node(node["Resources"], node.get("Labels", {})) for node in alive]
+    config = state.get_cluster_config()  # written by the autoscaler; there is no public interface
+    for group in config.node_group_configs if config is not None else ():
+        is_head = dict(group.resources).get(TRIAL_SLOT, 0) > 0
+        running = sum(node.labels.get("ray.io/node-group") == group.name for node in nodes)
+        if group.max_count > running and not is_head:
+            labels = {"ray.io/node-group": group.name}
+            nodes.append(Node(dict(group.resources), labels, group.max_count - running))
+    return nodes
+
+
+def worker_slots(resources: ResourceSettings, *, least: int = 1, what: str = "worker") -> int:
+    """Workers that fit into the cluster, nodes that the autoscaler may start included.
+
+    Raises:
+        ResourceError: fewer than ``least``: asking Ray for them would wait for ever.
+    """
+    return check_slots(cluster_nodes(), resources, least, what)
+
+
+def check_trial_slots() -> None:
+    """Refuse a cluster without a place for the drivers of trials.
+
+    Raises:
+        ResourceError: no node has the custom resource.
+    """
+    import ray
+
+    if not ray.cluster_resources().get(TRIAL_SLOT):
+        raise ResourceError(
+            f"a search needs a node with the custom resource {TRIAL_SLOT}, no node has it; start "
+            f"the head with --resources='{{\"{TRIAL_SLOT}\": {TRIAL_SLOTS}}}', as cluster.yaml does"
+        )
+
+
+def check_shared(directory: Path) -> None:
+    """Refuse an output directory that some node of the cluster does not see.
+
+    The driver writes a file there, and a task on every node looks for it.
+
+    Raises:
+        IncompleteArtifactError: a node does not see the file; names the nodes.
+    """
+    directory.mkdir(parents=True, exist_ok=True)
+    path = directory.resolve() / f".shared_{os.urandom(8).hex()}"
+    path.write_text(path.name, encoding="utf-8")
+    try:
+        blind = _blind_nodes(path, path.name)
+    finally:
+        path.unlink(missing_ok=True)
+    if blind:
+        raise IncompleteArtifactError(
+            "the output directory must be seen by every node of the cluster; "
+            f"{directory.resolve()} is not by {', '.join(blind)}. Mount a shared file system (NFS, "
+            "EFS, Filestore) at the same place on all nodes and give --output DIR on it"
+        )
+
+
+def check_model_shared(directory: Path) -> None:
+    """Refuse a model that some node of the cluster cannot load.
+
+    Raises:
+        IncompleteArtifactError: a node does not see its files; names the nodes.
+    """
+    path = directory / "config.json"
+    blind = _blind_nodes(path.resolve(), path.read_text(encoding="utf-8"))
+    if blind:
+        raise IncompleteArtifactError(
+            f"the model must be seen by every node of the cluster; {directory} is not by "
+            f"{', '.join(blind)}. Copy it to the shared file system and give --model DIR there; "
+            "for models of the Hub and the demo set HF_HOME and LRMC_CACHE to directories on it"
+        )
+
+
+def _blind_nodes(path: Path, content: str) -> list[str]:
+    """Addresses of the nodes that do not find ``content`` at ``path``."""
+    import ray
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+    alive = [node for node in ray.nodes() if node["Alive"]]
+    if len(alive) < 2:
+        return []
+    probe = ray.remote(_sees)
+    asked = {
+        probe.options(
+            num_cpus=0,
+            max_retries=0,
+            scheduling_strategy=NodeAffinitySchedulingStrategy(node["NodeID"], soft=False),
+        ).remote(str(path), content): node["NodeManagerAddress"]
+        for node in alive
+    }
+    answered, _ = ray.wait(list(asked), num_returns=len(asked), timeout=PROBE_SECONDS)
+    blind = []
+    for answer in answered:
+        # A node that does not answer is going or gone; Ray gives it no work either.
+        with contextlib.suppress(ray.exceptions.RayError):
+            if not ray.get(answer):
+                blind.append(asked[answer])
+    return sorted(blind)
+
+
+def _sees(path: str, content: str) -> bool:
+    """Runs on a node: whether it sees the driver's file. Network file systems may lag a little."""
+    import time
+
+    deadline = time.monotonic() + SHARED_SECONDS
+    while time.monotonic() < deadline:
+        with contextlib.suppress(OSError):
+            if Path(path).read_text(encoding="utf-8") == content:
+                return True
+        time.sleep(0.1)
+    return False
 
 
 @contextlib.contextmanager

@@ -32,12 +32,12 @@ from lrmc_ray.artifacts import (
     write_json,
     write_manifest,
 )
-from lrmc_ray.config import CT, DEMO, RunSettings
+from lrmc_ray.config import CT, DEMO, ENGLISH, RunSettings
 from lrmc_ray.console import progress, run_command, setup_logging
-from lrmc_ray.data.sources import Source, find_sources
-from lrmc_ray.errors import DataError, IncompleteArtifactError, ResourceError
+from lrmc_ray.data.sources import Source, find_sources, split_domain
+from lrmc_ray.errors import DataError, IncompleteArtifactError
 from lrmc_ray.fault_points import passed
-from lrmc_ray.ray_session import RAY_LOG, ray_session
+from lrmc_ray.ray_session import RAY_LOG, check_model_shared, ray_session, worker_slots
 
 _log = logging.getLogger(__name__)
 
@@ -217,7 +217,8 @@ def training_sources(settings: RunSettings) -> list[Source]:
         ConfigError: a file is named under two domains.
     """
     names = []
-    for name in settings.data.train:
+    for labelled in settings.data.train:
+        domain, name = split_domain(labelled)
         if name == DEMO:
             from lrmc_ray.demo.files import demo_files
             from lrmc_ray.models import cache_directory
@@ -228,7 +229,12 @@ def training_sources(settings: RunSettings) -> list[Source]:
             from lrmc_ray.tasks.built import ct_files
 
             name = str(ct_files(cache_directory()).train)
-        names.append(name)
+        elif name == ENGLISH and not Path(ENGLISH).exists():
+            from lrmc_ray.demo.english import english_file
+            from lrmc_ray.models import cache_directory
+
+            name = str(english_file(cache_directory()))
+        names.append(f"{domain}={name}" if domain else name)
     return find_sources(names)
 
 
@@ -451,16 +457,23 @@ def _run_actors(
     import ray
 
     settings = prepared.settings
-    cpus, gpus = settings.resources.cpus_per_worker, settings.resources.gpus_per_worker
+    resources = settings.resources
     least, most = _actor_range(settings, len(shards))
+    check_model_shared(prepared.model_directory)
+    placement: dict[str, Any] = {}
+    if resources.custom:
+        placement["resources"] = dict(resources.custom)
+    if resources.labels:
+        placement["label_selector"] = dict(resources.labels)
     dataset = ray.data.from_items(list(shards), override_num_blocks=len(shards)).map_batches(
         Recorder,
         batch_size=1,
         batch_format="pyarrow",
         compute=ray.data.ActorPoolStrategy(min_size=least, max_size=most),
-        num_cpus=cpus,
-        num_gpus=gpus or None,
+        num_cpus=resources.cpus_per_worker,
+        num_gpus=resources.gpus_per_worker or None,
         fn_constructor_kwargs=recorder_options(prepared, tokenizer_size),
+        **placement,
     )
     for row in dataset.iter_rows():
         yield json.loads(row["part"])
@@ -488,21 +501,9 @@ def _actor_range(settings: RunSettings, num_shards: int) -> tuple[int, int]:
     Raises:
         ResourceError: fewer fit into the cluster than are asked for.
     """
-    import ray
-
-    resources = settings.resources
-    kind = "GPU" if resources.gpus_per_worker else "CPU"
-    each = resources.gpus_per_worker or resources.cpus_per_worker
-    available = ray.cluster_resources().get(kind, 0)
-    fitting = int(available // each)
     # Ray Data adds actors as far as the cluster's resources go, also on nodes that join later.
-    least, most = resources.actors or (1, num_shards)
-    if fitting < least:
-        raise ResourceError(
-            f"{least} actor(s) of {each:g} {kind} each must fit into the cluster, it has "
-            f"{available:g} {kind}; lower resources.actors or resources."
-            f"{kind.lower()}s_per_worker"
-        )
+    least, most = settings.resources.actors or (1, num_shards)
+    worker_slots(settings.resources, least=least, what="recording actor")
     return least, max(least, most)
 
 

@@ -1121,11 +1121,15 @@ def _as_text(settings: Sequence[tuple[str, str]]) -> str:
 
 def _drift(best: Trial) -> str:
     """How far the tuned model's predictions have moved, where that was measured."""
-    parts = [
-        f"{number(value, 3)} on {group} texts"
-        for group in ("domain", "general")
-        if isinstance(value := best.entry.results.get(f"eval/kl_base_{group}"), float)
-    ]
+    parts = []
+    for group in ("domain", "general"):
+        ends = [
+            best.entry.results.get(f"eval/kl_base_{group}{end}") for end in ("", "_low", "_high")
+        ]
+        value, low, high = (number(end, 3) if isinstance(end, float) else None for end in ends)
+        if value is not None:
+            interval = f" ({low} to {high})" if low is not None and high is not None else ""
+            parts.append(f"{value}{interval} on {group} texts")
     return f"KL(base || {best.name}): {', '.join(parts)}, nats per position." if parts else ""
 
 

@@ -32,8 +32,8 @@ from lrmc_ray.artifacts import (
 )
 from lrmc_ray.config import RunSettings, TrainSettings, validate
 from lrmc_ray.console import progress, run_command, setup_logging
-from lrmc_ray.errors import DataError, LrmcError, ResourceError
-from lrmc_ray.ray_session import RAY_LOG, ray_session, release_orphaned_groups
+from lrmc_ray.errors import DataError, LrmcError
+from lrmc_ray.ray_session import RAY_LOG, ray_session, release_orphaned_groups, worker_slots
 from lrmc_ray.run_files import CHECKPOINT_NOW, CHECKPOINTS, LEDGER, METRICS, MODEL
 
 if TYPE_CHECKING:
@@ -195,9 +195,6 @@ def _trainer(
 
     release_orphaned_groups()
     resources = settings.resources
-    per_worker: dict[str, float] = {"CPU": resources.cpus_per_worker}
-    if resources.gpus_per_worker:
-        per_worker["GPU"] = resources.gpus_per_worker
     return _trainer_class()(
         _worker,
         train_loop_config={
@@ -211,7 +208,8 @@ def _trainer(
         scaling_config=ScalingConfig(
             num_workers=worker_range(settings),
             use_gpu=resources.gpus_per_worker > 0,
-            resources_per_worker=per_worker,
+            resources_per_worker=resources.of_worker(),
+            label_selector=dict(resources.labels) or None,
             elastic_resize_monitor_interval_s=resources.resize_seconds,
         ),
         # A new name each time: Ray would go on from its own snapshot, we from our checkpoints.
@@ -283,22 +281,9 @@ def worker_range(settings: RunSettings) -> tuple[int, int]:
     Raises:
         ResourceError: fewer workers fit than the settings ask for.
     """
-    import ray
-
-    resources = settings.resources
-    total = ray.cluster_resources()
-    if resources.gpus_per_worker:
-        fitting = int(total.get("GPU", 0) // resources.gpus_per_worker)
-    else:
-        fitting = int(total.get("CPU", 0) // resources.cpus_per_worker)
-    least, most = resources.workers or (1, fitting)
-    if fitting < least:
-        kind = "GPU" if resources.gpus_per_worker else "CPU"
-        raise ResourceError(
-            f"{least} workers need {least} times {resources.gpus_per_worker or ''}"
-            f"{resources.cpus_per_worker if kind == 'CPU' else ''} {kind}, the cluster has "
-            f"{total.get(kind, 0):g}; lower resources.workers"
-        )
+    least = settings.resources.workers[0] if settings.resources.workers else 1
+    fitting = worker_slots(settings.resources, least=least, what="training worker")
+    most = settings.resources.workers[1] if settings.resources.workers else fitting
     return least, max(least, min(most, settings.train.micro_batches))
 
 

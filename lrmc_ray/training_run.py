@@ -27,11 +27,13 @@ from lrmc_ray.early_stopping import EarlyStopping, Rung
 from lrmc_ray.errors import DataError, DirectoryInUseError
 from lrmc_ray.ledger import Ledger, read_ledger
 from lrmc_ray.method.held_out import held_out_batches, held_out_nll
+from lrmc_ray.method.l2_sp import StartingPoint
 from lrmc_ray.method.microbatch import MicroBatch, Sample, collate, deal
 from lrmc_ray.method.optimizers import make_optimizer
 from lrmc_ray.method.probe import outside_mass
 from lrmc_ray.method.subsets import CandidateSets, select_candidates
 from lrmc_ray.method.training_loop import (
+    FrozenBase,
     LossSettings,
     StepResult,
     WorkerGroup,
@@ -51,7 +53,8 @@ from lrmc_ray.models import (
 from lrmc_ray.run_files import CHECKPOINT_NOW, CHECKPOINTS, LEDGER, METRICS, MODEL
 from lrmc_ray.system_metrics import SystemMetrics
 from lrmc_ray.trainable import TrainableModel
-from lrmc_ray.training_samples import TrainingSamples
+from lrmc_ray.training_samples import TrainingSamples, with_supervised_candidates
+from lrmc_ray.usage import Usage
 
 _log = logging.getLogger(__name__)
 
@@ -106,13 +109,24 @@ class TrainingRun:
             lr=settings.lr,
             betas=settings.betas,
             weight_decay=settings.weight_decay,
-            **_moclip_options(settings),
+            **_optimizer_options(settings),
         )
+        # Before a checkpoint is loaded: these are the base's weights.
+        self.penalty = None
+        if settings.l2_sp_weight:
+            self.penalty = StartingPoint(
+                list(self.trainable.parameters.values()), settings.l2_sp_weight
+            )
+        self.base = None
+        if settings.loss == "kl_to_base":
+            base = load_model(model_directory).to(device).requires_grad_(False)
+            self.base = FrozenBase(lambda batch: batch_hidden_states(base, batch), head_of(base))
         self.loss = LossSettings(
             loss=settings.loss,
             tail_samples=settings.tail_samples,
             anchor_weight=settings.anchor_weight,
             seed=settings.seed,
+            base_kl_weight=settings.base_kl_weight,
         )
         self.autocast = torch.bfloat16 if settings.precision == "bf16" else None
         self.attention_cost = attention_cost(self.model) if settings.packing else math.inf
@@ -127,6 +141,9 @@ class TrainingRun:
         }
         self.totals |= {"bad_steps": 0, "supervised_positions": 0}
         self.seconds_before = 0.0
+        self.cpu_seconds_before = 0.0
+        self.peak_bytes_before = 0
+        self._usage = Usage(device)
         self.best: dict[str, float] = {}
         self.early_stopping = (
             EarlyStopping(rung, directory=directory, model_directory=model_directory, group=group)
@@ -152,14 +169,18 @@ class TrainingRun:
         with self._alone():
             self._resume()
             started = time.monotonic()
+            self._usage = Usage(self.device)
             result = self._train(started)
             seconds = self.seconds_before + time.monotonic() - started
+            used = self.group.gather((self._usage.cpu_seconds, self._usage.peak_bytes))
             if self._is_writer and not self.is_pruned:
                 self._save_model()
         return {
             "steps": result.step + 1 if result else self.settings.steps,
             "pruned": self.is_pruned,
             "train_seconds": round(seconds, 2),
+            "cpu_seconds": round(self.cpu_seconds_before + sum(cpu for cpu, _ in used), 2),
+            "peak_memory_bytes": max(self.peak_bytes_before, *(peak for _, peak in used)),
             "world_size": self.group.world_size,
             "final_loss": result.loss if result else None,
             **{f"best_{name}": value for name, value in self.best.items()},
@@ -251,6 +272,8 @@ class TrainingRun:
             attention_cost=self.attention_cost,
             probe=self._probe,
             bad_steps=self.bad_steps,
+            base=self.base,
+            penalize=self.penalty.add_gradient if self.penalty else None,
         )
 
     def _hidden(self, batch: MicroBatch) -> Tensor:
@@ -266,7 +289,7 @@ class TrainingRun:
         if step not in self._fresh:
             self._refresh(step)
         return [
-            _with_supervised_candidates(sample, fresh)
+            with_supervised_candidates(sample, fresh)
             for sample, fresh in zip(samples, self._fresh.pop(step), strict=True)
         ]
 
@@ -466,6 +489,10 @@ class TrainingRun:
                     for step, fresh in self._fresh.items()
                 },
                 "seconds": seconds,
+                # Those of rank 0; the others do as much.
+                "cpu_seconds": self.cpu_seconds_before
+                + self.group.world_size * self._usage.cpu_seconds,
+                "peak_memory_bytes": max(self.peak_bytes_before, self._usage.peak_bytes),
             },
             keep=self.settings.keep_checkpoints,
             also=[int(self.best["step"])] if self.best else [],
@@ -505,6 +532,8 @@ class TrainingRun:
             for step, fresh in state["fresh"].items()
         }
         self.seconds_before = state["seconds"]
+        self.cpu_seconds_before = state["cpu_seconds"]
+        self.peak_bytes_before = state["peak_memory_bytes"]
 
     def _refuse_lost_checkpoints(self) -> None:
         """Never start again from step 0 where the ledger shows that there were checkpoints."""
@@ -530,16 +559,10 @@ class TrainingRun:
         partial.rename(final)
 
 
-def _with_supervised_candidates(sample: Sample, fresh: CandidateSets) -> Sample:
-    supervised = sample.is_supervised_P.nonzero()[:, 0]
-    prompt = (~sample.is_supervised_P).nonzero()[:, 0]
-    candidates = CandidateSets.concatenate([fresh, sample.candidates.rows(prompt)])
-    in_order = torch.cat([supervised, prompt]).argsort()
-    return dataclasses.replace(sample, candidates=candidates.rows(in_order))
-
-
-def _moclip_options(settings: TrainSettings) -> dict[str, Any]:
-    if settings.optimizer == "adamw":
+def _optimizer_options(settings: TrainSettings) -> dict[str, Any]:
+    if settings.optimizer == "mofo":
+        return {"mofo_share": settings.mofo_share}
+    if settings.optimizer not in ("moclip", "adam_atan2"):
         return {}
     options: dict[str, Any] = {
         "angle": settings.angle,

@@ -29,17 +29,22 @@ from lrmc_ray.artifacts import (
     PARTIAL,
     file_digest,
     fingerprint,
-    is_finished,
     lock_directory,
     read_manifest,
     write_json,
 )
 from lrmc_ray.config import RunSettings, TrainSettings
 from lrmc_ray.console import format_seconds, progress, run_command, setup_logging
-from lrmc_ray.errors import LrmcError, ResourceError
+from lrmc_ray.errors import LrmcError
 from lrmc_ray.forecast import divide, forecast
-from lrmc_ray.ray_session import RAY_LOG, TRIAL_SLOT, ray_session, release_orphaned_groups
-from lrmc_ray.run_files import CHECKPOINT_NOW
+from lrmc_ray.ray_session import (
+    RAY_LOG,
+    TRIAL_SLOT,
+    check_trial_slots,
+    ray_session,
+    release_orphaned_groups,
+    worker_slots,
+)
 
 if TYPE_CHECKING:
     import optuna
@@ -60,8 +65,6 @@ STOP_SECONDS = 20.0
 """How long an interrupted search waits for the checkpoints of its running trials."""
 CLOCK_SECONDS = 2.0
 """Most by which the clocks of two nodes may differ."""
-LEFTOVER_SECONDS = 10.0
-"""How long a killed process may take to vanish."""
 SHORTEST_LIMIT_SECONDS = 600.0
 """Time that every trial has, where no limit is set."""
 LIMIT_FACTOR = 10.0
@@ -130,14 +133,14 @@ class Search:
             "max_forgetting": self.settings.search.max_forgetting,
             "space": settings.pop("parameters"),
             "settings": settings,
-            "versions": _versions(),
+            "versions": versions(),
             "stage_seconds": {},
             "sessions": [self._session],
             "experiment": self.experiment or EXPERIMENT,
             "forecast": None,
             "importance": {},
             "record": {},
-            "datasets": _datasets(self.settings),
+            "datasets": datasets(self.settings),
             "artifacts": [],
             "trials": [],
             "best": None,
@@ -213,21 +216,7 @@ class Search:
         Raises:
             ResourceError: not even one.
         """
-        import ray
-
-        resources = self.settings.resources
-        total = ray.cluster_resources()
-        if resources.gpus_per_worker:
-            kind, each = "GPU", resources.gpus_per_worker
-        else:
-            kind, each = "CPU", float(resources.cpus_per_worker)
-        slots = int(total.get(kind, 0) // each)
-        if slots < 1:
-            raise ResourceError(
-                f"one worker needs {each:g} {kind}, the cluster has {total.get(kind, 0):g}; lower "
-                f"resources.{kind.lower()}s_per_worker"
-            )
-        return slots
+        return worker_slots(self.settings.resources)
 
     # The trials
 
@@ -297,17 +286,10 @@ class Search:
         return divide(self.slots(), self.settings.resources, self.settings.search.trials)
 
     def _end_leftovers(self) -> None:
-        """End trial processes of a sitting that was killed: they still hold their directories."""
-        from lrmc_ray.trial import kill_process, last_process, process_birth
+        """End trial processes of a sitting that was killed."""
+        from lrmc_ray.trial import end_leftovers
 
-        for directory in sorted((self.directory / "trials").glob("*")):
-            process = last_process(directory)
-            if process is None or not kill_process(process["pid"], process["born"]):
-                continue
-            _log.warning("ended process %d of an earlier sitting", process["pid"])
-            deadline = time.monotonic() + LEFTOVER_SECONDS
-            while process_birth(process["pid"]) == process["born"] and time.monotonic() < deadline:
-                time.sleep(0.1)
+        end_leftovers(self.directory / "trials")
 
     def _adopt(self, study: "optuna.Study") -> None:
         """Bring ``study.json`` up to the study: a crash may have come between the two."""
@@ -506,21 +488,12 @@ class Search:
 
     def _finish_steps(self) -> None:
         """Let every running trial finish its step and save a checkpoint, for a while."""
-        from lrmc_ray.trial import trial_directory
+        from lrmc_ray.trial import finish_steps, trial_directory
 
-        trainings = [trial_directory(self.directory, number) / "training" for number in self._began]
-        asked = [
-            path / CHECKPOINT_NOW for path in trainings if path.is_dir() and not is_finished(path)
-        ]
-        for path in asked:
-            path.touch()
-        if asked:
-            _log.info("stopping; waiting up to %.0f s for checkpoints", STOP_SECONDS)
-        deadline = time.monotonic() + STOP_SECONDS
-        while any(path.exists() for path in asked) and time.monotonic() < deadline:
-            time.sleep(0.1)
-        for path in asked:
-            path.unlink(missing_ok=True)
+        finish_steps(
+            [trial_directory(self.directory, number) / "training" for number in self._began],
+            STOP_SECONDS,
+        )
 
     def _snapshot(self) -> list[dict[str, Any]]:
         with self._lock:
@@ -695,14 +668,16 @@ def _relative(path: Path, directory: Path) -> str:
     return os.path.relpath(path.resolve(), directory.resolve())
 
 
-def _versions() -> dict[str, str]:
+def versions() -> dict[str, str]:
+    """Of Python and of the packages that a result depends on."""
     names = ("lrmc-ray", "ray", "torch", "transformers", "optuna", "mlflow", "lm-eval", "pyarrow")
     return {"python": platform.python_version()} | {
         name: importlib.metadata.version(name) for name in names
     }
 
 
-def _datasets(settings: RunSettings) -> list[dict[str, str]]:
+def datasets(settings: RunSettings) -> list[dict[str, str]]:
+    """Name, digest and path of every training file."""
     from lrmc_ray.record import training_files
 
     return [
@@ -737,6 +712,7 @@ def tune(search: Search, address: str, *, verbose: bool) -> None:
         )
         search.tracker.log_artifact(search.directory / SETTINGS_FILE, "config")
         stack.enter_context(ray_session(address, log=search.directory / RAY_LOG, verbose=verbose))
+        check_trial_slots()
         if search.description["forecast"] is None:
             expected = forecast(settings, search.output, slots=search.slots())
             search.description["forecast"] = asdict(expected) if expected else None

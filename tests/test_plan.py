@@ -1,6 +1,7 @@
 """`lrmc plan`: its estimates against a record of the whole data, made in this process."""
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -157,3 +158,52 @@ def test_random_rows_are_random_distinct_and_enough(
         assert sum(lengths) >= 500
         assert len({row["sample_id"] for row in rows}) == len(rows)
     assert len(plan_module._random_rows(path, 60, 10**9, 0)) == 60
+
+
+# A search on a cluster
+
+
+def planned_search(tiny_model, data, output, *more, capsys) -> dict:
+    argv = ["--model", tiny_model, "--train-data", data, "--output", output, "--json", *more]
+    code = run_command(main, list(map(str, argv)))
+    said = capsys.readouterr()
+    return json.loads(said.out) if code == 0 else {"code": code, "said": said.err}
+
+
+CLUSTER = Path(__file__).parents[1] / "cluster.yaml"
+
+
+def test_trials_side_by_side_on_a_cluster_and_their_hours(tiny_model, data, tmp_path, capsys):
+    def plan(*more):
+        return planned_search(tiny_model, data, tmp_path, *more, capsys=capsys)
+
+    on_gpus = ("--cluster", CLUSTER, "resources.gpus_per_worker=1", "search.trials=12")
+    result = plan(*on_gpus, "train.micro_batches=8")
+    assert (result["slots"], result["trials_side_by_side"]) == (8, 3)
+    assert result["workers_of_a_trial"] == [1, 2]
+    assert result["hours"] is None  # nothing is known of the GPUs
+    one = plan(*on_gpus, "--gpu-tflops", 10)
+    ten = plan(*on_gpus, "--gpu-tflops", 1000)
+    assert one["gpu_hours"] > ten["gpu_hours"] > 0
+    assert one["core_hours"] is None
+    # Two trials on a GPU: twice as many at once.
+    shared = plan(*on_gpus, "resources.gpus_per_worker=0.5", "resources.max_concurrent=6")
+    assert (shared["slots"], shared["trials_side_by_side"]) == (16, 6)
+    cores = plan("--slots", 4, "search.trials=8", "resources.workers=[2, 2]")
+    assert (cores["trials_side_by_side"], cores["workers_of_a_trial"]) == (2, [2, 2])
+    assert cores["core_hours"] > 0
+    assert not (tmp_path / "records").exists()  # nothing was tokenized
+
+
+def test_what_does_not_fit_on_the_cluster_is_refused(tiny_model, data, tmp_path, capsys):
+    def refused(*more):
+        return planned_search(tiny_model, data, tmp_path, *more, capsys=capsys)
+
+    for override in ("resources.gpus_per_worker=2", "resources.cpus_per_worker=9"):
+        result = refused("--cluster", CLUSTER, override)
+        assert result["code"] == 6, result
+        assert "must fit" in result["said"]
+    assert refused("--slots", 1, "resources.workers=[2, 4]")["code"] == 6
+    assert refused("--slots", 0)["code"] == 2
+    assert refused("--cluster", CLUSTER.parent / "clusters" / "local.yaml")["code"] == 2
+    assert refused("--cluster", tmp_path / "none.yaml")["code"] == 3

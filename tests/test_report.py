@@ -495,7 +495,12 @@ def test_json_has_the_numbers_of_the_comparison(made, capsys):
     loaded = load_study(made)
     trial = result["trials"][6]
     assert trial["results"] == (
-        {"eval/kl_base_domain": 0.31, "eval/kl_base_general": 0.0074}
+        {
+            "eval/kl_base_domain": 0.31,
+            "eval/kl_base_domain_low": 0.2764,
+            "eval/kl_base_domain_high": 0.3461,
+            "eval/kl_base_general": 0.0074,
+        }
         | loaded.trials[6].comparison.metrics()
     )
     combined = loaded.verdict.versus.combined
@@ -639,7 +644,10 @@ def test_the_page_compares_task_by_task(page, study):
         f"{entropy.before.value:.3f} {entropy.before.low:.3f} to {entropy.before.high:.3f}"
     ) in text
     assert f"+{entropy.delta.value:.3f} +{entropy.delta.low:.3f} to" in text
-    assert "KL(base || trial 3): 0.310 on domain texts, 0.007 on general texts" in text
+    assert (
+        "KL(base || trial 3): 0.310 (0.276 to 0.346) on domain texts, 0.007 on general texts"
+        in text
+    )
 
 
 def test_the_interactive_front_has_the_same_points(page, study):

@@ -169,6 +169,7 @@ def held_out_nll_of(model, samples):
 # Kills and damages
 
 
+MEASURED = {"train_seconds": 0, "cpu_seconds": 0, "peak_memory_bytes": 0}
 VARIANTS = {
     "all weights": {},
     "adapters": {"lora_rank": 4},
@@ -177,6 +178,11 @@ VARIANTS = {
     "held out, best": {"evaluate_every": 2, "export": "best", "holdout_share": 0.2},
     "recomputed activations": {"gradient_checkpointing": True},
     "adamw, bf16": {"optimizer": "adamw", "precision": "bf16"},
+    "soft, adam_atan2": {"loss": "soft", "optimizer": "adam_atan2"},
+    "active_only, l2_sp": {"loss": "active_only", "l2_sp_weight": 0.5},
+    "dft, c_adamw": {"loss": "dft", "optimizer": "c_adamw"},
+    "kl_to_base, mofo": {"loss": "kl_to_base", "optimizer": "mofo"},
+    "without gold": {"keep_gold": False},
 }
 
 
@@ -188,7 +194,10 @@ def test_killed_and_resumed_ends_in_the_same_bits(start, tmp_path, name):
     outcome = start(tmp_path / "whole", **VARIANTS[name]).run()
     kill_after(start(tmp_path / "killed", **VARIANTS[name]), 4)
     again = start(tmp_path / "killed", **VARIANTS[name])
-    assert again.run() | {"train_seconds": 0} == outcome | {"train_seconds": 0}
+    resumed = again.run()
+    assert resumed | MEASURED == outcome | MEASURED
+    assert 0 < resumed["cpu_seconds"] < 60
+    assert 2**27 < resumed["peak_memory_bytes"] < 2**33
     assert again.first_step == 4
     assert_same(model_of(tmp_path / "killed"), model_of(tmp_path / "whole"))
     audit = audit_ledger(tmp_path / "killed" / LEDGER, again.samples.ids_of_step, steps=STEPS)
@@ -649,6 +658,55 @@ def test_domains_have_their_weights(recorded, tiny_model, tmp_path):
         used = samples.ids_of_step(step)
         assert sum(names[ids.index(name)] == "sql" for name in used) == 5
         assert len(set(used)) == 11
+
+
+def test_replay_has_its_share_and_is_never_used_without_one(recorded, tiny_model, tmp_path):
+    """12 samples of the domain, 8 to replay: a share of 1/4 is 4 of them beside the 12."""
+    data = make_data(tmp_path / "train.jsonl", num_rows=20)
+    directory = record_of(
+        tiny_model,
+        data,
+        tmp_path / "record",
+        domain_of=lambda number: "replay" if number % 5 < 2 else "",
+    )
+    records = Records(directory)
+
+    def epoch(**changes):
+        samples = TrainingSamples(records, settings_of(batch_size=1, micro_batches=1, **changes))
+        indices = [samples.indices_of_step(step)[0] for step in range(samples.epoch_length)]
+        return [records[index].domain for index in indices]
+
+    assert sorted(epoch()) == [""] * 12 + ["replay"] * 8
+    assert epoch(replay_share=0.0) == [""] * 12
+    assert sorted(epoch(replay_share=0.25)) == [""] * 12 + ["replay"] * 4
+    assert sorted(epoch(replay_share=0.5)) == [""] * 12 + ["replay"] * 12
+    held_out = TrainingSamples(
+        records, settings_of(evaluate_every=1, holdout_share=0.5, replay_share=0.25)
+    ).held_out
+    assert [records[index].domain for index in held_out] == [""] * 6
+    with pytest.raises(ConfigError, match=r"replay_share = 0\.1 needs .* --train-data replay="):
+        TrainingSamples(Records(recorded), settings_of(replay_share=0.1))
+
+
+def test_without_gold_a_position_is_trained_on_only_where_the_base_expected_it(recorded):
+    records = Records(recorded)
+    kept = TrainingSamples(records, settings_of(tau=0.6))
+    bare = TrainingSamples(records, settings_of(tau=0.6, keep_gold=False))
+    changed = same = 0
+    for index in range(20):
+        ours, theirs = bare[index], kept[index]
+        for row in range(len(ours.positions_P)):
+            here = ours.candidates.rows(torch.tensor([row])).token_ids.tolist()
+            full = theirs.candidates.rows(torch.tensor([row])).token_ids.tolist()
+            gold = int(ours.candidates.gold_ids[row])
+            if here == full:
+                same += 1
+            else:
+                assert (here, full[-1]) == ([gold], gold)
+                assert bool(ours.is_supervised_P[row])
+                changed += 1
+    assert changed > 20
+    assert same > 20
 
 
 # Metrics
