@@ -35,7 +35,14 @@ from lrmc_ray.compare_settings import CompareSpace
 from lrmc_ray.config import RunSettings, TrainSettings
 from lrmc_ray.console import format_seconds, progress, run_command, setup_logging
 from lrmc_ray.errors import ConfigError
-from lrmc_ray.ray_session import RAY_LOG, TRIAL_SLOT, ray_session, release_orphaned_groups
+from lrmc_ray.ray_session import (
+    RAY_LOG,
+    TRIAL_SLOT,
+    check_trial_slots,
+    ray_session,
+    release_orphaned_groups,
+    worker_slots,
+)
 from lrmc_ray.run_files import CHECKPOINTS, MODEL
 
 _log = logging.getLogger(__name__)
@@ -324,7 +331,6 @@ class Comparing:
         from lrmc_ray.evaluate import MADE_BY as EVALUATE
         from lrmc_ray.evaluate import evaluate
         from lrmc_ray.models import local_directory
-        from lrmc_ray.ray_session import worker_slots
         from lrmc_ray.record import MADE_BY as RECORD
         from lrmc_ray.record import record
 
@@ -364,13 +370,13 @@ class Comparing:
         """Run every job that has not ended, side by side."""
         import ray
 
-        from lrmc_ray.ray_session import worker_slots
         from lrmc_ray.trial import end_leftovers
 
         end_leftovers(self.directory / "runs")
         concurrent, workers = self._shares(worker_slots(self.space.resources))
-        execute = ray.remote(_execute).options(
-            num_cpus=0, resources={TRIAL_SLOT: 1}, max_retries=0, max_calls=1
+        # A process of its own for each, which only waits for its workers.
+        execute = ray.remote(num_cpus=0, resources={TRIAL_SLOT: 1}, max_retries=0, max_calls=1)(
+            _execute
         )
         running: dict[Any, Job] = {}
         with progress(
@@ -655,6 +661,7 @@ def _run(comparing: Comparing, address: str, *, verbose: bool) -> None:
         return
     write_json(comparing.directory / SETTINGS_FILE, comparing.description["settings"])
     with ray_session(address, log=comparing.directory / RAY_LOG, verbose=verbose):
+        check_trial_slots()
         comparing.prepare()
         try:
             comparing.run()

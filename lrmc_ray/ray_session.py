@@ -34,6 +34,8 @@ _ENVIRONMENT = {
     "RAY_CHDIR_TO_TRIAL_DIR": "0",  # relative paths in the settings mean the same in every trial
     "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "120",
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",  # a run that has ended is noticed that much sooner
+    # A worker whose peer was cut off is stuck in a collective; it is killed right afterwards.
+    "TORCH_PROCESS_GROUP_SHUTDOWN_TIMEOUT_S": "3",
     "RAY_AUTH_MODE": "token",
     "RAY_enable_metrics_collection": "0",  # its port is open to the world, and asks for no token
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
@@ -104,7 +106,14 @@ def _start(address: str, num_cpus: int | None, verbose: bool) -> None:
         return
     _check_answers(address)
     try:
-        ray.init(address=address, log_to_driver=verbose, logging_level="WARNING")
+        # The nodes were started with an environment of their own.
+        env_vars = {name: os.environ[name] for name in _ENVIRONMENT if name != "RAY_AUTH_MODE"}
+        ray.init(
+            address=address,
+            runtime_env={"env_vars": env_vars},
+            log_to_driver=verbose,
+            logging_level="WARNING",
+        )
     except ray.exceptions.AuthenticationError as error:
         raise ResourceError(
             f"the Ray cluster at {address} does not accept this machine's token "

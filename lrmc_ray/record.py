@@ -17,6 +17,8 @@ import os
 import shlex
 import sys
 import time
+from array import array
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -48,6 +50,8 @@ LARGEST_SHARD_TOKENS = 16_384
 """Bounds the memory of an actor, which holds a shard's candidates: 6 bytes each, 100 MB at most."""
 SHARDS = 64
 """Shards between these bounds; a small data set has fewer, a large one more."""
+MOST_BLOCKS = 2048
+"""Parts of the work that Ray Data keeps account of; with more shards, a part has several."""
 EXAMPLES = "examples.parquet"
 PLAN = "plan.json"
 REJECTS = "rejects.jsonl"
@@ -297,7 +301,7 @@ def _tokenize(prepared: Preparation) -> dict[str, Any]:
         ]
     )
     summary = EncodingSummary()
-    lengths: list[int] = []
+    lengths = array("I")  # all that is kept of a sample, 4 bytes
     window: list[Example] = []
     path = prepared.partial / EXAMPLES
     with contextlib.ExitStack() as stack:
@@ -374,7 +378,7 @@ def cut_into_shards(lengths: Sequence[int]) -> list[dict[str, Any]]:
 
 def _record(prepared: Preparation) -> None:
     """Record the shards that are missing, write the manifest, and give the directory its name."""
-    from lrmc_ray.recording import summarize
+    from lrmc_ray.recording import describe, summarize
 
     start = time.monotonic()
     partial = prepared.partial
@@ -383,12 +387,24 @@ def _record(prepared: Preparation) -> None:
     done = _finished_parts(prepared, plan)
     missing = [shard for shard in shards if shard["name"] not in done]
     rows_done = sum(shard["stop"] - shard["start"] for shard in shards if shard["name"] in done)
+    totals = PartTotals()
+    for name, part in done.items():
+        done[name] = totals.add(part)
     with progress("Recording", total=plan["samples"], unit="samples", completed=rows_done) as bar:
         for part in _run_actors(prepared, missing, plan["tokenizer_size"]):
-            done[part["name"]] = part
+            if part["name"] not in done:
+                done[part["name"]] = totals.add(part)
             passed("record.part_counted", part["name"])
             bar.advance(part["rows"])
-    parts = [_settled(prepared, done[shard["name"]], plan) for shard in shards]
+    files = [done[shard["name"]] for shard in shards]
+    if any(file_digest(partial / file["name"]) != file["sha256"] for file in files):
+        # An actor that was thought dead has replaced a file: by the same content, but another
+        # kind of processor rounds otherwise. Everything is counted again.
+        totals = PartTotals()
+        files = [
+            totals.add(describe(partial / file["name"], tokenizer_size=plan["tokenizer_size"]))
+            for file in files
+        ]
     passed("record.parts_complete")
     manifest = {
         "kind": "records",
@@ -396,9 +412,9 @@ def _record(prepared: Preparation) -> None:
         "provenance": prepared.provenance,
         "model": prepared.settings.model.name,
         "vocabulary_size": plan["vocabulary_size"],
-        "files": [{key: part[key] for key in ("name", "rows", "sha256")} for part in parts],
+        "files": files,
         "rejects": plan["rejects"],
-        "summary": summarize(plan, parts),
+        "summary": summarize(plan, [totals.sums]),
         "seconds": round(time.monotonic() - start, 2),
     }
     kept = {".lock", *done, *([REJECTS] if plan["rejected"] else [])}
@@ -432,20 +448,34 @@ def _finished_parts(prepared: Preparation, plan: Mapping[str, Any]) -> dict[str,
     return done
 
 
-def _settled(
-    prepared: Preparation, part: dict[str, Any], plan: Mapping[str, Any]
-) -> dict[str, Any]:
-    """``part`` as it is on disk now.
+class PartTotals:
+    """What the files of a record hold together; the driver keeps no more of each than its name."""
 
-    An actor that was thought dead may have replaced the file: by the same content, but another
-    kind of processor rounds otherwise.
-    """
-    from lrmc_ray.recording import describe
+    def __init__(self) -> None:
+        self._sums: Counter[str] = Counter()
+        self._sizes: Counter[int] = Counter()
+        self._domains: dict[str, list[int]] = {}
 
-    path = prepared.partial / str(part["name"])
-    if file_digest(path) == part["sha256"]:
-        return part
-    return describe(path, tokenizer_size=plan["tokenizer_size"])
+    def add(self, part: Mapping[str, Any]) -> dict[str, Any]:
+        """Count what :func:`lrmc_ray.recording.describe` says; returns what the manifest keeps."""
+        for key, value in part.items():
+            if isinstance(value, int):
+                self._sums[key] += value
+        self._sizes.update(dict(zip(part["k_values"], part["k_counts"], strict=True)))
+        for name, counts in part["domains"].items():
+            domain = self._domains.setdefault(name, [0, 0])
+            domain[:] = [old + new for old, new in zip(domain, counts, strict=True)]
+        return {key: part[key] for key in ("name", "rows", "sha256")}
+
+    @property
+    def sums(self) -> dict[str, Any]:
+        """All files as if they were one."""
+        return {
+            **self._sums,
+            "k_values": list(self._sizes),
+            "k_counts": list(self._sizes.values()),
+            "domains": self._domains,
+        }
 
 
 def _run_actors(
@@ -465,7 +495,8 @@ def _run_actors(
         placement["resources"] = dict(resources.custom)
     if resources.labels:
         placement["label_selector"] = dict(resources.labels)
-    dataset = ray.data.from_items(list(shards), override_num_blocks=len(shards)).map_batches(
+    num_blocks = min(len(shards), MOST_BLOCKS)
+    dataset = ray.data.from_items(list(shards), override_num_blocks=num_blocks).map_batches(
         Recorder,
         batch_size=1,
         batch_format="pyarrow",

@@ -125,8 +125,8 @@ class FakeRay(types.ModuleType):
             RayError=self.RayError, RayTaskError=self.RayTaskError
         )
 
-    def remote(self, function: Any) -> Any:
-        return types.SimpleNamespace(options=lambda **_: types.SimpleNamespace(remote=self._start))
+    def remote(self, **_: Any) -> Any:
+        return lambda function: types.SimpleNamespace(remote=self._start)
 
     def _start(self, *, name: str, split: str, directory: str, **_: Any) -> Any:
         self.started.append(f"{name}, {split}")

@@ -1,5 +1,6 @@
 """The command `record` up to where Ray starts: identity, bad input, resumption of the plan."""
 
+import functools
 import json
 import os
 import shutil
@@ -18,11 +19,14 @@ from lrmc_ray.record import (
     EXAMPLES,
     PLAN,
     REJECTS,
+    PartTotals,
+    Recorder,
     check_fits,
     cut_into_shards,
     main,
     prepare,
     read_examples,
+    recorder_options,
     without_aliases,
 )
 from tests.tiny import make_data
@@ -387,6 +391,61 @@ def test_shards_cover_every_sample_once_in_order(num_samples, target):
     assert len({shard["name"] for shard in shards}) == len(shards)
     tokens = [sum(lengths[shard["start"] : shard["stop"]]) for shard in shards]
     assert all(target <= count < target + 301 for count in tokens[:-1])
+
+
+# What the driver keeps
+
+
+def described(number, *, domain="a"):
+    return {
+        "name": f"part-{number}",
+        "rows": number,
+        "sha256": f"{number:064x}",
+        **{key: 10 * number + place for place, key in enumerate(COUNTS)},
+        "k_values": [1, number + 1],
+        "k_counts": [3, number],
+        "domains": {domain: [number, 2 * number]},
+    }
+
+
+COUNTS = (
+    *("bytes", "candidate_bytes", "position_bytes", "supervised", "prompt", "active", "capped"),
+    *("supervised_candidates", "prompt_candidates", "padding_candidates"),
+)
+
+
+def test_totals_say_of_files_what_their_list_would():
+    from lrmc_ray.recording import summarize
+
+    plan = dict.fromkeys(("samples", "tokens", "dropped", "truncated", "rejected"), 1)
+    plan["endless_answers"] = 0
+    parts = [described(1), described(2), described(5, domain="b"), described(9)]
+    totals = PartTotals()
+    kept = [totals.add(part) for part in parts]
+    assert summarize(plan, [totals.sums]) == summarize(plan, parts)
+    assert kept == [{key: part[key] for key in ("name", "rows", "sha256")} for part in parts]
+
+
+def test_a_file_that_was_replaced_is_counted_as_it_is_on_disk(tiny_model, tmp_path, monkeypatch):
+    """An actor that was thought dead wrote once more, on a processor that rounds otherwise."""
+    data = make_data(tmp_path / "train.jsonl", num_rows=60)
+    overrides = [f'model.name="{tiny_model}"', f'data.train="{data}"']
+
+    def here(prepared, shards, tokenizer_size, *, lie):
+        recorder = Recorder(**recorder_options(prepared, tokenizer_size))
+        for number, shard in enumerate(shards):
+            part = recorder.record(shard)
+            changed = {"sha256": "0" * 64, "supervised": 10**9} if lie and number == 0 else {}
+            yield {**part, **changed}
+            yield {**part, **changed}  # told twice
+
+    manifests = []
+    for lie in (False, True):
+        monkeypatch.setattr(record_module, "_run_actors", functools.partial(here, lie=lie))
+        directory = record_module.record(load_settings(None, overrides), tmp_path / str(lie))
+        manifests.append(json.loads((directory / "manifest.json").read_text()))
+    for name in ("summary", "files"):
+        assert manifests[0][name] == manifests[1][name]
 
 
 # Short names

@@ -24,7 +24,7 @@ SUBNET = "10.77.0"
 PRIVATE = ("/tmp", "/root", "/mnt")
 """What a host does not share with the machine that it is on."""
 NAMESPACES = ("--net", "--mount", "--pid", "--uts", "--ipc")
-TOOLS = ("ip", "unshare", "nsenter", "rsync", "ssh", "ssh-keygen", "/usr/sbin/sshd")
+TOOLS = ("ip", "unshare", "nsenter", "rsync", "curl", "ssh", "ssh-keygen", "/usr/sbin/sshd")
 
 _SWITCH = "ip link set lo up; ip link add lan type bridge; ip link set lan up; exec sleep infinity"
 _HOST = """
@@ -37,10 +37,11 @@ for path in {keep}; do
 done
 mkdir /run/home; mount --bind {home} /run/home
 mkdir /run/shared; mount --bind {shared} /run/shared
+mkdir /run/scratch; mount --bind {scratch} /run/scratch
 for path in {private}; do mount -t tmpfs tmpfs $path; done
-chmod 1777 /tmp
 mkdir /mnt/shared
 mount --bind /run/home /root
+mount --bind /run/scratch /tmp
 mount --bind /run/shared /mnt/shared
 number=0
 for path in {keep}; do
@@ -75,7 +76,7 @@ def missing() -> str | None:
         return "root is needed for namespaces"
     for tool in TOOLS:
         if shutil.which(tool) is None:
-            return f"{tool} is not installed (Debian: openssh-server, rsync, iproute2, util-linux)"
+            return f"{tool} is not installed (Debian: openssh-server, rsync, curl, iproute2)"
     probe = ["ip", "link", "add", "probe", "type", "bridge"]
     tried = subprocess.run(
         ["unshare", *NAMESPACES, "--fork", "--mount-proc", *probe],
@@ -107,7 +108,8 @@ class Lab:
     """A switch and the hosts on it.
 
     Args:
-        directory: keys and the hosts' homes; ``directory / "shared"`` is ``/mnt/shared``.
+        directory: keys, and ``home_NAME`` and ``tmp_NAME`` of every host, with Ray's logs, which
+            are there to be looked at afterwards; ``directory / "shared"`` is ``/mnt/shared``.
         hosts: their names; the first one has no sshd, it is the user's own machine.
     """
 
@@ -133,8 +135,9 @@ class Lab:
         }
 
     def _add(self, name: str, address: str, *, with_sshd: bool) -> Host:
-        home = self.directory / f"home_{name}"
+        home, scratch = (self.directory / f"{kind}_{name}" for kind in ("home", "tmp"))
         home.mkdir()
+        scratch.mkdir(mode=0o1777)
         config = self.directory / f"sshd_{name}"
         config.write_text(_SSHD.format(address=address, directory=self.directory))
         # Paths may go through links (python of a virtual environment).
@@ -146,6 +149,7 @@ class Lab:
         script = _HOST.format(
             keep=shlex.join(keep) if keep else "",
             home=home,
+            scratch=scratch,
             shared=self.shared,
             private=" ".join(PRIVATE),
             name=name,
@@ -208,7 +212,8 @@ class Lab:
     def environment(self) -> dict[str, str]:
         """Nothing of the test's own: a host knows what its files say."""
         path = f"{Path(sys.prefix) / 'bin'}:/usr/local/bin:/usr/bin:/bin:/usr/sbin:/sbin"
-        return {"HOME": "/root", "PATH": path, "LC_ALL": "C.UTF-8", "TERM": "dumb"}
+        names = {"HOME": "/root", "LC_ALL": "C.UTF-8", "TERM": "dumb"}
+        return {**names, "PATH": path, "PYTHONPATH": str(ROOT)}
 
     def unplug(self, name: str) -> None:
         """Cut ``name`` off from the others; it runs on."""
