@@ -196,7 +196,7 @@ def check_token() -> Iterator[Finding]:
             "authentication",
             "ok",
             f"no token at {path} yet; a local command makes one",
-            "for a cluster: ray get-auth-token --generate > /dev/null",
+            "for a cluster: (umask 077; ray get-auth-token --generate > /dev/null)",
         )
     elif path.stat().st_mode & 0o077:
         permissions = oct(path.stat().st_mode & 0o777)[2:]

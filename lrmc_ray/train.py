@@ -79,7 +79,15 @@ def train(
         if is_finished(directory):
             return directory
         start = time.monotonic()
-        outcome = _fit(settings, record, model_directory, directory, rung)
+        # Of now: a node that is lost in between may come back, and its place is kept for it.
+        workers = settings.resources.model_copy(update={"workers": worker_range(settings)})
+        outcome = _fit(
+            settings.model_copy(update={"resources": workers}),
+            record,
+            model_directory,
+            directory,
+            rung,
+        )
         write_manifest(
             directory,
             {

@@ -260,6 +260,12 @@ def test_workers_that_fit_side_by_side(resources, slots):
     assert cluster_slots(load_cluster(AWS), ResourceSettings(**resources)) == slots
 
 
+def test_the_head_is_no_place_for_workers():
+    config = load_cluster(AWS)
+    config["available_node_types"]["head"] |= {"resources": {"CPU": 64}, "max_workers": 1}
+    assert cluster_slots(config, ResourceSettings()) == 64
+
+
 def test_the_limit_of_the_whole_cluster_counts():
     config = load_cluster(AWS)
     config["max_workers"] = 3

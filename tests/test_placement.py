@@ -18,6 +18,7 @@ from lrmc_ray.placement import Node, check_slots, count_slots, slots_on
         ({"CPU": 8, "GPU": 1}, {"CPU": 1, "GPU": 0.25}, 4),
         ({"CPU": 3, "GPU": 1}, {"CPU": 1, "GPU": 0.25}, 3),
         ({"CPU": 8, "GPU": 1.0}, {"CPU": 1, "GPU": 1 / 3}, 3),
+        ({"CPU": 8, "nvme": 0.3}, {"CPU": 1, "nvme": 0.1}, 3),  # 2.9999999999999996 in floats
         ({"CPU": 8}, {"CPU": 1, "GPU": 1}, 0),
         ({"CPU": 8, "nvme": 2}, {"CPU": 2, "nvme": 1}, 2),
         ({}, {"CPU": 1}, 0),

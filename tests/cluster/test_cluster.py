@@ -56,7 +56,7 @@ def hosts(tmp_path_factory):
 def up(hosts):
     """The cluster file, filled in, behind `ray up`; `ray down` when the tests have ended."""
     config = write_config(hosts, cpus=1)
-    hosts.run("laptop", readme("ray get-auth-token", config))
+    hosts.run("laptop", readme("(umask", config))
     assert " 0 failed" in hosts.run("laptop", readme("lrmc doctor", config)).stdout
     hosts.run("laptop", readme("ray up", config).replace("ray up", "ray up -y"), timeout=180)
     wait_for(lambda: alive(hosts) == 3, "three nodes", seconds=150)
