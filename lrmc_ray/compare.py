@@ -34,7 +34,7 @@ from lrmc_ray.artifacts import (
 from lrmc_ray.compare_settings import CompareSpace
 from lrmc_ray.config import RunSettings, TrainSettings
 from lrmc_ray.console import format_seconds, progress, run_command, setup_logging
-from lrmc_ray.errors import ConfigError
+from lrmc_ray.errors import ConfigError, IncompleteArtifactError
 from lrmc_ray.ray_session import (
     RAY_LOG,
     TRIAL_SLOT,
@@ -597,8 +597,8 @@ def explain(comparing: Comparing) -> str:
         f"times, {comparing.num_ended} of which are there; seeds "
         f"{', '.join(map(str, space.compare.seeds))}."
     )
-    costs = [entry["cost"] for entry in comparing.description["runs"] if entry.get("cost")]
-    if costs:
+    runs = comparing.description.get("runs", [])
+    if costs := [entry["cost"] for entry in runs if entry.get("cost")]:
         import statistics
 
         seconds = statistics.median(c["train_seconds"] + c["evaluate_seconds"] for c in costs)
@@ -641,6 +641,15 @@ def main(argv: Sequence[str]) -> int:
 
     training_files(space)
     comparing = Comparing(space, methods, arguments.output)
+    has_begun = (comparing.directory / COMPARISON_FILE).is_file()
+    if arguments.explain and not has_begun:
+        print(explain(comparing))
+        return 0
+    if arguments.report_only and not has_begun:
+        raise IncompleteArtifactError(
+            f"{comparing.directory} has no {COMPARISON_FILE}: this comparison has not begun; run "
+            "the same command without --report-only"
+        )
     with lock_directory(comparing.directory):
         comparing.open(retry_failed=arguments.retry_failed)
         if arguments.explain:

@@ -479,9 +479,14 @@ def test_errors_of_the_command_line(arguments, code, said, tmp_path, capsys):
     assert said in capsys.readouterr().err
 
 
-def test_report_only_of_nothing_says_what_to_run(tmp_path, capsys):
-    assert run_command(main, ["--report-only", "--output", str(tmp_path), "--explain"]) == 0
-    assert "24 methods" in capsys.readouterr().out
+def test_looking_at_a_comparison_that_has_not_begun_leaves_nothing_behind(tmp_path, capsys):
+    assert run_command(main, ["--explain", "--output", str(tmp_path)]) == 0
+    assert "24 methods: 144 models" in capsys.readouterr().out
+    assert run_command(main, ["--report-only", "--output", str(tmp_path)]) == 3
+    assert "this comparison has not begun; run the same command without --report-only" in (
+        capsys.readouterr().err
+    )
+    assert list(tmp_path.iterdir()) == []
 
 
 # With Ray, on a small model

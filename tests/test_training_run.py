@@ -35,7 +35,7 @@ torch.set_num_threads(1)
 STEPS = 6
 
 
-def record_of(model_directory, data, directory, *, domain_of=lambda number: ""):
+def record_of(model_directory, data, directory, *, domain_of=lambda number: "", k_min=2, tau=0.95):
     """What Stage 0 writes, position by position, without Ray."""
     model, tokenizer = load_model(model_directory), load_tokenizer(model_directory)
     samples = []
@@ -46,7 +46,11 @@ def record_of(model_directory, data, directory, *, domain_of=lambda number: ""):
         with torch.no_grad():
             logits_TV = model(input_ids=ids_T[None]).logits[0, :-1]
         candidates = select_candidates(
-            logits_TV, ids_T[1:], tau=0.95, k_min=2, k_max=torch.where(is_supervised_P, 1024, 64)
+            logits_TV,
+            ids_T[1:],
+            tau=tau,
+            k_min=k_min,
+            k_max=torch.where(is_supervised_P, 1024, 64),
         )
         samples.append(
             Sample(
@@ -743,3 +747,38 @@ def test_metrics_of_a_step(start, tmp_path):
     padded, packed = model_of(tmp_path / "padded"), model_of(tmp_path / "training")
     for name, tensor in packed.items():
         torch.testing.assert_close(tensor, padded[name], rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.slow
+def test_every_method_of_the_shipped_comparison_trains(tiny_model, tmp_path):
+    """Two steps of each, so that none is found broken after hours."""
+    from lrmc_ray.compare_settings import CompareSpace
+    from lrmc_ray.config import find_space, read_toml, validate
+
+    space = validate(CompareSpace, read_toml(find_space("compare")), "compare")
+    directory = record_of(
+        tiny_model,
+        make_data(tmp_path / "train.jsonl", num_rows=20),
+        tmp_path / "record",
+        domain_of=lambda number: "replay" if number % 5 == 0 else "",
+        k_min=space.record.k_min,
+        tau=space.recorded_tau(),
+    )
+    models: dict[bytes, list[str]] = {}
+    for name in space.methods:
+        folder = tmp_path / name
+        folder.mkdir()
+        train = space.train_of(name, lr=space.learning_rates_of(name)[-1], seed=0)
+        run = TrainingRun(
+            train.model_copy(update={"steps": 2, "tail_samples": min(train.tail_samples, 64)}),
+            record=directory,
+            model_directory=tiny_model,
+            directory=folder,
+            group=WorkerGroup(),
+            device=torch.device("cpu"),
+        )
+        assert math.isfinite(run.run()["final_loss"]), name
+        weights = b"".join(v.numpy().tobytes() for v in model_of(folder).values())
+        models.setdefault(weights, []).append(name)
+    # An untrained model is never sure, so all of its positions are active.
+    assert [names for names in models.values() if len(names) > 1] == [["sft", "active_only"]]
