@@ -72,9 +72,9 @@ LIMIT_FACTOR = 10.0
 
 
 def study_identity(settings: RunSettings) -> dict[str, Any]:
-    """What makes two searches the same one: all but how many trials, how fast, what is kept."""
+    """What makes two searches the same one: all but how many trials, how fast, and what follows."""
     identity = settings.model_dump(mode="json", exclude={"resources"})
-    for key in ("trials", "keep_models", "trial_timeout_seconds"):
+    for key in ("trials", "keep_models", "trial_timeout_seconds", "final_limit"):
         del identity["search"][key]
     return identity
 
@@ -529,10 +529,13 @@ class Search:
                 if model.is_dir():
                     finalists[name] = (model, trial["scores"])
 
+        scored = self.settings.evaluate.model_copy(update={"limit": self._final_limit})
+        settings = self.settings.model_copy(update={"evaluate": scored})
+
         def score(name: str, base: Path | None) -> Path:
             model, searched = finalists[name]
             return evaluate(
-                self.settings,
+                settings,
                 model,
                 self.output,
                 split="test",
@@ -558,8 +561,12 @@ class Search:
             if len(final) < len(finalists):
                 final["yardstick"] = final["best"]
                 bar.advance(1)
-        self.description["final"] = final
+        self.description |= {"final": final, "final_limit": self._final_limit}
         self.write()
+
+    @property
+    def _final_limit(self) -> int | None:
+        return self.settings.search.final_limit or self.settings.evaluate.limit
 
     def export(self) -> Path | None:
         """Copy the best trial's model, with its model card, to ``best_model``."""
@@ -614,6 +621,7 @@ class Search:
         return (
             self.description["state"] == "FINISHED"
             and len(trials) >= self.settings.search.trials
+            and self.description.get("final_limit") == self._final_limit
             and all(trial["state"] in ("COMPLETE", "PRUNED", "FAIL") for trial in trials)
         )
 

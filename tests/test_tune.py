@@ -107,6 +107,41 @@ def test_a_new_best_makes_the_final_scores_void(tmp_path):
     assert search.description["final"] == {}
 
 
+@pytest.mark.parametrize("final_limit", [None, 30])
+def test_finalists_are_scored_on_test_questions_of_their_own_number(
+    tmp_path, monkeypatch, final_limit
+):
+    from lrmc_ray import evaluate, models
+
+    search = make_search(tmp_path, POINTS, final_limit=final_limit)
+    scored = search.settings.evaluate.model_copy(update={"limit": 10})
+    search.settings = search.settings.model_copy(update={"evaluate": scored})
+    search.description |= {"best": 0, "base_scores": "base", "state": "FINISHED"}
+    for trial in search.description["trials"]:
+        trial["scores"] = f"scores/{trial['number']}"
+    asked = []
+
+    def record_request(settings, model, output, *, split, base, general_from):
+        asked.append((settings.evaluate.limit, split, general_from.name, base is None))
+        return output / model.parent.parent.name
+
+    monkeypatch.setattr(evaluate, "evaluate", record_request)
+    monkeypatch.setattr(models, "local_directory", lambda _: tmp_path / "base" / "x" / "y")
+    monkeypatch.setattr(search, "write", lambda: None)
+    assert not search.is_finished
+    search.score_finalists()
+    limit = final_limit or 10
+    assert sorted(asked) == [
+        (limit, "test", "0", False),
+        (limit, "test", "1", False),
+        (limit, "test", "base", True),
+    ]
+    assert search.is_finished  # until more are asked for
+    more = search.settings.search.model_copy(update={"final_limit": 40})
+    search.settings = search.settings.model_copy(update={"search": more})
+    assert not search.is_finished
+
+
 def test_the_time_limit_is_ten_times_the_longest_trial_and_never_short(tmp_path):
     search = make_search(tmp_path, POINTS)
     assert search.time_limit() == float("inf")
@@ -123,7 +158,9 @@ def test_a_longer_limit_and_more_trials_are_the_same_search():
     def identity(**search):
         return study_identity(RunSettings.model_validate({"search": search}))
 
-    assert identity() == identity(trials=99, trial_timeout_seconds=5.0, keep_models="all")
+    assert identity() == identity(
+        trials=99, trial_timeout_seconds=5.0, keep_models="all", final_limit=7
+    )
     assert identity() != identity(objective="pareto")
     assert identity(objective="budget") != identity(objective="budget", max_forgetting=0.02)
 
