@@ -16,6 +16,9 @@ SETTINGS = {
     "RAY_health_check_period_ms": "1000",
     "RAY_health_check_timeout_ms": "2000",
     "RAY_health_check_failure_threshold": "4",
+    # A host that is cut off ends its own processes after this, instead of a minute: until then
+    # its worker holds the lock of the one that writes.
+    "RAY_gcs_rpc_server_reconnect_timeout_s": "15",
     "AUTOSCALER_HEARTBEAT_TIMEOUT_S": "10",
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "1",
     "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "15",
