@@ -67,7 +67,7 @@ def shares(recorder: Any, rows: Sequence[Mapping[str, Any]], directory: Path) ->
         return run
 
     places = (
-        ("forward", models, "hidden_states"),
+        ("forward", models, "batch_hidden_states"),
         ("logits", models, "logits"),
         ("selection", subsets, "select_candidates"),
     )

@@ -28,8 +28,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lrmc_ray.method.restricted_loss import draw_tail, full_cross_entropy, restricted_cross_entropy
+from lrmc_ray.method.restricted_loss import draw_tail, restricted_cross_entropy
 from lrmc_ray.method.subsets import CandidateSets
+from lrmc_ray.method.vocabulary_loss import full_cross_entropy
 
 SIZES = ("1024,576,49152,24", "2048,576,49152,24", "1024,640,262144,24", "512,2560,151936,32")
 BASELINE = "logits + cross_entropy"

@@ -13,10 +13,13 @@ before it had the model, so weights, gradients and moments are in it.
     full, padded     our loop with full cross-entropy and fused AdamW, one padded micro-batch
     full             the same, packed: a prefix that samples share is computed once
     restricted       the paper's loss and MoClip, packed, trimmed
+    anchored         the same with the anchor on prompt positions
     default          as `python -m lrmc_ray.train`: with the anchor, in 4 micro-batches
 
-The samples are those of the NL2SQL demo; with --length they are passages of the Python
-documentation cut to that many tokens, the last quarter supervised, without a common prefix.
+The samples are those of the NL2SQL demo, or with --data ct radio exam questions (built by
+scripts/build_ct.py), whose prompts share the beginning of the chat template alone. With --length
+they are passages of the Python documentation cut to that many tokens, the last quarter supervised,
+without a common prefix.
 """
 
 import argparse
@@ -35,7 +38,7 @@ from typing import Any
 
 import torch
 
-VARIANTS = ("trainer", "sft", "full, padded", "full", "restricted", "default")
+VARIANTS = ("trainer", "sft", "full, padded", "full", "restricted", "anchored", "default")
 LR = 1e-5
 CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
 """CPU seconds of the process; on a busy machine they are steadier, with one thread as telling."""
@@ -54,6 +57,7 @@ def make_samples(args: argparse.Namespace) -> list[Any]:
     from lrmc_ray.method.microbatch import Sample
     from lrmc_ray.method.subsets import select_candidates
     from lrmc_ray.models import cache_directory, load_model, load_tokenizer, local_directory
+    from lrmc_ray.tasks.built import ct_files
 
     directory = local_directory(ModelSettings())
     model, tokenizer = load_model(directory), load_tokenizer(directory)
@@ -70,7 +74,8 @@ def make_samples(args: argparse.Namespace) -> list[Any]:
             is_target_T = torch.arange(args.length) >= args.length * 3 // 4
             inputs.append((ids_T[start : start + args.length], is_target_T))
     else:
-        lines = demo_files(cache_directory()).train.read_text(encoding="utf-8").splitlines()
+        files: Any = ct_files if args.data == "ct" else demo_files
+        lines = files(cache_directory()).train.read_text(encoding="utf-8").splitlines()
         for line in lines[:number]:
             example = encode_row(Row("demo", json.loads(line)), tokenizer)
             inputs.append((torch.tensor(example.input_ids), torch.tensor(example.is_target)))
@@ -107,7 +112,10 @@ def run_ours(args: argparse.Namespace, samples: Sequence[Any], name: str) -> lis
         make_optimizer("adamw" if is_full else "moclip", model.parameters(), lr=LR),
         lambda step: list(samples[step * args.batch_size : (step + 1) * args.batch_size]),
         LossSettings(
-            "full" if is_full else "restricted", 0, 1.0 if name == "default" else 0.0, seed=0
+            "full" if is_full else "restricted",
+            0,
+            1.0 if name in ("anchored", "default") else 0.0,
+            seed=0,
         ),
         WorkerGroup(),
         first_step=0,
@@ -279,7 +287,8 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--clock", choices=sorted(CLOCKS), default="wall")
     parser.add_argument("--precision", choices=["fp32", "bf16"], default="fp32")
-    parser.add_argument("--length", type=int, default=0, help="tokens; default: the demo's samples")
+    parser.add_argument("--data", choices=["nl2sql", "ct"], default="nl2sql")
+    parser.add_argument("--length", type=int, default=0, help="tokens; default: samples of --data")
     parser.add_argument("--variants", nargs="*", default=list(VARIANTS), choices=VARIANTS)
     parser.add_argument("--child", help=argparse.SUPPRESS)
     parser.add_argument("--samples", help=argparse.SUPPRESS)

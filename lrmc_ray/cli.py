@@ -6,7 +6,14 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from lrmc_ray.config import RunSettings, apply_overrides, find_space, read_toml, validate
+from lrmc_ray.config import (
+    RunSettings,
+    SettingsType,
+    apply_overrides,
+    find_space,
+    read_toml,
+    validate,
+)
 
 STAGES = {
     "record": "Stage 0: record the candidate tokens of the training data",
@@ -15,6 +22,7 @@ STAGES = {
     "train": "Stage 1: fine-tune on the recorded candidates with MoClip",
     "evaluate": "score a model: domain gain and forgetting against its base",
     "tune": "search tau, delta_max and more; does all of the above",
+    "compare": "methods against each other at equal budget, with intervals over seeds",
     "suggest": "ranges of tau and delta_max worth searching",
     "report": "table, figure and report.html of a finished or running search",
     "doctor": "is everything in place, and what to do where it is not",
@@ -71,15 +79,20 @@ def add_run_arguments(parser: argparse.ArgumentParser, *, default_space: str | N
 
 
 def settings_from(arguments: argparse.Namespace) -> RunSettings:
-    """The settings that the command line asks for.
+    """The settings that the command line asks for; see :func:`read_settings`."""
+    return read_settings(arguments, RunSettings)
+
+
+def read_settings(arguments: argparse.Namespace, kind: type[SettingsType]) -> SettingsType:
+    """The settings of a ``kind`` that the command line asks for.
 
     Raises:
         ConfigError: a setting is unknown or out of range.
         IncompleteArtifactError: the settings file does not exist.
     """
     path = find_space(arguments.space) if arguments.space else None
-    values = read_toml(path) if path else {}
-    values = apply_overrides(values, arguments.overrides)
+    of_file = read_toml(path) if path else {}
+    values = apply_overrides(of_file, arguments.overrides)
     named: dict[tuple[str, str], object] = {
         ("model", "name"): arguments.model,
         ("data", "train"): arguments.train_data,
@@ -91,7 +104,8 @@ def settings_from(arguments: argparse.Namespace) -> RunSettings:
             table = values.setdefault(section, {})
             if isinstance(table, dict):  # else the validation says what is wrong
                 table[key] = value
-    return validate(RunSettings, values, str(path) if path else "settings")
+    source = str(path) if path else "settings"
+    return validate(kind, values, source, of_file=of_file)
 
 
 def _names(text: str | None) -> list[str] | None:

@@ -21,6 +21,8 @@ DEMO = "demo"
 """Names the embedded model and the embedded data."""
 CT = "ct"
 """Names the task of radio exam questions, and its training data."""
+ENGLISH = "english"
+"""Names general text to be replayed: sentences that no task of ours asks about."""
 
 
 def _as_tuple(value: Any) -> Any:
@@ -58,7 +60,7 @@ class DataSettings(Settings):
 
     train: Strings = (DEMO,)
     """JSONL or Parquet files, folders or patterns, ``DOMAIN=`` before one that has a domain of its
-    own; ``demo`` is NL2SQL, ``ct`` radio exam questions."""
+    own; ``demo`` is NL2SQL, ``ct`` radio exam questions, ``english`` general text to replay."""
     max_length: int = Field(1024, ge=2)
     """Most tokens of one sample, prompt included."""
     on_long: Literal["error", "drop", "truncate"] = "error"
@@ -94,24 +96,32 @@ class RecordSettings(Settings):
 class TrainSettings(Settings):
     """Stage 1: the loss, the optimizer and the budget."""
 
-    loss: Literal["restricted", "full", "soft", "active_only"] = "restricted"
-    """``restricted`` is the paper's, ``full`` ordinary fine-tuning."""
+    loss: Literal["restricted", "full", "soft", "active_only", "dft", "kl_to_base"] = "restricted"
+    """``restricted`` is the paper's, ``full`` ordinary fine-tuning, the others baselines."""
+    base_kl_weight: float = Field(1.0, ge=0)
+    """Weight of KL(base || model) with ``kl_to_base``, which holds the base model beside."""
     tau: float = Field(0.99, gt=0, le=1)
     """Probability that the candidates of a position cover."""
     k_min: int = Field(1, ge=1)
     """Fewest candidates; 2 keeps positions active of which the base model was sure."""
+    keep_gold: bool = True
+    """False, an ablation: no position where the gold token is not among the candidates anyway."""
     tail_samples: int = Field(0, ge=0)
     """Sampled tokens that stand for the mass outside the candidates; 0 is the paper's loss."""
     anchor_weight: float = Field(1.0, ge=0)
     """Weight of the KL to the base model on prompt positions; 0 is the paper."""
-    optimizer: Literal["moclip", "adamw", "adam_atan2"] = "moclip"
-    """``adam_atan2`` is MoClip without the cap."""
+    optimizer: Literal["moclip", "adamw", "adam_atan2", "c_adamw", "mofo"] = "moclip"
+    """``adam_atan2`` is MoClip without the cap, the others are baselines."""
     lr: float = Field(3e-5, gt=0, lt=1)
     """Peak learning rate."""
     betas: Betas | None = None
     """Decay of the moments; default (0.9, 0.99) for MoClip, (0.9, 0.999) for AdamW."""
     weight_decay: float = Field(0.0, ge=0)
     """Decoupled weight decay, multiplied by the learning rate."""
+    mofo_share: float = Field(0.15, gt=0, le=1)
+    """Share of each tensor that ``mofo`` moves in a step."""
+    l2_sp_weight: float = Field(0.0, ge=0)
+    """Weight of half the squared distance from the base's weights (L2-SP), in the loss."""
     delta_max: float = Field(45.0, gt=0, le=180)
     """Largest angle between gradient and momentum, in degrees; 180 switches the cap off."""
     clip: Literal["scale", "momentum", "project", "rotate", "none"] = "scale"
@@ -132,6 +142,9 @@ class TrainSettings(Settings):
     """Passes over the training data, rounded up to whole steps; replaces ``steps``."""
     domain_weights: dict[str, Annotated[float, Field(ge=0)]] = Field(default_factory=dict)
     """How often per epoch the samples of a domain are used (patterns allowed); by default 1."""
+    replay_share: float | None = Field(None, ge=0, lt=1)
+    """Share of the samples that are of the domain ``replay``: general text against forgetting.
+    By default it is a domain as any other."""
     freeze: Patterns = ()
     """Parameters that stay as they are, by pattern: ``model.layers.[0-9].*``."""
     lora_rank: int = Field(0, ge=0)
@@ -205,6 +218,21 @@ class TrainSettings(Settings):
             raise ValueError(
                 "refresh_every must be 0 with loss = 'soft', whose targets are the base model's; "
                 "leave one of them out"
+            )
+        if self.refresh_every and not self.keep_gold:
+            raise ValueError(
+                "refresh_every must be 0 with keep_gold = false, which is about the recorded sets; "
+                "leave one of them out"
+            )
+        if self.l2_sp_weight and self.lora_rank:
+            raise ValueError(
+                "l2_sp_weight must be 0 with adapters, which leave all weights as they are, got "
+                f"lora_rank = {self.lora_rank}; leave one of them out"
+            )
+        if self.replay_share is not None and "replay" in self.domain_weights:
+            raise ValueError(
+                "domain_weights must not name the domain replay, whose share is replay_share, got "
+                f"{sorted(self.domain_weights)}; leave one of them out"
             )
         return self
 
@@ -287,11 +315,38 @@ class SearchSettings(Settings):
     """Of Optuna's sampler."""
     startup_trials: int = Field(4, ge=1)
     """Random trials before the sampler (TPE) models the objective."""
+    early_stopping: Literal["median", "none"] = "none"
+    """``median``: a trial that is worse on the way than half of the others before it ends there;
+    not for ``pareto``, which has no one score."""
+    early_stopping_after: float = Field(0.5, gt=0, lt=1)
+    """Share of its steps after which a trial is scored on the way."""
+    early_stopping_items: int = Field(16, ge=2)
+    """Items per task, the first ones, on which it is scored; no answers are generated."""
+    early_stopping_trials: int = Field(4, ge=2)
+    """Other trials that must have been scored on the way before one may be stopped."""
     trial_timeout_seconds: float | None = Field(None, gt=0)
     """Time after which a trial is stopped as failed; by default ten times the longest that has
     ended, and at least ten minutes."""
+    final_limit: int | None = Field(None, ge=2)
+    """Items per domain task of the last scoring, on questions that no choice was made on; by
+    default as many as ``evaluate.limit``."""
     keep_models: Literal["best", "all"] = "best"
     """Which tuned models stay on disk."""
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        if self.early_stopping != "none" and self.objective == "pareto":
+            raise ValueError(
+                f"early_stopping must be 'none' with objective = 'pareto', got "
+                f"'{self.early_stopping}': a trial has no one score to be stopped by; set "
+                "search.early_stopping"
+            )
+        return self
+
+    @property
+    def stops_early(self) -> bool:
+        """Whether any trial of this search may be stopped early."""
+        return self.early_stopping == "median" and self.trials > self.early_stopping_trials
 
 
 class ResourceSettings(Settings):
@@ -461,8 +516,21 @@ def _locate(
     return settings, field
 
 
-def validate(settings: type[SettingsType], values: Mapping[str, Any], source: str) -> SettingsType:
+def validate(
+    settings: type[SettingsType],
+    values: Mapping[str, Any],
+    source: str,
+    *,
+    of_file: Mapping[str, Any] | None = None,
+) -> SettingsType:
     """``settings`` made from ``values``.
+
+    Args:
+        settings: a class of settings.
+        values: by section and key.
+        source: where they come from.
+        of_file: what ``source`` says, before the command line changed it; what is wrong with
+            ``values`` but not with this is the command line's fault.
 
     Raises:
         ConfigError: with every broken setting, its value, the rule and the nearest known name.
@@ -470,21 +538,41 @@ def validate(settings: type[SettingsType], values: Mapping[str, Any], source: st
     try:
         return settings.model_validate(dict(values))
     except ValidationError as error:
-        lines = []
-        for problem in error.errors():
-            key = ".".join(str(part) for part in problem["loc"])
-            section, field = _locate(settings, problem["loc"])
-            if problem["type"] == "extra_forbidden":
-                close = _suggest(str(problem["loc"][-1]), section.model_fields)
-                lines.append(f"unknown setting {key}{close}")
-            elif problem["type"] == "value_error":
-                message = problem["msg"].removeprefix("Value error, ")
-                lines.append(f"{key}: {message}" if key else message)
-            else:
-                rule = _RULES.get(problem["type"]) or _SHOULD.sub("must", problem["msg"])
-                meaning = f" ({field.description})" if field and field.description else ""
-                lines.append(f"{key} {rule}, got {problem['input']!r}{meaning}")
-        raise ConfigError(f"{source}: " + "; ".join(lines)) from None
+        problems = _in_words(settings, error)
+    own = set(problems)
+    if of_file is not None:
+        try:
+            settings.model_validate(dict(of_file))
+            own = set()
+        except ValidationError as error:
+            own = set(_in_words(settings, error))
+    blamed = {
+        source: [problem for problem in problems if problem in own],
+        "command line": [problem for problem in problems if problem not in own],
+    }
+    raise ConfigError(
+        "; ".join(f"{name}: {'; '.join(lines)}" for name, lines in blamed.items() if lines)
+    )
+
+
+def _in_words(settings: type[Settings], error: ValidationError) -> list[str]:
+    """Every problem with its value, the rule and the nearest known name."""
+    lines = []
+    for problem in error.errors():
+        key = ".".join(str(part) for part in problem["loc"])
+        section, field = _locate(settings, problem["loc"])
+        if problem["type"] == "extra_forbidden":
+            close = _suggest(str(problem["loc"][-1]), section.model_fields)
+            lines.append(f"unknown setting {key}{close}")
+        elif problem["type"] == "value_error":
+            message = problem["msg"].removeprefix("Value error, ")
+            lines.append(f"{key}: {message}" if key else message)
+        else:
+            rule = _RULES.get(problem["type"]) or _SHOULD.sub("must", problem["msg"])
+            text = " ".join((field.description or "").split()) if field else ""
+            meaning = f" ({text})" if text else ""
+            lines.append(f"{key} {rule}, got {problem['input']!r}{meaning}")
+    return lines
 
 
 def trial_settings(base: TrainSettings, params: Mapping[str, Any]) -> TrainSettings:
@@ -581,4 +669,4 @@ def load_settings(space: Path | None, overrides: Iterable[str] = ()) -> RunSetti
     """
     values = read_toml(space) if space is not None else {}
     source = str(space) if space is not None else "settings"
-    return validate(RunSettings, apply_overrides(values, overrides), source)
+    return validate(RunSettings, apply_overrides(values, overrides), source, of_file=values)

@@ -145,7 +145,8 @@ def setup_logging(verbose: bool = False) -> None:
         root.removeHandler(old)
     root.addHandler(handler)
     root.setLevel(logging.WARNING)
-    logging.getLogger("lrmc_ray").setLevel(logging.DEBUG if verbose else logging.INFO)
+    for name in ("lrmc_ray", "__main__"):  # the latter is ours under `python -m`
+        logging.getLogger(name).setLevel(logging.DEBUG if verbose else logging.INFO)
 
 
 class ProgressBar(Protocol):

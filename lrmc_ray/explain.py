@@ -8,7 +8,7 @@ from typing import Any
 
 from lrmc_ray.config import ParameterRange, RunSettings
 from lrmc_ray.console import format_seconds
-from lrmc_ray.forecast import Forecast, forecast
+from lrmc_ray.forecast import Forecast, forecast, with_expected_steps
 from lrmc_ray.ray_session import local_cpus
 
 
@@ -20,6 +20,10 @@ def explain(settings: RunSettings, output: Path, *, as_json: bool) -> None:
         output: where costs of earlier searches are looked for.
         as_json: one JSON object in place of text.
     """
+    from lrmc_ray.record import training_files
+
+    training_files(settings)
+    settings = with_expected_steps(settings, output)
     slots = local_cpus() // settings.resources.cpus_per_worker
     cost = forecast(settings, output, slots=max(1, slots))
     if as_json:
@@ -42,7 +46,8 @@ def explain(settings: RunSettings, output: Path, *, as_json: bool) -> None:
     console = Console(highlight=False)
     if settings.parameters:
         console.print(table)
-    for line in (objective_text(settings), sampler_text(settings), *cost_lines(cost, slots)):
+    lines = [objective_text(settings), sampler_text(settings), early_stopping_text(settings)]
+    for line in (*lines, *cost_lines(cost, slots)):
         console.print(line, markup=False)
 
 
@@ -86,6 +91,26 @@ def sampler_text(settings: RunSettings) -> str:
     )
 
 
+def early_stopping_text(settings: RunSettings) -> str:
+    """Whether, where and how hopeless trials end."""
+    search = settings.search
+    if not search.stops_early:
+        few = search.early_stopping == "median"
+        why = (
+            f": {search.trials} trials are not more than search.early_stopping_trials = "
+            f"{search.early_stopping_trials}"
+            if few
+            else " (search.early_stopping)"
+        )
+        return f"Early stopping: none{why}."
+    return (
+        f"Early stopping: after {100 * search.early_stopping_after:g} % of its steps a trial is "
+        f"scored on {search.early_stopping_items} items a task, and ends if that is worse than the "
+        f"median of at least {search.early_stopping_trials} others there. The first trial and "
+        "plain fine-tuning never end early."
+    )
+
+
 def cost_lines(cost: Forecast | None, slots: int) -> list[str]:
     """The forecast in words."""
     if cost is None:
@@ -94,6 +119,13 @@ def cost_lines(cost: Forecast | None, slots: int) -> list[str]:
             "earlier search in the output directory had this model, data and tasks. Two trials "
             "tell: search.trials=2."
         ]
+    saved = []
+    if cost.saved_seconds > 0:
+        saved = [
+            f"Early stopping costs {format_seconds(cost.early_seconds)} of that per trial, and "
+            f"saves about {format_seconds(cost.saved_seconds)} if half of the trials that may end "
+            "early do."
+        ]
     return [
         f"Cost: about {format_seconds(cost.seconds)} on {slots} cores, "
         f"{cost.core_seconds / 3600:.2g} core hours: {cost.trials} trials, {cost.concurrent} at a "
@@ -101,6 +133,7 @@ def cost_lines(cost: Forecast | None, slots: int) -> list[str]:
         f"and {format_seconds(cost.evaluate_seconds)} of scoring each; once "
         f"{format_seconds(cost.record_seconds)} to record and {format_seconds(cost.base_seconds)} "
         "to score the base model.",
+        *saved,
         f"({cost.basis[0].upper()}{cost.basis[1:]}.)",
     ]
 
@@ -115,6 +148,7 @@ def _as_dict(settings: RunSettings, cost: Forecast | None) -> Mapping[str, Any]:
         "trials": search.trials,
         "sampler": "TPE",
         "seed": search.seed,
+        "early_stopping": search.early_stopping if search.stops_early else "none",
         "parameters": {
             name: searched.model_dump(mode="json") for name, searched in settings.parameters.items()
         },

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from lrmc_ray.artifacts import fingerprint, is_finished
 from lrmc_ray.config import DEMO, ResourceSettings, RunSettings
 from lrmc_ray.errors import DataError, ResourceError
 
@@ -48,6 +49,10 @@ class Forecast:
     seconds: float
     """The whole search by the clock."""
     core_seconds: float
+    early_seconds: float
+    """Scoring of one trial on the way, for early stopping; 0 without."""
+    saved_seconds: float
+    """Of ``seconds``, what early stopping saves if half of the trials end that may."""
     basis: str
     """What it rests on, in words."""
     is_measured: bool
@@ -85,6 +90,7 @@ def forecast(
         None where nothing is known: an unseen model that is not on this machine, or GPUs of
         unknown speed.
     """
+    settings = with_expected_steps(settings, output)
     parts = _measured(settings, output) or _estimated(settings, slots, gpu_flops)
     if parts is None:
         return None
@@ -93,7 +99,12 @@ def forecast(
     workers = max(1, min(most, settings.train.micro_batches))
     cores = settings.resources.cpus_per_worker
     train = parts["train_core_seconds"] / (workers * cores)
-    each = train + parts["evaluate_seconds"] + START_SECONDS
+    early = _early_seconds(settings, parts["evaluate_seconds"])
+    each = train + parts["evaluate_seconds"] + START_SECONDS + early
+    left = (1 - settings.search.early_stopping_after) * train + parts["evaluate_seconds"]
+    search = settings.search
+    # The first two are not searched, and as many as are compared with come before.
+    may_end = max(0, trials - max(2, search.early_stopping_trials)) if search.stops_early else 0
     # At the end base, best and yardstick answer fresh domain questions: about half of the items.
     final = parts["base_seconds"] / 2 + parts["evaluate_seconds"] / 2
     once = parts["record_seconds"] + parts["base_seconds"] + final
@@ -106,10 +117,44 @@ def forecast(
         train_seconds=train,
         evaluate_seconds=parts["evaluate_seconds"],
         seconds=once + math.ceil(trials / concurrent) * each,
-        core_seconds=cores * (once * slots + trials * (train * workers + each - train)),
+        core_seconds=cores
+        * (once * slots + trials * ((train + early) * workers + each - train - early)),
+        early_seconds=early,
+        saved_seconds=may_end / 2 * left / concurrent,
         basis=parts["basis"],
         is_measured=parts["is_measured"],
     )
+
+
+def with_expected_steps(settings: RunSettings, output: Path) -> RunSettings:
+    """``settings`` with ``train.epochs``, if they are set, turned into ``train.steps``.
+
+    By the record where it has been made, else by the rows of the training data.
+    """
+    train = settings.train
+    if train.epochs is None:
+        return settings
+    from lrmc_ray.record import identify, training_files, training_sources
+    from lrmc_ray.train import with_steps
+
+    directory = _model_directory(settings)
+    if directory is not None:
+        identity, _ = identify(settings, directory, training_sources(settings))
+        recorded = output / "records" / fingerprint(identity)
+        if is_finished(recorded):
+            return with_steps(settings, recorded)
+    samples, _ = count_tokens(training_files(settings), settings.data.max_length)
+    steps = max(1, math.ceil(round(train.epochs * samples, 6) / train.batch_size))
+    update = {"steps": steps, "epochs": None}
+    return settings.model_copy(update={"train": train.model_copy(update=update)})
+
+
+def _early_seconds(settings: RunSettings, evaluate_seconds: float) -> float:
+    """Scoring on the way: the share of the items that it takes, and nothing is generated."""
+    if not settings.search.stops_early:
+        return 0.0
+    items = settings.evaluate.limit or ITEMS_PER_TASK
+    return evaluate_seconds * min(1.0, settings.search.early_stopping_items / items)
 
 
 def _studies(output: Path) -> Iterator[dict[str, Any]]:
@@ -138,6 +183,8 @@ def _measured(settings: RunSettings, output: Path) -> dict[str, Any] | None:
         base += [stages["base_evaluation"]] if "base_evaluation" in stages else []
         for trial in study.get("trials", []):
             cost = trial.get("cost") or {}
+            if trial.get("state") == "PRUNED":
+                continue  # did not take all of its steps
             if "train_seconds" in cost and "evaluate_seconds" in cost:
                 tuned = trial["settings"]
                 samples = tuned["steps"] * tuned["batch_size"]

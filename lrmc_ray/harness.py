@@ -66,16 +66,12 @@ def score(model_directory: Path, request: ScoreRequest) -> ScoreResult:
         ConfigError: a task does not exist, or its file is refused.
         DataError: a task cannot be run or scored.
     """
-    os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
-    import datasets
+    _quieten()
     import torch
 
     from lrmc_ray.models import load_model, load_tokenizer
     from lrmc_ray.prefix_lm import PrefixLM
 
-    datasets.disable_progress_bars()
-    for name in ("lm_eval", "lm-eval", "evaluate", "datasets"):
-        logging.getLogger(name).setLevel(logging.ERROR)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     dtype = torch.bfloat16 if request.precision == "bf16" else torch.float32
     rows: list[dict[str, Any]] = []
@@ -98,6 +94,47 @@ def score(model_directory: Path, request: ScoreRequest) -> ScoreResult:
         texts = {label: request.drift_texts.get(label, []) for label in labels}
     logprobs = {label: lm.last_logprobs(part, DRIFT_POSITIONS) for label, part in texts.items()}
     return ScoreResult(rows, texts, logprobs)
+
+
+def slice_rows(
+    model: Any,
+    tokenizer: Any,
+    tasks: Sequence[tuple[str, Group]],
+    *,
+    items: int,
+    batch_tokens: int,
+    split: Literal["dev", "test"],
+) -> list[dict[str, Any]]:
+    """Rows of the smooth scores of the first ``items`` items of each task, of a model in memory.
+
+    Nothing is generated where a task has its gold answers' probability: that is its score then.
+    The model is left in evaluation mode.
+
+    Raises:
+        ConfigError: a task does not exist, or its file is refused.
+        DataError: a task cannot be run or scored.
+    """
+    _quieten()
+    from lrmc_ray.prefix_lm import PrefixLM
+
+    rows: list[dict[str, Any]] = []
+    with tempfile.TemporaryDirectory() as scratch:
+        manager = task_manager([name for name, _ in tasks], Path(scratch), split)
+        lm = PrefixLM(model, tokenizer, batch_tokens=batch_tokens)
+        for name, group in tasks:
+            samples = run_task(lm, manager, name, items, is_slice=True)
+            rows.extend(task_rows(task_label(name), group, samples, tokenizer))
+    return rows
+
+
+def _quieten() -> None:
+    """Before the first task: no progress bars, and only errors of what lm-eval uses."""
+    os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
+    import datasets
+
+    datasets.disable_progress_bars()
+    for name in ("lm_eval", "lm-eval", "evaluate", "datasets"):
+        logging.getLogger(name).setLevel(logging.ERROR)
 
 
 def task_label(name: str) -> str:
@@ -188,9 +225,9 @@ def _data_files(task_file: Path) -> list[Path]:
 
 
 def run_task(
-    lm: Any, manager: Any, name: str, limit: int | None
+    lm: Any, manager: Any, name: str, limit: int | None, *, is_slice: bool = False
 ) -> dict[str, list[dict[str, Any]]]:
-    """lm-eval's samples of every task that ``name`` stands for.
+    """lm-eval's samples of every task that ``name`` stands for; of a slice, the cheapest that do.
 
     Raises:
         ConfigError: lm-eval refuses the task's file.
@@ -201,7 +238,10 @@ def run_task(
     from lrmc_ray.tasks.registry import OURS
 
     samples: dict[str, list[dict[str, Any]]] = {}
-    for part in OURS.get(name, (name,)):
+    parts = OURS.get(name, (name,))
+    if is_slice:
+        parts = tuple(part for part in parts if part.endswith(_GOLD)) or parts[:1]
+    for part in parts:
         try:
             loaded = manager.load([part])
         except Exception as error:  # whatever YAML, datasets and lm-eval may raise
@@ -303,6 +343,9 @@ def _metrics(
         tokens = len(tokenizer(text, add_special_tokens=False)["input_ids"])
         likelihood = _number(item["filtered_resps"][0])
         return "text", {"cross_entropy": -likelihood / tokens}, float(tokens)
+    if output_type == "loglikelihood" and task.startswith("lrmc_") and task.endswith(_GOLD):
+        # On its own, of a slice: its answers are not generated.
+        return "generation", {"gold_probability": _mean_token_probability(item, tokenizer)}, 1.0
     if output_type == "loglikelihood":
         likelihood, is_greedy = item["filtered_resps"][0]
         return (
@@ -337,8 +380,9 @@ def _mean_token_probability(item: Mapping[str, Any], tokenizer: Any) -> float:
     return math.exp(float(likelihood) / max(1, tokens))
 
 
+_GOLD = "_gold"
 _COMPANIONS: Mapping[str, tuple[str, Callable[[Mapping[str, Any], Any], float]]] = {
-    "_gold": ("gold_probability", _mean_token_probability),
+    _GOLD: ("gold_probability", _mean_token_probability),
     "_letter": ("letter_accuracy", lambda item, _: float(item["acc"])),
 }
 """Tasks on the same items as the one that they are named after: the metric that each adds to it."""

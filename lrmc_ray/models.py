@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
-    from lrmc_ray.method.microbatch import MicroBatch
+    from lrmc_ray.method.microbatch import Layout, MicroBatch
     from lrmc_ray.method.training_loop import OutputHead
 
 WEIGHT_SUFFIX = ".safetensors"
@@ -246,8 +246,8 @@ def hidden_states(model: Any, input_ids_BT: "Tensor") -> "Tensor":
     return hidden
 
 
-def batch_hidden_states(model: Any, batch: "MicroBatch") -> "Tensor":
-    """Final hidden states [B, T, D] of a micro-batch, padded or packed."""
+def batch_hidden_states(model: Any, batch: "MicroBatch | Layout") -> "Tensor":
+    """Final hidden states [B, T, D] of a batch, padded or packed."""
     import torch
 
     if batch.is_visible_TT is None:

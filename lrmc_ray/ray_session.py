@@ -33,6 +33,7 @@ _ENVIRONMENT = {
     "RAY_AIR_NEW_OUTPUT": "0",  # Tune's own tables on stdout
     "RAY_CHDIR_TO_TRIAL_DIR": "0",  # relative paths in the settings mean the same in every trial
     "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "120",
+    "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",  # a run that has ended is noticed that much sooner
     # A worker whose peer was cut off is stuck in a collective; it is killed right afterwards.
     "TORCH_PROCESS_GROUP_SHUTDOWN_TIMEOUT_S": "3",
     "RAY_AUTH_MODE": "token",

@@ -34,9 +34,9 @@ from lrmc_ray.artifacts import (
     write_json,
     write_manifest,
 )
-from lrmc_ray.config import CT, DEMO, RunSettings
+from lrmc_ray.config import CT, DEMO, ENGLISH, RunSettings
 from lrmc_ray.console import progress, run_command, setup_logging
-from lrmc_ray.data.sources import Source, find_sources
+from lrmc_ray.data.sources import Source, find_sources, split_domain
 from lrmc_ray.errors import DataError, IncompleteArtifactError
 from lrmc_ray.fault_points import passed
 from lrmc_ray.ray_session import RAY_LOG, check_model_shared, ray_session, worker_slots
@@ -221,7 +221,8 @@ def training_sources(settings: RunSettings) -> list[Source]:
         ConfigError: a file is named under two domains.
     """
     names = []
-    for name in settings.data.train:
+    for labelled in settings.data.train:
+        domain, name = split_domain(labelled)
         if name == DEMO:
             from lrmc_ray.demo.files import demo_files
             from lrmc_ray.models import cache_directory
@@ -232,7 +233,12 @@ def training_sources(settings: RunSettings) -> list[Source]:
             from lrmc_ray.tasks.built import ct_files
 
             name = str(ct_files(cache_directory()).train)
-        names.append(name)
+        elif name == ENGLISH and not Path(ENGLISH).exists():
+            from lrmc_ray.demo.english import english_file
+            from lrmc_ray.models import cache_directory
+
+            name = str(english_file(cache_directory()))
+        names.append(f"{domain}={name}" if domain else name)
     return find_sources(names)
 
 

@@ -10,11 +10,15 @@ from lrmc_ray.artifacts import file_digest
 if TYPE_CHECKING:
     import numpy as np
     import pyarrow as pa
+    from torch import Tensor
 
     from lrmc_ray.method.microbatch import Sample
+    from lrmc_ray.method.subsets import CandidateSets
 
 BATCH_TOKENS = 2048
-"""Padded tokens of one forward pass."""
+"""Tokens of one forward pass, were they padded."""
+LOGITS_ELEMENTS = 2**24
+"""Logits that exist at a time: 64 MiB in float32."""
 
 _PER_CANDIDATE = ("candidate_ids", "candidate_logprobs")
 _PER_POSITION = ("positions", "is_supervised", "gold_ids", "candidate_offsets", "outside_mass")
@@ -44,12 +48,13 @@ class CandidateRecorder:
     ) -> None:
         import torch
 
-        from lrmc_ray.models import head_of, load_model
+        from lrmc_ray.models import attention_cost, head_of, load_model
 
         torch.set_num_threads(threads)
         self._device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self._model = load_model(model_directory).to(self._device)
         self._head = head_of(self._model)
+        self._attention_cost = attention_cost(self._model)
         self._tau, self._k_min, self._k_max = tau, k_min, k_max
         self._prompt_k_max = prompt_k_max
 
@@ -58,47 +63,76 @@ class CandidateRecorder:
         return [sample for batch in batches(rows) for sample in self._forward(batch)]
 
     def _forward(self, rows: Sequence[Mapping[str, Any]]) -> "list[Sample]":
-        """Candidate sets of one padded batch."""
+        """Candidate sets of one batch.
+
+        A prefix that rows share is computed once (see method/microbatch.py), and so are the
+        candidates of its positions: a set depends on the prefix, the gold token and the cap alone.
+        """
         import torch
 
-        from lrmc_ray.method.microbatch import Sample
-        from lrmc_ray.method.subsets import select_candidates
-        from lrmc_ray.models import hidden_states, logits
+        from lrmc_ray.method.microbatch import Sample, lay_out
+        from lrmc_ray.models import batch_hidden_states
 
-        longest = max(len(row["input_ids"]) for row in rows)
-        input_ids_BT = torch.zeros(len(rows), longest, dtype=torch.int64)
-        for index, row in enumerate(rows):
-            input_ids_BT[index, : len(row["input_ids"])] = torch.tensor(row["input_ids"])
-        samples = []
+        ids = [torch.tensor(row["input_ids"], dtype=torch.int64) for row in rows]
+        positions, supervised, wanted = [], [], []
         with torch.inference_mode():
-            hidden_BTD = hidden_states(self._model, input_ids_BT.to(self._device))
-            for index, row in enumerate(rows):
-                ids_T = torch.tensor(row["input_ids"], dtype=torch.int64)
+            layout = lay_out(ids, self._attention_cost)
+            hidden_BTD = batch_hidden_states(self._model, layout.to(self._device))
+            hidden_XD = hidden_BTD.flatten(0, 1)
+            for row, ids_T, line, columns_T in zip(
+                rows, ids, layout.rows, layout.columns, strict=True
+            ):
                 is_supervised_P = torch.tensor(row["is_target"][1:], dtype=torch.bool)
                 positions_P = torch.arange(len(ids_T) - 1)
                 if not self._prompt_k_max:
                     positions_P = positions_P[is_supervised_P]
                     is_supervised_P = is_supervised_P[is_supervised_P]
+                positions.append(positions_P)
+                supervised.append(is_supervised_P)
+                place_P = line * hidden_BTD.shape[1] + columns_T[positions_P]
                 k_max_P = torch.where(is_supervised_P, self._k_max, self._prompt_k_max)
-                gold_P = ids_T[positions_P + 1]
-                candidates = select_candidates(
-                    logits(hidden_BTD[index, positions_P.to(self._device)], self._head),
-                    gold_P.to(self._device),
+                wanted.append(torch.stack([place_P, ids_T[positions_P + 1], k_max_P]))
+            wanted_3N, row_of_P = torch.unique(torch.cat(wanted, dim=1), dim=1, return_inverse=True)
+            candidates_N = self._select(hidden_XD, *wanted_3N)
+        ends = torch.tensor([len(positions_P) for positions_P in positions]).cumsum(0).tolist()
+        return [
+            Sample(
+                sample_id=row["sample_id"],
+                input_ids_T=ids_T,
+                positions_P=positions_P,
+                is_supervised_P=is_supervised_P,
+                candidates=candidates_N.rows(row_of_P[end - len(positions_P) : end]),
+                domain=row["domain"],
+            )
+            for row, ids_T, positions_P, is_supervised_P, end in zip(
+                rows, ids, positions, supervised, ends, strict=True
+            )
+        ]
+
+    def _select(
+        self, hidden_XD: "Tensor", place_N: "Tensor", gold_N: "Tensor", k_max_N: "Tensor"
+    ) -> "CandidateSets":
+        """Candidate sets at the places ``place_N`` of ``hidden_XD``, on the CPU."""
+        import torch
+
+        from lrmc_ray.method.subsets import CandidateSets, select_candidates
+        from lrmc_ray.models import logits
+
+        size = max(1, LOGITS_ELEMENTS // self._head.weight_VD.shape[0])
+        return CandidateSets.concatenate(
+            [
+                select_candidates(
+                    logits(hidden_XD[place_n.to(self._device)], self._head),
+                    gold_n.to(self._device),
                     tau=self._tau,
                     k_min=self._k_min,
-                    k_max=k_max_P.to(self._device),
+                    k_max=k_max_n.to(self._device),
                 ).to("cpu")
-                samples.append(
-                    Sample(
-                        sample_id=row["sample_id"],
-                        input_ids_T=ids_T,
-                        positions_P=positions_P,
-                        is_supervised_P=is_supervised_P,
-                        candidates=candidates,
-                        domain=row["domain"],
-                    )
+                for place_n, gold_n, k_max_n in zip(
+                    *(torch.split(of_N, size) for of_N in (place_N, gold_N, k_max_N)), strict=True
                 )
-        return samples
+            ]
+        )
 
 
 def batches(rows: Sequence[Mapping[str, Any]]) -> Iterator[list[Mapping[str, Any]]]:

@@ -108,6 +108,8 @@ class TrialEntry(_Entry):
     scores: str | None = None
     metrics_file: str | None = None
     results: dict[str, Any] = {}
+    rung: dict[str, Any] | None = None
+    """What it was scored on the way, and the decision: see ``early_stopping.Decision``."""
     cost: dict[str, float] = {}
     """``train_seconds``, ``evaluate_seconds``, ``processed_tokens``, ``original_tokens``."""
 
@@ -684,7 +686,8 @@ def summary_table(study: Study) -> "Table":
         if parameters := _chosen(study, trial):
             cell.append(f"\n{_as_text(parameters)}", style="not bold")
         if trial.comparison is None:
-            cell.append(f"\n{trial.problem}", style="not bold red")
+            is_early = trial.entry.state == "PRUNED"
+            cell.append(f"\n{trial.problem}", style="not bold" if is_early else "not bold red")
             table.add_row(cell, "-", "-", "-")
             continue
         accuracies = (trial.accuracy("domain"), trial.accuracy("general"), None)
@@ -742,6 +745,7 @@ def as_json(study: Study) -> dict[str, Any]:
                 "role": trial.entry.role,
                 "state": trial.entry.state,
                 "problem": trial.problem,
+                "rung": trial.entry.rung,
                 "params": trial.entry.params,
                 "settings": trial.entry.settings,
                 "on_front": trial.is_on_front,
@@ -1079,6 +1083,8 @@ def _trial_row(study: Study, trial: Trial) -> dict[str, Any]:
     if trial.comparison is None:
         if trial.entry.state in ("COMPLETE", "FAIL"):
             tags.append({"kind": "fail", "text": "failed"})
+        elif trial.entry.state == "PRUNED":
+            tags.append({"kind": "early", "text": "stopped early"})
         return row
     accuracies = [
         "" if value is None else f"accuracy {percent(value)}"
@@ -1115,11 +1121,15 @@ def _as_text(settings: Sequence[tuple[str, str]]) -> str:
 
 def _drift(best: Trial) -> str:
     """How far the tuned model's predictions have moved, where that was measured."""
-    parts = [
-        f"{number(value, 3)} on {group} texts"
-        for group in ("domain", "general")
-        if isinstance(value := best.entry.results.get(f"eval/kl_base_{group}"), float)
-    ]
+    parts = []
+    for group in ("domain", "general"):
+        ends = [
+            best.entry.results.get(f"eval/kl_base_{group}{end}") for end in ("", "_low", "_high")
+        ]
+        value, low, high = (number(end, 3) if isinstance(end, float) else None for end in ends)
+        if value is not None:
+            interval = f" ({low} to {high})" if low is not None and high is not None else ""
+            parts.append(f"{value}{interval} on {group} texts")
     return f"KL(base || {best.name}): {', '.join(parts)}, nats per position." if parts else ""
 
 
@@ -1285,7 +1295,29 @@ def _cost_sentences(study: Study) -> list[str]:
             f"The forecast for {study.file.forecast.get('trials')} trials was "
             f"{format_seconds(expected)} ({study.file.forecast.get('basis')})."
         )
-    return sentences
+    return [*sentences, *_early_sentences(study)]
+
+
+def _early_sentences(study: Study) -> list[str]:
+    """What early stopping cost and saved, by the trials that ran to the end."""
+    scored = [t.entry for t in study.trials if t.entry.rung is not None]
+    if not scored:
+        return []
+    asked = sum(entry.rung["seconds"] for entry in scored if entry.rung is not None)
+    ended = [entry for entry in scored if entry.state == "PRUNED"]
+    whole = [entry for entry in scored if entry.state == "COMPLETE" and entry.cost]
+    sentence = (
+        f"{len(ended)} of {len(scored)} trials that were scored on the way, which took "
+        f"{format_seconds(asked)} in all, stopped early"
+    )
+    if not ended or not whole:
+        return [f"{sentence}."]
+    mean = sum(e.cost["train_seconds"] + e.cost["evaluate_seconds"] for e in whole) / len(whole)
+    saved = sum(mean - e.cost["train_seconds"] for e in ended if "train_seconds" in e.cost)
+    return [
+        f"{sentence}: about {format_seconds(max(0.0, saved))} of training and scoring less, by "
+        "what the others took."
+    ]
 
 
 def _cost_row(part: str, cost: Mapping[str, float]) -> dict[str, str]:

@@ -460,6 +460,7 @@ pre i { font-style: normal; color: var(--soft); }
   line-height: 1.5; color: white; background: #64748b; white-space: nowrap; }
 .tag.best { background: var(--best); } .tag.yardstick { background: var(--yardstick); }
 .tag.defaults { background: #4f46e5; } .tag.fail { background: var(--fail); }
+.tag.early { background: #64748b; }
 .curves { display: grid; grid-template-columns: repeat(auto-fit, minmax(280px, 1fr)); gap: 16px; }
 .curves > div { min-width: 0; }
 .legend { display: flex; flex-wrap: wrap; gap: 2px 16px; font-size: 0.875rem; margin: 4px 0 0; }

@@ -2,8 +2,8 @@
 
 The study is the truth. Ray Tune only runs what the searcher hands out, and its own state is thrown
 away: after a crash a new Tuner is started, and the searcher hands out the unfinished trials first,
-each in its own directory, where its training goes on from a checkpoint. Every trial ends COMPLETE
-or FAIL; none stays RUNNING.
+each in its own directory, where its training goes on from a checkpoint. Every trial ends COMPLETE,
+PRUNED (it stopped itself early) or FAIL; none stays RUNNING.
 """
 
 import logging
@@ -24,6 +24,7 @@ from ray.tune.search import Searcher
 
 from lrmc_ray.config import ParameterRange, RunSettings, TrainSettings
 from lrmc_ray.statistics import Objective
+from lrmc_ray.trial import PRUNED, RUNG_FORGETTING, RUNG_STEP, RUNG_VALUE
 
 _log = logging.getLogger(__name__)
 
@@ -164,6 +165,21 @@ class TrialQueue:
         values = objective_values(search.objective, results)
         self._study.tell(number, values, skip_if_finished=True)
 
+    def report(self, number: int, step: int, value: float) -> None:
+        """Tell the study what a trial scored on the way."""
+        trial = self._study.get_trials(deepcopy=False)[number]
+        if trial.state in UNFINISHED and step not in trial.intermediate_values:
+            optuna.trial.Trial(self._study, trial._trial_id).report(value, step)
+
+    def prune(self, number: int, forgetting: float) -> None:
+        """Tell the study that a trial stopped itself; the sampler learns from its last score."""
+        search = self._settings.search
+        if search.objective == "budget":
+            trial_id = self._study.get_trials(deepcopy=False)[number]._trial_id
+            trial = optuna.trial.Trial(self._study, trial_id)
+            trial.set_constraint("forgetting", forgetting - search.max_forgetting)
+        self._study.tell(number, state=TrialState.PRUNED, skip_if_finished=True)
+
     def importance(self) -> dict[str, dict[str, float]]:
         """How much each searched parameter matters for gain, forgetting and combined score.
 
@@ -247,6 +263,7 @@ class StudySearcher(Searcher):  # type: ignore[misc]  # Ray's types are skipped
             "number": trial.number,
             "params": dict(trial.params),
             "overrides": trial.user_attrs["overrides"],
+            "role": trial.user_attrs["role"],
         }
 
     def on_trial_complete(
@@ -256,6 +273,12 @@ class StudySearcher(Searcher):  # type: ignore[misc]  # Ray's types are skipped
         number = self._numbers.pop(trial_id)
         if error or result is None:
             self._on_change(number, None, "its process died")
+            return
+        if RUNG_STEP in result:
+            self._queue.report(number, int(result[RUNG_STEP]), result[RUNG_VALUE])
+        if result.get(PRUNED):
+            self._queue.prune(number, result[RUNG_FORGETTING])
+            self._on_change(number, result, None)
             return
         for name in (GAIN, FORGETTING, COMBINED):
             value = result.get(name)

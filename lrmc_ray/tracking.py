@@ -53,6 +53,8 @@ STUDY_TAG = "lrmc.study"
 TRIAL_TAG = "lrmc.trial"
 ROLE_TAG = "lrmc.role"
 CAUSE_TAG = "lrmc.cause"
+PRUNED_TAG = "lrmc.stopped_early"
+"""Of a trial that stopped itself: MLflow has no state of its own for it, and shows it as KILLED."""
 
 _PARENT_TAG = "mlflow.parentRunId"
 _MAX_BACKOFF_SECONDS = 60.0
@@ -194,7 +196,7 @@ class StudyTracker:
         *,
         cause: str | None = None,
     ) -> None:
-        """End trial ``number`` as FINISHED, FAILED or KILLED, with its final scores."""
+        """End trial ``number`` as FINISHED, PRUNED, FAILED or KILLED, with its final scores."""
         with self._lock:
             self._trial(number).update(
                 {
@@ -572,6 +574,8 @@ class _Mirror:
         tags = tags | dict(wanted.get("tags") or {})
         if wanted.get("cause"):
             tags[CAUSE_TAG] = str(wanted["cause"])
+        if wanted.get("state") == "PRUNED":
+            tags[PRUNED_TAG] = "true"
         tags = {metric_name(key): str(value)[:_TAG_LENGTH] for key, value in tags.items()}
         if number not in self._runs:
             run = client.create_run(

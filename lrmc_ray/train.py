@@ -20,7 +20,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 from lrmc_ray.artifacts import (
     fingerprint,
@@ -33,8 +33,11 @@ from lrmc_ray.artifacts import (
 from lrmc_ray.config import RunSettings, TrainSettings, validate
 from lrmc_ray.console import progress, run_command, setup_logging
 from lrmc_ray.errors import DataError, LrmcError
-from lrmc_ray.ray_session import RAY_LOG, ray_session, worker_slots
+from lrmc_ray.ray_session import RAY_LOG, ray_session, release_orphaned_groups, worker_slots
 from lrmc_ray.run_files import CHECKPOINT_NOW, CHECKPOINTS, LEDGER, METRICS, MODEL
+
+if TYPE_CHECKING:
+    from lrmc_ray.early_stopping import Rung
 
 _log = logging.getLogger(__name__)
 
@@ -51,11 +54,14 @@ class TrainingError(LrmcError):
     """Training failed for good; the message says why."""
 
 
-def train(settings: RunSettings, record: Path, directory: Path) -> Path:
+def train(
+    settings: RunSettings, record: Path, directory: Path, *, rung: "Rung | None" = None
+) -> Path:
     """Train as ``settings.train`` says and leave the model in ``directory / "model"``.
 
     Needs a running Ray session. A call that was interrupted goes on from the newest checkpoint; a
-    finished one returns at once.
+    finished one returns at once. A run that ends at its ``rung`` leaves no model, and its manifest
+    says ``pruned``.
 
     Raises:
         TrainingError: the workers failed; the message has the cause.
@@ -76,7 +82,11 @@ def train(settings: RunSettings, record: Path, directory: Path) -> Path:
         # Of now: a node that is lost in between may come back, and its place is kept for it.
         workers = settings.resources.model_copy(update={"workers": worker_range(settings)})
         outcome = _fit(
-            settings.model_copy(update={"resources": workers}), record, model_directory, directory
+            settings.model_copy(update={"resources": workers}),
+            record,
+            model_directory,
+            directory,
+            rung,
         )
         write_manifest(
             directory,
@@ -84,7 +94,7 @@ def train(settings: RunSettings, record: Path, directory: Path) -> Path:
                 "kind": "training",
                 "identity": run_identity(settings, record),
                 "seconds": round(time.monotonic() - start, 2),
-                "ledger": _audit(settings, record, directory),
+                "ledger": _audit(settings, record, directory, steps=outcome["steps"]),
                 **outcome,
             },
         )
@@ -110,14 +120,14 @@ def run_identity(settings: RunSettings, record: Path) -> dict[str, Any]:
     return {"record": record.name, **settings.train.model_dump(mode="json")}
 
 
-def _audit(settings: RunSettings, record: Path, directory: Path) -> dict[str, Any]:
+def _audit(settings: RunSettings, record: Path, directory: Path, *, steps: int) -> dict[str, Any]:
     """Whether every sample was used as it should, as the ledger has it."""
     from lrmc_ray.data.records import Records
     from lrmc_ray.ledger import audit_ledger
     from lrmc_ray.training_samples import TrainingSamples
 
     samples = TrainingSamples(Records(record), settings.train)
-    audit = audit_ledger(directory / LEDGER, samples.ids_of_step, steps=settings.train.steps)
+    audit = audit_ledger(directory / LEDGER, samples.ids_of_step, steps=steps)
     if not audit.is_exact:
         _log.warning(
             "%s does not show every sample used as it should: %s", directory / LEDGER, audit
@@ -149,7 +159,11 @@ def _claim(directory: Path, identity: dict[str, Any]) -> None:
 
 
 def _fit(
-    settings: RunSettings, record: Path, model_directory: Path, directory: Path
+    settings: RunSettings,
+    record: Path,
+    model_directory: Path,
+    directory: Path,
+    rung: "Rung | None",
 ) -> dict[str, Any]:
     """Run the workers to the end and return what rank 0 reports."""
     from lrmc_ray.checkpoints import list_checkpoints
@@ -161,7 +175,7 @@ def _fit(
     while True:
         try:
             _release_reservation(directory)
-            trainer = _trainer(settings, record, model_directory, directory, scratch)
+            trainer = _trainer(settings, record, model_directory, directory, scratch, rung)
             return _interruptible(trainer.fit, directory)
         except Exception as error:
             cause = _cause(error)
@@ -178,13 +192,18 @@ def _fit(
 
 
 def _trainer(
-    settings: RunSettings, record: Path, model_directory: Path, directory: Path, scratch: Path
+    settings: RunSettings,
+    record: Path,
+    model_directory: Path,
+    directory: Path,
+    scratch: Path,
+    rung: "Rung | None",
 ) -> Any:
     from ray.train import FailureConfig, RunConfig, ScalingConfig
-    from ray.train.torch import TorchTrainer
 
+    release_orphaned_groups()
     resources = settings.resources
-    return TorchTrainer(
+    return _trainer_class()(
         _worker,
         train_loop_config={
             "train": settings.train.model_dump(mode="json"),
@@ -192,6 +211,7 @@ def _trainer(
             "model": str(model_directory),
             "directory": str(directory.resolve()),
             "threads": resources.cpus_per_worker,
+            "rung": rung,
         },
         scaling_config=ScalingConfig(
             num_workers=worker_range(settings),
@@ -207,6 +227,31 @@ def _trainer(
             failure_config=FailureConfig(max_failures=0),
         ),
     )
+
+
+def _trainer_class() -> Any:
+    """Ray's ``TorchTrainer`` without two helper processes, whose imports cost seconds of every run.
+
+    One hands out Ray datasets, of which there are none; one removes the placement group of a
+    controller that died, which `release_orphaned_groups` does before every attempt.
+    """
+    from ray.train.torch import TorchTrainer
+
+    try:
+        from ray.train.v2._internal.callbacks import DatasetsCallback
+        from ray.train.v2._internal.callbacks.placement_group_callback import (
+            PlacementGroupCleanerCallback,
+        )
+    except ImportError:  # not a public interface
+        return TorchTrainer
+    helpers = (DatasetsCallback, PlacementGroupCleanerCallback)
+
+    class LeanTrainer(TorchTrainer):  # type: ignore[misc]  # Ray's types are skipped
+        def _create_default_callbacks(self) -> list[Any]:
+            callbacks = super()._create_default_callbacks()
+            return [callback for callback in callbacks if not isinstance(callback, helpers)]
+
+    return LeanTrainer
 
 
 def _interruptible(fit: Callable[[], Any], directory: Path) -> dict[str, Any]:
@@ -338,6 +383,7 @@ def _worker(config: dict[str, Any]) -> dict[str, Any]:
         group=WorkerGroup(context.get_world_rank(), context.get_world_size()),
         device=ray.train.torch.get_device(),
         is_preempted=lambda: ray.train.get_preemption_info() is not None,
+        rung=config["rung"],
     )
     return run.run()
 
@@ -439,9 +485,9 @@ def main(argv: Sequence[str]) -> int:
     setup_logging(arguments.verbose)
     arguments.overrides += flag_overrides(arguments)
     settings = settings_from(arguments)
-    from lrmc_ray.record import record, training_files
+    from lrmc_ray.record import prepare, record
 
-    training_files(settings)
+    prepare(settings, arguments.output)  # bad rows are found before Ray starts
     with ray_session(arguments.address, log=arguments.output / RAY_LOG, verbose=arguments.verbose):
         recorded = record(settings, arguments.output)
         settings = with_steps(settings, recorded)

@@ -23,14 +23,17 @@ from lrmc_ray.artifacts import PARTIAL
 from lrmc_ray.checkpoints import discard_after, load_checkpoint, load_newest, save_checkpoint
 from lrmc_ray.config import TrainSettings
 from lrmc_ray.data.records import Records
+from lrmc_ray.early_stopping import EarlyStopping, Rung
 from lrmc_ray.errors import DataError, DirectoryInUseError
 from lrmc_ray.ledger import Ledger, read_ledger
 from lrmc_ray.method.held_out import held_out_batches, held_out_nll
+from lrmc_ray.method.l2_sp import StartingPoint
 from lrmc_ray.method.microbatch import MicroBatch, Sample, collate, deal
 from lrmc_ray.method.optimizers import make_optimizer
 from lrmc_ray.method.probe import outside_mass
 from lrmc_ray.method.subsets import CandidateSets, select_candidates
 from lrmc_ray.method.training_loop import (
+    FrozenBase,
     LossSettings,
     StepResult,
     WorkerGroup,
@@ -48,8 +51,10 @@ from lrmc_ray.models import (
     save_model,
 )
 from lrmc_ray.run_files import CHECKPOINT_NOW, CHECKPOINTS, LEDGER, METRICS, MODEL
+from lrmc_ray.system_metrics import SystemMetrics
 from lrmc_ray.trainable import TrainableModel
-from lrmc_ray.training_samples import TrainingSamples
+from lrmc_ray.training_samples import TrainingSamples, with_supervised_candidates
+from lrmc_ray.usage import Usage
 
 _log = logging.getLogger(__name__)
 
@@ -73,6 +78,7 @@ class TrainingRun:
         group: WorkerGroup,
         device: torch.device,
         is_preempted: Callable[[], bool] = lambda: False,
+        rung: Rung | None = None,
     ) -> None:
         """Load everything.
 
@@ -85,6 +91,7 @@ class TrainingRun:
             device: where to compute.
             is_preempted: whether a node is about to be taken away; all workers ask after every
                 step and get the same answer.
+            rung: where it is scored on the way, and perhaps ends.
         """
         self.settings = settings
         self.directory = directory
@@ -102,13 +109,24 @@ class TrainingRun:
             lr=settings.lr,
             betas=settings.betas,
             weight_decay=settings.weight_decay,
-            **_moclip_options(settings),
+            **_optimizer_options(settings),
         )
+        # Before a checkpoint is loaded: these are the base's weights.
+        self.penalty = None
+        if settings.l2_sp_weight:
+            self.penalty = StartingPoint(
+                list(self.trainable.parameters.values()), settings.l2_sp_weight
+            )
+        self.base = None
+        if settings.loss == "kl_to_base":
+            base = load_model(model_directory).to(device).requires_grad_(False)
+            self.base = FrozenBase(lambda batch: batch_hidden_states(base, batch), head_of(base))
         self.loss = LossSettings(
             loss=settings.loss,
             tail_samples=settings.tail_samples,
             anchor_weight=settings.anchor_weight,
             seed=settings.seed,
+            base_kl_weight=settings.base_kl_weight,
         )
         self.autocast = torch.bfloat16 if settings.precision == "bf16" else None
         self.attention_cost = attention_cost(self.model) if settings.packing else math.inf
@@ -123,7 +141,16 @@ class TrainingRun:
         }
         self.totals |= {"bad_steps": 0, "supervised_positions": 0}
         self.seconds_before = 0.0
+        self.cpu_seconds_before = 0.0
+        self.peak_bytes_before = 0
+        self._usage = Usage(device)
         self.best: dict[str, float] = {}
+        self.early_stopping = (
+            EarlyStopping(rung, directory=directory, model_directory=model_directory, group=group)
+            if rung is not None
+            else None
+        )
+        self.is_pruned = False
         self._is_preempted = is_preempted
         self._outside = (0.0, 0.0, 0)
         self._fresh: dict[int, list[CandidateSets]] = {}
@@ -135,17 +162,25 @@ class TrainingRun:
         return self.group.rank == 0
 
     def run(self) -> dict[str, Any]:
-        """Train to the end and save the model; returns what goes into the manifest."""
+        """Train to the end and save the model; returns what goes into the manifest.
+
+        A run that is stopped early has no model.
+        """
         with self._alone():
             self._resume()
             started = time.monotonic()
+            self._usage = Usage(self.device)
             result = self._train(started)
             seconds = self.seconds_before + time.monotonic() - started
-            if self._is_writer:
+            used = self.group.gather((self._usage.cpu_seconds, self._usage.peak_bytes))
+            if self._is_writer and not self.is_pruned:
                 self._save_model()
         return {
-            "steps": self.settings.steps,
+            "steps": result.step + 1 if result else self.settings.steps,
+            "pruned": self.is_pruned,
             "train_seconds": round(seconds, 2),
+            "cpu_seconds": round(self.cpu_seconds_before + sum(cpu for cpu, _ in used), 2),
+            "peak_memory_bytes": max(self.peak_bytes_before, *(peak for _, peak in used)),
             "world_size": self.group.world_size,
             "final_loss": result.loss if result else None,
             **{f"best_{name}": value for name, value in self.best.items()},
@@ -177,6 +212,7 @@ class TrainingRun:
         settings = self.settings
         with contextlib.ExitStack() as files:
             metrics_log = ledger = None
+            system = SystemMetrics(self.device)
             if self._is_writer:
                 metrics_log = files.enter_context(MetricsLog(self.directory / METRICS))
                 ledger = files.enter_context(Ledger(self.directory / LEDGER))
@@ -188,9 +224,10 @@ class TrainingRun:
                 self._count(result)
                 metrics = self._metrics(result, seconds)
                 is_best = self._evaluate(done, metrics)
+                self.is_pruned = self._is_hopeless(done, metrics)
                 is_preempted = self._is_preempted()
                 if metrics_log is not None and ledger is not None:
-                    metrics_log.log(done, metrics)
+                    metrics_log.log(done, metrics | system.sample())
                     ledger.write(
                         step=result.step,
                         sample_ids=result.sample_ids,
@@ -198,11 +235,14 @@ class TrainingRun:
                         loss=result.loss,
                         applied=result.is_applied,
                     )
-                    if done < settings.steps and (is_best or self._is_due(done, is_preempted)):
+                    is_last = done == settings.steps or self.is_pruned
+                    if not is_last and (is_best or self._is_due(done, is_preempted)):
                         ledger.sync()
                         self._save_checkpoint(
                             done, self.seconds_before + time.monotonic() - started
                         )
+                if self.is_pruned:
+                    break
                 last = time.monotonic()
         return result
 
@@ -232,6 +272,8 @@ class TrainingRun:
             attention_cost=self.attention_cost,
             probe=self._probe,
             bad_steps=self.bad_steps,
+            base=self.base,
+            penalize=self.penalty.add_gradient if self.penalty else None,
         )
 
     def _hidden(self, batch: MicroBatch) -> Tensor:
@@ -247,7 +289,7 @@ class TrainingRun:
         if step not in self._fresh:
             self._refresh(step)
         return [
-            _with_supervised_candidates(sample, fresh)
+            with_supervised_candidates(sample, fresh)
             for sample, fresh in zip(samples, self._fresh.pop(step), strict=True)
         ]
 
@@ -363,6 +405,15 @@ class TrainingRun:
         self.best = {"held_out_nll": nll, "step": done}
         return True
 
+    def _is_hopeless(self, done: int, metrics: dict[str, float]) -> bool:
+        """Score the model on the way where it is time; whether the run ends here."""
+        if self.early_stopping is None or done != self.early_stopping.rung.step:
+            return False
+        decision = self.early_stopping.decide(self.model)
+        self.model.train()
+        metrics |= decision.metrics
+        return decision.stop
+
     def _count(self, result: StepResult) -> None:
         self.bad_steps = result.bad_steps
         self.totals["processed_tokens"] += result.num_processed
@@ -438,6 +489,10 @@ class TrainingRun:
                     for step, fresh in self._fresh.items()
                 },
                 "seconds": seconds,
+                # Those of rank 0; the others do as much.
+                "cpu_seconds": self.cpu_seconds_before
+                + self.group.world_size * self._usage.cpu_seconds,
+                "peak_memory_bytes": max(self.peak_bytes_before, self._usage.peak_bytes),
             },
             keep=self.settings.keep_checkpoints,
             also=[int(self.best["step"])] if self.best else [],
@@ -477,6 +532,8 @@ class TrainingRun:
             for step, fresh in state["fresh"].items()
         }
         self.seconds_before = state["seconds"]
+        self.cpu_seconds_before = state["cpu_seconds"]
+        self.peak_bytes_before = state["peak_memory_bytes"]
 
     def _refuse_lost_checkpoints(self) -> None:
         """Never start again from step 0 where the ledger shows that there were checkpoints."""
@@ -502,16 +559,10 @@ class TrainingRun:
         partial.rename(final)
 
 
-def _with_supervised_candidates(sample: Sample, fresh: CandidateSets) -> Sample:
-    supervised = sample.is_supervised_P.nonzero()[:, 0]
-    prompt = (~sample.is_supervised_P).nonzero()[:, 0]
-    candidates = CandidateSets.concatenate([fresh, sample.candidates.rows(prompt)])
-    in_order = torch.cat([supervised, prompt]).argsort()
-    return dataclasses.replace(sample, candidates=candidates.rows(in_order))
-
-
-def _moclip_options(settings: TrainSettings) -> dict[str, Any]:
-    if settings.optimizer == "adamw":
+def _optimizer_options(settings: TrainSettings) -> dict[str, Any]:
+    if settings.optimizer == "mofo":
+        return {"mofo_share": settings.mofo_share}
+    if settings.optimizer not in ("moclip", "adam_atan2"):
         return {}
     options: dict[str, Any] = {
         "angle": settings.angle,

@@ -4,19 +4,26 @@ All of it follows from the record, the settings and the step, so every worker, e
 the audit of the ledger come to the same.
 """
 
+import dataclasses
 import fnmatch
 import math
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
 import pyarrow.parquet as pq
+import torch
 
 from lrmc_ray.config import TrainSettings
 from lrmc_ray.data.order import SampleOrder
 from lrmc_ray.data.records import Records
 from lrmc_ray.errors import ConfigError
 from lrmc_ray.method.microbatch import Sample, cut_sample
+from lrmc_ray.method.subsets import CandidateSets, without_added_gold
 
+REPLAY = "replay"
+"""The domain of which ``train.replay_share`` speaks."""
 _HELD_OUT_KEY = 2**62
 
 
@@ -32,11 +39,11 @@ class TrainingSamples:
         self.records = records
         self._settings = settings
         self.sample_ids, domains = sample_names(records)
-        self.held_out = _held_out(len(records), settings)
+        self.held_out = _held_out(domains, settings)
         """Indices of the samples that are scored and never trained on, ascending."""
         is_trained = np.ones(len(records), dtype=bool)
         is_trained[self.held_out] = False
-        weights = _domain_weights(settings, domains, records.directory)
+        weights = _domain_weights(settings, Counter(domains), records.directory)
         try:
             self._order = SampleOrder(
                 [
@@ -71,7 +78,23 @@ class TrainingSamples:
 
     def __getitem__(self, index: int) -> Sample:
         """One sample, its candidates cut at the settings' tau."""
-        return cut_sample(self.records[index], self._settings.tau, k_min=self._settings.k_min)
+        tau, k_min = self._settings.tau, self._settings.k_min
+        sample = cut_sample(self.records[index], tau, k_min=k_min)
+        if self._settings.keep_gold:
+            return sample
+        k_max = self.records.manifest["identity"]["k_max"]
+        bare = without_added_gold(sample.candidates, tau, k_min=k_min, k_max=k_max)
+        # The anchor's prompt positions stay: nothing is learned there.
+        return with_supervised_candidates(sample, bare.rows(sample.is_supervised_P))
+
+
+def with_supervised_candidates(sample: Sample, candidates: CandidateSets) -> Sample:
+    """``sample`` with other candidate sets at its supervised positions."""
+    supervised = sample.is_supervised_P.nonzero()[:, 0]
+    prompt = (~sample.is_supervised_P).nonzero()[:, 0]
+    together = CandidateSets.concatenate([candidates, sample.candidates.rows(prompt)])
+    in_order = torch.cat([supervised, prompt]).argsort()
+    return dataclasses.replace(sample, candidates=together.rows(in_order))
 
 
 def sample_names(records: Records) -> tuple[list[str], list[str]]:
@@ -89,20 +112,23 @@ def sample_names(records: Records) -> tuple[list[str], list[str]]:
     return ids, domains
 
 
-def _held_out(num_samples: int, settings: TrainSettings) -> list[int]:
+def _held_out(domains: Sequence[str], settings: TrainSettings) -> list[int]:
     if not settings.evaluate_every:
         return []
-    count = min(max(1, round(settings.holdout_share * num_samples)), num_samples - 1)
+    # What is replayed is not what is to be learned.
+    is_replay = settings.replay_share is not None
+    learned = [i for i, domain in enumerate(domains) if not (is_replay and domain == REPLAY)]
+    count = min(max(1, round(settings.holdout_share * len(learned))), len(learned) - 1)
     key = [settings.seed, _HELD_OUT_KEY]
-    chosen = np.random.Generator(np.random.Philox(key=key)).permutation(num_samples)[:count]
+    chosen = np.random.Generator(np.random.Philox(key=key)).permutation(learned)[:count]
     return sorted(chosen.tolist())
 
 
 def _domain_weights(
-    settings: TrainSettings, domains: list[str], directory: Path
+    settings: TrainSettings, counts: Mapping[str, int], directory: Path
 ) -> dict[str, float]:
-    """Weight of every domain that occurs, by name."""
-    present = sorted(set(domains))
+    """Weight of every domain that occurs, by name; ``counts`` are those of its samples."""
+    present = sorted(counts)
     for pattern in settings.domain_weights:
         if not fnmatch.filter(present, pattern):
             names = ", ".join(repr(name) for name in present)
@@ -110,12 +136,24 @@ def _domain_weights(
                 f"train.domain_weights must name domains of the record, got {pattern!r}; "
                 f"{directory} has {names}"
             )
-    return {
+    weights = {
         domain: next(
             (w for p, w in settings.domain_weights.items() if fnmatch.fnmatchcase(domain, p)), 1.0
         )
         for domain in present
     }
+    share = settings.replay_share
+    if share is None:
+        return weights
+    if share and REPLAY not in weights:
+        raise ConfigError(
+            f"train.replay_share = {share:g} needs samples of the domain {REPLAY}, {directory} has "
+            f"none; add some, as in --train-data {REPLAY}=english"
+        )
+    if REPLAY in weights:
+        others = sum(w * counts[domain] for domain, w in weights.items() if domain != REPLAY)
+        weights[REPLAY] = share / (1 - share) * others / counts[REPLAY]
+    return weights
 
 
 def number_of_steps(settings: TrainSettings, record: Path) -> int:

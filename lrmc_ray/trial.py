@@ -5,27 +5,38 @@ the study; a trial that died goes on there when it is started again.
 """
 
 import json
+import logging
 import math
 import os
 import signal
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from lrmc_ray.artifacts import read_manifest, write_json
+from lrmc_ray.artifacts import is_finished, read_manifest, write_json
 from lrmc_ray.config import RunSettings, trial_settings
+from lrmc_ray.early_stopping import Decision, Rung, read_decision, rung_of
 from lrmc_ray.errors import LrmcError
 from lrmc_ray.evaluate import MADE_BY as EVALUATE
-from lrmc_ray.evaluate import evaluate
-from lrmc_ray.run_files import MODEL
+from lrmc_ray.evaluate import Split, evaluate
+from lrmc_ray.run_files import CHECKPOINT_NOW, MODEL, RUNG
 from lrmc_ray.train import MADE_BY as TRAIN
-from lrmc_ray.train import train
+from lrmc_ray.train import train, with_steps
 
+_log = logging.getLogger(__name__)
+
+LEFTOVER_SECONDS = 10.0
+"""How long a killed process may take to vanish."""
 PROCESSES = "processes.jsonl"
 """The processes in which a trial ran, one a line, the last one last: so the search can stop it."""
 RESULT = "result.json"
 FAILURE = "failure.json"
+RUNG_STEP, RUNG_VALUE, RUNG_FORGETTING = "rung/step", "rung/value", "rung/forgetting"
+"""What Tune is told of a trial that was scored on the way."""
+PRUNED = "rung/pruned"
+"""1 for a trial that was stopped there, and has no results."""
 
 
 class ObjectiveError(LrmcError):
@@ -50,34 +61,121 @@ def run_trial(
     Raises:
         LrmcError: the trial failed; the cause is in its ``failure.json`` as well.
     """
-    study = Path(study_directory)
-    directory = trial_directory(study, config["number"])
+    directory = trial_directory(Path(study_directory), config["number"])
+
+    def work() -> dict[str, Any]:
+        run = RunSettings.model_validate(dict(settings))
+        tuned = trial_settings(run.train, {**config["params"], **config["overrides"]})
+        run = with_steps(run.model_copy(update={"train": tuned}), Path(record))
+        rung = rung_of(
+            run,
+            number=config["number"],
+            role=config["role"],
+            trials=directory.parent,
+            base_scores=Path(base_scores),
+        )
+        return train_and_score(run, directory, Path(record), Path(base_scores), rung=rung)
+
+    metrics: dict[str, float] = attempt(directory, str(config["number"]), work)["results"]
+    return metrics | _rung_metrics(directory / "training")
+
+
+def attempt(
+    directory: Path, name: str, work: Callable[[], dict[str, Any]], *, result_file: str = RESULT
+) -> dict[str, Any]:
+    """What ``work`` returns, kept in ``directory``, or the cause of its failure.
+
+    Args:
+        directory: of the trial.
+        name: of the trial, where a test asks for a fault.
+        work: trains and scores.
+        result_file: name of the file that holds the result.
+
+    Raises:
+        LrmcError: the trial failed; the cause is in its ``failure.json`` as well.
+    """
     directory.mkdir(parents=True, exist_ok=True)
     (directory / FAILURE).unlink(missing_ok=True)
     with (directory / PROCESSES).open("a", encoding="utf-8") as log:
         log.write(json.dumps(_this_process()) + "\n")
     try:
-        if fault := _fault(config["number"]):
-            return _suffer(fault, directory)
-        run = RunSettings.model_validate(dict(settings))
-        tuned = trial_settings(run.train, {**config["params"], **config["overrides"]})
-        run = run.model_copy(update={"train": tuned})
-        result = _run(run, directory, Path(record), Path(base_scores))
+        fault = _fault(name)
+        result = _suffer(fault, directory) if fault else work()
     except Exception as error:
         cause = str(error) if isinstance(error, LrmcError) else f"{type(error).__name__}: {error}"
         write_json(directory / FAILURE, {"cause": cause})
         raise
-    write_json(directory / RESULT, result)
-    metrics: dict[str, float] = result["results"]
-    return metrics
+    if fault != "nan":  # as JSON has no such number
+        write_json(directory / result_file, result)
+    return result
 
 
-def _run(settings: RunSettings, directory: Path, record: Path, base: Path) -> dict[str, Any]:
+def _rung_metrics(training: Path) -> dict[str, float]:
+    decision = read_decision(training)
+    if decision is None:
+        return {}
+    told = {
+        RUNG_STEP: float(decision.step),
+        RUNG_VALUE: decision.value,
+        RUNG_FORGETTING: decision.forgetting,
+        PRUNED: float(decision.stop),
+    }
+    # Tune ends the whole search where a trial does not report what its searcher is to maximize.
+    return told | ({"eval/combined": decision.combined} if decision.stop else {})
+
+
+def train_and_score(
+    settings: RunSettings,
+    directory: Path,
+    record: Path,
+    base: Path,
+    *,
+    rung: Rung | None = None,
+    split: Split = "dev",
+    general_from: Path | None = None,
+) -> dict[str, Any]:
+    """Train, score against ``base`` and compare; what a trial's result holds.
+
+    Args:
+        settings: of this trial.
+        directory: of this trial.
+        record: what it is trained on.
+        base: the base model's scores on the same split.
+        rung: where the trial may be stopped early; then it has no results.
+        split: which questions the domain's task asks.
+        general_from: scores of the same model whose general tasks are taken over.
+
+    Raises:
+        ObjectiveError: a score is not finite.
+    """
     from lrmc_ray.scores import Scores, compare
 
-    training = train(settings, record, directory / "training")
-    scores = evaluate(settings, training / MODEL, directory, split="dev", base=base)
+    training = train(settings, record, directory / "training", rung=rung)
     trained = read_manifest(training, made_by=TRAIN)
+    train_cost = {
+        "train_seconds": trained["train_seconds"],
+        "processed_tokens": trained["processed_tokens"],
+        "original_tokens": trained["original_tokens"],
+        "train_cores": trained["world_size"] * settings.resources.cpus_per_worker,
+        "train_cpu_seconds": trained["cpu_seconds"],
+        "peak_memory_bytes": trained["peak_memory_bytes"],
+        "evaluate_cores": settings.resources.cpus_per_worker,
+    }
+    if trained["pruned"]:
+        return {
+            "results": {},
+            "scores": None,
+            "train": settings.train.model_dump(mode="json"),
+            "cost": {**train_cost, "evaluate_seconds": 0.0},
+        }
+    scores = evaluate(
+        settings,
+        training / MODEL,
+        directory,
+        split=split,
+        base=base,
+        general_from=general_from,
+    )
     scored = read_manifest(scores, made_by=EVALUATE)
     search = settings.search
     comparison = compare(
@@ -97,21 +195,14 @@ def _run(settings: RunSettings, directory: Path, record: Path, base: Path) -> di
         "results": results,
         "scores": str(scores.relative_to(directory)),
         "train": settings.train.model_dump(mode="json"),
-        "cost": {
-            "train_seconds": trained["train_seconds"],
-            "evaluate_seconds": scored["seconds"],
-            "processed_tokens": trained["processed_tokens"],
-            "original_tokens": trained["original_tokens"],
-            "train_cores": trained["world_size"] * settings.resources.cpus_per_worker,
-            "evaluate_cores": settings.resources.cpus_per_worker,
-        },
+        "cost": {**train_cost, "evaluate_seconds": scored["seconds"]},
     }
 
 
-def read_result(directory: Path) -> dict[str, Any] | None:
+def read_result(directory: Path, result_file: str = RESULT) -> dict[str, Any] | None:
     """What a finished trial left; None if it has not finished."""
     try:
-        result: dict[str, Any] = json.loads((directory / RESULT).read_text(encoding="utf-8"))
+        result: dict[str, Any] = json.loads((directory / result_file).read_text(encoding="utf-8"))
     except FileNotFoundError:
         return None
     return result
@@ -162,18 +253,44 @@ def kill_process(pid: int, born: int | None) -> bool:
     return True
 
 
+def end_leftovers(trials: Path) -> None:
+    """End processes of a killed sitting, which still hold their directories in ``trials``."""
+    for directory in sorted(trials.glob("*")):
+        process = last_process(directory)
+        if process is None or not kill_process(process["pid"], process["born"]):
+            continue
+        _log.warning("ended process %d of an earlier sitting", process["pid"])
+        deadline = time.monotonic() + LEFTOVER_SECONDS
+        while process_birth(process["pid"]) == process["born"] and time.monotonic() < deadline:
+            time.sleep(0.1)
+
+
+def finish_steps(trainings: Sequence[Path], seconds: float) -> None:
+    """Let running trainings finish their step and save a checkpoint, for at most ``seconds``."""
+    asked = [path / CHECKPOINT_NOW for path in trainings if path.is_dir() and not is_finished(path)]
+    for path in asked:
+        path.touch()
+    if asked:
+        _log.info("stopping; waiting up to %.0f s for checkpoints", seconds)
+    deadline = time.monotonic() + seconds
+    while any(path.exists() for path in asked) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    for path in asked:
+        path.unlink(missing_ok=True)
+
+
 # Faults that tests ask for: LRMC_TESTING=1 LRMC_TRIAL_FAULTS=2:raise,3:hang,4:none
 
 
-def _fault(number: int) -> str | None:
+def _fault(name: str) -> str | None:
     if os.environ.get("LRMC_TESTING") != "1":
         return None
     faults = os.environ.get("LRMC_TRIAL_FAULTS", "").split(",")
-    return dict(fault.split(":") for fault in faults if fault).get(str(number))
+    return dict(fault.split(":") for fault in faults if fault).get(name)
 
 
-def _suffer(fault: str, directory: Path) -> dict[str, float]:
-    """Fail in the way that was asked for; ``none`` ends well at once, without any work."""
+def _suffer(fault: str, directory: Path) -> dict[str, Any]:
+    """Fail in the way that was asked for; ``none`` and ``prune`` end well at once, without work."""
     if fault == "raise":
         raise ValueError("a fault was asked for")
     if fault == "exit":
@@ -190,8 +307,13 @@ def _suffer(fault: str, directory: Path) -> dict[str, float]:
     names = ("eval/domain_gain", "eval/forgetting", "eval/combined")
     if fault == "none":
         cost = {"train_seconds": 1.0, "evaluate_seconds": 1.0}
-        results = dict.fromkeys(names, 0.0)
-        write_json(directory / RESULT, {"results": results, "scores": "scores", "cost": cost})
-        return results
+        return {"results": dict.fromkeys(names, 0.0), "scores": "scores", "cost": cost}
+    if fault == "prune":
+        number = int(directory.name)
+        decision = Decision(number, 3, -1.0, -0.5, 0.5, -1.0, {"0": 0.0}, 0.0, True, 1.0)
+        (directory / "training").mkdir()
+        write_json(directory / "training" / RUNG, asdict(decision))
+        cost = {"train_seconds": 1.0, "evaluate_seconds": 0.0}
+        return {"results": {}, "scores": None, "train": {"steps": 6}, "cost": cost}
     assert fault == "nan", f"unknown fault {fault}"
-    return dict.fromkeys(names, math.nan)
+    return {"results": dict.fromkeys(names, math.nan)}

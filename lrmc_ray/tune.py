@@ -29,13 +29,13 @@ from lrmc_ray.artifacts import (
     PARTIAL,
     file_digest,
     fingerprint,
-    is_finished,
     lock_directory,
     read_manifest,
     write_json,
 )
-from lrmc_ray.config import RunSettings
+from lrmc_ray.config import RunSettings, TrainSettings
 from lrmc_ray.console import format_seconds, progress, run_command, setup_logging
+from lrmc_ray.errors import LrmcError
 from lrmc_ray.forecast import divide, forecast
 from lrmc_ray.ray_session import (
     RAY_LOG,
@@ -45,7 +45,6 @@ from lrmc_ray.ray_session import (
     release_orphaned_groups,
     worker_slots,
 )
-from lrmc_ray.run_files import CHECKPOINT_NOW
 
 if TYPE_CHECKING:
     import optuna
@@ -66,8 +65,6 @@ STOP_SECONDS = 20.0
 """How long an interrupted search waits for the checkpoints of its running trials."""
 CLOCK_SECONDS = 2.0
 """Most by which the clocks of two nodes may differ."""
-LEFTOVER_SECONDS = 10.0
-"""How long a killed process may take to vanish."""
 SHORTEST_LIMIT_SECONDS = 600.0
 """Time that every trial has, where no limit is set."""
 LIMIT_FACTOR = 10.0
@@ -75,9 +72,9 @@ LIMIT_FACTOR = 10.0
 
 
 def study_identity(settings: RunSettings) -> dict[str, Any]:
-    """What makes two searches the same one: all but how many trials, how fast, what is kept."""
+    """What makes two searches the same one: all but how many trials, how fast, and what follows."""
     identity = settings.model_dump(mode="json", exclude={"resources"})
-    for key in ("trials", "keep_models", "trial_timeout_seconds"):
+    for key in ("trials", "keep_models", "trial_timeout_seconds", "final_limit"):
         del identity["search"][key]
     return identity
 
@@ -103,6 +100,7 @@ class Search:
         self.experiment = experiment
         self.description: dict[str, Any] = {}
         self._lock = threading.Lock()
+        self._recorded: Path | None = None
         self._began: dict[int, float] = {}
         """When each running trial was handed out here, in seconds since 1970."""
         self._session = [time.time(), time.time()]
@@ -135,14 +133,14 @@ class Search:
             "max_forgetting": self.settings.search.max_forgetting,
             "space": settings.pop("parameters"),
             "settings": settings,
-            "versions": _versions(),
+            "versions": versions(),
             "stage_seconds": {},
             "sessions": [self._session],
             "experiment": self.experiment or EXPERIMENT,
             "forecast": None,
             "importance": {},
             "record": {},
-            "datasets": _datasets(self.settings),
+            "datasets": datasets(self.settings),
             "artifacts": [],
             "trials": [],
             "best": None,
@@ -228,6 +226,7 @@ class Search:
 
         from lrmc_ray.search import StudySearcher, TrialQueue, open_study
 
+        self._recorded = recorded
         study = open_study(self.directory / "study.db", self.id, self.settings.search.objective)
         queue = TrialQueue(study, self.settings)
         self._queue = queue
@@ -287,17 +286,10 @@ class Search:
         return divide(self.slots(), self.settings.resources, self.settings.search.trials)
 
     def _end_leftovers(self) -> None:
-        """End trial processes of a sitting that was killed: they still hold their directories."""
-        from lrmc_ray.trial import kill_process, last_process, process_birth
+        """End trial processes of a sitting that was killed."""
+        from lrmc_ray.trial import end_leftovers
 
-        for directory in sorted((self.directory / "trials").glob("*")):
-            process = last_process(directory)
-            if process is None or not kill_process(process["pid"], process["born"]):
-                continue
-            _log.warning("ended process %d of an earlier sitting", process["pid"])
-            deadline = time.monotonic() + LEFTOVER_SECONDS
-            while process_birth(process["pid"]) == process["born"] and time.monotonic() < deadline:
-                time.sleep(0.1)
+        end_leftovers(self.directory / "trials")
 
     def _adopt(self, study: "optuna.Study") -> None:
         """Bring ``study.json`` up to the study: a crash may have come between the two."""
@@ -336,6 +328,8 @@ class Search:
                     self.tracker.forward(number, self.directory / entry["metrics_file"])
                 elif cause is not None:
                     self.tracker.finish(number, "FAILED", cause=entry["cause"])
+                elif entry["state"] == "PRUNED":
+                    self.tracker.finish(number, "PRUNED", cause=entry["cause"])
                 else:
                     self.tracker.finish(number, "FINISHED", entry["results"])
             if result is not None or cause is not None:
@@ -346,6 +340,7 @@ class Search:
     def _describe(self, trial: "optuna.trial.FrozenTrial") -> dict[str, Any]:
         """Bring the entry of ``trial`` up to date."""
         from lrmc_ray.config import trial_settings
+        from lrmc_ray.early_stopping import read_decision
         from lrmc_ray.search import COMBINED
         from lrmc_ray.trial import read_result, trial_directory
 
@@ -360,24 +355,41 @@ class Search:
             "state": "RUNNING" if name == "WAITING" else name,
             "cause": trial.user_attrs.get("cause"),
             "params": dict(trial.params),
-            "settings": _json_ready(tuned.model_dump(mode="json")),
+            "settings": _json_ready(self._with_steps(tuned).model_dump(mode="json")),
             "directory": _relative(directory, self.directory),
             "metrics_file": _relative(directory / "training" / "metrics.jsonl", self.directory),
             "scores": None,
             "results": {},
             "cost": {},
+            "rung": None,
         }
         entry.setdefault("started", time.time())
         result = read_result(directory)
+        if (decision := read_decision(directory / "training")) is not None:
+            entry["rung"] = asdict(decision)
         if name == "COMPLETE" and result is not None and COMBINED in result["results"]:
             entry |= {
                 "scores": f"{entry['directory']}/{result['scores']}",
                 "results": result["results"],
                 "cost": result["cost"],
             }
-        if name in ("COMPLETE", "FAIL"):
+        if name == "PRUNED" and result is not None and decision is not None:
+            entry |= {"cause": decision.reason(result["train"]["steps"]), "cost": result["cost"]}
+        if name in ("COMPLETE", "PRUNED", "FAIL"):
             entry.setdefault("ended", time.time())
         return entry
+
+    def _with_steps(self, tuned: TrainSettings) -> TrainSettings:
+        """A trial's settings with ``epochs``, if they are set, turned into ``steps``."""
+        from lrmc_ray.train import with_steps
+
+        if tuned.epochs is None or self._recorded is None:
+            return tuned
+        settings = self.settings.model_copy(update={"train": tuned})
+        try:
+            return with_steps(settings, self._recorded).train
+        except LrmcError:  # the trial itself fails of it, with its cause
+            return tuned
 
     def _choose_best(self) -> None:
         """Name the best trial; or, where none keeps the budget, the one that comes closest."""
@@ -476,21 +488,12 @@ class Search:
 
     def _finish_steps(self) -> None:
         """Let every running trial finish its step and save a checkpoint, for a while."""
-        from lrmc_ray.trial import trial_directory
+        from lrmc_ray.trial import finish_steps, trial_directory
 
-        trainings = [trial_directory(self.directory, number) / "training" for number in self._began]
-        asked = [
-            path / CHECKPOINT_NOW for path in trainings if path.is_dir() and not is_finished(path)
-        ]
-        for path in asked:
-            path.touch()
-        if asked:
-            _log.info("stopping; waiting up to %.0f s for checkpoints", STOP_SECONDS)
-        deadline = time.monotonic() + STOP_SECONDS
-        while any(path.exists() for path in asked) and time.monotonic() < deadline:
-            time.sleep(0.1)
-        for path in asked:
-            path.unlink(missing_ok=True)
+        finish_steps(
+            [trial_directory(self.directory, number) / "training" for number in self._began],
+            STOP_SECONDS,
+        )
 
     def _snapshot(self) -> list[dict[str, Any]]:
         with self._lock:
@@ -526,10 +529,13 @@ class Search:
                 if model.is_dir():
                     finalists[name] = (model, trial["scores"])
 
+        scored = self.settings.evaluate.model_copy(update={"limit": self._final_limit})
+        settings = self.settings.model_copy(update={"evaluate": scored})
+
         def score(name: str, base: Path | None) -> Path:
             model, searched = finalists[name]
             return evaluate(
-                self.settings,
+                settings,
                 model,
                 self.output,
                 split="test",
@@ -555,8 +561,12 @@ class Search:
             if len(final) < len(finalists):
                 final["yardstick"] = final["best"]
                 bar.advance(1)
-        self.description["final"] = final
+        self.description |= {"final": final, "final_limit": self._final_limit}
         self.write()
+
+    @property
+    def _final_limit(self) -> int | None:
+        return self.settings.search.final_limit or self.settings.evaluate.limit
 
     def export(self) -> Path | None:
         """Copy the best trial's model, with its model card, to ``best_model``."""
@@ -611,7 +621,8 @@ class Search:
         return (
             self.description["state"] == "FINISHED"
             and len(trials) >= self.settings.search.trials
-            and all(trial["state"] in ("COMPLETE", "FAIL") for trial in trials)
+            and self.description.get("final_limit") == self._final_limit
+            and all(trial["state"] in ("COMPLETE", "PRUNED", "FAIL") for trial in trials)
         )
 
     def end(self) -> None:
@@ -665,14 +676,16 @@ def _relative(path: Path, directory: Path) -> str:
     return os.path.relpath(path.resolve(), directory.resolve())
 
 
-def _versions() -> dict[str, str]:
+def versions() -> dict[str, str]:
+    """Of Python and of the packages that a result depends on."""
     names = ("lrmc-ray", "ray", "torch", "transformers", "optuna", "mlflow", "lm-eval", "pyarrow")
     return {"python": platform.python_version()} | {
         name: importlib.metadata.version(name) for name in names
     }
 
 
-def _datasets(settings: RunSettings) -> list[dict[str, str]]:
+def datasets(settings: RunSettings) -> list[dict[str, str]]:
+    """Name, digest and path of every training file."""
     from lrmc_ray.record import training_files
 
     return [
@@ -764,14 +777,12 @@ def main(argv: Sequence[str]) -> int:
     arguments = parser.parse_intermixed_args(argv)
     setup_logging(arguments.verbose)
     settings = settings_from(arguments)
-    from lrmc_ray.record import training_files
-
-    training_files(settings)
     if arguments.explain:
         from lrmc_ray.explain import explain
 
         explain(settings, arguments.output, as_json=arguments.json)
         return 0
+    _check_inputs(settings, arguments.output)
     search = Search(settings, arguments.output, arguments.tracking_uri, arguments.experiment)
     with lock_directory(search.directory):
         search.open()
@@ -789,6 +800,18 @@ def main(argv: Sequence[str]) -> int:
             print(f"MLflow has it as models:/{arguments.register_model}/{version}", file=sys.stderr)
     _print_end(search, arguments)
     return SOME_TRIALS_FAILED if search.num_failed else 0
+
+
+def _check_inputs(settings: RunSettings, output: Path) -> None:
+    """Find what is wrong with data and tasks before Ray starts, and before a study is begun."""
+    from lrmc_ray.harness import task_fingerprints
+    from lrmc_ray.record import prepare
+    from lrmc_ray.tasks.registry import expand
+
+    for split in ("dev", "test"):
+        names = expand([*settings.evaluate.domain_tasks, *settings.evaluate.general_tasks])
+        task_fingerprints(names, split)
+    prepare(settings, output)
 
 
 def _print_end(search: Search, arguments: argparse.Namespace) -> None:

@@ -86,6 +86,8 @@ def _line(trial: dict[str, Any], total: int) -> str:
     if trial["state"] == "COMPLETE":
         best = ", the best so far" if trial.get("is_best") else ""
         return f"{start}: {_scores(trial)}{best}"
+    if trial["state"] == "PRUNED":
+        return f"{start} stopped early: {trial['cause']}"
     if trial["state"] == "FAIL":
         return f"{start} failed: {trial['cause']}"
     return f"{start} runs with {_params(trial)}"
@@ -123,7 +125,11 @@ def _progress(directory: Path, trial: dict[str, Any]) -> str:
         return "evaluating"
     left = (steps - last.step) * last.metrics.get("train/step_seconds", 0.0)
     loss = last.metrics.get("train/loss", float("nan"))
-    return f"step {last.step}/{steps}, loss {loss:.3f}, {format_seconds(left)} of training left"
+    scored = [line.metrics["slice/combined"] for line in lines if "slice/combined" in line.metrics]
+    way = f"{scored[-1]:+.3f} on the way, " if scored else ""
+    return (
+        f"step {last.step}/{steps}, loss {loss:.3f}, {way}{format_seconds(left)} of training left"
+    )
 
 
 def _core_hours(trials: Sequence[dict[str, Any]]) -> float:
@@ -157,6 +163,8 @@ def _table(directory: Path, trials: Sequence[dict[str, Any]], total: int, start:
             state = _scores(trial)
             if trial.get("is_best"):
                 state += "  best so far"
+        elif trial["state"] == "PRUNED":
+            state = f"stopped early: {trial['cause']}"
         elif trial["state"] == "FAIL":
             state = f"failed: {trial['cause']}"
         else:

@@ -91,13 +91,13 @@ def wordnet_items(count_tokens: CountTokens) -> list[Row]:
     return [{"id": f"wordnet-{n:03d}", **item} for n, item in enumerate(items[:NUM_WORDNET])]
 
 
-def _first_sense_counts() -> dict[str, int]:
-    """How often each noun was tagged with its first sense."""
+def _first_sense_counts(kinds: tuple[str, ...] = ("1",)) -> dict[str, int]:
+    """How often each word was tagged with its first sense; kind 1 are nouns, 3 and 5 adjectives."""
     counts = {}
     for line in (WORDNET / "cntlist.rev").read_text("utf-8").splitlines():
         key, sense, count = line.split()
         lemma, _, kind = key.partition("%")
-        if sense == "1" and kind.startswith("1:"):
+        if sense == "1" and kind.split(":")[0] in kinds:
             counts[lemma] = int(count)
     return counts
 
@@ -152,6 +152,127 @@ def _ancestors(synset: int, synsets: dict[int, Row]) -> set[int]:
     return found
 
 
+# --- WordNet: what is the opposite, what kind of thing is it? -------------------------------------
+
+NUM_ANTONYMS = 120
+NUM_KINDS = 120
+NEAREST_ADJECTIVES = 60
+
+
+def antonym_items(count_tokens: CountTokens) -> list[Row]:
+    """An adjective, its antonym, and three adjectives of similar frequency."""
+    counts = _first_sense_counts(("3", "5"))
+    opposites: dict[str, set[str]] = {}
+    alike: dict[str, set[str]] = {}
+    synsets: dict[str, tuple[list[str], list[str]]] = {}
+    for line in (WORDNET / "data.adj").read_text("utf-8").splitlines():
+        if line.startswith("  "):
+            continue
+        offset, _, _, num_words, *rest = line.partition(" | ")[0].split()
+        size = 2 * int(num_words, 16)
+        words = [re.sub(r"\(\w+\)", "", word) for word in rest[:size:2]]
+        synsets[offset] = (words, rest[size + 1 :])
+    for words, pointers in synsets.values():
+        near = set(words)
+        for symbol, offset, kind, places in zip(*[iter(pointers)] * 4, strict=False):
+            if kind not in "as" or offset not in synsets:
+                continue
+            if symbol == "!":
+                word = words[int(places[:2], 16) - 1]
+                opposites.setdefault(word, set()).add(synsets[offset][0][int(places[2:], 16) - 1])
+            elif symbol in "&^":
+                near |= set(synsets[offset][0])
+        for word in words:
+            alike.setdefault(word, set()).update(near)
+
+    def usable(word: str) -> bool:
+        return bool(
+            re.fullmatch(r"[a-z]{3,}", word)
+            and counts.get(word, 0) >= MIN_TAG_COUNT
+            and count_tokens(f" {word}") == 1
+            and not UNWANTED.search(word)
+        )
+
+    words = sorted(filter(usable, alike), key=lambda word: (-counts[word], word))
+    rank = {word: index for index, word in enumerate(words)}
+    generator = random.Random(f"{SEED} antonyms")
+    items = []
+    for word in words:
+        right = sorted(opposites.get(word, set()) & rank.keys())
+        # "happy" and "unhappy": the spelling gives it away.
+        if len(right) != 1 or word in right[0] or right[0] in word:
+            continue
+        meant = alike[word] | alike[right[0]] | opposites[word] | {word}
+        place = rank[right[0]]
+        others = [
+            other
+            for other in words[max(0, place - NEAREST_ADJECTIVES) : place + NEAREST_ADJECTIVES]
+            if other not in meant and not alike[other] & meant
+        ]
+        choices = [right[0], *generator.sample(others, 3)]
+        generator.shuffle(choices)
+        items.append(
+            {
+                "question": f"The opposite of {word} is",
+                "choices": choices,
+                "answer": choices.index(right[0]),
+            }
+        )
+    generator.shuffle(items)
+    return [{"id": f"antonym-{n:03d}", **item} for n, item in enumerate(items[:NUM_ANTONYMS])]
+
+
+def kind_items(count_tokens: CountTokens) -> list[Row]:
+    """A noun, what it is a kind of, and three such words of other nouns."""
+    counts = _first_sense_counts()
+    synsets = _noun_synsets()
+
+    def usable(word: str) -> bool:
+        return bool(
+            re.fullmatch(r"[a-z]{3,}", word)
+            and counts.get(word, 0) >= 1
+            and count_tokens(f" {word}") == 1
+            and not UNWANTED.search(word)
+        )
+
+    pairs: list[tuple[str, int, str]] = []
+    for line in (WORDNET / "index.noun").read_text("utf-8").splitlines():
+        if line.startswith("  "):
+            continue
+        lemma, _, num_synsets, *fields = line.split()
+        synset = int(fields[-int(num_synsets)])
+        above = synsets[synset]["above"]
+        if not usable(lemma) or counts[lemma] < MIN_TAG_COUNT or len(above) != 1:
+            continue
+        # Animals, artifacts, bodies, foods, people, plants, substances: things one can name.
+        if synsets[synset]["file"] not in {"05", "06", "08", "13", "18", "20", "27"}:
+            continue
+        name = synsets[above[0]]["words"][0]
+        if usable(name) and name not in lemma and lemma in synsets[synset]["words"]:
+            pairs.append((lemma, synset, name))
+    kinds = sorted({name for _, _, name in pairs})
+    generator = random.Random(f"{SEED} kinds")
+    items = []
+    for lemma, synset, name in sorted(pairs):
+        upward = {word for s in _ancestors(synset, synsets) for word in synsets[s]["words"]}
+        choices = [name]
+        while len(choices) < 4:
+            other = generator.choice(kinds)
+            if other not in upward and other not in choices and other not in lemma:
+                choices.append(other)
+        generator.shuffle(choices)
+        article = "An" if lemma[0] in "aeiou" else "A"
+        items.append(
+            {
+                "question": f"{article} {lemma} is a kind of",
+                "choices": choices,
+                "answer": choices.index(name),
+            }
+        )
+    generator.shuffle(items)
+    return [{"id": f"kind-{n:03d}", **item} for n, item in enumerate(items[:NUM_KINDS])]
+
+
 # --- GeoNames: which city is the capital of this country? -----------------------------------------
 
 NUM_CAPITALS = 100
@@ -192,7 +313,7 @@ def capital_items(_: CountTokens) -> list[Row]:
 # --- Python's documentation: plain English --------------------------------------------------------
 
 NUM_PASSAGES = 40
-PASSAGE_TOKENS = (100, 150)
+PASSAGE_TOKENS = (50, 75)
 PROSE = re.compile(r"[A-Z][A-Za-z ,.;:()'\"/-]+[.]")
 MARK = re.compile(r"[\"():/]|\.\w|\w[A-Z]")
 CHARACTERS_PER_MARK = 40
@@ -246,6 +367,8 @@ def _plain(paragraph: str) -> str:
 
 BUILDERS: dict[str, Callable[[CountTokens], list[Row]]] = {
     "wordnet.jsonl": wordnet_items,
+    "antonyms.jsonl": antonym_items,
+    "kinds.jsonl": kind_items,
     "capitals.jsonl": capital_items,
     "plain_english.jsonl": passages,
 }

@@ -137,7 +137,12 @@ def make_study(directory: Path) -> Path:
                 "directory": folder,
                 "scores": f"{folder}/scores" if is_complete else None,
                 "metrics_file": f"{folder}/metrics.jsonl",
-                "results": {"eval/kl_base_domain": 0.31, "eval/kl_base_general": 0.0074},
+                "results": {
+                    "eval/kl_base_domain": 0.31,
+                    "eval/kl_base_domain_low": 0.2764,
+                    "eval/kl_base_domain_high": 0.3461,
+                    "eval/kl_base_general": 0.0074,
+                },
                 "cost": cost,
             }
         )

@@ -15,17 +15,10 @@ MODULES = {
     ".".join(path.relative_to(PACKAGE.parent).with_suffix("").parts).removesuffix(".__init__"): path
     for path in sorted(PACKAGE.rglob("*.py"))
 }
-STAGES = {"record", "train", "evaluate", "tune", "report"}
+STAGES = {"record", "train", "evaluate", "tune", "compare", "report"}
 WITH_RAY = {
-    "record",
-    "train",
-    "evaluate",
-    "tune",
-    "trial",
-    "search",
-    "ray_session",
-    "suggest",
-    "doctor",
+    *("record", "train", "evaluate", "tune", "compare"),
+    *("trial", "search", "ray_session", "suggest", "doctor"),
 }
 WITH_OPTUNA = {"search", "tune"}
 HEAVY = {"ray", "torch", "mlflow", "optuna", "transformers", "lm_eval", "pandas", "matplotlib"}
@@ -171,6 +164,7 @@ except SystemExit as end:
         ("lrmc_ray.train", "--space"),
         ("lrmc_ray.evaluate", "--domain-tasks"),
         ("lrmc_ray.tune", "section.key=value"),
+        ("lrmc_ray.compare", "--methods"),
         ("lrmc_ray.report", "report.html"),
         ("lrmc_ray.doctor", "--cluster"),
     ],

@@ -1,4 +1,6 @@
 import argparse
+import os
+import re
 import subprocess
 import sys
 
@@ -90,11 +92,29 @@ def test_an_unknown_space_names_those_that_are_shipped():
         parse("--space", "smoek")
 
 
-def test_errors_name_the_settings_file(space):
-    with pytest.raises(ConfigError, match=rf"^{space}: unknown setting train\.tua"):
-        parse("--space", space, "train.tua=1")
-    with pytest.raises(ConfigError, match=r"^settings: unknown setting train\.tua"):
-        parse("train.tua=1")
+def test_errors_name_what_is_to_blame(tmp_path):
+    """The file, the command line, or each for its own."""
+    good, bad = tmp_path / "good.toml", tmp_path / "bad.toml"
+    good.write_text("[train]\nwarmup_steps = 5\nsteps = 30\n")
+    bad.write_text("[train]\ntau = 3\nlr = 1e-5\n")
+    for argv, said in (
+        (["--space", good, "train.tua=1"], "command line: unknown setting train.tua. Did you"),
+        (["train.tua=1"], "command line: unknown setting train.tua"),
+        (["--space", good, "train.steps=x"], "command line: train.steps must"),
+        # A rule about two settings, of which one is in the file.
+        (["--space", good, "train.steps=3"], "command line: train: warmup_steps must not exceed"),
+        (["--space", bad], f"{bad}: train.tau must be less than or equal to 1, got 3"),
+        (["--space", bad, "train.tau=2"], "command line: train.tau must be less than or equal to"),
+        (["--space", bad, "--model", "x"], f"{bad}: train.tau must be less"),
+    ):
+        with pytest.raises(ConfigError, match=f"^{re.escape(said)}") as caught:
+            parse(*map(str, argv))
+        assert str(caught.value).count("command line") == said.startswith("command line")
+    with pytest.raises(ConfigError) as caught:
+        parse("--space", str(bad), "train.lr=7")
+    file, _, line = str(caught.value).partition("; command line: ")
+    assert file.startswith(f"{bad}: train.tau must be less than or equal to 1, got 3")
+    assert line.startswith("train.lr must be less than 1, got 7")
 
 
 @pytest.mark.parametrize(
@@ -117,12 +137,13 @@ def test_an_empty_list_of_tasks_is_a_config_error(option):
 # Commands: exit codes, and what stands on stderr
 
 
-def command(*argv: object, directory) -> subprocess.CompletedProcess:
+def command(*argv: object, directory, env=None) -> subprocess.CompletedProcess:
     return subprocess.run(
         [sys.executable, "-m", *map(str, argv)],
         capture_output=True,
         text=True,
         cwd=directory,
+        env=env,
         timeout=120,
     )
 
@@ -145,6 +166,37 @@ def test_bad_settings_end_a_command_with_their_code_and_one_line(tmp_path, stage
     assert result.stderr.count("\n") == 1
     assert result.stdout == ""
     assert not any(tmp_path.iterdir())  # nothing was begun
+
+
+@pytest.mark.parametrize("stage", ["train", "tune"])
+def test_bad_data_are_found_before_ray_starts_and_a_study_is_begun(tmp_path, tiny_model, stage):
+    data = tmp_path / "bad.jsonl"
+    data.write_text('{"prompt": "2?", "completion": "two"}\n{"prompt": "3?"}\n')
+    argv = [f"lrmc_ray.{stage}", "--model", tiny_model, "--train-data", data]
+    result = command(*argv, directory=tmp_path)
+    assert result.returncode == 4, result.stderr
+    assert f"{data}:2" in result.stderr
+    assert "Traceback" not in result.stderr
+    left = [path for path in (tmp_path / "runs").rglob("*") if path.is_file()]
+    # What could be tokenized; no study, no database of MLflow, no log of Ray.
+    assert {path.parent.parent.name for path in left} <= {"records"}
+
+
+@pytest.mark.parametrize(
+    ("task", "code", "said"),
+    [("ct", 3, "python scripts/build_ct.py"), ("nl2sql_spider", 3, "scripts/build_spider.py")],
+)
+def test_tasks_that_have_to_be_built_are_named_before_anything_starts(
+    tmp_path, tiny_model, task, code, said
+):
+    data = tmp_path / "train.jsonl"
+    data.write_text('{"prompt": "2?", "completion": "two"}\n')
+    argv = ["lrmc_ray.tune", "--model", tiny_model, "--train-data", data, "--domain-tasks", task]
+    environment = {**os.environ, "LRMC_CACHE": str(tmp_path / "cache")}
+    result = command(*argv, directory=tmp_path, env=environment)
+    assert result.returncode == code
+    assert said in result.stderr
+    assert not (tmp_path / "runs").exists()
 
 
 def test_lrmc_gives_its_arguments_to_the_stage(tmp_path):

@@ -11,7 +11,13 @@ import pytest
 from lrmc_ray.config import ResourceSettings, RunSettings
 from lrmc_ray.errors import ResourceError
 from lrmc_ray.explain import explain
-from lrmc_ray.forecast import count_parameters, count_tokens, divide, forecast
+from lrmc_ray.forecast import (
+    count_parameters,
+    count_tokens,
+    divide,
+    forecast,
+    with_expected_steps,
+)
 from tests.tiny import make_data
 
 
@@ -84,6 +90,27 @@ def test_measured_costs_are_scaled_to_the_steps_of_the_search(settings, tmp_path
     assert "median of 3 finished trials" in found.basis
 
 
+def test_early_stopping_costs_a_slice_and_saves_half_of_the_later_trials(settings, tmp_path):
+    """As above, 16 of 50 items on the way; of 8 trials the last 4 may end, after half of 180 s."""
+    costs = [{"train_seconds": 90.0, "evaluate_seconds": 12.5}]
+    write_study(tmp_path / "demo-1", settings, costs)
+    study = json.loads((tmp_path / "demo-1" / "study.json").read_text())
+    stopped = {"state": "PRUNED", "settings": {"steps": 15, "batch_size": 8}}
+    stopped["cost"] = {"train_seconds": 1.0, "evaluate_seconds": 0.0}
+    study["trials"] += [stopped] * 3  # they say nothing of what a whole trial takes
+    (tmp_path / "demo-1" / "study.json").write_text(json.dumps(study))
+    without = forecast(settings, tmp_path, slots=2)
+    assert (without.early_seconds, without.saved_seconds) == (0.0, 0.0)
+    search = settings.search.model_copy(update={"early_stopping": "median"})
+    median = settings.model_copy(update={"search": search})
+    found = forecast(median, tmp_path, slots=2)
+    assert found.train_seconds == without.train_seconds == pytest.approx(180.0)
+    assert found.early_seconds == pytest.approx(4.0)
+    assert found.seconds == pytest.approx(without.seconds + 4 * 4.0)
+    assert found.core_seconds == pytest.approx(without.core_seconds + 8 * 4.0)
+    assert found.saved_seconds == pytest.approx(4 / 2 * (90 + 12.5) / 2)
+
+
 def test_a_search_over_other_tasks_is_no_measure(settings, tmp_path):
     other = settings.model_copy(
         update={"evaluate": settings.evaluate.model_copy(update={"limit": 7})}
@@ -128,15 +155,52 @@ def test_explain_says_what_is_searched_and_what_it_costs(settings, tmp_path, cap
         "Rough estimate",
     ):
         assert words in said
-    budget = settings.model_copy(
-        update={"search": settings.search.model_copy(update={"objective": "budget"})}
-    )
+    assert "Early stopping: none (search.early_stopping)." in said
+    wanted = {"objective": "budget", "early_stopping": "median"}
+    budget = settings.model_copy(update={"search": settings.search.model_copy(update=wanted)})
     explain(budget, tmp_path, as_json=False)
-    assert "at most 1 points of 100 of forgetting" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "at most 1 points of 100 of forgetting" in said
+    assert "after 50 % of its steps a trial is scored on 16 items a task" in said
+    assert "Early stopping costs" in said
+    few = budget.search.model_copy(update={"trials": 4})
+    explain(budget.model_copy(update={"search": few}), tmp_path, as_json=False)
+    assert "Early stopping: none: 4 trials are not more than" in capsys.readouterr().out
     explain(settings, tmp_path, as_json=True)
     told = json.loads(capsys.readouterr().out)
     assert (told["trials"], told["objective"]) == (8, "combined")
     assert told["forecast"]["trials"] == 8
+
+
+def test_epochs_are_explained_as_steps(settings, tmp_path):
+    """By the rows of the data: 2.5 epochs of 10 samples in batches of 8 take 4 steps."""
+    train = settings.train.model_copy(update={"epochs": 2.5, "steps": 999})
+    epochs = settings.model_copy(update={"train": train})
+    expected = with_expected_steps(epochs, tmp_path).train
+    assert (expected.steps, expected.epochs) == (4, None)
+    steps = settings.model_copy(
+        update={"train": train.model_copy(update={"steps": 4, "epochs": None})}
+    )
+    found, wanted = (forecast(one, tmp_path, slots=2).train_seconds for one in (epochs, steps))
+    assert found == wanted
+    assert with_expected_steps(settings, tmp_path) is settings
+
+
+def test_epochs_are_those_of_the_record_where_there_is_one(settings, tmp_path):
+    """Of which two samples were too long, so 8 are left: 2.5 epochs take 3 steps."""
+    from lrmc_ray.artifacts import fingerprint
+    from lrmc_ray.models import local_directory
+    from lrmc_ray.record import identify, training_sources
+    from tests.test_training_run import record_of
+
+    train = settings.train.model_copy(update={"epochs": 2.5})
+    epochs = settings.model_copy(update={"train": train})
+    identity, _ = identify(epochs, local_directory(epochs.model), training_sources(epochs))
+    (tmp_path / "records").mkdir()
+    data = tmp_path / "shorter.jsonl"
+    data.write_text("".join((tmp_path / "train.jsonl").read_text().splitlines(True)[:8]))
+    record_of(local_directory(epochs.model), data, tmp_path / "records" / fingerprint(identity))
+    assert with_expected_steps(epochs, tmp_path).train.steps == 3
 
 
 def test_the_command_explains_without_starting_anything(settings, tmp_path):

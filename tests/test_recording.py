@@ -150,3 +150,79 @@ def test_a_summary_adds_files_up(part):
     assert one["bytes_per_supervised_position"] == pytest.approx(
         one["supervised_bytes"] / part.supervised, abs=0.05
     )
+
+
+def tree_of_rows(seed: int) -> list[dict[str, object]]:
+    """Rows with beginnings in common, some supervised there and some not, in shuffled order."""
+    rng = random.Random(seed)
+    trunk = [rng.randrange(512) for _ in range(12)]
+    rows = []
+    for number in range(14):
+        if number == 13:  # one that shares nothing
+            trunk = [(token + 7) % 512 for token in trunk]
+        ids = trunk[: rng.randint(1, 12)] + [rng.randrange(512) for _ in range(rng.randint(1, 9))]
+        start = rng.randint(1, len(ids) - 1)
+        target = [index >= start for index in range(len(ids))]
+        name = f"{number}"
+        rows.append({"sample_id": name, "domain": "", "input_ids": ids, "is_target": target})
+    rows += [{**rows[3], "sample_id": "twin"}]
+    rng.shuffle(rows)
+    return rows
+
+
+@pytest.mark.parametrize("packed", [True, False])
+@pytest.mark.parametrize("prompt_k_max", [0, 5])
+@pytest.mark.parametrize("seed", range(3))
+def test_shared_prefixes_change_no_set(tiny_model, seed, prompt_k_max, packed, monkeypatch):
+    """Against one forward pass of transformers per row, and one selection per position."""
+    from transformers import AutoModelForCausalLM
+
+    from lrmc_ray.recording import CandidateRecorder
+
+    model = AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.float32).eval()
+    recorder = CandidateRecorder(
+        tiny_model, tau=TAU, k_min=2, k_max=9, prompt_k_max=prompt_k_max, threads=1
+    )
+    assert recorder._attention_cost < 1
+    recorder._attention_cost = 0.0 if packed else float("inf")
+    monkeypatch.setattr(recording, "BATCH_TOKENS", 150)  # several batches
+    monkeypatch.setattr(recording, "LOGITS_ELEMENTS", 512 * 10)  # of several pieces each
+    rows = tree_of_rows(seed)
+    run = 0
+    forward = type(recorder._model.base_model).forward
+
+    def counting(*arguments, **options):
+        nonlocal run
+        run += options["input_ids"].numel()
+        return forward(*arguments, **options)
+
+    monkeypatch.setattr(type(recorder._model.base_model), "forward", counting)
+    recorded = recorder.record(rows)
+    monkeypatch.undo()
+    lengths = [len(row["input_ids"]) for row in rows]
+    assert (run < sum(lengths)) if packed else (run >= sum(lengths))
+    assert [sample.sample_id for sample in recorded] == [row["sample_id"] for row in rows]
+    for row, sample in zip(rows, recorded, strict=True):
+        ids = torch.tensor(row["input_ids"])
+        with torch.no_grad():
+            logits_TV = model(input_ids=ids[None]).logits[0]
+        supervised = row["is_target"][1:]
+        chosen = [p for p in range(len(ids) - 1) if prompt_k_max or supervised[p]]
+        assert sample.input_ids_T.tolist() == ids.tolist()
+        assert sample.positions_P.tolist() == chosen
+        assert sample.is_supervised_P.tolist() == [supervised[p] for p in chosen]
+        for index, p in enumerate(chosen):
+            expected = select_candidates(
+                logits_TV[p : p + 1],
+                ids[p + 1 : p + 2],
+                tau=TAU,
+                k_min=2,
+                k_max=9 if supervised[p] else prompt_k_max,
+            )
+            actual = sample.candidates.rows(torch.tensor([index]))
+            assert actual.gold_ids.tolist() == [int(ids[p + 1])]
+            assert actual.token_ids.tolist() == expected.token_ids.tolist()
+            # float16, rounded down: two forward passes may fall on both sides of a step.
+            torch.testing.assert_close(
+                actual.logprobs.float(), expected.logprobs.float(), atol=1e-5, rtol=2e-3
+            )

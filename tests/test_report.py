@@ -14,7 +14,7 @@ import pytest
 from rich.console import Console
 from synthetic_study import SEED, TRIALS, add_final, edit, item_rows, make_study, save_scores
 
-from lrmc_ray.console import run_command
+from lrmc_ray.console import format_seconds, run_command
 from lrmc_ray.errors import ConfigError, DataError, IncompleteArtifactError
 from lrmc_ray.report import (
     Study,
@@ -495,7 +495,12 @@ def test_json_has_the_numbers_of_the_comparison(made, capsys):
     loaded = load_study(made)
     trial = result["trials"][6]
     assert trial["results"] == (
-        {"eval/kl_base_domain": 0.31, "eval/kl_base_general": 0.0074}
+        {
+            "eval/kl_base_domain": 0.31,
+            "eval/kl_base_domain_low": 0.2764,
+            "eval/kl_base_domain_high": 0.3461,
+            "eval/kl_base_general": 0.0074,
+        }
         | loaded.trials[6].comparison.metrics()
     )
     combined = loaded.verdict.versus.combined
@@ -639,7 +644,10 @@ def test_the_page_compares_task_by_task(page, study):
         f"{entropy.before.value:.3f} {entropy.before.low:.3f} to {entropy.before.high:.3f}"
     ) in text
     assert f"+{entropy.delta.value:.3f} +{entropy.delta.low:.3f} to" in text
-    assert "KL(base || trial 3): 0.310 on domain texts, 0.007 on general texts" in text
+    assert (
+        "KL(base || trial 3): 0.310 (0.276 to 0.346) on domain texts, 0.007 on general texts"
+        in text
+    )
 
 
 def test_the_interactive_front_has_the_same_points(page, study):
@@ -892,6 +900,24 @@ def test_the_surface_goes_through_the_trials_region_and_importance_is_drawn(page
     assert {bar["name"] for bar in drawn["importance"]["data"]} == {"domain gain", "forgetting"}
     gain = next(bar for bar in drawn["importance"]["data"] if bar["name"] == "domain gain")
     assert dict(zip(gain["y"], gain["x"], strict=True)) == {"lr": 60, "tau": 30, "delta_max": 10}
+
+
+def test_the_report_says_what_early_stopping_cost_and_saved(own):
+    rung = {"seconds": 4.0, "value": 0.1, "stop": True}
+    edit(own, trials={number: {"rung": rung} for number in (2, 3, 5, 6, 7)})
+    entries = json.loads((own / "study.json").read_text())["trials"]
+    whole = [sum(entries[n]["cost"][f"{part}_seconds"] for part in ("train", "evaluate"))
+             for n in (2, 3, 5, 6)]  # fmt: skip
+    saved = sum(whole) / 4 - entries[7]["cost"]["train_seconds"]
+    text = visible_text(write_report(own).read_text())
+    assert (
+        "1 of 5 trials that were scored on the way, which took 20 s in all, stopped early: about "
+        f"{format_seconds(saved)} of training and scoring less"
+    ) in text
+    assert as_json(load_study(own))["trials"][7]["rung"] == rung
+    edit(own, trials={7: {"state": "FAIL"}})
+    text = visible_text(write_report(own).read_text())
+    assert "0 of 5 trials that were scored on the way" in text
 
 
 def test_costs_are_given_in_core_hours_and_beside_the_forecast(page, made):

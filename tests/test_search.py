@@ -184,6 +184,50 @@ def test_distributions_follow_the_types_of_the_settings():
     assert distribution("clip", parameters["clip"]).choices == ("scale", "momentum")
 
 
+# Early stopping
+
+
+def on_the_way(step, value, *, forgetting=0.0, stop=False, scores=None):
+    told = {"rung/step": float(step), "rung/value": value, "rung/forgetting": forgetting}
+    return told | {"rung/pruned": float(stop)} | (scores or {})
+
+
+def test_a_trial_that_stopped_itself_is_pruned_and_its_score_is_kept(tmp_path):
+    study = open_study(tmp_path / "s.db", "s")
+    queue = TrialQueue(study, make_settings(trials=4, early_stopping="median"))
+    changes = []
+    searcher = StudySearcher(queue, lambda *change: changes.append(change))
+    configs = [searcher.suggest(name) for name in "abc"]
+    assert [config["role"] for config in configs] == ["defaults", "yardstick", "search"]
+    searcher.on_trial_complete("a", on_the_way(15, 0.4, scores=results(0.6)))
+    searcher.on_trial_complete("c", on_the_way(12, -0.2, stop=True))
+    # The driver dies, and what a trial had told before is told again.
+    queue.report(1, 15, 0.1)
+    again = TrialQueue(open_study(tmp_path / "s.db", "s"), make_settings(trials=4))
+    again.report(1, 15, 0.1)
+    assert [trial.number for trial in drain(again)] == [1, 3]
+    trials = open_study(tmp_path / "s.db", "s").trials
+    assert [trial.state.name for trial in trials] == ["COMPLETE", "COMPLETE", "PRUNED", "COMPLETE"]
+    assert [trial.intermediate_values for trial in trials] == [{15: 0.4}, {15: 0.1}, {12: -0.2}, {}]
+    assert trials[0].value == 0.6
+    assert open_study(tmp_path / "s.db", "s").best_trial.number == 3
+    assert changes[-1][0] == 2
+    assert changes[-1][2] is None  # no cause: it has not failed
+    assert again.is_finished
+
+
+def test_the_sampler_learns_from_trials_that_stopped_beyond_the_budget(tmp_path):
+    settings = make_settings(trials=4, objective="budget", max_forgetting=0.02)
+    study = open_study(tmp_path / "s.db", "s", "budget")
+    searcher = StudySearcher(TrialQueue(study, settings), lambda *change: None)
+    for name in "abcd":
+        searcher.suggest(name)
+    searcher.on_trial_complete("c", on_the_way(5, -1.3, forgetting=0.32, stop=True))
+    assert study.trials[2].constraints == {"forgetting": pytest.approx(0.3)}
+    searcher.on_trial_complete("a", on_the_way(5, 0.5, forgetting=0.01, scores=results(0.6, 0.01)))
+    assert study.best_trial.number == 0
+
+
 # Objectives
 
 

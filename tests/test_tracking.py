@@ -374,6 +374,8 @@ def test_what_a_pass_missed_is_added_by_the_next(client, uri, tmp_path):
     _, children = runs_of(client, "grows")
     assert children[1].info.status == "KILLED"
     assert children[1].data.tags["lrmc.cause"] == "no better than the median"
+    assert children[1].data.tags["lrmc.stopped_early"] == "true"
+    assert "lrmc.stopped_early" not in children[0].data.tags
     assert [step for step, _ in history(client, children[1], "train/loss")] == [1, 2, 3, 4, 5]
 
 

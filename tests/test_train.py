@@ -161,7 +161,7 @@ def fit(tmp_path, monkeypatch):
         monkeypatch.setattr(driver, "_trainer", trainers)
         monkeypatch.setattr(driver, "_release_reservation", lambda directory: None)
         try:
-            return _fit(RunSettings(), tmp_path, tmp_path, tmp_path), trainers.starts
+            return _fit(RunSettings(), tmp_path, tmp_path, tmp_path, None), trainers.starts
         except BaseException as error:
             error.starts = trainers.starts
             raise

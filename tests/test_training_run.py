@@ -35,7 +35,7 @@ torch.set_num_threads(1)
 STEPS = 6
 
 
-def record_of(model_directory, data, directory, *, domain_of=lambda number: ""):
+def record_of(model_directory, data, directory, *, domain_of=lambda number: "", k_min=2, tau=0.95):
     """What Stage 0 writes, position by position, without Ray."""
     model, tokenizer = load_model(model_directory), load_tokenizer(model_directory)
     samples = []
@@ -46,7 +46,11 @@ def record_of(model_directory, data, directory, *, domain_of=lambda number: ""):
         with torch.no_grad():
             logits_TV = model(input_ids=ids_T[None]).logits[0, :-1]
         candidates = select_candidates(
-            logits_TV, ids_T[1:], tau=0.95, k_min=2, k_max=torch.where(is_supervised_P, 1024, 64)
+            logits_TV,
+            ids_T[1:],
+            tau=tau,
+            k_min=k_min,
+            k_max=torch.where(is_supervised_P, 1024, 64),
         )
         samples.append(
             Sample(
@@ -169,6 +173,7 @@ def held_out_nll_of(model, samples):
 # Kills and damages
 
 
+MEASURED = {"train_seconds": 0, "cpu_seconds": 0, "peak_memory_bytes": 0}
 VARIANTS = {
     "all weights": {},
     "adapters": {"lora_rank": 4},
@@ -177,6 +182,11 @@ VARIANTS = {
     "held out, best": {"evaluate_every": 2, "export": "best", "holdout_share": 0.2},
     "recomputed activations": {"gradient_checkpointing": True},
     "adamw, bf16": {"optimizer": "adamw", "precision": "bf16"},
+    "soft, adam_atan2": {"loss": "soft", "optimizer": "adam_atan2"},
+    "active_only, l2_sp": {"loss": "active_only", "l2_sp_weight": 0.5},
+    "dft, c_adamw": {"loss": "dft", "optimizer": "c_adamw"},
+    "kl_to_base, mofo": {"loss": "kl_to_base", "optimizer": "mofo"},
+    "without gold": {"keep_gold": False},
 }
 
 
@@ -188,7 +198,10 @@ def test_killed_and_resumed_ends_in_the_same_bits(start, tmp_path, name):
     outcome = start(tmp_path / "whole", **VARIANTS[name]).run()
     kill_after(start(tmp_path / "killed", **VARIANTS[name]), 4)
     again = start(tmp_path / "killed", **VARIANTS[name])
-    assert again.run() | {"train_seconds": 0} == outcome | {"train_seconds": 0}
+    resumed = again.run()
+    assert resumed | MEASURED == outcome | MEASURED
+    assert 0 < resumed["cpu_seconds"] < 60
+    assert 2**27 < resumed["peak_memory_bytes"] < 2**33
     assert again.first_step == 4
     assert_same(model_of(tmp_path / "killed"), model_of(tmp_path / "whole"))
     audit = audit_ledger(tmp_path / "killed" / LEDGER, again.samples.ids_of_step, steps=STEPS)
@@ -651,6 +664,55 @@ def test_domains_have_their_weights(recorded, tiny_model, tmp_path):
         assert len(set(used)) == 11
 
 
+def test_replay_has_its_share_and_is_never_used_without_one(recorded, tiny_model, tmp_path):
+    """12 samples of the domain, 8 to replay: a share of 1/4 is 4 of them beside the 12."""
+    data = make_data(tmp_path / "train.jsonl", num_rows=20)
+    directory = record_of(
+        tiny_model,
+        data,
+        tmp_path / "record",
+        domain_of=lambda number: "replay" if number % 5 < 2 else "",
+    )
+    records = Records(directory)
+
+    def epoch(**changes):
+        samples = TrainingSamples(records, settings_of(batch_size=1, micro_batches=1, **changes))
+        indices = [samples.indices_of_step(step)[0] for step in range(samples.epoch_length)]
+        return [records[index].domain for index in indices]
+
+    assert sorted(epoch()) == [""] * 12 + ["replay"] * 8
+    assert epoch(replay_share=0.0) == [""] * 12
+    assert sorted(epoch(replay_share=0.25)) == [""] * 12 + ["replay"] * 4
+    assert sorted(epoch(replay_share=0.5)) == [""] * 12 + ["replay"] * 12
+    held_out = TrainingSamples(
+        records, settings_of(evaluate_every=1, holdout_share=0.5, replay_share=0.25)
+    ).held_out
+    assert [records[index].domain for index in held_out] == [""] * 6
+    with pytest.raises(ConfigError, match=r"replay_share = 0\.1 needs .* --train-data replay="):
+        TrainingSamples(Records(recorded), settings_of(replay_share=0.1))
+
+
+def test_without_gold_a_position_is_trained_on_only_where_the_base_expected_it(recorded):
+    records = Records(recorded)
+    kept = TrainingSamples(records, settings_of(tau=0.6))
+    bare = TrainingSamples(records, settings_of(tau=0.6, keep_gold=False))
+    changed = same = 0
+    for index in range(20):
+        ours, theirs = bare[index], kept[index]
+        for row in range(len(ours.positions_P)):
+            here = ours.candidates.rows(torch.tensor([row])).token_ids.tolist()
+            full = theirs.candidates.rows(torch.tensor([row])).token_ids.tolist()
+            gold = int(ours.candidates.gold_ids[row])
+            if here == full:
+                same += 1
+            else:
+                assert (here, full[-1]) == ([gold], gold)
+                assert bool(ours.is_supervised_P[row])
+                changed += 1
+    assert changed > 20
+    assert same > 20
+
+
 # Metrics
 
 
@@ -685,3 +747,38 @@ def test_metrics_of_a_step(start, tmp_path):
     padded, packed = model_of(tmp_path / "padded"), model_of(tmp_path / "training")
     for name, tensor in packed.items():
         torch.testing.assert_close(tensor, padded[name], rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.slow
+def test_every_method_of_the_shipped_comparison_trains(tiny_model, tmp_path):
+    """Two steps of each, so that none is found broken after hours."""
+    from lrmc_ray.compare_settings import CompareSpace
+    from lrmc_ray.config import find_space, read_toml, validate
+
+    space = validate(CompareSpace, read_toml(find_space("compare")), "compare")
+    directory = record_of(
+        tiny_model,
+        make_data(tmp_path / "train.jsonl", num_rows=20),
+        tmp_path / "record",
+        domain_of=lambda number: "replay" if number % 5 == 0 else "",
+        k_min=space.record.k_min,
+        tau=space.recorded_tau(),
+    )
+    models: dict[bytes, list[str]] = {}
+    for name in space.methods:
+        folder = tmp_path / name
+        folder.mkdir()
+        train = space.train_of(name, lr=space.learning_rates_of(name)[-1], seed=0)
+        run = TrainingRun(
+            train.model_copy(update={"steps": 2, "tail_samples": min(train.tail_samples, 64)}),
+            record=directory,
+            model_directory=tiny_model,
+            directory=folder,
+            group=WorkerGroup(),
+            device=torch.device("cpu"),
+        )
+        assert math.isfinite(run.run()["final_loss"]), name
+        weights = b"".join(v.numpy().tobytes() for v in model_of(folder).values())
+        models.setdefault(weights, []).append(name)
+    # An untrained model is never sure, so all of its positions are active.
+    assert [names for names in models.values() if len(names) > 1] == [["sft", "active_only"]]

@@ -1,5 +1,6 @@
 """The search around its trials: the choice, what is kept, time limits, faults, interruption."""
 
+import dataclasses
 import json
 import os
 import signal
@@ -106,6 +107,41 @@ def test_a_new_best_makes_the_final_scores_void(tmp_path):
     assert search.description["final"] == {}
 
 
+@pytest.mark.parametrize("final_limit", [None, 30])
+def test_finalists_are_scored_on_test_questions_of_their_own_number(
+    tmp_path, monkeypatch, final_limit
+):
+    from lrmc_ray import evaluate, models
+
+    search = make_search(tmp_path, POINTS, final_limit=final_limit)
+    scored = search.settings.evaluate.model_copy(update={"limit": 10})
+    search.settings = search.settings.model_copy(update={"evaluate": scored})
+    search.description |= {"best": 0, "base_scores": "base", "state": "FINISHED"}
+    for trial in search.description["trials"]:
+        trial["scores"] = f"scores/{trial['number']}"
+    asked = []
+
+    def record_request(settings, model, output, *, split, base, general_from):
+        asked.append((settings.evaluate.limit, split, general_from.name, base is None))
+        return output / model.parent.parent.name
+
+    monkeypatch.setattr(evaluate, "evaluate", record_request)
+    monkeypatch.setattr(models, "local_directory", lambda _: tmp_path / "base" / "x" / "y")
+    monkeypatch.setattr(search, "write", lambda: None)
+    assert not search.is_finished
+    search.score_finalists()
+    limit = final_limit or 10
+    assert sorted(asked) == [
+        (limit, "test", "0", False),
+        (limit, "test", "1", False),
+        (limit, "test", "base", True),
+    ]
+    assert search.is_finished  # until more are asked for
+    more = search.settings.search.model_copy(update={"final_limit": 40})
+    search.settings = search.settings.model_copy(update={"search": more})
+    assert not search.is_finished
+
+
 def test_the_time_limit_is_ten_times_the_longest_trial_and_never_short(tmp_path):
     search = make_search(tmp_path, POINTS)
     assert search.time_limit() == float("inf")
@@ -122,9 +158,62 @@ def test_a_longer_limit_and_more_trials_are_the_same_search():
     def identity(**search):
         return study_identity(RunSettings.model_validate({"search": search}))
 
-    assert identity() == identity(trials=99, trial_timeout_seconds=5.0, keep_models="all")
+    assert identity() == identity(
+        trials=99, trial_timeout_seconds=5.0, keep_models="all", final_limit=7
+    )
     assert identity() != identity(objective="pareto")
     assert identity(objective="budget") != identity(objective="budget", max_forgetting=0.02)
+
+
+# Trials that stopped themselves
+
+
+def test_a_trial_that_stopped_early_is_described_and_never_the_best(tmp_path):
+    import optuna
+
+    from lrmc_ray.artifacts import write_json
+    from lrmc_ray.early_stopping import Decision
+    from lrmc_ray.search import TrialQueue, open_study
+    from lrmc_ray.trial import RESULT
+
+    search = make_search(tmp_path, POINTS[:1], early_stopping="median", yardstick_lr=None)
+    study = open_study(search.directory / "study.db", search.id)
+    queue = TrialQueue(study, search.settings)
+    queue.next()
+    directory = trial_directory(search.directory, 0)
+    decision = Decision(0, 12, 0.9, 0.9, 0.0, 0.9, {"3": 1.0, "4": 1.2}, 1.1, True, 2.5)
+    write_json(directory / "training" / "rung.json", dataclasses.asdict(decision))
+    cost = {"train_seconds": 30.0, "evaluate_seconds": 0.0, "train_cores": 1, "evaluate_cores": 1}
+    train = {"steps": 24}
+    write_json(directory / RESULT, {"results": {}, "scores": None, "train": train, "cost": cost})
+    queue.report(0, 12, 0.9)
+    queue.prune(0, 0.0)
+    search._adopt(study)
+    entry = search.entry(0)
+    assert (entry["state"], entry["scores"], entry["results"]) == ("PRUNED", None, {})
+    assert entry["cause"].startswith("after 12 of 24 steps its combined score on a few items was")
+    assert (entry["rung"]["value"], entry["cost"]["train_seconds"]) == (0.9, 30.0)
+    assert "ended" in entry
+    assert search.description["best"] is None
+    assert search.num_failed == 0
+    search.end()
+    assert search.is_finished
+    assert study.trials[0].state == optuna.trial.TrialState.PRUNED
+
+
+def test_epochs_of_a_trial_are_described_as_its_steps(tmp_path, tiny_model):
+    """8 samples: 3 epochs in batches of 4 are 6 steps; what a trial cannot have is left to it."""
+    from tests.test_training_run import record_of
+
+    data = make_data(tmp_path / "train.jsonl", num_rows=8)
+    search = make_search(tmp_path, POINTS[:1])
+    epochs = {"epochs": 3.0, "batch_size": 4, "micro_batches": 2, "steps": 500}
+    train = search.settings.train.model_copy(update=epochs)
+    assert search._with_steps(train).steps == 500  # no record yet
+    search._recorded = record_of(tiny_model, data, tmp_path / "record")
+    assert (search._with_steps(train).steps, search._with_steps(train).epochs) == (6, None)
+    too_warm = train.model_copy(update={"warmup_steps": 7})
+    assert search._with_steps(too_warm) is too_warm
 
 
 # Ending a trial's process
@@ -273,7 +362,7 @@ from lrmc_ray.tune import Search
 
 directory, data = Path(sys.argv[1]), sys.argv[2]
 settings = load_settings(None, [
-    f'data.train="{data}"', "search.trials=8", "search.trial_timeout_seconds=4",
+    f'data.train="{data}"', "search.trials=9", "search.trial_timeout_seconds=4",
     "search.yardstick_lr=1e-4", "parameters.tau={low=0.8, high=0.999}",
     "resources.max_concurrent=2",
 ])
@@ -301,11 +390,11 @@ with ray_session(log=directory / "ray.log", num_cpus=2):
 
 @pytest.mark.ray
 def test_however_a_trial_ends_the_search_goes_on_and_nothing_is_left(tmp_path):
-    """Trials that raise, exit, are killed, outgrow memory, give NaN and hang, between good ones."""
+    """Trials that raise, exit, are killed, outgrow memory, give NaN, hang and stop themselves."""
     import optuna
 
     data = make_data(tmp_path / "train.jsonl", num_rows=3)
-    faults = ["none", "raise", "exit", "kill", "memory", "nan", "hang", "none"]
+    faults = ["none", "raise", "exit", "kill", "memory", "nan", "hang", "prune", "none"]
     environment = {
         **os.environ,
         "LRMC_TESTING": "1",
@@ -326,8 +415,9 @@ def test_however_a_trial_ends_the_search_goes_on_and_nothing_is_left(tmp_path):
 
     study = optuna.load_study(study_name=None, storage=f"sqlite:///{directory / 'study.db'}")
     assert [trial.state.name for trial in study.trials] == [
-        "COMPLETE" if fault == "none" else "FAIL" for fault in faults
+        {"none": "COMPLETE", "prune": "PRUNED"}.get(fault, "FAIL") for fault in faults
     ]
+    assert study.trials[7].intermediate_values == {3: -1.0}
     causes = [trial.user_attrs.get("cause") for trial in study.trials]
     expected = [
         None,
@@ -338,12 +428,14 @@ def test_however_a_trial_ends_the_search_goes_on_and_nothing_is_left(tmp_path):
         "its eval/domain_gain is nan, not a finite number",
         "raise search.trial_timeout_seconds",
         None,
+        None,
     ]
     for cause, part in zip(causes, expected, strict=True):
         assert (cause is None) == (part is None)
         assert part is None or part in cause
     told = json.loads((directory / "study.json").read_text())["trials"]
-    assert [trial["cause"] for trial in told] == causes
+    assert told[7].pop("cause").startswith("after 3 of 6 steps its combined score on a few items")
+    assert [trial.get("cause") for trial in told] == causes
     assert [trial["state"] for trial in told] == [t.state.name for t in study.trials]
     assert descendants(str(tmp_path)) == []
 

@@ -5,6 +5,7 @@ import time
 
 from rich.console import Console
 
+from lrmc_ray.metrics_log import MetricsLog
 from lrmc_ray.watch import _line, _table
 
 
@@ -56,6 +57,17 @@ def test_the_table_marks_the_best_and_counts_core_hours(tmp_path):
     assert "3 of 4 trials ended" in text
     assert "3 min 20 s left" in text  # three in ten minutes
     assert "5 core hours so far" in text  # twice 1 h on 2 cores and half an hour on 1
+
+
+def test_a_trial_that_stopped_early_is_told_from_one_that_failed(tmp_path):
+    cause = "after 3 of 6 steps its combined score was low"
+    early = trial(2, "PRUNED", cause=cause, ended=time.time() - 1)
+    assert "stopped early: after 3 of 6 steps" in shown([early], tmp_path)
+    assert _line(early, 4) == f"trial 2 of 4 (search) stopped early: {cause}"
+    with MetricsLog(tmp_path / "none.jsonl") as log:
+        log.log(3, {"train/loss": 0.5, "slice/combined": 0.125})
+        log.log(4, {"train/loss": 0.4, "train/step_seconds": 2.0})
+    assert "loss 0.400, +0.125 on the way, 12 s" in shown([trial(1, "RUNNING")], tmp_path)
 
 
 def test_without_costs_there_are_no_core_hours(tmp_path):

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from lrmc_ray.method.microbatch import Activity, MicroBatch, Sample, collate
-from lrmc_ray.method.restricted_loss import full_cross_entropy
 from lrmc_ray.method.training_loop import OutputHead, WorkerGroup
+from lrmc_ray.method.vocabulary_loss import full_cross_entropy
 
 BATCH_TOKENS = 2048
 """Padded tokens of one forward pass."""

@@ -152,11 +152,7 @@ def collate(
     ]
     kept = [(s, n) for s, n in zip(samples, lengths, strict=True) if n > 0]
     sequences = [sample.input_ids_T[:length] for sample, length in kept]
-    layout = _pad(sequences)
-    if math.isfinite(attention_cost):
-        packed = _pack(sequences)
-        if _cost(packed, attention_cost) < _cost(layout, attention_cost):
-            layout = packed
+    layout = lay_out(sequences, attention_cost)
     active = [activity.of(sample) for sample, _ in kept]
     return MicroBatch(
         input_ids_BT=layout.input_ids_BT,
@@ -177,35 +173,63 @@ def collate(
 
 
 @dataclass(frozen=True)
-class _Layout:
-    """Where the tokens of some sequences are."""
+class Layout:
+    """Some sequences as one batch of tokens, padded or packed, and where to find each token."""
 
     input_ids_BT: Tensor
+    """Packed: one row."""
     position_ids_BT: Tensor | None
+    """Packed: each token's place in its sequence."""
     is_visible_TT: Tensor | None
+    """Packed: boolean, whether the token of the row sees that of the column."""
     rows: list[int]
     """Of each sequence."""
     columns: list[Tensor]
     """Of each token of each sequence."""
     num_shared: int
+    """Tokens of a prefix that another sequence brings along."""
+
+    def to(self, device: torch.device) -> "Layout":
+        """The same with its batch on another device; the places stay where they are."""
+        return dataclasses.replace(
+            self,
+            input_ids_BT=self.input_ids_BT.to(device),
+            position_ids_BT=_to(self.position_ids_BT, device),
+            is_visible_TT=_to(self.is_visible_TT, device),
+        )
 
 
-def _cost(layout: _Layout, attention_cost: float) -> float:
+def lay_out(sequences: Sequence[Tensor], attention_cost: float) -> Layout:
+    """The cheaper of the two layouts.
+
+    Args:
+        sequences: token ids of each, int64 [T].
+        attention_cost: see :func:`collate`.
+    """
+    padded = _pad(sequences)
+    if not math.isfinite(attention_cost):
+        return padded
+    packed = _pack(sequences)
+    cheaper = _cost(packed, attention_cost) < _cost(padded, attention_cost)
+    return packed if cheaper else padded
+
+
+def _cost(layout: Layout, attention_cost: float) -> float:
     rows, length = layout.input_ids_BT.shape
     return rows * length * (1 + attention_cost * length)
 
 
-def _pad(sequences: Sequence[Tensor]) -> _Layout:
+def _pad(sequences: Sequence[Tensor]) -> Layout:
     input_ids_BT = torch.zeros(
         len(sequences), max((len(ids_T) for ids_T in sequences), default=0), dtype=torch.int64
     )
     for row, ids_T in enumerate(sequences):
         input_ids_BT[row, : len(ids_T)] = ids_T
     columns = [torch.arange(len(ids_T)) for ids_T in sequences]
-    return _Layout(input_ids_BT, None, None, list(range(len(sequences))), columns, 0)
+    return Layout(input_ids_BT, None, None, list(range(len(sequences))), columns, 0)
 
 
-def _pack(sequences: Sequence[Tensor]) -> _Layout:
+def _pack(sequences: Sequence[Tensor]) -> Layout:
     """A tree: in lexicographic order, a sequence shares most with the one before it."""
     ids = [ids_T.tolist() for ids_T in sequences]
     columns: list[list[int]] = [[] for _ in ids]
@@ -228,7 +252,7 @@ def _pack(sequences: Sequence[Tensor]) -> _Layout:
     places = [torch.tensor(path) for path in columns]
     for path_T in places:
         is_visible_TT[path_T[:, None], path_T[None, :]] |= path_T[:, None] >= path_T[None, :]
-    return _Layout(
+    return Layout(
         torch.tensor([tokens], dtype=torch.int64),
         torch.tensor([depths], dtype=torch.int64),
         is_visible_TT,
@@ -238,7 +262,7 @@ def _pack(sequences: Sequence[Tensor]) -> _Layout:
     )
 
 
-def _loss_positions(chosen: Sequence[tuple[Sample, Tensor]], layout: _Layout) -> LossPositions:
+def _loss_positions(chosen: Sequence[tuple[Sample, Tensor]], layout: Layout) -> LossPositions:
     rows, columns, candidates = [], [], [_NO_CANDIDATES]
     for (sample, chosen_P), row, columns_T in zip(chosen, layout.rows, layout.columns, strict=True):
         index = chosen_P.nonzero()[:, 0]

@@ -1,12 +1,12 @@
-r"""Stage 1: the losses. Every one is a sum over positions, in nats; the caller divides.
+r"""Stage 1: the losses on the candidates. Each is a sum over positions, in nats; callers divide.
 
 With the logits z at a position, its candidate set S, the gold token g, the current model's
 softmax p over all V tokens, q over S, and the outside mass rho = 1 - p(S)::
 
     restricted    L_S = logsumexp_{i in S} z_i - z_g            the paper's
-    full          L   = logsumexp_{i in V} z_i - z_g            ordinary fine-tuning
-    active_only   L where |S| > 1, else 0
     soft          KL(b || q), b = recorded probabilities renormalized over S
+
+Those over all tokens are in ``vocabulary_loss``, the full loss L among them.
 
 What follows for the restricted loss:
 
@@ -28,36 +28,31 @@ Without a tail it is the soft loss. With a tail, all tokens outside S are one mo
 base gives it 1 - stored mass, the model the tail's share of the estimated normalizer.
 
 Source: the restricted loss is that of Logits Replay + MoClip, arXiv 2510.09152, Stage 1; the
-tail, the anchor and the control losses are this project's.
+tail, the anchor and the soft loss are this project's.
 """
 
 from __future__ import annotations
 
 import math
-from typing import Any, Literal, Unpack
+from typing import Literal, Unpack
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from lrmc_ray.method.candidate_logits import (
     Backend,
     HeadOptions,
     candidate_logits,
     segment_logsumexp,
-    shape_logits,
     token_logits,
 )
 from lrmc_ray.method.subsets import CandidateSets
 
 # Shape suffixes (this file):
-#   N = positions, D = hidden size, V = vocabulary size, R = sampled tail tokens, n = positions of
-#   one chunk. Entries of candidate sets are flat, [nnz].
+#   N = positions, D = hidden size, V = vocabulary size, R = sampled tail tokens. Entries of
+#   candidate sets are flat, [nnz].
 
 Reduction = Literal["sum", "mean", "none"]
-
-_CHUNK_ELEMENTS = 2**24  # of the [n, V] logits of the full loss: 64 MiB in float32
 
 
 def restricted_cross_entropy(
@@ -161,48 +156,6 @@ def anchor_kl(
     return inside_kl + outside_kl.sum()
 
 
-def full_cross_entropy(
-    hidden_ND: Tensor,
-    weight_VD: Tensor,
-    gold_N: Tensor,
-    *,
-    bias_V: Tensor | None = None,
-    logit_scale: float = 1.0,
-    softcap: float | None = None,
-) -> Tensor:
-    """Sum of the gold tokens' cross-entropy over the whole vocabulary, in nats.
-
-    The logits exist for one chunk of positions at a time. Gradients are computed with them, in
-    the forward pass, so nothing is computed twice. The weight's gradient is an ordinary dense one.
-
-    Args:
-        hidden_ND: [N, D] last hidden states.
-        weight_VD: [V, D] weight of the output head.
-        gold_N: [N] gold token ids, any integer dtype.
-        bias_V: see ``HeadOptions``.
-        logit_scale: see ``HeadOptions``.
-        softcap: see ``HeadOptions``.
-    """
-    total: Tensor = _FullCrossEntropy.apply(  # type: ignore[no-untyped-call]
-        hidden_ND, weight_VD, bias_V, gold_N, logit_scale, softcap, torch.is_grad_enabled()
-    )
-    return total
-
-
-def active_only_cross_entropy(
-    hidden_ND: Tensor,
-    weight_VD: Tensor,
-    candidates: CandidateSets,
-    **head: Unpack[HeadOptions],
-) -> Tensor:
-    """``full_cross_entropy`` of the rows with more than one candidate.
-
-    The control that separates fewer positions from a smaller softmax.
-    """
-    active_N = candidates.active()
-    return full_cross_entropy(hidden_ND[active_N], weight_VD, candidates.gold_ids[active_N], **head)
-
-
 def draw_tail(
     num_samples: int,
     vocabulary_size: int,
@@ -273,58 +226,3 @@ def _tail_logsumexp(
     is_inside_NR[candidates.row_ids[is_drawn], place[is_drawn]] = True
     logits_NR = logits_NR + weights_R.log().to(logits_NR.dtype)
     return logits_NR.masked_fill(is_inside_NR, -math.inf).logsumexp(-1)
-
-
-class _FullCrossEntropy(torch.autograd.Function):
-    """Chunked cross-entropy whose forward pass leaves the gradients of the sum."""
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        hidden_ND: Tensor,
-        weight_VD: Tensor,
-        bias_V: Tensor | None,
-        gold_N: Tensor,
-        logit_scale: float,
-        softcap: float | None,
-        wants_gradient: bool,
-    ) -> Tensor:
-        wants_ND, wants_VD, wants_V = (wants_gradient and w for w in ctx.needs_input_grad[:3])
-        dtype = torch.promote_types(hidden_ND.dtype, weight_VD.dtype)
-        hidden_ND, weight_VD = hidden_ND.to(dtype), weight_VD.to(dtype)
-        gradient_ND = torch.empty_like(hidden_ND) if wants_ND else None
-        gradient_VD = torch.zeros_like(weight_VD) if wants_VD else None
-        gradient_V = torch.zeros_like(bias_V) if bias_V is not None and wants_V else None
-        total = hidden_ND.new_zeros((), dtype=torch.promote_types(dtype, torch.float32))
-        step = max(1, _CHUNK_ELEMENTS // len(weight_VD))
-        for start in range(0, len(hidden_ND), step):
-            chunk = slice(start, start + step)
-            hidden_nD, gold_n1 = hidden_ND[chunk], gold_N[chunk, None].long()
-            logits_nV = F.linear(hidden_nD, weight_VD).to(total.dtype)
-            if bias_V is not None:
-                logits_nV += bias_V
-            logits_nV = shape_logits(logits_nV, logit_scale, softcap)
-            logprobs_nV = logits_nV.log_softmax(-1)
-            total -= logprobs_nV.gather(1, gold_n1).sum()
-            if not (wants_ND or wants_VD or wants_V):
-                continue
-            gradient_nV = logprobs_nV.exp_()
-            gradient_nV.scatter_add_(1, gold_n1, gradient_nV.new_full(gold_n1.shape, -1.0))
-            if softcap is not None:
-                gradient_nV *= 1 - (logits_nV / softcap).square()
-            gradient_nV *= logit_scale
-            if gradient_V is not None:
-                gradient_V += gradient_nV.sum(0)
-            gradient_nV = gradient_nV.to(dtype)
-            if gradient_ND is not None:
-                torch.mm(gradient_nV, weight_VD, out=gradient_ND[chunk])
-            if gradient_VD is not None:
-                gradient_VD.addmm_(gradient_nV.T, hidden_nD)
-        ctx.save_for_backward(gradient_ND, gradient_VD, gradient_V)
-        return total
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, scale: Tensor) -> tuple[Tensor | None, ...]:
-        gradients = (None if g is None else g * scale.to(g.dtype) for g in ctx.saved_tensors)
-        return (*gradients, None, None, None, None)

@@ -284,6 +284,36 @@ def cut(candidates: CandidateSets, tau: float, *, k_min: int = 1) -> CandidateSe
     )
 
 
+def without_added_gold(
+    candidates: CandidateSets, tau: float, *, k_min: int, k_max: int
+) -> CandidateSets:
+    """The sets of a record that had not added the gold token: an ablation.
+
+    A row whose gold token is there only because it is the gold one keeps it alone: without the
+    right token in its set the loss of a position means nothing, so it becomes an inactive one.
+
+    Args:
+        candidates: what ``cut`` returns, or ``select_candidates``.
+        tau: the threshold of that cut.
+        k_min: as there.
+        k_max: of the record.
+    """
+    total = _prefix_mass(candidates.logprobs)
+    entries = candidates.is_gold.nonzero().squeeze(1)
+    starts = candidates.offsets[:-1]
+    rank_N = entries - starts
+    is_reached_N = total[entries] - total[starts] >= _mass_goal(tau)
+    is_added_N = ((rank_N >= k_min) & is_reached_N) | (rank_N >= k_max)
+    keep = candidates.is_gold | ~is_added_N[candidates.row_ids]
+    kept = torch.nn.functional.pad(keep.cumsum(0), (1, 0))
+    return CandidateSets(
+        kept[candidates.offsets],
+        candidates.token_ids[keep],
+        candidates.logprobs[keep],
+        candidates.gold_ids,
+    )
+
+
 def _select_chunk(
     logits_nV: Tensor,
     gold_n: Tensor,

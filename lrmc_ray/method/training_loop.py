@@ -25,12 +25,17 @@ from torch import Tensor, nn
 from lrmc_ray.method.candidate_logits import HeadOptions
 from lrmc_ray.method.microbatch import Activity, MicroBatch, Sample, collate, deal
 from lrmc_ray.method.restricted_loss import (
-    active_only_cross_entropy,
     anchor_kl,
     draw_tail,
-    full_cross_entropy,
     restricted_cross_entropy,
     soft_cross_entropy,
+)
+from lrmc_ray.method.vocabulary_loss import (
+    active_only_cross_entropy,
+    dft_cross_entropy,
+    full_cross_entropy,
+    head_logits,
+    kl_regularized_cross_entropy,
 )
 
 _BUCKET_ELEMENTS = 2**22  # of one collective: 16 MiB in float32
@@ -40,15 +45,18 @@ _BUCKET_ELEMENTS = 2**22  # of one collective: 16 MiB in float32
 class LossSettings:
     """Which loss is taken; names as in the settings of ``train``."""
 
-    loss: Literal["restricted", "full", "soft", "active_only"]
+    loss: Literal["restricted", "full", "soft", "active_only", "dft", "kl_to_base"]
     tail_samples: int
     anchor_weight: float
     seed: int
+    base_kl_weight: float = 1.0
 
     @property
     def activity(self) -> Activity:
         """Which positions can have a loss other than zero."""
-        sees_outside = self.loss == "full" or (self.loss == "restricted" and self.tail_samples > 0)
+        sees_outside = self.loss in ("full", "dft", "kl_to_base") or (
+            self.loss == "restricted" and self.tail_samples > 0
+        )
         anchor = math.inf if self.anchor_weight == 0 else 1 if self.tail_samples else 2
         return Activity(supervised=1 if sees_outside else 2, prompt=anchor)
 
@@ -66,6 +74,25 @@ class OutputHead:
     def options(self) -> HeadOptions:
         """All but the weight, as the losses take it."""
         return {"bias_V": self.bias_V, "logit_scale": self.logit_scale, "softcap": self.softcap}
+
+
+@dataclass(frozen=True)
+class FrozenBase:
+    """The base model beside the one that is trained, for ``kl_to_base``.
+
+    It costs the memory of its weights, and one more forward pass of every micro-batch.
+    """
+
+    forward: Callable[[MicroBatch], Tensor]
+    """Hidden states [B, T, D] of a micro-batch, without dropout."""
+    head: OutputHead
+
+    @torch.no_grad()
+    def logits(self, batch: MicroBatch) -> Callable[[slice], Tensor]:
+        """Its logits at the supervised positions of ``batch``, some of them at a time."""
+        where = batch.supervised
+        hidden_ND = self.forward(batch)[where.row_N, where.column_N]
+        return lambda chunk: head_logits(hidden_ND[chunk], self.head.weight_VD, **self.head.options)
 
 
 @dataclass(frozen=True)
@@ -186,6 +213,7 @@ def loss_sums(
     batch: MicroBatch,
     settings: LossSettings,
     tail: tuple[Tensor, Tensor] | None,
+    base_logits: Callable[[slice], Tensor] | None = None,
 ) -> tuple[Tensor, Tensor]:
     """The summed loss over supervised and the summed KL over prompt positions, in nats."""
     tail_ids, tail_logweights = tail if tail is not None else (None, None)
@@ -210,6 +238,21 @@ def loss_sums(
             )
         case "active_only":
             main = active_only_cross_entropy(hidden_ND, head.weight_VD, where.candidates, **options)
+        case "dft":
+            main = dft_cross_entropy(
+                hidden_ND, head.weight_VD, where.candidates.gold_ids, **options
+            )
+        case "kl_to_base":
+            if base_logits is None:
+                raise ValueError("the loss kl_to_base needs the base model, got none")
+            main = kl_regularized_cross_entropy(
+                hidden_ND,
+                head.weight_VD,
+                where.candidates.gold_ids,
+                base_logits,
+                kl_weight=settings.base_kl_weight,
+                **options,
+            )
     if settings.anchor_weight == 0 or not len(batch.anchored.row_N):
         return main, main.new_zeros(())
     where = batch.anchored
@@ -236,6 +279,7 @@ def compute_gradients(
     reduction: Literal["strict", "fast"],
     autocast: torch.dtype | None = None,
     probe: Callable[[Tensor, MicroBatch], None] | None = None,
+    base: FrozenBase | None = None,
 ) -> Gradients:
     """Leave the gradient of the global batch in ``parameters``, the same on every worker.
 
@@ -251,6 +295,7 @@ def compute_gradients(
         autocast: type of the forward pass, none for that of the weights.
         probe: called with the hidden states of the first part that has an active supervised
             position, on the worker that computes that part.
+        base: the base model, which ``kl_to_base`` needs.
     """
     device = head.weight_VD.device
     supervised = sum(batch.num_supervised for batch in micro_batches)
@@ -279,9 +324,10 @@ def compute_gradients(
             torch.manual_seed(micro_batch_seed(settings.seed, step, index))
             with torch.autocast(device.type, dtype=autocast, enabled=autocast is not None):
                 hidden_BTD = forward(batch)
+                base_logits = base.logits(batch) if base is not None else None
             if probe is not None and index == probed:
                 probe(hidden_BTD.detach(), batch)
-            main, anchor = loss_sums(hidden_BTD, head, batch, settings, tail)
+            main, anchor = loss_sums(hidden_BTD, head, batch, settings, tail, base_logits)
             loss = main / supervised + settings.anchor_weight * anchor / prompt
             loss.backward()  # type: ignore[no-untyped-call]
             sums_M2[index, 0] = main.detach()
@@ -346,11 +392,14 @@ def train(
     attention_cost: float = math.inf,
     probe: Callable[[int, Tensor, MicroBatch], None] | None = None,
     bad_steps: int = 0,
+    base: FrozenBase | None = None,
+    penalize: Callable[[], None] | None = None,
 ) -> Iterator[StepResult]:
     """Take the steps ``first_step`` .. ``steps - 1`` and yield after each.
 
     ``bad_steps`` steps before the first one were left out in a row; see ``compute_gradients`` for
-    ``probe``, which is called with the step as well, and ``collate`` for ``attention_cost``.
+    ``probe``, which is called with the step as well, and for ``base``, ``collate`` for
+    ``attention_cost``. ``penalize`` adds the gradient of a penalty on the weights to theirs.
 
     Raises:
         FloatingPointError: ``max_bad_steps`` steps in a row had no finite loss and gradient.
@@ -376,7 +425,10 @@ def train(
             reduction=reduction,
             autocast=autocast,
             probe=functools.partial(probe, step) if probe is not None else None,
+            base=base,
         )
+        if penalize is not None:
+            penalize()
         norm = nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
         if max_grad_norm is not None:
             nn.utils.clip_grads_with_norm_(parameters, max_grad_norm, norm)

@@ -14,6 +14,8 @@ from lrmc_ray.errors import ConfigError, IncompleteArtifactError
 OURS: dict[str, tuple[str, ...]] = {
     "nl2sql": ("lrmc_nl2sql", "lrmc_nl2sql_gold"),
     "wordnet": ("lrmc_wordnet",),
+    "antonyms": ("lrmc_antonyms",),
+    "kinds": ("lrmc_kinds",),
     "capitals": ("lrmc_capitals",),
     "plain_english": ("lrmc_plain_english",),
     "ct": ("lrmc_ct", "lrmc_ct_letter"),
@@ -22,7 +24,7 @@ OURS: dict[str, tuple[str, ...]] = {
 """The lm-eval tasks behind each name that settings use."""
 
 GROUPS: dict[str, tuple[str, ...]] = {
-    "general_offline": ("wordnet", "capitals", "plain_english"),
+    "general_offline": ("wordnet", "antonyms", "kinds", "capitals", "plain_english"),
     "paper": ("mmlu", "bbh", "gpqa_main_zeroshot", "minerva_math"),
 }
 """Names for several tasks at once: what needs no download, and the paper's four benchmarks."""

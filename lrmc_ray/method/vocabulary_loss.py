@@ -1,0 +1,227 @@
+r"""Losses over the whole vocabulary: plain fine-tuning, and baselines made of it. Sums, in nats.
+
+With the logits z at a position, the gold token g, the model's softmax p over all V tokens and the
+base model's b::
+
+    full          -log p_g                            ordinary fine-tuning
+    active_only   -log p_g where |S| > 1, else 0      fewer positions, the softmax not smaller
+    dft           -p_g log p_g, the factor p_g taken as a constant
+    kl_to_base    -log p_g + kl_weight KL(b || p)
+
+The logits exist for one chunk of positions at a time, and their gradient is made with them, in the
+forward pass, so nothing is computed twice. What a loss adds is a *rule*: the loss and dL/dz of a
+chunk, from its log-probabilities::
+
+    full          dL/dz = p - onehot(g)
+    dft           dL/dz = p_g (p - onehot(g))
+    kl_to_base    dL/dz = p - onehot(g) + kl_weight (p - b)
+
+Sources: ``dft`` is Dynamic Fine-Tuning, arXiv 2508.05629; ``kl_to_base`` is Learning without
+Forgetting (arXiv 1606.09282) at temperature 1, with the base's outputs on the new task's own
+positions; ``active_only`` is this project's control.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, Unpack
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from lrmc_ray.method.candidate_logits import HeadOptions, shape_logits
+from lrmc_ray.method.subsets import CandidateSets
+
+# Shape suffixes (this file):
+#   N = positions, D = hidden size, V = vocabulary size, n = positions of one chunk.
+
+_CHUNK_ELEMENTS = 2**24  # of the [n, V] logits: 64 MiB in float32
+
+Rule = Callable[[Tensor, slice], tuple[Tensor, Callable[[], Tensor]]]
+"""From log-probabilities [n, V] and the chunk's place among the N: the summed loss, and what makes
+dL/dz [n, V]. That is called after the loss, once or never, and may overwrite the former."""
+
+
+def full_cross_entropy(
+    hidden_ND: Tensor, weight_VD: Tensor, gold_N: Tensor, **head: Unpack[HeadOptions]
+) -> Tensor:
+    """Sum of the gold tokens' cross-entropy over the whole vocabulary.
+
+    Args:
+        hidden_ND: [N, D] last hidden states.
+        weight_VD: [V, D] weight of the output head; its gradient is an ordinary dense one.
+        gold_N: [N] gold token ids, any integer dtype.
+        **head: see ``HeadOptions``.
+
+    Returns:
+        float32, or float64 if an input is.
+    """
+
+    def rule(logprobs_nV: Tensor, chunk: slice) -> tuple[Tensor, Callable[[], Tensor]]:
+        gold_n1 = gold_N[chunk, None].long()
+        return (
+            -logprobs_nV.gather(1, gold_n1).sum(),
+            lambda: _less_onehot_(logprobs_nV.exp_(), gold_n1),
+        )
+
+    return _vocabulary_loss(hidden_ND, weight_VD, rule, **head)
+
+
+def active_only_cross_entropy(
+    hidden_ND: Tensor,
+    weight_VD: Tensor,
+    candidates: CandidateSets,
+    **head: Unpack[HeadOptions],
+) -> Tensor:
+    """``full_cross_entropy`` of the rows with more than one candidate.
+
+    The control that separates fewer positions from a smaller softmax.
+    """
+    active_N = candidates.active()
+    return full_cross_entropy(hidden_ND[active_N], weight_VD, candidates.gold_ids[active_N], **head)
+
+
+def dft_cross_entropy(
+    hidden_ND: Tensor, weight_VD: Tensor, gold_N: Tensor, **head: Unpack[HeadOptions]
+) -> Tensor:
+    """``full_cross_entropy``, each position weighted by the probability that its gold token has.
+
+    The weight is a constant to the gradient: what the model finds unlikely is hardly learned.
+    """
+
+    def rule(logprobs_nV: Tensor, chunk: slice) -> tuple[Tensor, Callable[[], Tensor]]:
+        gold_n1 = gold_N[chunk, None].long()
+        gold_logprob_n1 = logprobs_nV.gather(1, gold_n1)
+        weight_n1 = gold_logprob_n1.exp()
+        return (
+            -(weight_n1 * gold_logprob_n1).sum(),
+            lambda: _less_onehot_(logprobs_nV.exp_(), gold_n1).mul_(weight_n1),
+        )
+
+    return _vocabulary_loss(hidden_ND, weight_VD, rule, **head)
+
+
+def kl_regularized_cross_entropy(
+    hidden_ND: Tensor,
+    weight_VD: Tensor,
+    gold_N: Tensor,
+    base_logits: Callable[[slice], Tensor],
+    *,
+    kl_weight: float,
+    **head: Unpack[HeadOptions],
+) -> Tensor:
+    """``full_cross_entropy`` + ``kl_weight`` times the sum of KL(base || model).
+
+    Args:
+        hidden_ND: as there.
+        weight_VD: as there.
+        gold_N: as there.
+        base_logits: the base model's logits [n, V] at the positions of a slice of the N.
+        kl_weight: weight of the KL.
+        **head: as there.
+    """
+
+    def rule(logprobs_nV: Tensor, chunk: slice) -> tuple[Tensor, Callable[[], Tensor]]:
+        gold_n1 = gold_N[chunk, None].long()
+        base_nV = base_logits(chunk).to(logprobs_nV.dtype).log_softmax(-1)
+        weighted_nV = kl_weight * base_nV.exp()
+        kl = (weighted_nV * (base_nV - logprobs_nV)).sum()
+
+        def gradient() -> Tensor:
+            gradient_nV = logprobs_nV.exp_().mul_(1 + kl_weight).sub_(weighted_nV)
+            return _less_onehot_(gradient_nV, gold_n1)
+
+        return kl - logprobs_nV.gather(1, gold_n1).sum(), gradient
+
+    return _vocabulary_loss(hidden_ND, weight_VD, rule, **head)
+
+
+def head_logits(
+    hidden_ND: Tensor,
+    weight_VD: Tensor,
+    *,
+    bias_V: Tensor | None = None,
+    logit_scale: float = 1.0,
+    softcap: float | None = None,
+) -> Tensor:
+    """All logits [N, V], in float32 or float64: for a few positions at a time."""
+    dtype = torch.promote_types(hidden_ND.dtype, weight_VD.dtype)
+    logits_NV = F.linear(hidden_ND.to(dtype), weight_VD.to(dtype))
+    logits_NV = logits_NV.to(torch.promote_types(dtype, torch.float32))
+    if bias_V is not None:
+        logits_NV += bias_V
+    return shape_logits(logits_NV, logit_scale, softcap)
+
+
+def _less_onehot_(gradient_nV: Tensor, gold_n1: Tensor) -> Tensor:
+    return gradient_nV.scatter_add_(1, gold_n1, gradient_nV.new_full(gold_n1.shape, -1.0))
+
+
+def _vocabulary_loss(
+    hidden_ND: Tensor,
+    weight_VD: Tensor,
+    rule: Rule,
+    *,
+    bias_V: Tensor | None = None,
+    logit_scale: float = 1.0,
+    softcap: float | None = None,
+) -> Tensor:
+    total: Tensor = _VocabularyLoss.apply(  # type: ignore[no-untyped-call]
+        hidden_ND, weight_VD, bias_V, rule, logit_scale, softcap, torch.is_grad_enabled()
+    )
+    return total
+
+
+class _VocabularyLoss(torch.autograd.Function):
+    """A chunked loss whose forward pass leaves the gradients of the sum."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden_ND: Tensor,
+        weight_VD: Tensor,
+        bias_V: Tensor | None,
+        rule: Rule,
+        logit_scale: float,
+        softcap: float | None,
+        wants_gradient: bool,
+    ) -> Tensor:
+        wants_ND, wants_VD, wants_V = (wants_gradient and w for w in ctx.needs_input_grad[:3])
+        dtype = torch.promote_types(hidden_ND.dtype, weight_VD.dtype)
+        hidden_ND, weight_VD = hidden_ND.to(dtype), weight_VD.to(dtype)
+        gradient_ND = torch.empty_like(hidden_ND) if wants_ND else None
+        gradient_VD = torch.zeros_like(weight_VD) if wants_VD else None
+        gradient_V = torch.zeros_like(bias_V) if bias_V is not None and wants_V else None
+        total = hidden_ND.new_zeros((), dtype=torch.promote_types(dtype, torch.float32))
+        step = max(1, _CHUNK_ELEMENTS // len(weight_VD))
+        for start in range(0, len(hidden_ND), step):
+            chunk = slice(start, start + step)
+            hidden_nD = hidden_ND[chunk]
+            logits_nV = head_logits(
+                hidden_nD, weight_VD, bias_V=bias_V, logit_scale=logit_scale, softcap=softcap
+            )
+            loss, make_gradient = rule(logits_nV.log_softmax(-1), chunk)
+            total += loss
+            if not (wants_ND or wants_VD or wants_V):
+                continue
+            gradient_nV = make_gradient()
+            if softcap is not None:
+                gradient_nV *= 1 - (logits_nV / softcap).square()
+            gradient_nV *= logit_scale
+            if gradient_V is not None:
+                gradient_V += gradient_nV.sum(0)
+            gradient_nV = gradient_nV.to(dtype)
+            if gradient_ND is not None:
+                torch.mm(gradient_nV, weight_VD, out=gradient_ND[chunk])
+            if gradient_VD is not None:
+                gradient_VD.addmm_(gradient_nV.T, hidden_nD)
+        ctx.save_for_backward(gradient_ND, gradient_VD, gradient_V)
+        return total
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, scale: Tensor) -> tuple[Tensor | None, ...]:
+        gradients = (None if g is None else g * scale.to(g.dtype) for g in ctx.saved_tensors)
+        return (*gradients, None, None, None, None)

@@ -1,0 +1,384 @@
+"""The comparison's table: arithmetic against closed forms; what is said where little is there."""
+
+import csv
+import io
+import json
+import math
+import re
+
+import numpy as np
+import pytest
+from scipy import stats
+
+from lrmc_ray.compare import Comparing, Job
+from lrmc_ray.compare_report import (
+    as_csv,
+    as_html,
+    as_json_object,
+    as_markdown,
+    choice_score,
+    console_table,
+    draw,
+    estimate,
+    excess_forgetting,
+    general_half,
+    load_table,
+    loss_spikes,
+    write_report,
+)
+from lrmc_ray.errors import IncompleteArtifactError
+from lrmc_ray.scores import Scores, compare
+from tests.synthetic_comparison import RATES, make_space, write_base, write_run
+from tests.synthetic_study import item_rows, save_scores
+
+# The choice
+
+
+def test_general_items_are_dealt_in_turn_and_domain_items_all_stay():
+    whole = Scores.from_rows(item_rows(3, 0.5, 0.01))
+    dev, test = general_half(whole, "dev"), general_half(whole, "test")
+    for task, count in (("wordnet", 200), ("capitals", 150), ("plain_english", 40)):
+        halves = [set(half.objective(task).item_ids) for half in (dev, test)]
+        assert not halves[0] & halves[1]
+        assert halves[0] | halves[1] == set(whole.objective(task).item_ids)
+        assert [len(half) for half in halves] == [count // 2, count // 2]
+        assert f"{task}-000" in halves[0]
+    for half in (dev, test):
+        assert half.objective("nl2sql").item_ids == whole.objective("nl2sql").item_ids
+        assert half.metric("wordnet", "accuracy").num_items == 100  # every metric alike
+
+
+def damaged(rows, places, amount):
+    """General choice items at even (0) or odd (1) places lose that much probability."""
+    return [
+        {**row, "value": max(0.0, row["value"] - amount)}
+        if row["metric"] == "probability" and int(row["item_id"][-3:]) % 2 == places
+        else row
+        for row in rows
+    ]
+
+
+def test_the_choice_sees_its_own_half_of_the_general_items_alone(tmp_path):
+    """Damage to what is reported must not matter; choosing on it would be choosing on the test."""
+    rows = item_rows(3, 0.5, 0.0)
+    save_scores(tmp_path / "base", item_rows(1000, 0.03, 0.0), "base")
+    save_scores(tmp_path / "whole", rows, "a")
+    save_scores(tmp_path / "even", damaged(rows, 0, 0.3), "b")
+    save_scores(tmp_path / "odd", damaged(rows, 1, 0.3), "c")
+
+    def score(name, weight=1.0):
+        return choice_score(tmp_path / "base", tmp_path / name, forgetting_weight=weight, seed=0)
+
+    assert score("odd") == score("whole")
+    assert score("even") < score("whole") - 0.1
+    assert score("even", weight=0.0) == score("whole", weight=0.0)
+    base, tuned = (Scores.load(tmp_path / name) for name in ("base", "whole"))
+    gain = compare(base, tuned, forgetting_weight=0.0).domain_gain.value
+    assert score("whole", weight=0.0) == pytest.approx(gain, abs=1e-12)
+
+
+# Arithmetic
+
+
+def test_an_estimate_by_hand():
+    values = [0.50, 0.56, 0.53]
+    replicates = np.random.default_rng(0).normal(0.53, 0.05, (3, 4000))
+    found = estimate(values, replicates)
+    assert found.value == pytest.approx(0.53)
+    half = stats.t.ppf(0.975, 2) * 0.03 / math.sqrt(3)
+    assert found.over_seeds.low == pytest.approx(0.53 - half)
+    assert found.over_seeds.high == pytest.approx(0.53 + half)
+    means = np.sort(replicates.mean(axis=0))
+    assert found.over_items.low == pytest.approx(np.quantile(means, 0.025))
+    assert found.over_items.high == pytest.approx(np.quantile(means, 0.975))
+    assert found.distinguishable
+    one = estimate([0.5], replicates[:1])
+    assert one.over_seeds is None
+    assert one.value == 0.5
+    assert estimate([1.0, 1.2]).over_items is None
+    # Both intervals must exclude zero.
+    assert not estimate([0.5, -0.4, 0.3], replicates).distinguishable
+    assert not estimate([0.5, 0.5, 0.51], replicates - 0.53).distinguishable
+
+
+@pytest.mark.parametrize(
+    ("losses", "spikes"),
+    [
+        ([1.0] * 20, 0),
+        ([3.0 * 0.8**step for step in range(30)], 0),
+        ([1.0, 1.1, 0.9, 1.0, 1.1, 9.0], 1),
+        ([1.0, 1.1, 0.9, 1.0, 9.0], 0),  # four steps before are too few to say
+        ([1.0, 1.1, 0.9, 1.0, 1.1, 9.0, 1.0, 1.0, 1.0], 1),
+        ([1.0, 1.1, 0.9, 1.0, 1.1, math.inf], 1),
+        ([1.0, 1.1, 0.9, 1.0, 1.1, math.nan], 1),
+        ([], 0),
+    ],
+)
+def test_loss_spikes_by_hand(losses, spikes):
+    assert loss_spikes(losses) == spikes
+    assert loss_spikes([1000 * loss for loss in losses]) == spikes
+
+
+def test_a_spike_is_three_deviations_above_the_ten_steps_before():
+    before = [5.0] + [1.0, 2.0] * 5
+    limit = np.mean(before[1:]) + 3 * np.std(before[1:], ddof=1)
+    assert loss_spikes([*before, limit - 1e-9]) == 0
+    assert loss_spikes([*before, limit + 1e-9]) == 1
+
+
+def test_excess_forgetting_is_measured_from_the_line_between_the_references_points():
+    reference = [(0.2, 0.01), (0.6, 0.05), (0.5, 0.20), (0.4, 0.02)]  # the third is beaten
+    assert excess_forgetting(0.3, 0.05, reference) == pytest.approx(0.05 - 0.015)
+    assert excess_forgetting(0.5, 0.01, reference) == pytest.approx(0.01 - 0.035)
+    assert excess_forgetting(0.6, 0.05, reference) == pytest.approx(0.0)
+    assert excess_forgetting(0.61, 0.05, reference) is None
+    assert excess_forgetting(0.19, 0.05, reference) is None
+    assert excess_forgetting(0.19, 0.05, []) is None
+
+
+# The table of a whole comparison
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """All runs made up; LoRA's third seed failed."""
+    return make(tmp_path_factory.mktemp("finished"), failed=[Job("lora", 1e-4, 2, "test")])
+
+
+def make(folder, *, failed=(), only=None, **changes):
+    comparing = Comparing(make_space(**changes), only or ["sft", "lrmc", "lora"], folder)
+    comparing.open()
+    write_base(comparing)
+    from lrmc_ray.compare import open_jobs
+
+    while jobs := open_jobs(comparing.space, comparing.methods, comparing.outcomes):
+        if jobs[0] in failed:
+            comparing._fail(jobs[0], "its process died")
+        else:
+            write_run(comparing, jobs[0])
+            comparing._complete(jobs[0])
+    comparing.write()
+    return comparing
+
+
+@pytest.fixture(scope="module")
+def table(finished):
+    return load_table(finished.directory)
+
+
+def scores_of(comparing, job):
+    return general_half(Scores.load(comparing.run_directory(job) / "scores" / job.split), job.split)
+
+
+def base_of(comparing, split):
+    return general_half(Scores.load(comparing.output / "scores" / split), split)
+
+
+def test_a_row_is_the_mean_over_seeds_on_the_reported_items(finished, table):
+    row = next(row for row in table.rows if row.name == "lrmc")
+    assert (row.lr, row.seeds, row.problems) == (3e-5, (0, 1, 2), ())
+    base = base_of(finished, "test")
+    found = []
+    for seed in range(3):
+        tuned = scores_of(finished, Job("lrmc", 3e-5, seed, "test"))
+        gain = tuned.objective("nl2sql").values.mean() - base.objective("nl2sql").values.mean()
+        lost = [
+            base.objective(task).values.mean() - tuned.objective(task).values.mean()
+            for task in ("wordnet", "capitals")
+        ]
+        text = [scores.objective("plain_english") for scores in (base, tuned)]
+        before, after = (np.average(t.values, weights=t.weights) for t in text)
+        lost.append(after / before - 1)
+        found.append((gain, np.mean(lost)))
+    gains, forgotten = zip(*found, strict=True)
+    assert row.trade.domain_gain.value == pytest.approx(np.mean(gains), abs=1e-12)
+    assert row.trade.forgetting.value == pytest.approx(np.mean(forgotten), abs=1e-12)
+    assert row.trade.combined.value == pytest.approx(np.mean(gains) - np.mean(forgotten), abs=1e-12)
+    half = stats.t.ppf(0.975, 2) * np.std(gains, ddof=1) / math.sqrt(3)
+    assert row.trade.domain_gain.over_seeds.high == pytest.approx(np.mean(gains) + half)
+    accuracy = [
+        scores_of(finished, Job("lrmc", 3e-5, seed, "test")).metric("nl2sql", "accuracy")
+        for seed in range(3)
+    ]
+    assert row.accuracy == pytest.approx(np.mean([a.values.mean() for a in accuracy]))
+    # General drift of the first seed comes from its development scores.
+    assert row.kl_general.value == pytest.approx(np.mean([0.01, 0.02, 0.03]))
+    assert row.kl_domain.value == pytest.approx(np.mean([0.2, 0.3, 0.4]))
+
+
+def test_the_difference_from_the_reference_is_paired_by_seed_and_by_item(finished, table):
+    rows = {row.name: row for row in table.rows}
+    assert rows["sft"].versus is None
+    base = base_of(finished, "test")
+
+    def compared(method, lr, seed):
+        tuned = scores_of(finished, Job(method, lr, seed, "test"))
+        return compare(base, tuned, forgetting_weight=1.0, seed=0)
+
+    differences = []
+    replicates = []
+    for seed in range(3):
+        own, other = compared("lrmc", 3e-5, seed), compared("sft", 3e-5, seed)
+        differences.append(own.combined.value - other.combined.value)
+        replicates.append(
+            own.domain_gain_replicates
+            - own.forgetting_replicates
+            - other.domain_gain_replicates
+            + other.forgetting_replicates
+        )
+    versus = rows["lrmc"].versus.combined
+    assert versus.value == pytest.approx(np.mean(differences), abs=1e-12)
+    half = stats.t.ppf(0.975, 2) * np.std(differences, ddof=1) / math.sqrt(3)
+    assert versus.over_seeds.low == pytest.approx(np.mean(differences) - half)
+    low, high = np.quantile(np.mean(replicates, axis=0), [0.025, 0.975])
+    assert (versus.over_items.low, versus.over_items.high) == pytest.approx((low, high))
+    # Only seeds that both have.
+    assert rows["lora"].seeds == (0, 1)
+    own = [compared("lora", 1e-4, seed).domain_gain.value for seed in (0, 1)]
+    other = [compared("sft", 3e-5, seed).domain_gain.value for seed in (0, 1)]
+    assert rows["lora"].versus.domain_gain.value == pytest.approx(
+        np.mean(np.subtract(own, other)), abs=1e-12
+    )
+
+
+def test_costs_with_the_share_of_stage_0(table):
+    rows = {row.name: row for row in table.rows}
+    cost = rows["lrmc"].cost
+    assert cost.train_seconds == pytest.approx(160.0)
+    assert cost.cpu_seconds == pytest.approx(150.0)
+    # 12 steps of 8 of 192 recorded samples: half of 100 seconds on 2 cores.
+    assert (cost.record_seconds, cost.record_core_seconds) == (50.0, 100.0)
+    assert cost.peak_memory_bytes == 3e9
+    assert (cost.processed_tokens, cost.original_tokens) == (6000, 9000)
+    assert rows["sft"].cost.record_seconds == 0.0
+
+
+def test_learning_rates_are_shown_on_the_items_that_chose(finished, table):
+    own = [point for point in table.points if point.method == "lrmc"]
+    assert [(point.lr, point.is_chosen) for point in own] == [
+        (1e-5, False), (3e-5, True), (1e-4, False),
+    ]  # fmt: skip
+    base = base_of(finished, "dev")
+    tuned = scores_of(finished, Job("lrmc", 1e-5, 0, "dev"))
+    expected = compare(base, tuned, forgetting_weight=1.0, seed=0)
+    assert own[0].domain_gain == expected.domain_gain
+    assert own[0].forgetting == expected.forgetting
+    best = max(own, key=lambda point: point.combined.value)
+    assert best.is_chosen
+    plain = [p for p in table.points if p.method == "sft"]
+    assert plain[1].excess_forgetting == pytest.approx(0.0, abs=1e-12)
+
+
+def test_failures_and_what_is_missing_are_named(table, tmp_path):
+    lora = next(row for row in table.rows if row.name == "lora")
+    assert lora.problems == ("lr 0.0001, seed 2, test: failed: its process died",)
+    said = " ".join(table.sentences)
+    assert "Some methods have only 2 of 3 seeds so far." in said
+    assert "Runs failed of: LoRA." in said
+    assert "a better one may lie beyond: LoRA (lowest)." in said
+    assert "about one in twenty would stand out by luck" in said
+    assert "seed 2, test: failed: its process died" in as_markdown(table)
+
+    begun = Comparing(make_space(), ["sft"], tmp_path)
+    begun.open()
+    write_base(begun)
+    write_run(begun, Job("sft", 1e-5, 0, "dev"))
+    begun._complete(Job("sft", 1e-5, 0, "dev"))
+    begun.write()
+    table = load_table(begun.directory)
+    assert table.sentences == ("No method has scores on the test questions yet.",)
+    assert table.rows[0].problems == ("2 of 3 runs are not there yet",)
+    assert table.rows[0].lr is None
+    write_report(begun.directory)
+    with pytest.raises(IncompleteArtifactError, match="no comparison has begun there"):
+        load_table(tmp_path / "nowhere")
+
+
+def test_one_seed_is_said_in_place_of_an_interval(tmp_path):
+    comparing = make(tmp_path, only=["sft", "lrmc"], compare={"seeds": [4]})
+    table = load_table(comparing.directory)
+    row = table.rows[1]
+    assert row.seeds == (4,)
+    assert row.trade.domain_gain.over_seeds is None
+    assert row.versus.combined.over_seeds is None
+    text = as_markdown(table)
+    line = next(line for line in text.splitlines() if line.startswith("| restricted + MoClip"))
+    assert line.count("(one seed)") == 6
+    assert "to" in line.split("(one seed)")[1]  # the interval over items is there
+
+
+# For people and programs
+
+
+def test_every_form_has_the_same_numbers(table):
+    rows = list(csv.DictReader(io.StringIO(as_csv(table))))
+    assert [row["method"] for row in rows] == ["sft", "lrmc", "lora"]
+    told = as_json_object(table)
+    assert json.loads(json.dumps(told)) == json.loads(json.dumps(told, allow_nan=False))
+    for flat, row, nested in zip(rows, table.rows, told["methods"], strict=True):
+        assert float(flat["combined"]) == row.trade.combined.value
+        assert float(flat["combined_seeds_low"]) == row.trade.combined.over_seeds.low
+        assert float(flat["combined_items_high"]) == row.trade.combined.over_items.high
+        assert nested["trade"]["combined"]["value"] == row.trade.combined.value
+        assert float(flat["peak_memory_bytes"]) == 3e9
+        gain = f"{100 * row.trade.domain_gain.value:.1f}"
+        assert f"+{gain} (" in as_markdown(table)
+    assert rows[0]["minus_reference_combined"] == ""
+    assert float(rows[1]["minus_reference_combined"]) == table.rows[1].versus.combined.value
+
+
+def test_the_page_loads_nothing_and_escapes_what_it_is_given(tmp_path):
+    methods = {
+        "sft": {
+            "title": "full <script>alert(1)</script>",
+            "train": {"loss": "full", "optimizer": "adamw"},
+        }
+    }
+    comparing = Comparing(make_space(methods=methods), ["sft"], tmp_path)
+    comparing.open()
+    write_base(comparing)
+    page = as_html(load_table(comparing.directory), b"png")
+    assert "<script" not in page
+    assert "full &lt;script&gt;" in page
+    assert not re.search(r'(src|href)="(?!data:)', page)
+    assert "default-src 'none'" in page
+
+
+def test_the_files_are_written_and_the_figure_shows_every_method(finished, table):
+    files = write_report(finished.directory)
+    assert sorted(files) == ["csv", "figure", "html", "json", "markdown"]
+    assert all(path.stat().st_size > 500 for path in files.values())
+    figure = draw(table)
+    fronts, chosen = figure.axes
+    for index, row in enumerate(table.rows):
+        own = [point for point in table.points if point.method == row.name]
+        lines = [line for line in fronts.get_lines() if len(line.get_xdata()) == len(own) > 1]
+        expected = [100 * point.domain_gain.value for point in own]
+        assert any(np.allclose(line.get_ydata(), expected) for line in lines), index
+    shown = {
+        (round(float(line.get_xdata()[0]), 9), round(float(line.get_ydata()[0]), 9))
+        for line in chosen.get_lines()
+        if len(line.get_xdata()) == 1
+    }
+    for row in table.rows:
+        point = (100 * row.trade.forgetting.value, 100 * row.trade.domain_gain.value)
+        assert (round(point[0], 9), round(point[1], 9)) in shown
+    texts = [text.get_text() for text in figure.legends[0].get_texts()]
+    assert texts == [f"{number}  {row.title}" for number, row in enumerate(table.rows, 1)]
+    numbers = [text.get_text() for text in chosen.texts]
+    assert numbers == ["1", "2", "3"]
+
+
+def test_the_terminal_shows_intervals_in_brackets(table):
+    from rich.console import Console
+
+    console = Console(width=150, record=True, file=io.StringIO())
+    console.print(console_table(table))
+    text = console.export_text()
+    assert "restricted + MoClip" in text
+    assert re.search(r"\[.\d+\.\d to .\d+\.\d\]", text)
+    assert "its process died" in text
+
+
+def test_rates_of_the_made_up_comparison_are_those_that_its_table_expects():
+    assert RATES == (1e-5, 3e-5, 1e-4)
