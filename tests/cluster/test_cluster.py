@@ -197,8 +197,8 @@ def test_an_output_that_is_not_shared_is_refused_at_the_start(hosts, up):
 def test_ray_down_stops_ray_on_every_host(hosts, up):
     hosts.run("laptop", readme("ray down", up).replace("ray down", "ray down -y"), timeout=120)
     for name in HOSTS[1:]:
-        left = hosts.run(name, "pgrep -fl 'raylet|gcs_server' || true").stdout
-        assert not [line for line in left.splitlines() if "pgrep" not in line], name
+        left = hosts.run(name, "pgrep -l 'raylet|gcs_server' || true").stdout
+        assert left == "", name
 
 
 # What one process does alone, without Ray
