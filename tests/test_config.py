@@ -178,6 +178,7 @@ RULES = {
     "search.early_stopping": one_of("median", "none"),
     "search.early_stopping_after": number(lambda x: 0 < x < 1),
     "search.early_stopping_items": whole(2),
+    "search.final_limit": optional(whole(2)),
     "search.early_stopping_trials": whole(2),
     "search.trial_timeout_seconds": optional(positive),
     "search.yardstick_lr": optional(learning_rate),
