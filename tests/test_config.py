@@ -268,6 +268,8 @@ def test_a_setting_in_no_section_is_a_config_error_that_names_it(key, value):
         ({f"{section}x": {name: value}}, f"unknown setting {section}x"),
         ({section: {name: {"inner": value}}}, name),
     ):
+        if named == name and RULES[key]({"inner": value}):
+            continue  # a table of one's own names
         with pytest.raises(ConfigError, match=named):
             validate(RunSettings, values, "run.toml")
 
