@@ -266,7 +266,7 @@ def test_the_nearest_names_are_given(name, near, tmp_path):
 
 def test_groups_of_tasks():
     assert expand(["general_offline", "capitals", "mmlu"]) == (
-        "wordnet", "capitals", "plain_english", "mmlu"
+        "wordnet", "antonyms", "kinds", "capitals", "plain_english", "mmlu"
     )  # fmt: skip
     assert expand(["paper"]) == ("mmlu", "bbh", "gpqa_main_zeroshot", "minerva_math")
 
