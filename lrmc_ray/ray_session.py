@@ -38,7 +38,8 @@ _ENVIRONMENT = {
     "TORCH_PROCESS_GROUP_SHUTDOWN_TIMEOUT_S": "3",
     "RAY_AUTH_MODE": "token",
     "RAY_enable_metrics_collection": "0",  # its port is open to the world, and asks for no token
-    "AUTOSCALER_METRIC_PORT": "-1",  # the same for the autoscaler's: on no port, it is not served
+    "AUTOSCALER_METRIC_PORT": "-1",  # so are these two's: with no port, they are not served
+    "DASHBOARD_METRIC_PORT": "-1",
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
     "HF_HUB_DISABLE_TELEMETRY": "1",
     "TOKENIZERS_PARALLELISM": "false",
