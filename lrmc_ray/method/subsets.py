@@ -275,13 +275,7 @@ def cut(candidates: CandidateSets, tau: float, *, k_min: int = 1) -> CandidateSe
     rank = torch.arange(starts.numel(), device=starts.device) - starts
     before = total[:-1] - total[starts]
     keep = (rank < k_min) | (before < _mass_goal(tau)) | candidates.is_gold
-    kept = torch.nn.functional.pad(keep.cumsum(0), (1, 0))
-    return CandidateSets(
-        kept[candidates.offsets],
-        candidates.token_ids[keep],
-        candidates.logprobs[keep],
-        candidates.gold_ids,
-    )
+    return _only(candidates, keep)
 
 
 def without_added_gold(
@@ -305,13 +299,7 @@ def without_added_gold(
     is_reached_N = total[entries] - total[starts] >= _mass_goal(tau)
     is_added_N = ((rank_N >= k_min) & is_reached_N) | (rank_N >= k_max)
     keep = candidates.is_gold | ~is_added_N[candidates.row_ids]
-    kept = torch.nn.functional.pad(keep.cumsum(0), (1, 0))
-    return CandidateSets(
-        kept[candidates.offsets],
-        candidates.token_ids[keep],
-        candidates.logprobs[keep],
-        candidates.gold_ids,
-    )
+    return _only(candidates, keep)
 
 
 def _select_chunk(
@@ -452,3 +440,14 @@ def _mass_goal(tau: float) -> int:
 
 def _offsets(sizes: Tensor) -> Tensor:
     return torch.nn.functional.pad(sizes.cumsum(0), (1, 0))
+
+
+def _only(candidates: CandidateSets, keep: Tensor) -> CandidateSets:
+    """The same rows with the entries where ``keep`` is true."""
+    kept = torch.nn.functional.pad(keep.cumsum(0), (1, 0))
+    return CandidateSets(
+        kept[candidates.offsets],
+        candidates.token_ids[keep],
+        candidates.logprobs[keep],
+        candidates.gold_ids,
+    )
