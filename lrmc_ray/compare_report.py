@@ -37,6 +37,7 @@ from lrmc_ray.statistics import (
     mean_interval,
     pareto_front,
     percentile_interval,
+    rank_correlation,
 )
 
 if TYPE_CHECKING:
@@ -192,6 +193,16 @@ class SearchPoint:
 
 
 @dataclass(frozen=True)
+class Predictor:
+    """How well something known of a tuned model ranks the forgetting, over all learning rates."""
+
+    name: str
+    correlation: Interval
+    """Spearman's; the interval is over methods, whose learning rates stay together."""
+    points: int
+
+
+@dataclass(frozen=True)
 class ComparisonTable:
     """All that a comparison says."""
 
@@ -200,6 +211,7 @@ class ComparisonTable:
     seeds: tuple[int, ...]
     rows: tuple[MethodRow, ...]
     points: tuple[SearchPoint, ...]
+    predictors: tuple[Predictor, ...]
     sentences: tuple[str, ...]
     description: Mapping[str, Any]
 
@@ -241,6 +253,7 @@ def load_table(directory: Path) -> ComparisonTable:
         seeds=tuple(description["seeds"]),
         rows=rows,
         points=points_,
+        predictors=forgetting_predictors(points_),
         sentences=(),
         description=description,
     )
@@ -354,6 +367,30 @@ def excess_forgetting(
     if not gains or not gains[0] <= gain <= gains[-1]:
         return None
     return forgetting - float(np.interp(gain, gains, [point[1] for point in front]))
+
+
+def forgetting_predictors(points_: Sequence[SearchPoint]) -> tuple[Predictor, ...]:
+    """Whether drift, which needs no general task, says how much a model has forgotten.
+
+    That KL on the new task predicts forgetting is the claim of Shenfeld et al. (2025, "RL's
+    Razor"); the gain is the rival explanation: who learns more forgets more.
+    """
+    found = []
+    values: dict[str, list[float | None]] = {
+        "KL on the domain's texts": [point.kl_domain for point in points_],
+        "KL on general texts": [point.kl_general for point in points_],
+        "domain gain": [point.domain_gain.value for point in points_],
+    }
+    for name, column in values.items():
+        known = [(v, point) for v, point in zip(column, points_, strict=True) if v is not None]
+        correlation = rank_correlation(
+            [value for value, _ in known],
+            [point.forgetting.value for _, point in known],
+            [point.method for _, point in known],
+        )
+        if correlation is not None:
+            found.append(Predictor(name, correlation, len(known)))
+    return tuple(found)
 
 
 def _method_row(
@@ -524,6 +561,12 @@ def _sentences(table: ComparisonTable) -> list[str]:
             f"At the edge of the learning rates tried, so a better one may lie beyond: "
             f"{_list(edge)}."
         )
+    if table.predictors:
+        ranked = "; ".join(f"{p.name} {p.correlation}" for p in table.predictors)
+        said.append(
+            f"What ranks the forgetting of {table.predictors[0].points} models, all methods and "
+            f"learning rates on the first seed (Spearman, intervals over methods): {ranked}."
+        )
     failed = [row for row in table.rows if any("failed" in problem for problem in row.problems)]
     if failed:
         said.append(f"Runs failed of: {_list([row.title for row in failed])}.")
@@ -688,6 +731,7 @@ def as_json_object(table: ComparisonTable) -> dict[str, Any]:
         "sentences": list(table.sentences),
         "methods": [asdict(row) for row in table.rows],
         "learning_rates": [asdict(point) for point in table.points],
+        "forgetting_predictors": [asdict(predictor) for predictor in table.predictors],
         "stage_seconds": table.description["stage_seconds"],
         "versions": table.description["versions"],
         "settings": table.description["settings"],

@@ -5,6 +5,7 @@ import io
 import json
 import math
 import re
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -12,6 +13,7 @@ from scipy import stats
 
 from lrmc_ray.compare import Comparing, Job
 from lrmc_ray.compare_report import (
+    SearchPoint,
     as_csv,
     as_html,
     as_json_object,
@@ -21,6 +23,7 @@ from lrmc_ray.compare_report import (
     draw,
     estimate,
     excess_forgetting,
+    forgetting_predictors,
     general_half,
     load_table,
     loss_spikes,
@@ -28,6 +31,7 @@ from lrmc_ray.compare_report import (
 )
 from lrmc_ray.errors import IncompleteArtifactError
 from lrmc_ray.scores import Scores, compare
+from lrmc_ray.statistics import Interval
 from tests.synthetic_comparison import RATES, make_space, write_base, write_run
 from tests.synthetic_study import item_rows, save_scores
 
@@ -267,6 +271,27 @@ def test_learning_rates_are_shown_on_the_items_that_chose(finished, table):
     assert best.is_chosen
     plain = [p for p in table.points if p.method == "sft"]
     assert plain[1].excess_forgetting == pytest.approx(0.0, abs=1e-12)
+
+
+def test_what_ranks_forgetting_over_methods_and_learning_rates():
+    def point(method, forgetting, kl_domain, kl_general, gain=0.1):
+        same = Interval(forgetting, forgetting, forgetting)
+        gained = Interval(gain, gain, gain)
+        return SearchPoint(method, 1e-5, gained, same, same, kl_domain, kl_general, False, None)
+
+    levels = (0.01, 0.03, 0.02)
+    made = [
+        point(method, level * factor, kl_domain=-level * factor, kl_general=(level * factor) ** 2)
+        for factor, method in enumerate("abcd", start=1)
+        for level in levels
+    ]
+    found = {p.name: p for p in forgetting_predictors(made)}
+    assert list(found) == ["KL on the domain's texts", "KL on general texts"]  # the gain is one
+    assert found["KL on the domain's texts"].correlation.value == pytest.approx(-1.0)
+    assert found["KL on general texts"].correlation.value == pytest.approx(1.0)
+    assert found["KL on general texts"].points == 12
+    without = [replace(p, kl_domain=None) if p.method == "a" else p for p in made]
+    assert [p.name for p in forgetting_predictors(without)] == ["KL on general texts"]
 
 
 def test_failures_and_what_is_missing_are_named(table, tmp_path):
