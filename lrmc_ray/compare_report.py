@@ -19,7 +19,7 @@ import io
 import json
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -163,7 +163,7 @@ class MethodRow:
     seeds: tuple[int, ...]
     """Those that are scored."""
     trade: Trade | None
-    accuracy: float | None
+    accuracy: Estimate | None
     """Mean accuracy on the domain's tasks, as a fraction."""
     kl_domain: Estimate | None
     kl_general: Estimate | None
@@ -450,15 +450,18 @@ def _trade(own: Sequence[Comparison], less: Sequence[Comparison] | None = None) 
     )
 
 
-def _accuracy(comparisons: Sequence[Comparison]) -> float | None:
-    values = [
-        change.after.value
-        for compared in comparisons
-        for task in compared.tasks
-        for change in task.metrics
-        if task.group == "domain" and change.metric == "accuracy"
-    ]
-    return float(np.mean(values)) if values else None
+def _accuracy(comparisons: Sequence[Comparison]) -> Estimate | None:
+    """On the domain's tasks.
+
+    Over items: the seeds' intervals averaged, as if all seeds erred on the same items. That is at
+    most too wide.
+    """
+    known = [one for compared in comparisons if (one := compared.accuracy("domain")) is not None]
+    if not known:
+        return None
+    over_seeds = estimate([one.value for one in known])
+    low, high = (float(np.mean([getattr(one, end) for one in known])) for end in ("low", "high"))
+    return replace(over_seeds, over_items=Interval(over_seeds.value, low, high))
 
 
 def _drift(
@@ -610,7 +613,7 @@ def _cells(row: MethodRow) -> list[str]:
             else [_MISSING] * 3
         ),
         _with_intervals(row.versus.combined) if row.versus else _MISSING,
-        _MISSING if row.accuracy is None else percent(row.accuracy),
+        _MISSING if row.accuracy is None else _with_intervals(row.accuracy, percent),
         *(
             _MISSING if kl is None else _with_intervals(kl, lambda value: number(value, 3))
             for kl in (row.kl_domain, row.kl_general)
@@ -689,11 +692,11 @@ def flat_row(row: MethodRow) -> dict[str, Any]:
         "title": row.title,
         "lr": row.lr,
         "seeds": len(row.seeds),
-        "accuracy": row.accuracy,
     }
     for prefix, trade in (("", row.trade), ("minus_reference_", row.versus)):
         for name in ("domain_gain", "forgetting", "combined"):
             flat |= _flat_estimate(f"{prefix}{name}", getattr(trade, name) if trade else None)
+    flat |= _flat_estimate("accuracy", row.accuracy)
     flat |= _flat_estimate("kl_domain", row.kl_domain)
     flat |= _flat_estimate("kl_general", row.kl_general)
     costs = asdict(row.cost) if row.cost else dict.fromkeys(Cost.__dataclass_fields__)

@@ -151,6 +151,20 @@ def mean_interval(
     return Interval(mean, mean - half, mean + half)
 
 
+def mean_of_independent(intervals: Sequence[Interval]) -> Interval:
+    """The mean of independent values, each known with an interval of its own.
+
+    Distances to the ends add in quadrature, each side by itself (Zou and Donner 2008, "MOVER"),
+    so that the lopsided intervals of proportions near 0 and 1 stay lopsided.
+    """
+    values = np.array([(i.value, i.low, i.high) for i in intervals])
+    mean = float(values[:, 0].mean())
+    below, above = (
+        float(np.linalg.norm(values[:, end] - values[:, 0])) / len(values) for end in (1, 2)
+    )
+    return Interval(mean, mean - below, mean + above)
+
+
 def rank_correlation(
     x_N: ArrayLike,
     y_N: ArrayLike,

@@ -204,7 +204,19 @@ def test_a_row_is_the_mean_over_seeds_on_the_reported_items(finished, table):
         scores_of(finished, Job("lrmc", 3e-5, seed, "test")).metric("nl2sql", "accuracy")
         for seed in range(3)
     ]
-    assert row.accuracy == pytest.approx(np.mean([a.values.mean() for a in accuracy]))
+    assert row.accuracy.value == pytest.approx(np.mean([a.values.mean() for a in accuracy]))
+    spread = stats.t.interval(
+        0.95, 2, np.mean([a.values.mean() for a in accuracy]),
+        stats.sem([a.values.mean() for a in accuracy]),
+    )  # fmt: skip
+    over_seeds = row.accuracy.over_seeds
+    assert (over_seeds.low, over_seeds.high) == pytest.approx(spread)
+    ends = [
+        stats.binomtest(int(a.values.sum()), len(a.values)).proportion_ci(method="wilson")
+        for a in accuracy
+    ]
+    assert row.accuracy.over_items.low == pytest.approx(np.mean([e.low for e in ends]))
+    assert row.accuracy.over_items.high == pytest.approx(np.mean([e.high for e in ends]))
     # General drift of the first seed comes from its development scores.
     assert row.kl_general.value == pytest.approx(np.mean([0.01, 0.02, 0.03]))
     assert row.kl_domain.value == pytest.approx(np.mean([0.2, 0.3, 0.4]))
@@ -328,7 +340,7 @@ def test_one_seed_is_said_in_place_of_an_interval(tmp_path):
     assert row.versus.combined.over_seeds is None
     text = as_markdown(table)
     line = next(line for line in text.splitlines() if line.startswith("| restricted + MoClip"))
-    assert line.count("(one seed)") == 6
+    assert line.count("(one seed)") == 7
     assert "to" in line.split("(one seed)")[1]  # the interval over items is there
 
 

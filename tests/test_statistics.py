@@ -19,6 +19,7 @@ from lrmc_ray.statistics import (
     knee,
     knee_replicates,
     mean_interval,
+    mean_of_independent,
     on_front,
     paired_bootstrap,
     pareto_front,
@@ -401,3 +402,19 @@ def test_no_rank_correlation_of_constants_or_of_too_few_groups():
     assert rank_correlation([1, 2, 3, 4], [1, 2, 3, 4], ["a", "a", "b", "c"]) is None
     perfect = rank_correlation([1, 2, 3, 4], [1, 4, 9, 16], groups, resamples=50)
     assert perfect == Interval(pytest.approx(1.0), pytest.approx(1.0), pytest.approx(1.0))
+
+
+def test_the_mean_of_independent_values_has_each_side_in_quadrature():
+    one = Interval(0.5, 0.2, 0.6)
+    assert mean_of_independent([one]) == Interval(0.5, pytest.approx(0.2), pytest.approx(0.6))
+    three = [one, Interval(0.0, 0.0, 0.4), Interval(0.4, 0.0, 0.6)]
+    found = mean_of_independent(three)
+    assert found.value == pytest.approx(0.3)
+    assert found.low == pytest.approx(0.3 - 0.5 / 3)  # 0.3, 0, 0.4
+    assert found.high == pytest.approx(0.3 + math.sqrt(0.01 + 0.16 + 0.04) / 3)
+
+    # Normal means: the interval of the mean of two is the one that a normal mean of both has.
+    half = stats.norm.ppf(0.975)
+    normal = [Interval(m, m - half * s, m + half * s) for m, s in ((1.0, 0.3), (2.0, 0.4))]
+    found = mean_of_independent(normal)
+    assert found.high - found.value == pytest.approx(half * math.hypot(0.3, 0.4) / 2)
