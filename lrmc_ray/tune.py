@@ -257,6 +257,8 @@ class Search:
                 search_alg=searcher,
                 num_samples=-1,  # the searcher says when it is finished
                 max_concurrent_trials=concurrent,
+                # The next trial goes on in the process of one that ended well.
+                reuse_actors=True,
             ),
             run_config=tune.RunConfig(
                 name="tune",
