@@ -33,6 +33,7 @@ PROCESSES = "processes.jsonl"
 """The processes in which a trial ran, one a line, the last one last: so the search can stop it."""
 RESULT = "result.json"
 FAILURE = "failure.json"
+DIED = "its process died"
 RUNG_STEP, RUNG_VALUE, RUNG_FORGETTING = "rung/step", "rung/value", "rung/forgetting"
 """What Tune is told of a trial that was scored on the way."""
 PRUNED = "rung/pruned"
@@ -220,8 +221,7 @@ def failure_cause(directory: Path) -> str | None:
 
 def death_cause(directory: Path) -> str:
     """What can be said of a trial whose process died without a word."""
-    while_scoring = " while its model was scored" if is_finished(directory / "training") else ""
-    return f"its process died{while_scoring}"
+    return DIED + (" while its model was scored" if is_finished(directory / "training") else "")
 
 
 def _this_process() -> dict[str, Any]:
