@@ -44,7 +44,7 @@ def test_tokens_are_those_of_the_layout_that_training_takes(cost):
         assert computed_tokens(sequences, cost) == layout.input_ids_BT.numel()
         beginnings = {tuple(ids[:end]) for ids in sequences for end in range(1, len(ids) + 1)}
         assert packed_tokens(sequences) == len(beginnings)
-    assert layouts == ({True} if cost is None else {True, False} if cost else {False})
+    assert layouts == ({True} if cost is None else {True, False})
     assert computed_tokens([], cost) == 0
 
 
@@ -69,7 +69,12 @@ def test_the_cost_of_attention_is_that_of_the_loaded_model(tiny_model, tmp_path)
 def test_the_estimate_is_what_many_steps_compute(
     tiny_model, tmp_path, batch_size, micro_batches, packing
 ):
-    sources = find_sources([str(make_data(tmp_path / "train.jsonl", num_rows=120))])
+    path = make_data(tmp_path / "train.jsonl", num_rows=120)
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    rules = "Answer with the sum alone. " * 8
+    texts = [json.dumps({**row, "prompt": rules + row["prompt"]}) + "\n" for row in rows]
+    path.write_text("".join(texts))
+    sources = find_sources([str(path)])
     tokenizer = load_tokenizer(tiny_model)
     ids = [encode_row(row, tokenizer).input_ids for row in read_rows(sources, Rejects())]
     model = load_model(tiny_model)
@@ -94,8 +99,8 @@ def test_the_estimate_is_what_many_steps_compute(
     )
     assert found.alone == pytest.approx(sum(map(len, ids)) / len(ids))
     assert found.computed == pytest.approx(computed / (steps * batch_size), rel=0.03)
-    # Without sharing, it would be far off.
-    assert not packing or found.computed < 0.8 * found.alone
+    # The rules are there once in eight; padding adds to what each sample has.
+    assert found.computed < 0.5 * found.alone if packing else found.computed > found.alone
 
 
 def test_rows_that_cannot_be_used_do_not_count(tiny_model, tmp_path):
