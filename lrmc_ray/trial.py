@@ -307,6 +307,7 @@ def _suffer(fault: str, directory: Path) -> dict[str, Any]:
     if fault.startswith("scoring_"):
         from lrmc_ray.ray_session import held_cores
 
+        (directory / "training").mkdir(exist_ok=True)
         write_manifest(directory / "training", {})
         with held_cores(1):
             return _suffer(fault.removeprefix("scoring_"), directory)
