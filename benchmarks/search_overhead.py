@@ -4,17 +4,26 @@
 
 Runs searches of trivially short trials, one training step and four scored items of a random model
 of 0.2M parameters, and divides the time from the first trial's start to the last one's end by their
-number: processes, Ray Train's start, imports, loading, the study, MLflow. The last line is one JSON
-object: seconds per trial by number of trials, and the ratio of the largest to the smallest search.
+number: processes, Ray Train's start, imports, loading, the study, MLflow. Beside the time, the
+processor time of all processes in that span, by kind: a busy machine counts less in it. The last
+line is one JSON object: seconds per trial by number of trials, and the ratio of the largest to the
+smallest search.
 """
 
 import argparse
+import contextlib
 import json
+import re
 import shutil
 import sys
 import tempfile
+import threading
+import time
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
+
+import psutil
 
 SPACE = """\
 [search]
@@ -35,15 +44,64 @@ delta_max = { low = 10, high = 120 }
 """
 
 
-def seconds_per_trial(work: Path, trials: int, cpus: int) -> tuple[float, float]:
-    """Seconds per trial by the clock, and those of the trials' own training and scoring."""
+SAMPLING_SECONDS = 0.2
+
+
+class ProcessorTime:
+    """Processor time of this process's descendants, read now and then; what dies in between loses.
+
+    Ray's processes are children of children that nobody waits for, so the kernel keeps no sum.
+    """
+
+    def __init__(self) -> None:
+        self._seconds: dict[tuple[int, float], list[tuple[float, float]]] = {}
+        self._titles: dict[tuple[int, float], str] = {}
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._sample, daemon=True)
+
+    def __enter__(self) -> "ProcessorTime":
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stop.set()
+        self._thread.join()
+
+    def _sample(self) -> None:
+        own = psutil.Process()
+        while not self._stop.wait(SAMPLING_SECONDS):
+            for process in [own, *own.children(recursive=True)]:
+                with contextlib.suppress(psutil.Error):
+                    key = (process.pid, process.create_time())
+                    used = process.cpu_times()
+                    self._seconds.setdefault(key, []).append((time.time(), used.user + used.system))
+                    title = "this process" if process is own else process.cmdline()[0]
+                    if not title.endswith(("IDLE", "python", "python3")) or key not in self._titles:
+                        self._titles[key] = title.rpartition("/")[2].removeprefix("ray::")
+
+    def between(self, began: float, ended: float) -> Counter[str]:
+        """Seconds of all processes from ``began`` to ``ended`` (of the epoch), by kind."""
+        total: Counter[str] = Counter()
+        for key, readings in self._seconds.items():
+            before = max((used for at, used in readings if at < began), default=0.0)
+            until = max((used for at, used in readings if at <= ended), default=before)
+            total[re.split(r"[.:( ]", self._titles[key])[0]] += until - before
+        return total
+
+
+def seconds_per_trial(work: Path, trials: int, cpus: int) -> tuple[float, float, Counter[str]]:
+    """Seconds per trial by the clock, those of its own training and scoring, processor time."""
     from lrmc_ray.ray_session import ray_session
     from lrmc_ray.tune import main as tune
     from tests.tiny import make_data, make_model
 
     model, data = make_model(work / "model"), make_data(work / "train.jsonl")
     (work / "space.toml").write_text(SPACE)
-    with ray_session(log=work / "ray.log", num_cpus=cpus):
+    with (
+        ray_session(log=work / "ray.log", num_cpus=cpus),
+        contextlib.redirect_stdout(None),
+        ProcessorTime() as processors,
+    ):
         code = tune(
             [
                 *("--space", str(work / "space.toml"), "--model", str(model)),
@@ -60,7 +118,10 @@ def seconds_per_trial(work: Path, trials: int, cpus: int) -> tuple[float, float]
         trial["cost"]["train_seconds"] + trial["cost"]["evaluate_seconds"]
         for trial in study["trials"]
     )
-    return (ended - began) / trials, own / trials
+    used = processors.between(began, ended)
+    for kind in used:
+        used[kind] /= trials
+    return (ended - began) / trials, own / trials, used
 
 
 def main(argv: Sequence[str]) -> int:
@@ -76,14 +137,22 @@ def main(argv: Sequence[str]) -> int:
             rows[trials] = seconds_per_trial(work, trials, arguments.cpus)
         finally:
             shutil.rmtree(work, ignore_errors=True)
-    print(f"{'trials':>8} {'seconds per trial':>20} {'in training, scoring':>22}", file=sys.stderr)
-    for trials, (total, own) in rows.items():
-        print(f"{trials:8} {total:20.2f} {own:22.2f}", file=sys.stderr)
+    header = ("trials", "seconds per trial", "in training, scoring", "processor seconds")
+    print("".join(f"{title:>22}" for title in header), file=sys.stderr)
+    for trials, (total, own, used) in rows.items():
+        cells = (total, own, used.total())
+        print(f"{trials:22}" + "".join(f"{cell:22.2f}" for cell in cells), file=sys.stderr)
+        for kind, seconds in used.most_common(8):
+            print(f"{kind:>66} {seconds:21.2f}", file=sys.stderr)
     fewest, most = min(rows), max(rows)
     print(
         json.dumps(
             {
                 **{f"seconds_per_trial_{trials}": round(row[0], 2) for trials, row in rows.items()},
+                **{
+                    f"processor_seconds_{trials}": round(row[2].total(), 2)
+                    for trials, row in rows.items()
+                },
                 "ratio": round(rows[most][0] / rows[fewest][0], 3),
             }
         )

@@ -27,14 +27,21 @@ from lrmc_ray.artifacts import (
     write_atomically,
     write_json,
 )
-from lrmc_ray.config import ModelSettings, RunSettings
+from lrmc_ray.config import ModelSettings, ResourceSettings, RunSettings
 from lrmc_ray.console import progress, run_command, setup_logging
 from lrmc_ray.errors import ConfigError, DataError, IncompleteArtifactError, LrmcError
 from lrmc_ray.models import tokenizer_fingerprint
-from lrmc_ray.ray_session import RAY_LOG, check_model_shared, ray_session, worker_slots
+from lrmc_ray.ray_session import (
+    RAY_LOG,
+    can_hold_cores,
+    check_model_shared,
+    held_cores,
+    ray_session,
+    worker_slots,
+)
 
 if TYPE_CHECKING:
-    from lrmc_ray.harness import ScoreResult
+    from lrmc_ray.harness import ScoreRequest, ScoreResult
 
 _log = logging.getLogger(__name__)
 
@@ -59,6 +66,7 @@ def evaluate(
     base: Path | None = None,
     general_from: Path | None = None,
     parallel: int = 1,
+    here: bool = False,
 ) -> Path:
     """The finished scores of a model under ``output / "scores"``, made now unless they are there.
 
@@ -72,6 +80,9 @@ def evaluate(
         base: the base model's scores; drift is measured against them.
         general_from: scores of the same model whose general tasks are taken over, not run again.
         parallel: Ray tasks that share the work.
+        here: score in this process, which has imported half of what it takes, where the resources
+            are cores of a single machine and Ray can hold them for it. If it dies, so does the
+            caller; a Ray task would be started again. The scores are the same.
 
     Raises:
         EvaluationError: scoring failed; the message has the cause.
@@ -101,7 +112,9 @@ def evaluate(
     with lock_directory(partial):
         if not is_finished(final):
             start = time.monotonic()
-            drift = _score(settings, model_directory, partial, split, base, general_from, parallel)
+            drift = _score(
+                settings, model_directory, partial, split, base, general_from, parallel, here=here
+            )
             manifest = {
                 "kind": "scores",
                 "identity": identity,
@@ -160,12 +173,11 @@ def _score(
     base: Path | None,
     general_from: Path | None,
     parallel: int,
+    *,
+    here: bool,
 ) -> dict[str, float]:
-    """Score in Ray tasks and write ``items.parquet``; returns the drift from ``base``."""
-    import ray
-    from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
-
-    from lrmc_ray.harness import ScoreRequest, ScoreResult, task_label
+    """Score and write ``items.parquet``; returns the drift from ``base``."""
+    from lrmc_ray.harness import ScoreRequest, task_label
     from lrmc_ray.scores import Scores, receipt
     from lrmc_ray.tasks.registry import expand
 
@@ -177,45 +189,26 @@ def _score(
     worker_slots(resources, what="evaluation task")
     if base is None:
         check_model_shared(model_directory)
-    remote = ray.remote(_score_part).options(
-        num_cpus=resources.cpus_per_worker,
-        num_gpus=resources.gpus_per_worker,
-        resources=dict(resources.custom),
-        label_selector=dict(resources.labels) or None,
-        max_retries=2,
-        # A trial's own placement group has no CPUs to give.
-        scheduling_strategy=PlacementGroupSchedulingStrategy(placement_group=None),
-    )
     before = _read_drift(base) if base else None
     # Dealt to the tasks, so that the texts are the same ones however many hands there are.
     shares: dict[Any, int] = {}
     for group in ("domain", "general"):
         count = sum(own == group for _, own in tasks)
         shares[group] = -(-chosen.drift_samples // count) if count else 0
-    pending = [
-        remote.remote(
-            str(model_directory),
-            ScoreRequest(
-                tasks=tuple(hand),
-                batch_tokens=chosen.batch_tokens,
-                precision=chosen.precision,
-                limit=chosen.limit,
-                split=split,
-                drift_samples=shares,
-                drift_texts=before.texts if before else None,
-            ),
-            resources.cpus_per_worker,
+    requests = [
+        ScoreRequest(
+            tasks=tuple(hand),
+            batch_tokens=chosen.batch_tokens,
+            precision=chosen.precision,
+            limit=chosen.limit,
+            split=split,
+            drift_samples=shares,
+            drift_texts=before.texts if before else None,
         )
         for hand in _divide(tasks, parallel)
     ]
-    try:
-        results: list[ScoreResult] = ray.get(pending)
-    except ray.exceptions.RayTaskError as error:
-        if isinstance(error.cause, LrmcError):
-            raise error.cause from None
-        raise EvaluationError(f"scoring {model_directory} failed: {error.cause!r}") from error
-    except ray.exceptions.RayError as error:
-        raise EvaluationError(f"scoring {model_directory} failed: {error}") from error
+    run = _run_here if here and _fits_here(resources) else _run_in_tasks
+    results = run(model_directory, requests, resources)
     rows = [row for result in results for row in result.rows]
     order = {task_label(name): index for index, (name, _) in enumerate(tasks)}
     rows.sort(key=lambda row: order[row["task"]])
@@ -234,6 +227,59 @@ def _score(
     _write_receipt(partial / RECEIPT, receipt(Scores.load(base), scores))
     groups = {task_label(name): group for name, group in tasks}
     return _drift(before.logprobs, logprobs, groups)
+
+
+def _fits_here(resources: ResourceSettings) -> bool:
+    """Whether this process can score in place of a Ray task: cores are all that it takes."""
+    needs = (resources.gpus_per_worker, resources.custom, resources.labels)
+    return not any(needs) and can_hold_cores(resources.cpus_per_worker)
+
+
+def _run_here(
+    model_directory: Path, requests: "Sequence[ScoreRequest]", resources: ResourceSettings
+) -> "list[ScoreResult]":
+    """Score in this process, while Ray gives its cores to nobody else."""
+    with held_cores(resources.cpus_per_worker):
+        try:
+            return [
+                _score_part(str(model_directory), request, resources.cpus_per_worker)
+                for request in requests
+            ]
+        except LrmcError:
+            raise
+        except Exception as error:
+            raise EvaluationError(f"scoring {model_directory} failed: {error!r}") from error
+
+
+def _run_in_tasks(
+    model_directory: Path, requests: "Sequence[ScoreRequest]", resources: ResourceSettings
+) -> "list[ScoreResult]":
+    """Score in Ray tasks side by side; one whose process or node is lost is started again."""
+    import ray
+    from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
+
+    remote = ray.remote(_score_part).options(
+        num_cpus=resources.cpus_per_worker,
+        num_gpus=resources.gpus_per_worker,
+        resources=dict(resources.custom),
+        label_selector=dict(resources.labels) or None,
+        max_retries=2,
+        # A trial's own placement group has no CPUs to give.
+        scheduling_strategy=PlacementGroupSchedulingStrategy(placement_group=None),
+    )
+    pending = [
+        remote.remote(str(model_directory), request, resources.cpus_per_worker)
+        for request in requests
+    ]
+    try:
+        results: list[ScoreResult] = ray.get(pending)
+    except ray.exceptions.RayTaskError as error:
+        if isinstance(error.cause, LrmcError):
+            raise error.cause from None
+        raise EvaluationError(f"scoring {model_directory} failed: {error.cause!r}") from error
+    except ray.exceptions.RayError as error:
+        raise EvaluationError(f"scoring {model_directory} failed: {error}") from error
+    return results
 
 
 def _drift(
@@ -297,8 +343,8 @@ def _divide(tasks: Sequence[Any], parallel: int) -> list[list[Any]]:
     return hands
 
 
-def _score_part(model_directory: str, request: Any, threads: int) -> Any:
-    """Runs in a Ray task."""
+def _score_part(model_directory: str, request: "ScoreRequest", threads: int) -> "ScoreResult":
+    """Runs in a Ray task, or in the process of a trial."""
     import torch
 
     from lrmc_ray.harness import score

@@ -2,7 +2,7 @@
 
 From the measured costs of earlier searches in the output directory where there are any with the
 same model, data and tasks; else a rough estimate from the model's size, the tokens and the cores.
-Neither needs Ray, torch or a download.
+Neither needs Ray or a download.
 """
 
 import json
@@ -20,6 +20,8 @@ from lrmc_ray.errors import DataError, ResourceError
 STUDY_FILE = "study.json"
 CORE_FLOPS = 7e10
 """Of float32 per second and core: SmolLM2-135M in the demo on an AMD EPYC core with AVX2."""
+STEP_SECONDS = 8.4e-9
+"""Of MoClip per parameter and step on such a core, which memory limits."""
 CHARACTERS_PER_TOKEN = 4.0
 ITEMS_PER_TASK = 200
 """Of a task without ``evaluate.limit``; real tasks have between tens and thousands."""
@@ -98,7 +100,8 @@ def forecast(
     concurrent, (_, most) = divide(slots, settings.resources, trials)
     workers = max(1, min(most, settings.train.micro_batches))
     cores = settings.resources.cpus_per_worker
-    train = parts["train_core_seconds"] / (workers * cores)
+    # Every worker takes the whole step of the optimizer.
+    train = parts["train_core_seconds"] / (workers * cores) + parts["optimizer_seconds"]
     early = _early_seconds(settings, parts["evaluate_seconds"])
     each = train + parts["evaluate_seconds"] + START_SECONDS + early
     left = (1 - settings.search.early_stopping_after) * train + parts["evaluate_seconds"]
@@ -197,6 +200,7 @@ def _measured(settings: RunSettings, output: Path) -> dict[str, Any] | None:
     scored = statistics.median(evaluate)
     return {
         "train_core_seconds": statistics.median(train_per_sample) * samples,
+        "optimizer_seconds": 0.0,  # in what was measured
         "evaluate_seconds": scored,
         "record_seconds": statistics.median(record) if record else 0.0,
         "base_seconds": statistics.median(base) if base else scored,
@@ -207,16 +211,31 @@ def _measured(settings: RunSettings, output: Path) -> dict[str, Any] | None:
 
 def _estimated(settings: RunSettings, slots: int, gpu_flops: float | None) -> dict[str, Any] | None:
     """From floating-point operations: 2 per parameter and token forward, 6 with the gradient."""
-    from lrmc_ray.record import training_files
+    from lrmc_ray.record import training_sources
+    from lrmc_ray.token_counts import TokenCounts, count_sample_tokens
 
     directory = _model_directory(settings)
     gpus = settings.resources.gpus_per_worker
     if directory is None or (gpus and gpu_flops is None):
         return None
     parameters = count_parameters(directory)
-    samples, tokens = count_tokens(training_files(settings), settings.data.max_length)
+    train = settings.train
+    sources = training_sources(settings)
+    samples, tokens = count_tokens([source.path for source in sources], settings.data.max_length)
+    try:
+        counts = count_sample_tokens(
+            sources,
+            directory,
+            max_length=settings.data.max_length,
+            batch_size=train.batch_size,
+            micro_batches=train.micro_batches,
+            packing=train.packing,
+            parameters=parameters,
+        )
+    except DataError:  # no tokenizer to count with, or rows that recording will name
+        counts = TokenCounts(tokens / samples, tokens / samples)
     cores = settings.resources.cpus_per_worker
-    trained = settings.train.steps * settings.train.batch_size * tokens / samples
+    trained = train.steps * train.batch_size * counts.computed
     tasks = len(settings.evaluate.domain_tasks) + len(settings.evaluate.general_tasks)
     scored = tasks * (settings.evaluate.limit or ITEMS_PER_TASK) * TOKENS_PER_ITEM
     per_second = gpu_flops * gpus if gpus and gpu_flops else CORE_FLOPS * cores
@@ -224,12 +243,14 @@ def _estimated(settings: RunSettings, slots: int, gpu_flops: float | None) -> di
     evaluate = 2.0 * parameters * scored / per_second
     return {
         "train_core_seconds": 6.0 * parameters * trained / per_second * cores,
+        "optimizer_seconds": 0.0 if gpus else train.steps * parameters * STEP_SECONDS / cores,
         "evaluate_seconds": evaluate,
-        "record_seconds": 2.0 * parameters * tokens / (per_second * slots),
+        "record_seconds": 2.0 * parameters * samples * counts.alone / (per_second * slots),
         "base_seconds": evaluate / min(slots, tasks),
         "basis": (
-            f"rough estimate: {parameters / 1e6:.0f}M parameters, about {tokens / samples:.0f} "
-            f"tokens per sample, {speed}; it can be off by a factor of three"
+            f"rough estimate: {parameters / 1e6:.0f}M parameters, about {counts.alone:.0f} "
+            f"tokens per sample, {counts.computed:.0f} of them computed in training, {speed}; it "
+            "can be off by a factor of three"
         ),
         "is_measured": False,
     }

@@ -233,7 +233,7 @@ def run_task(
         ConfigError: lm-eval refuses the task's file.
         DataError: the task has no items, or its file and its data do not fit.
     """
-    from lm_eval import simple_evaluate
+    import lm_eval
 
     from lrmc_ray.tasks.registry import OURS
 
@@ -257,13 +257,14 @@ def run_task(
                 raise DataError(f"task {task_name} has no items; check its data files")
         metadata = [task.config.metadata or {} for task in tasks.values()]
         chat = all(isinstance(m, Mapping) and m.get("chat_template") for m in metadata)
+        _seed(tasks)
         try:
-            results = simple_evaluate(
-                model=lm,
-                tasks=[part],
-                task_manager=manager,
+            results = lm_eval.evaluate(
+                lm=lm,
+                task_dict=loaded,
                 limit=limit,
                 apply_chat_template=chat,
+                fewshot_as_multiturn=True,
                 bootstrap_iters=0,
                 log_samples=True,
             )
@@ -282,6 +283,25 @@ def run_task(
                 sample["output_type"] = task.OUTPUT_TYPE
                 sample["metric_names"] = [m["metric"] for m in task.config.metric_list or []]
     return samples
+
+
+def _seed(tasks: Mapping[str, Any]) -> None:
+    """Prepare as lm-eval's ``simple_evaluate`` does; it also runs pip and a compiler, for seconds.
+
+    Those are for its report on the machine, which nobody reads here.
+    """
+    import random
+
+    from lm_eval.defaults import DEFAULT_OTHER_SEED, DEFAULT_RANDOM_SEED
+    from lm_eval.utils import set_torch_seed
+
+    random.seed(DEFAULT_RANDOM_SEED)
+    np.random.seed(DEFAULT_OTHER_SEED)
+    set_torch_seed(DEFAULT_OTHER_SEED)
+    for task in tasks.values():
+        if task.get_config("num_fewshot") is None:
+            task.set_config(key="num_fewshot", value=0)
+        task.set_fewshot_seed(seed=DEFAULT_OTHER_SEED)
 
 
 def _told(error: Exception) -> str:

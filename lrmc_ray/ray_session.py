@@ -12,6 +12,8 @@ from lrmc_ray.config import ResourceSettings
 from lrmc_ray.errors import IncompleteArtifactError, ResourceError
 from lrmc_ray.placement import Node, check_slots
 
+_log = logging.getLogger(__name__)
+
 TRIAL_SLOT = "lrmc_trial"
 """Custom resource of the node where searches run: one unit per waiting trial driver.
 
@@ -24,6 +26,8 @@ ANSWER_SECONDS = 10.0
 """How long a cluster's head may take to accept a connection."""
 PROBE_SECONDS = 20.0
 """How long a node may take to say whether it sees the output directory."""
+HELD_SECONDS = 60.0
+"""How often a process that waits for cores says so."""
 SHARED_SECONDS = 5.0
 """How long a file may take to be seen by another node."""
 
@@ -31,6 +35,8 @@ _ENVIRONMENT = {
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_DATA_DISABLE_PROGRESS_BARS": "1",  # the commands show their own
     "RAY_AIR_NEW_OUTPUT": "0",  # Tune's own tables on stdout
+    # A trial's process that is slow to end its thread would make the next trial fail in its place.
+    "TUNE_FUNCTION_THREAD_TIMEOUT_S": "60",
     "RAY_CHDIR_TO_TRIAL_DIR": "0",  # relative paths in the settings mean the same in every trial
     "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "120",
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",  # a run that has ended is noticed that much sooner
@@ -44,6 +50,27 @@ _ENVIRONMENT = {
     "HF_HUB_DISABLE_TELEMETRY": "1",
     "TOKENIZERS_PARALLELISM": "false",
 }
+
+
+_PREEMPTION_WATCHER = "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER"
+"""Ray Train's switch for the process that tells workers that their node will be taken away."""
+
+
+def watches_preemption() -> bool:
+    """Whether Ray Train asks if nodes are about to be taken away; not on a machine of one's own."""
+    return os.environ.get(_PREEMPTION_WATCHER, "1") not in ("0", "false", "False")
+
+
+@contextlib.contextmanager
+def _no_preemption() -> Iterator[None]:
+    if _PREEMPTION_WATCHER in os.environ:  # as the user wants it
+        yield
+        return
+    os.environ[_PREEMPTION_WATCHER] = "0"
+    try:
+        yield
+    finally:
+        del os.environ[_PREEMPTION_WATCHER]
 
 
 def local_cpus() -> int:
@@ -82,7 +109,10 @@ def ray_session(
     if ray.is_initialized():
         yield
         return
-    with contextlib.nullcontext() if verbose else _stderr_to(log):
+    with (
+        contextlib.nullcontext() if verbose else _stderr_to(log),
+        _no_preemption() if address == "local" else contextlib.nullcontext(),
+    ):
         _start(address, num_cpus, verbose)
         try:
             if address != "local":
@@ -186,6 +216,38 @@ def worker_slots(resources: ResourceSettings, *, least: int = 1, what: str = "wo
         ResourceError: fewer than ``least``: asking Ray for them would wait for ever.
     """
     return check_slots(cluster_nodes(), resources, least, what)
+
+
+def can_hold_cores(count: int) -> bool:
+    """Whether :func:`held_cores` can give this process ``count`` cores of its own node.
+
+    Only an actor can: when it dies, `release_orphaned_groups` knows whose the cores were. And only
+    with one node: beside others, the cores of this one may all be busy while those of others idle.
+    """
+    import ray
+
+    if ray.get_runtime_context().get_actor_id() is None:
+        return False
+    alive = [node for node in ray.nodes() if node["Alive"]]
+    return len(alive) == 1 and alive[0]["Resources"].get("CPU", 0) >= count
+
+
+@contextlib.contextmanager
+def held_cores(count: int) -> Iterator[None]:
+    """Cores of this node for work in this very process, waited for until they are free."""
+    import ray
+    from ray.util.placement_group import placement_group, remove_placement_group
+
+    node = ray.get_runtime_context().get_node_id()
+    group = placement_group(
+        [{"CPU": count}], bundle_label_selector=[{"ray.io/node-id": node}], name="held_cores"
+    )
+    try:
+        while not group.wait(HELD_SECONDS):
+            _log.debug("waiting for %d cores", count)
+        yield
+    finally:
+        remove_placement_group(group)
 
 
 def check_trial_slots() -> None:

@@ -24,7 +24,7 @@ from ray.tune.search import Searcher
 
 from lrmc_ray.config import ParameterRange, RunSettings, TrainSettings
 from lrmc_ray.statistics import Objective
-from lrmc_ray.trial import PRUNED, RUNG_FORGETTING, RUNG_STEP, RUNG_VALUE
+from lrmc_ray.trial import DIED, PRUNED, RUNG_FORGETTING, RUNG_STEP, RUNG_VALUE
 
 _log = logging.getLogger(__name__)
 
@@ -272,7 +272,7 @@ class StudySearcher(Searcher):  # type: ignore[misc]  # Ray's types are skipped
         """Tell the study; a trial without a finite objective has failed."""
         number = self._numbers.pop(trial_id)
         if error or result is None:
-            self._on_change(number, None, "its process died")
+            self._on_change(number, None, DIED)
             return
         if RUNG_STEP in result:
             self._queue.report(number, int(result[RUNG_STEP]), result[RUNG_VALUE])

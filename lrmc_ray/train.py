@@ -8,6 +8,7 @@ our own checkpoint, with the same samples in the same order, and in strict mode 
 """
 
 import argparse
+import asyncio
 import dataclasses
 import json
 import logging
@@ -33,7 +34,13 @@ from lrmc_ray.artifacts import (
 from lrmc_ray.config import RunSettings, TrainSettings, validate
 from lrmc_ray.console import progress, run_command, setup_logging
 from lrmc_ray.errors import DataError, LrmcError
-from lrmc_ray.ray_session import RAY_LOG, ray_session, release_orphaned_groups, worker_slots
+from lrmc_ray.ray_session import (
+    RAY_LOG,
+    ray_session,
+    release_orphaned_groups,
+    watches_preemption,
+    worker_slots,
+)
 from lrmc_ray.run_files import CHECKPOINT_NOW, CHECKPOINTS, LEDGER, METRICS, MODEL
 
 if TYPE_CHECKING:
@@ -212,6 +219,7 @@ def _trainer(
             "directory": str(directory.resolve()),
             "threads": resources.cpus_per_worker,
             "rung": rung,
+            "may_be_preempted": watches_preemption(),
         },
         scaling_config=ScalingConfig(
             num_workers=worker_range(settings),
@@ -230,10 +238,12 @@ def _trainer(
 
 
 def _trainer_class() -> Any:
-    """Ray's ``TorchTrainer`` without two helper processes, whose imports cost seconds of every run.
+    """Ray's ``TorchTrainer`` without three helper processes, whose imports cost seconds of a run.
 
     One hands out Ray datasets, of which there are none; one removes the placement group of a
-    controller that died, which `release_orphaned_groups` does before every attempt.
+    controller that died, which `release_orphaned_groups` does before every attempt. The third is
+    the controller: in an actor, a search's trial for example, which only waits for it anyway, it
+    runs in the same process. Then the workers belong to the trial itself, and end with it.
     """
     from ray.train.torch import TorchTrainer
 
@@ -242,6 +252,7 @@ def _trainer_class() -> Any:
         from ray.train.v2._internal.callbacks.placement_group_callback import (
             PlacementGroupCleanerCallback,
         )
+        from ray.train.v2._internal.execution.controller import TrainController
     except ImportError:  # not a public interface
         return TorchTrainer
     helpers = (DatasetsCallback, PlacementGroupCleanerCallback)
@@ -250,6 +261,16 @@ def _trainer_class() -> Any:
         def _create_default_callbacks(self) -> list[Any]:
             callbacks = super()._create_default_callbacks()
             return [callback for callback in callbacks if not isinstance(callback, helpers)]
+
+        def _initialize_and_run_controller(self, **arguments: Any) -> Any:
+            import ray
+
+            # A driver may shut Ray down while it trains; a controller in it would start Ray again.
+            if ray.get_runtime_context().get_actor_id() is None:
+                return super()._initialize_and_run_controller(**arguments)
+            controller = TrainController(**arguments)
+            asyncio.run(controller.run())
+            return controller.get_result()
 
     return LeanTrainer
 
@@ -382,10 +403,16 @@ def _worker(config: dict[str, Any]) -> dict[str, Any]:
         directory=Path(config["directory"]),
         group=WorkerGroup(context.get_world_rank(), context.get_world_size()),
         device=ray.train.torch.get_device(),
-        is_preempted=lambda: ray.train.get_preemption_info() is not None,
+        is_preempted=_is_preempted if config["may_be_preempted"] else lambda: False,
         rung=config["rung"],
     )
     return run.run()
+
+
+def _is_preempted() -> bool:
+    import ray.train
+
+    return ray.train.get_preemption_info() is not None
 
 
 @contextmanager

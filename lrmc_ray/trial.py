@@ -15,7 +15,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from lrmc_ray.artifacts import is_finished, read_manifest, write_json
+from lrmc_ray.artifacts import is_finished, read_manifest, write_json, write_manifest
 from lrmc_ray.config import RunSettings, trial_settings
 from lrmc_ray.early_stopping import Decision, Rung, read_decision, rung_of
 from lrmc_ray.errors import LrmcError
@@ -33,6 +33,7 @@ PROCESSES = "processes.jsonl"
 """The processes in which a trial ran, one a line, the last one last: so the search can stop it."""
 RESULT = "result.json"
 FAILURE = "failure.json"
+DIED = "its process died"
 RUNG_STEP, RUNG_VALUE, RUNG_FORGETTING = "rung/step", "rung/value", "rung/forgetting"
 """What Tune is told of a trial that was scored on the way."""
 PRUNED = "rung/pruned"
@@ -175,6 +176,7 @@ def train_and_score(
         split=split,
         base=base,
         general_from=general_from,
+        here=True,
     )
     scored = read_manifest(scores, made_by=EVALUATE)
     search = settings.search
@@ -215,6 +217,11 @@ def failure_cause(directory: Path) -> str | None:
     except FileNotFoundError:
         return None
     return cause
+
+
+def death_cause(directory: Path) -> str:
+    """What can be said of a trial whose process died without a word."""
+    return DIED + (" while its model was scored" if is_finished(directory / "training") else "")
 
 
 def _this_process() -> dict[str, Any]:
@@ -297,6 +304,13 @@ def _suffer(fault: str, directory: Path) -> dict[str, Any]:
         os._exit(3)
     if fault == "kill":
         os.kill(os.getpid(), signal.SIGKILL)
+    if fault.startswith("scoring_"):
+        from lrmc_ray.ray_session import held_cores
+
+        (directory / "training").mkdir(exist_ok=True)
+        write_manifest(directory / "training", {})
+        with held_cores(1):
+            return _suffer(fault.removeprefix("scoring_"), directory)
     if fault == "memory":
         import resource
 

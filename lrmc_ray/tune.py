@@ -257,6 +257,8 @@ class Search:
                 search_alg=searcher,
                 num_samples=-1,  # the searcher says when it is finished
                 max_concurrent_trials=concurrent,
+                # The next trial goes on in the process of one that ended well.
+                reuse_actors=True,
             ),
             run_config=tune.RunConfig(
                 name="tune",
@@ -308,9 +310,11 @@ class Search:
         cause: str | None,
     ) -> None:
         """A trial starts (neither result nor cause) or has ended."""
-        from lrmc_ray.trial import FAILURE, failure_cause, trial_directory
+        from lrmc_ray.trial import DIED, FAILURE, death_cause, failure_cause, trial_directory
 
         directory = trial_directory(self.directory, number)
+        if cause == DIED:
+            cause = death_cause(directory)
         if result is None and cause is None:
             (directory / FAILURE).unlink(missing_ok=True)
             self._began[number] = time.time()

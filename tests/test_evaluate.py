@@ -1,6 +1,7 @@
 """Evaluation through Ray on a small model: what it keeps, what it refuses, what it prints."""
 
 import json
+import time
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -9,9 +10,18 @@ import torch
 from rich.console import Console
 
 from lrmc_ray.artifacts import read_manifest
-from lrmc_ray.config import load_settings
+from lrmc_ray.config import ResourceSettings, load_settings
 from lrmc_ray.errors import ConfigError, DataError
-from lrmc_ray.evaluate import DRIFT_LOGPROBS, DRIFT_TEXTS, MADE_BY, RECEIPT, evaluate, main
+from lrmc_ray.evaluate import (
+    DRIFT_LOGPROBS,
+    DRIFT_TEXTS,
+    MADE_BY,
+    RECEIPT,
+    EvaluationError,
+    _fits_here,
+    evaluate,
+    main,
+)
 from lrmc_ray.harness import (
     DRIFT_POSITIONS,
     ScoreRequest,
@@ -21,7 +31,7 @@ from lrmc_ray.harness import (
     task_manager,
 )
 from lrmc_ray.models import load_model, load_tokenizer, save_model
-from lrmc_ray.ray_session import ray_session
+from lrmc_ray.ray_session import can_hold_cores, ray_session, release_orphaned_groups
 from lrmc_ray.scores import Scores
 from lrmc_ray.tasks.registry import expand
 from tests.tiny import make_model
@@ -81,6 +91,116 @@ def test_a_repeated_run_with_more_actors_gives_the_same(
     with np.load(again / DRIFT_LOGPROBS) as ours, np.load(base / DRIFT_LOGPROBS) as theirs:
         for name in theirs:
             assert np.array_equal(ours[name], theirs[name])
+
+
+@pytest.fixture
+def new_trial(session):
+    """Makes actors that score in their own process, as a trial of a search does."""
+    import ray
+
+    class Trial:
+        def score(self, *arguments, **options):
+            import sys
+
+            from lrmc_ray.evaluate import evaluate
+
+            return evaluate(*arguments, here=True, **options), "lm_eval" in sys.modules
+
+        def break_scoring(self, how):
+            import time
+
+            from lrmc_ray import harness
+
+            def broken(*_):
+                if how == "hang":
+                    time.sleep(1e6)
+                raise {"data": DataError, "other": RuntimeError}[how]("the model is broken")
+
+            harness.score = broken
+
+    return lambda: ray.remote(num_cpus=0)(Trial).remote()
+
+
+def free_cores():
+    import ray
+
+    return ray.available_resources().get("CPU", 0.0)
+
+
+def wait_for_cores(count, seconds=120):
+    deadline = time.monotonic() + seconds
+    while free_cores() != count and time.monotonic() < deadline:
+        release_orphaned_groups()
+        time.sleep(0.02)
+    return free_cores()
+
+
+def test_a_trials_process_scores_as_a_task_does_and_holds_cores_meanwhile(
+    tuned, base, settings, tuned_model, tmp_path, new_trial
+):
+    import ray
+
+    assert wait_for_cores(2.0) == 2.0
+    scoring = new_trial().score.remote(settings, tuned_model, tmp_path, split="dev", base=base)
+    assert wait_for_cores(1.0) == 1.0
+    directory, is_own = ray.get(scoring)
+    assert is_own
+    assert wait_for_cores(2.0) == 2.0
+    assert directory.name == tuned.name
+    for file in ("items.parquet", RECEIPT):
+        assert pq.read_table(directory / file).equals(pq.read_table(tuned / file))
+    manifests = [read_manifest(path, made_by=MADE_BY) for path in (directory, tuned)]
+    for manifest in manifests:
+        del manifest["seconds"]
+    assert manifests[0] == manifests[1]
+
+
+def test_scoring_that_fails_hangs_or_dies_in_a_trial_gives_its_cores_back(
+    base, settings, tuned_model, tmp_path, new_trial
+):
+    import ray
+
+    trial = new_trial()
+    for how, error, told in (
+        ("data", DataError, "^the model is broken$"),
+        ("other", EvaluationError, "scoring .* failed: RuntimeError.*the model is broken"),
+    ):
+        ray.get(trial.break_scoring.remote(how))
+        with pytest.raises(ray.exceptions.RayTaskError) as caught:
+            ray.get(trial.score.remote(settings, tuned_model, tmp_path, split="dev", base=base))
+        with pytest.raises(error, match=told):
+            raise caught.value.cause
+        assert wait_for_cores(2.0) == 2.0
+    ray.get(trial.break_scoring.remote("hang"))
+    scoring = trial.score.remote(settings, tuned_model, tmp_path, split="dev", base=base)
+    assert wait_for_cores(1.0) == 1.0
+    ray.kill(trial)
+    with pytest.raises(ray.exceptions.RayActorError):
+        ray.get(scoring)
+    assert wait_for_cores(2.0) == 2.0
+    states = {group["state"] for group in ray.util.placement_group_table().values()}
+    assert states == {"REMOVED"}
+
+
+@pytest.mark.parametrize(
+    ("resources", "expected"),
+    [
+        ({}, True),
+        ({"cpus_per_worker": 2}, True),
+        ({"cpus_per_worker": 3}, False),  # of two
+        ({"gpus_per_worker": 1}, False),
+        ({"custom": {"fast": 1.0}}, False),
+        ({"labels": {"zone": "a"}}, False),
+    ],
+)
+def test_only_cores_of_a_single_machine_are_held_in_a_trial(resources, expected, monkeypatch):
+    monkeypatch.setattr("lrmc_ray.evaluate.can_hold_cores", lambda count: count <= 2)
+    assert _fits_here(ResourceSettings.model_validate(resources)) == expected
+
+
+def test_a_driver_holds_no_cores(session):
+    """When it dies, nobody would know whose they were."""
+    assert not can_hold_cores(1)
 
 
 def test_what_was_scored_is_not_scored_again(base, settings, tiny_model):

@@ -9,6 +9,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from lrmc_ray.config import ResourceSettings, RunSettings
+from lrmc_ray.data.sources import find_sources
 from lrmc_ray.errors import ResourceError
 from lrmc_ray.explain import explain
 from lrmc_ray.forecast import (
@@ -18,6 +19,7 @@ from lrmc_ray.forecast import (
     forecast,
     with_expected_steps,
 )
+from lrmc_ray.token_counts import count_sample_tokens
 from tests.tiny import make_data
 
 
@@ -127,11 +129,39 @@ def test_the_rough_estimate_follows_the_models_size(settings, tmp_path, tiny_mod
     assert count_parameters(tiny_model) == parameters
     found = forecast(settings, tmp_path / "none", slots=2)
     path = tmp_path / "train.jsonl"
-    lines = path.read_text().splitlines()
-    per_sample = sum(len(line) + 1 for line in lines) / 4 / len(lines)
-    assert found.train_seconds == pytest.approx(6 * parameters * 240 * per_sample / 7e10)
+    counts = count_sample_tokens(
+        find_sources([str(path)]),
+        tiny_model,
+        max_length=1024,
+        batch_size=8,
+        micro_batches=4,
+        packing=True,
+        parameters=parameters,
+    )
+    assert found.train_seconds == pytest.approx(
+        6 * parameters * 240 * counts.computed / 7e10 + 30 * parameters * 8.4e-9
+    )
+    assert found.record_seconds == pytest.approx(2 * parameters * 10 * counts.alone / 14e10)
+    told = f"about {counts.alone:.0f} tokens per sample, {counts.computed:.0f} of them computed"
+    assert told in found.basis
     assert count_tokens([path], 3) == (10, 30.0)
     assert "rough estimate" in found.basis
+
+
+def test_without_a_tokenizer_characters_are_counted(settings, tmp_path, tiny_model):
+    bare = tmp_path / "bare"
+    bare.mkdir()
+    for name in ("config.json", "model.safetensors"):
+        (bare / name).symlink_to(tiny_model / name)
+    model = settings.model.model_copy(update={"name": str(bare)})
+    found = forecast(settings.model_copy(update={"model": model}), tmp_path / "none", slots=2)
+    lines = (tmp_path / "train.jsonl").read_text().splitlines()
+    per_sample = sum(len(line) + 1 for line in lines) / 4 / len(lines)
+    parameters = count_parameters(bare)
+    assert found.record_seconds == pytest.approx(2 * parameters * 10 * per_sample / 14e10)
+    assert found.train_seconds == pytest.approx(
+        6 * parameters * 240 * per_sample / 7e10 + 30 * parameters * 8.4e-9
+    )
 
 
 def test_an_absent_model_costs_nobody_knows_what(settings, tmp_path):

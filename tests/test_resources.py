@@ -5,6 +5,7 @@ Each stage runs in this process, by its own
 """
 
 import json
+import os
 import socket
 import time
 
@@ -16,11 +17,13 @@ from lrmc_ray.console import run_command
 from lrmc_ray.errors import IncompleteArtifactError, ResourceError
 from lrmc_ray.ray_session import (
     TRIAL_SLOT,
+    _no_preemption,
     check_model_shared,
     check_shared,
     check_trial_slots,
     cluster_nodes,
     ray_session,
+    watches_preemption,
     worker_slots,
 )
 from tests.tiny import make_data
@@ -168,6 +171,33 @@ def test_directories_that_a_node_does_not_see(cluster, tmp_path, tiny_model, mon
     assert not list(tmp_path.glob(".shared_*"))
     with pytest.raises(IncompleteArtifactError, match="HF_HOME and LRMC_CACHE"):
         check_model_shared(tiny_model)
+
+
+def test_beside_other_nodes_a_trial_leaves_scoring_to_tasks_and_preemption_is_watched(cluster):
+    import ray
+
+    class Trial:
+        def can_hold(self, count):
+            from lrmc_ray.ray_session import can_hold_cores
+
+            return can_hold_cores(count)
+
+    trial = ray.remote(num_cpus=0)(Trial).remote()
+    assert not ray.get(trial.can_hold.remote(1))
+    assert watches_preemption()
+
+
+@pytest.mark.parametrize("wanted", [None, "1", "0"])
+def test_a_machine_of_ones_own_is_watched_for_preemption_only_if_wanted(wanted, monkeypatch):
+    name = "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER"
+    monkeypatch.delenv(name, raising=False)
+    if wanted is not None:
+        monkeypatch.setenv(name, wanted)
+    before = watches_preemption()
+    assert before == (wanted != "0")
+    with _no_preemption():
+        assert watches_preemption() == (wanted == "1")
+    assert (os.environ.get(name), watches_preemption()) == (wanted, before)
 
 
 # Addresses where there is no cluster

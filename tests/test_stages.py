@@ -1,5 +1,6 @@
 """Record and train through Ray on a small model: whatever happens on the way, the same result."""
 
+import contextlib
 import json
 import os
 import signal
@@ -219,6 +220,44 @@ def test_a_killed_training_goes_on_to_the_same_parameters(
     lines = [json.loads(line) for line in (finished / "ledger.jsonl").read_text().splitlines()]
     assert sorted({line["step"] for line in lines}) == list(range(STEPS))
     assert not (finished / "checkpoints").exists()
+
+
+def test_a_training_in_an_actor_needs_no_controller_and_outlives_its_workers(
+    one_worker, recorded, make_settings, tmp_path
+):
+    """As a search's trial trains: with the controller in its own process."""
+    import psutil
+    import ray
+
+    class Trial:
+        def train(self, settings, recorded, directory):
+            from lrmc_ray.train import train
+
+            return train(settings, recorded, directory)
+
+    directory = tmp_path / "training"
+    trial = ray.remote(num_cpus=0)(Trial).remote()
+    free = ray.available_resources()["CPU"]
+    result = trial.train.remote(make_settings("resources.workers=[2,2]"), recorded, directory)
+    titles: dict[int, str] = {}
+    deadline = time.monotonic() + 300
+    while not list((directory / "checkpoints").glob("step_*/manifest.json")):
+        assert time.monotonic() < deadline
+        if sum(title.startswith("ray::RayTrainWorker") for title in titles.values()) < 2:
+            for process in psutil.Process().children(recursive=True):
+                with contextlib.suppress(psutil.Error):
+                    titles[process.pid] = " ".join(process.cmdline())
+        time.sleep(0.01)
+    workers = [pid for pid, title in titles.items() if title.startswith("ray::RayTrainWorker")]
+    os.kill(workers[0], signal.SIGKILL)
+    finished = ray.get(result)
+    assert_same_parameters(one_worker, finished)
+    assert read_manifest(finished, made_by="")["world_size"] == 2
+    own = ("TrainController", "PreemptionWatcher", "PlacementGroupCleaner")
+    assert not [title for title in titles.values() if any(name in title for name in own)]
+    while ray.available_resources().get("CPU") != free and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert ray.available_resources()["CPU"] == free
 
 
 def test_training_on_another_models_record_is_refused(recorded, make_settings, tmp_path):

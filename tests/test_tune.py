@@ -362,7 +362,7 @@ from lrmc_ray.tune import Search
 
 directory, data = Path(sys.argv[1]), sys.argv[2]
 settings = load_settings(None, [
-    f'data.train="{data}"', "search.trials=9", "search.trial_timeout_seconds=4",
+    f'data.train="{data}"', "search.trials=13", "search.trial_timeout_seconds=4",
     "search.yardstick_lr=1e-4", "parameters.tau={low=0.8, high=0.999}",
     "resources.max_concurrent=2",
 ])
@@ -390,11 +390,15 @@ with ray_session(log=directory / "ray.log", num_cpus=2):
 
 @pytest.mark.ray
 def test_however_a_trial_ends_the_search_goes_on_and_nothing_is_left(tmp_path):
-    """Trials that raise, exit, are killed, outgrow memory, give NaN, hang and stop themselves."""
+    """Trials that raise, exit, are killed, outgrow memory, give NaN, hang and stop themselves.
+
+    Also while they score in their own process, with the cores that Ray holds for that.
+    """
     import optuna
 
     data = make_data(tmp_path / "train.jsonl", num_rows=3)
-    faults = ["none", "raise", "exit", "kill", "memory", "nan", "hang", "prune", "none"]
+    faults = ["none", "raise", "exit", "kill", "memory", "nan", "hang", "prune"]
+    faults += ["scoring_raise", "scoring_kill", "scoring_hang", "none", "none"]
     environment = {
         **os.environ,
         "LRMC_TESTING": "1",
@@ -428,6 +432,10 @@ def test_however_a_trial_ends_the_search_goes_on_and_nothing_is_left(tmp_path):
         "its eval/domain_gain is nan, not a finite number",
         "raise search.trial_timeout_seconds",
         None,
+        "ValueError: a fault was asked for",
+        "its process died while its model was scored",
+        "raise search.trial_timeout_seconds",
+        None,
         None,
     ]
     for cause, part in zip(causes, expected, strict=True):
@@ -438,6 +446,13 @@ def test_however_a_trial_ends_the_search_goes_on_and_nothing_is_left(tmp_path):
     assert [trial.get("cause") for trial in told] == causes
     assert [trial["state"] for trial in told] == [t.state.name for t in study.trials]
     assert descendants(str(tmp_path)) == []
+    # The process of a trial that ended well serves the next one; of the others, each had its own.
+    ran = [last_process(directory / "trials" / f"{n:04d}")["pid"] for n in range(len(faults))]
+    ended = [
+        pid for pid, fault in zip(ran, faults, strict=True) if fault not in ("none", "prune", "nan")
+    ]
+    assert len(set(ended)) == len(ended)
+    assert len(set(ran)) < len(ran)
 
 
 def descendants(mark):
