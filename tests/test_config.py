@@ -148,7 +148,9 @@ RULES = {
     "train.lora_alpha": whole(1),
     "train.lora_targets": patterns,
     "train.packing": lambda value: type(value) is bool,
-    "train.gradient_checkpointing": lambda value: type(value) is bool,
+    "train.gradient_checkpointing": lambda value: (
+        value is False or one_of("selective", "full")(value)
+    ),
     "train.keep_checkpoints": whole(1),
     "train.evaluate_every": whole(0),
     "train.holdout_share": number(lambda x: 0 < x < 1),
