@@ -570,6 +570,7 @@ def _in_words(settings: type[Settings], error: ValidationError) -> list[str]:
             lines.append(f"{key}: {message}" if key else message)
         else:
             rule = _RULES.get(problem["type"]) or _SHOULD.sub("must", problem["msg"])
+            rule = rule.replace("False", "false")
             text = " ".join((field.description or "").split()) if field else ""
             meaning = f" ({text})" if text else ""
             lines.append(f"{key} {rule}, got {problem['input']!r}{meaning}")

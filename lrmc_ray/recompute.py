@@ -15,6 +15,7 @@ mode, or computes no gradient, is as it was.
 
 import functools
 import re
+import warnings
 from typing import TYPE_CHECKING, Any, Literal
 
 if TYPE_CHECKING:
@@ -37,7 +38,10 @@ def recompute_activations(model: Any, which: Literal["selective", "full"]) -> No
     options: dict[str, Any] = {"use_reentrant": False}
     if which == "selective":
         options["context_fn"] = functools.partial(create_selective_checkpoint_contexts, _policy)
-    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=options)
+    with warnings.catch_warnings():
+        # Transformers 5 has a new name for it as well, which its earlier versions lack.
+        warnings.simplefilter("ignore", FutureWarning)
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=options)
 
 
 def _policy(

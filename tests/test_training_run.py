@@ -28,6 +28,7 @@ from lrmc_ray.run_files import CHECKPOINT_NOW, CHECKPOINTS, LEDGER, METRICS, MOD
 from lrmc_ray.training_run import TrainingRun
 from lrmc_ray.training_samples import TrainingSamples, number_of_steps, sample_names
 from tests.test_checkpoints import DAMAGES, flip_a_bit
+from tests.test_recompute import Counted
 from tests.tiny import make_data
 
 torch.set_num_threads(1)
@@ -525,6 +526,20 @@ def test_what_fits_nothing_is_refused(start, changes, message):
 def test_recomputed_activations_give_the_same_bits(start, tmp_path, undisturbed, which):
     start(gradient_checkpointing=which).run()
     assert_same(model_of(tmp_path / "training"), model_of(undisturbed.whole))
+
+
+def test_the_setting_says_what_is_computed_again(start):
+    """In each of two layers seven products; of a whole one all but the last."""
+    calls = {}
+    for which in (False, "selective", "full"):
+        run = start(gradient_checkpointing=which, evaluate_every=1)
+        with Counted() as counted:
+            run._hidden(run.held_out[0]).sum().backward()
+        calls[which] = [counted.calls[name] for name in ("mm", "silu")]
+    products, activations = calls[False]
+    assert activations == 2
+    assert calls["selective"] == [products, 4]
+    assert calls["full"] == [products + 2 * 6, 4]
 
 
 @pytest.mark.parametrize("changes", [{"packing": False}, {"lora_rank": 4}, {"precision": "bf16"}])
