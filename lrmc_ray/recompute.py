@@ -22,9 +22,9 @@ if TYPE_CHECKING:
     from torch._ops import OpOverload
     from torch.utils.checkpoint import CheckpointPolicy, SelectiveCheckpointContext
 
-_EXPENSIVE = re.compile(r"::\w*(mm|linear|conv|attention|attn)")
-"""Products of matrices, under whatever name a device has for them: ``aten::addmm``,
-``aten::_scaled_dot_product_flash_attention``, ``flash_attn::_flash_attn_forward``."""
+_EXPENSIVE = re.compile(r"\w+\.\w*(mm|linear|conv|attention|attn)")
+"""Products of matrices, under whatever name a device has for them: ``aten.addmm.default``,
+``aten._scaled_dot_product_flash_attention.default``, ``flash_attn._flash_attn_forward.default``."""
 
 
 def recompute_activations(model: Any, which: Literal["selective", "full"]) -> None:
@@ -56,4 +56,4 @@ def _policy(
 
 @functools.cache
 def _is_expensive(operator: "OpOverload") -> bool:
-    return _EXPENSIVE.search(operator.name()) is not None
+    return _EXPENSIVE.match(str(operator)) is not None
