@@ -156,8 +156,9 @@ class TrainSettings(Settings):
     packing: bool = True
     """Compute prefixes that samples of a micro-batch share once, without padding, where that is
     cheaper; the loss is the same up to rounding."""
-    gradient_checkpointing: bool = False
-    """Recompute activations in the backward pass: less memory, about a third more time."""
+    gradient_checkpointing: Literal[False, "selective", "full"] = False
+    """What the backward pass computes again, for less memory and the same result: ``selective``
+    what is cheap (norms, activation functions), ``full`` whole layers, about a third more time."""
     batch_size: int = Field(8, ge=1)
     """Samples per step, over all workers."""
     micro_batches: int = Field(4, ge=1)
@@ -569,6 +570,7 @@ def _in_words(settings: type[Settings], error: ValidationError) -> list[str]:
             lines.append(f"{key}: {message}" if key else message)
         else:
             rule = _RULES.get(problem["type"]) or _SHOULD.sub("must", problem["msg"])
+            rule = rule.replace("False", "false")
             text = " ".join((field.description or "").split()) if field else ""
             meaning = f" ({text})" if text else ""
             lines.append(f"{key} {rule}, got {problem['input']!r}{meaning}")

@@ -148,7 +148,8 @@ RULES = {
     "train.lora_alpha": whole(1),
     "train.lora_targets": patterns,
     "train.packing": lambda value: type(value) is bool,
-    "train.gradient_checkpointing": lambda value: type(value) is bool,
+    # 0 is taken for false.
+    "train.gradient_checkpointing": lambda value: value in (False, "selective", "full"),
     "train.keep_checkpoints": whole(1),
     "train.evaluate_every": whole(0),
     "train.holdout_share": number(lambda x: 0 < x < 1),
@@ -387,6 +388,12 @@ def test_a_broken_rule_is_said_with_value_and_remedy(override, parts):
 )
 def test_an_unknown_setting_is_an_error_with_the_nearest_name_of_its_section(override, expected):
     assert expected in error_of(override)
+
+
+@pytest.mark.parametrize("value", ["true", "False", "none"])
+def test_choices_are_named_as_toml_writes_them(value):
+    message = error_of(f"train.gradient_checkpointing={value}")
+    assert "train.gradient_checkpointing must be false, 'selective' or 'full', got " in message
 
 
 def test_all_broken_settings_are_reported_at_once():
