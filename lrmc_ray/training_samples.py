@@ -99,13 +99,13 @@ def with_supervised_candidates(sample: Sample, candidates: CandidateSets) -> Sam
 
 def sample_names(records: Records) -> tuple[list[str], list[str]]:
     """Id and domain of every sample."""
+    index = records.index_path()
+    paths = map(records.part_path, range(len(records.parts))) if index is None else [index]
     ids: list[str] = []
     domains: list[str] = []
-    for part in records.parts:
+    for path in paths:
         table = pq.read_table(
-            records.directory / part.name,
-            columns=["sample_id", "domain"],
-            page_checksum_verification=True,
+            path, columns=["sample_id", "domain"], page_checksum_verification=True
         )
         ids += table["sample_id"].to_pylist()
         domains += table["domain"].to_pylist()

@@ -161,7 +161,7 @@ def fit(tmp_path, monkeypatch):
     def run(endings):
         trainers = Trainers(endings)
         monkeypatch.setattr(driver, "_trainer", trainers)
-        monkeypatch.setattr(driver, "_release_reservation", lambda directory: None)
+        monkeypatch.setattr(driver, "_release_reservation", lambda *_: None)
         try:
             return _fit(RunSettings(), tmp_path, tmp_path, tmp_path, None), trainers.starts
         except BaseException as error:

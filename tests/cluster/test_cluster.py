@@ -181,6 +181,22 @@ def test_the_dashboard_and_mlflow_listen_on_the_head_alone(hosts, up):
             assert port not in ("5000", "8265"), line
 
 
+def test_no_port_of_the_cluster_serves_metrics_to_a_neighbour(hosts, up):
+    """Ray's metrics ask for no token: those of the autoscaler, the dashboard and every node."""
+    for name in HOSTS[1:]:
+        address = hosts.hosts[name].address
+        ports = {
+            line.split()[3].rpartition(":")[2]
+            for line in hosts.run(name, "ss -Hltn").stdout.splitlines()
+        }
+        assert {"44217", "44227"} & ports == set(), name
+        for port in {"44217", "44227", *ports} - {"22"}:
+            ask = f"curl -s -m 5 -o /dev/null -w '%{{http_code}}' http://{address}:{port}/metrics"
+            status = hosts.run("laptop", ask, check=False).stdout.strip()
+            # 000: closed, bound to the host itself, or no HTTP.
+            assert status in ("000", "401", "403"), f"{name} answers {status} on {port}"
+
+
 def test_an_output_that_is_not_shared_is_refused_at_the_start(hosts, up):
     command = (
         "python -m lrmc_ray.record --address auto --output ~/runs --model /mnt/shared/model "
