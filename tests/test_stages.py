@@ -237,6 +237,7 @@ def test_a_training_in_an_actor_needs_no_controller_and_outlives_its_workers(
 
     directory = tmp_path / "training"
     trial = ray.remote(num_cpus=0)(Trial).remote()
+    earlier = {process.pid for process in psutil.Process().children(recursive=True)}
     free = ray.available_resources()["CPU"]
     result = trial.train.remote(make_settings("resources.workers=[2,2]"), recorded, directory)
     titles: dict[int, str] = {}
@@ -246,7 +247,8 @@ def test_a_training_in_an_actor_needs_no_controller_and_outlives_its_workers(
         if sum(title.startswith("ray::RayTrainWorker") for title in titles.values()) < 2:
             for process in psutil.Process().children(recursive=True):
                 with contextlib.suppress(psutil.Error):
-                    titles[process.pid] = " ".join(process.cmdline())
+                    if process.pid not in earlier:
+                        titles[process.pid] = process.cmdline()[0]
         time.sleep(0.01)
     workers = [pid for pid, title in titles.items() if title.startswith("ray::RayTrainWorker")]
     os.kill(workers[0], signal.SIGKILL)
