@@ -235,26 +235,35 @@ def test_a_training_in_an_actor_needs_no_controller_and_outlives_its_workers(
 
             return train(settings, recorded, directory)
 
+    def titles():
+        found = {}
+        for process in psutil.Process().children(recursive=True):
+            with contextlib.suppress(psutil.Error):
+                found[process.pid] = process.cmdline()[0]
+        return found
+
+    def of(names, found):
+        return [pid for pid, title in found.items() if any(name in title for name in names)]
+
+    others = ("TrainController", "PreemptionWatcher", "PlacementGroupCleaner")
     directory = tmp_path / "training"
     trial = ray.remote(num_cpus=0)(Trial).remote()
+    earlier = set(of(["RayTrainWorker", *others], titles()))  # of other tests, on their way out
     free = ray.available_resources()["CPU"]
     result = trial.train.remote(make_settings("resources.workers=[2,2]"), recorded, directory)
-    titles: dict[int, str] = {}
+    seen: dict[int, str] = {}
     deadline = time.monotonic() + 300
     while not list((directory / "checkpoints").glob("step_*/manifest.json")):
         assert time.monotonic() < deadline
-        if sum(title.startswith("ray::RayTrainWorker") for title in titles.values()) < 2:
-            for process in psutil.Process().children(recursive=True):
-                with contextlib.suppress(psutil.Error):
-                    titles[process.pid] = " ".join(process.cmdline())
+        if len(set(of(["RayTrainWorker"], seen)) - earlier) < 2:
+            seen |= titles()
         time.sleep(0.01)
-    workers = [pid for pid, title in titles.items() if title.startswith("ray::RayTrainWorker")]
-    os.kill(workers[0], signal.SIGKILL)
+    workers = set(of(["RayTrainWorker"], seen)) - earlier
+    os.kill(min(workers), signal.SIGKILL)
     finished = ray.get(result)
     assert_same_parameters(one_worker, finished)
     assert read_manifest(finished, made_by="")["world_size"] == 2
-    own = ("TrainController", "PreemptionWatcher", "PlacementGroupCleaner")
-    assert not [title for title in titles.values() if any(name in title for name in own)]
+    assert set(of(others, seen)) <= earlier
     while ray.available_resources().get("CPU") != free and time.monotonic() < deadline:
         time.sleep(0.1)
     assert ray.available_resources()["CPU"] == free
