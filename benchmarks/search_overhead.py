@@ -75,7 +75,8 @@ class ProcessorTime:
                     key = (process.pid, process.create_time())
                     used = process.cpu_times()
                     self._seconds.setdefault(key, []).append((time.time(), used.user + used.system))
-                    title = "this process" if process is own else process.cmdline()[0]
+                    words = ["this process"] if process is own else process.cmdline()
+                    title = words[0] if words else process.name()  # none as it ends
                     if not title.endswith(("IDLE", "python", "python3")) or key not in self._titles:
                         self._titles[key] = title.rpartition("/")[2].removeprefix("ray::")
 
