@@ -239,9 +239,7 @@ def held_cores(count: int) -> Iterator[None]:
     from ray.util.placement_group import placement_group, remove_placement_group
 
     node = ray.get_runtime_context().get_node_id()
-    group = placement_group(
-        [{"CPU": count}], bundle_label_selector=[{"ray.io/node-id": node}], name="held_cores"
-    )
+    group = placement_group([{"CPU": count}], bundle_label_selector=[{"ray.io/node-id": node}])
     try:
         while not group.wait(HELD_SECONDS):
             _log.debug("waiting for %d cores", count)
