@@ -75,9 +75,9 @@ class ProcessorTime:
                     key = (process.pid, process.create_time())
                     used = process.cpu_times()
                     self._seconds.setdefault(key, []).append((time.time(), used.user + used.system))
-                    words = ["this process"] if process is own else process.cmdline()
-                    title = words[0] if words else process.name()  # none as it ends
-                    if not title.endswith(("IDLE", "python", "python3")) or key not in self._titles:
+                    title = "this process" if process is own else next(iter(process.cmdline()), "")
+                    is_vague = not title or title.endswith(("IDLE", "python", "python3"))
+                    if not is_vague or key not in self._titles:
                         self._titles[key] = title.rpartition("/")[2].removeprefix("ray::")
 
     def between(self, began: float, ended: float) -> Counter[str]:

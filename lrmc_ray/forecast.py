@@ -25,8 +25,8 @@ STEP_SECONDS = 8.4e-9
 CHARACTERS_PER_TOKEN = 4.0
 ITEMS_PER_TASK = 200
 """Of a task without ``evaluate.limit``; real tasks have between tens and thousands."""
-TOKENS_PER_ITEM = 160
-"""Processed to score one item; measured on the demo's tasks."""
+TOKENS_PER_ITEM = 54
+"""Computed to score one item; counted on the demo's tasks, what items share once."""
 START_SECONDS = 15.0
 """Of one trial: processes, imports, loading the model."""
 

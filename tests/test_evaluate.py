@@ -171,12 +171,17 @@ def test_scoring_that_fails_hangs_or_dies_in_a_trial_gives_its_cores_back(
         with pytest.raises(error, match=told):
             raise caught.value.cause
         assert wait_for_cores(2.0) == 2.0
-    ray.get(trial.break_scoring.remote("hang"))
-    scoring = trial.score.remote(settings, tuned_model, tmp_path, split="dev", base=base)
-    assert wait_for_cores(1.0) == 1.0
-    ray.kill(trial)
-    with pytest.raises(ray.exceptions.RayActorError):
-        ray.get(scoring)
+    pair = [trial, new_trial()]  # two trials score side by side
+    ray.get([each.break_scoring.remote("hang") for each in pair])
+    scoring = [
+        each.score.remote(settings, tuned_model, tmp_path / str(i), split="dev", base=base)
+        for i, each in enumerate(pair)
+    ]
+    assert wait_for_cores(0.0) == 0.0
+    for each, result in zip(pair, scoring, strict=True):
+        ray.kill(each)
+        with pytest.raises(ray.exceptions.RayActorError):
+            ray.get(result)
     assert wait_for_cores(2.0) == 2.0
     states = {group["state"] for group in ray.util.placement_group_table().values()}
     assert states == {"REMOVED"}

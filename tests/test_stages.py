@@ -239,7 +239,7 @@ def test_a_training_in_an_actor_needs_no_controller_and_outlives_its_workers(
         found = {}
         for process in psutil.Process().children(recursive=True):
             with contextlib.suppress(psutil.Error):
-                found[process.pid] = process.cmdline()[0]
+                found[process.pid] = next(iter(process.cmdline()), "")
         return found
 
     def of(names, found):
