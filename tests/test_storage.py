@@ -1,6 +1,6 @@
 """Nodes without a shared disk: records in an object store, against a real S3-compatible server.
 
-No Ray here but in the last test; what an actor does runs in this process.
+No Ray here: what an actor does runs in this process.
 """
 
 import json
@@ -243,8 +243,14 @@ def nobody():
         return listening.getsockname()[1]
 
 
-@pytest.mark.parametrize("command", [stage, train], ids=["record", "train"])
-@pytest.mark.parametrize("kind", ["bucket", "credentials", "nobody", "silent"])
+@pytest.mark.parametrize(
+    ("kind", "command"),
+    [
+        *(("bucket", stage), ("credentials", stage), ("nobody", stage), ("silent", stage)),
+        ("bucket", train),
+    ],
+    ids=str,
+)
 def test_a_storage_that_does_not_work_ends_a_command_soon_with_one_error(
     server, silent, nobody, kind, command, tiny_model, tmp_path, capsys, monkeypatch
 ):
@@ -370,7 +376,7 @@ POINTS = [
 
 
 @pytest.mark.parametrize(("module", "point", "number"), POINTS, ids=lambda v: str(v)[-24:])
-@pytest.mark.parametrize("is_same_machine", [True, False])
+@pytest.mark.parametrize("is_same_machine", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_a_recording_that_was_killed_goes_on(
     server, tiny_model, data, local, tmp_path, monkeypatch, module, point, number, is_same_machine
 ):
