@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from lrmc_ray import evaluate, storage, stored_record, suggest, train, tune
+from lrmc_ray import compare, evaluate, storage, stored_record, suggest, train, tune
 from lrmc_ray import record as stage
 from lrmc_ray.artifacts import file_digest, is_finished, read_manifest
 from lrmc_ray.config import check_storage_uri, load_settings
@@ -249,7 +249,7 @@ def nobody():
         *(("bucket", stage), ("credentials", stage), ("nobody", stage), ("silent", stage)),
         ("bucket", train),
     ],
-    ids=str,
+    ids=lambda value: getattr(value, "__name__", value),
 )
 def test_a_storage_that_does_not_work_ends_a_command_soon_with_one_error(
     server, silent, nobody, kind, command, tiny_model, tmp_path, capsys, monkeypatch
@@ -280,7 +280,9 @@ def test_a_storage_that_does_not_work_ends_a_command_soon_with_one_error(
     assert not (tmp_path / "o").exists()
 
 
-@pytest.mark.parametrize("command", [tune, evaluate, suggest], ids=lambda m: m.__name__[9:])
+@pytest.mark.parametrize(
+    "command", [tune, evaluate, suggest, compare], ids=lambda m: m.__name__[9:]
+)
 def test_commands_that_need_a_shared_disk_say_so(command, uri, tmp_path, capsys):
     argv = ["--storage", uri, "--output", str(tmp_path / "o")]
     argv += ["--tuned", str(tmp_path)] if command is evaluate else []
@@ -290,7 +292,7 @@ def test_commands_that_need_a_shared_disk_say_so(command, uri, tmp_path, capsys)
     assert "--output DIR on a shared file system" in error
 
 
-@pytest.mark.parametrize("command", [tune, evaluate, suggest, stage, train])
+@pytest.mark.parametrize("command", [tune, evaluate, suggest, compare, stage, train])
 def test_an_address_is_no_output_directory(command, tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert run_command(command.main, ["--output", "s3://bucket/runs"]) == 3
