@@ -41,10 +41,8 @@ DRIVER_BASE_BYTES = 420e6
 DRIVER_BYTES_PER_FILE = 700
 """Names, rows and digests of a file, its shard, its share of a Ray Data block."""
 DRIVER_BYTES_PER_SAMPLE = 133
-WORKER_BYTES_PER_SAMPLE = 147
+WORKER_BYTES_PER_SAMPLE = 168
 """Names and domains of all samples, and two epochs' orders, in every training worker."""
-FILE_OPEN_SECONDS = 0.002
-"""Reading the names out of one small file on a local disk; on NFS more."""
 
 
 @dataclass(frozen=True)
@@ -117,8 +115,7 @@ def simulate(tokens: float, gpus: int, a: Assumptions) -> dict[str, float]:
         )
         / 1e9,
         "worker_index_gb": samples * WORKER_BYTES_PER_SAMPLE / 1e9,
-        "train_start_file_opens": files * workers,
-        "train_start_minutes": files * FILE_OPEN_SECONDS / 60,
+        "train_start_file_opens": workers,  # the index
         "train_state_gb_per_gpu": 16 * a.parameters / 1e9,
         "train_steps": steps,
         "step_compute_seconds": step_compute,

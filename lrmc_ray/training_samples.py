@@ -7,6 +7,7 @@ the audit of the ledger come to the same.
 import dataclasses
 import fnmatch
 import math
+import sys
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -104,11 +105,10 @@ def sample_names(records: Records) -> tuple[list[str], list[str]]:
     ids: list[str] = []
     domains: list[str] = []
     for path in paths:
-        table = pq.read_table(
-            path, columns=["sample_id", "domain"], page_checksum_verification=True
-        )
-        ids += table["sample_id"].to_pylist()
-        domains += table["domain"].to_pylist()
+        with pq.ParquetFile(path, page_checksum_verification=True) as file:
+            for batch in file.iter_batches(columns=["sample_id", "domain"]):
+                ids += batch["sample_id"].to_pylist()
+                domains += map(sys.intern, batch["domain"].to_pylist())  # few, one copy of each
     return ids, domains
 
 

@@ -1,7 +1,6 @@
 """A real S3-compatible server for tests: moto's, in a thread of this process."""
 
 import contextlib
-import json
 import logging
 import os
 import urllib.request
@@ -62,7 +61,10 @@ class Server:
 
         def reset(count: float) -> None:
             request = urllib.request.Request(
-                f"{self.endpoint}/moto-api/reset-auth", data=str(count).encode(), method="POST"
+                f"{self.endpoint}/moto-api/reset-auth",
+                data=str(count).encode(),
+                headers={"Content-Type": "text/plain"},  # a form's content would be taken apart
+                method="POST",
             )
             urllib.request.urlopen(request, timeout=10).read()
 
@@ -99,7 +101,3 @@ def s3_server() -> Iterator[Server]:
                 del os.environ[name]
             else:
                 os.environ[name] = value
-
-
-def as_json(content: bytes):
-    return json.loads(content)

@@ -1,6 +1,6 @@
 """Nodes without a shared disk: records in an object store, against a real S3-compatible server.
 
-No Ray here but in the last test; what an actor does runs in this process.
+No Ray here: what an actor does runs in this process.
 """
 
 import json
@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from lrmc_ray import evaluate, storage, stored_record, suggest, train, tune
+from lrmc_ray import compare, evaluate, storage, stored_record, suggest, train, tune
 from lrmc_ray import record as stage
 from lrmc_ray.artifacts import file_digest, is_finished, read_manifest
 from lrmc_ray.config import check_storage_uri, load_settings
@@ -243,8 +243,14 @@ def nobody():
         return listening.getsockname()[1]
 
 
-@pytest.mark.parametrize("command", [stage, train], ids=["record", "train"])
-@pytest.mark.parametrize("kind", ["bucket", "credentials", "nobody", "silent"])
+@pytest.mark.parametrize(
+    ("kind", "command"),
+    [
+        *(("bucket", stage), ("credentials", stage), ("nobody", stage), ("silent", stage)),
+        ("bucket", train),
+    ],
+    ids=lambda value: getattr(value, "__name__", value),
+)
 def test_a_storage_that_does_not_work_ends_a_command_soon_with_one_error(
     server, silent, nobody, kind, command, tiny_model, tmp_path, capsys, monkeypatch
 ):
@@ -274,7 +280,9 @@ def test_a_storage_that_does_not_work_ends_a_command_soon_with_one_error(
     assert not (tmp_path / "o").exists()
 
 
-@pytest.mark.parametrize("command", [tune, evaluate, suggest], ids=lambda m: m.__name__[9:])
+@pytest.mark.parametrize(
+    "command", [tune, evaluate, suggest, compare], ids=lambda m: m.__name__[9:]
+)
 def test_commands_that_need_a_shared_disk_say_so(command, uri, tmp_path, capsys):
     argv = ["--storage", uri, "--output", str(tmp_path / "o")]
     argv += ["--tuned", str(tmp_path)] if command is evaluate else []
@@ -284,7 +292,7 @@ def test_commands_that_need_a_shared_disk_say_so(command, uri, tmp_path, capsys)
     assert "--output DIR on a shared file system" in error
 
 
-@pytest.mark.parametrize("command", [tune, evaluate, suggest, stage, train])
+@pytest.mark.parametrize("command", [tune, evaluate, suggest, compare, stage, train])
 def test_an_address_is_no_output_directory(command, tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert run_command(command.main, ["--output", "s3://bucket/runs"]) == 3
@@ -370,7 +378,7 @@ POINTS = [
 
 
 @pytest.mark.parametrize(("module", "point", "number"), POINTS, ids=lambda v: str(v)[-24:])
-@pytest.mark.parametrize("is_same_machine", [True, False])
+@pytest.mark.parametrize("is_same_machine", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_a_recording_that_was_killed_goes_on(
     server, tiny_model, data, local, tmp_path, monkeypatch, module, point, number, is_same_machine
 ):

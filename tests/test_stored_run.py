@@ -26,6 +26,7 @@ from lrmc_ray.method.training_loop import WorkerGroup
 from lrmc_ray.metrics_log import read_metrics
 from lrmc_ray.run_files import CHECKPOINT_NOW, CHECKPOINTS, LEDGER, METRICS, MODEL
 from lrmc_ray.storage import COMMITTED, Storage
+from lrmc_ray.stored_record import VIEW
 from lrmc_ray.stored_run import StoredRun
 from lrmc_ray.training_run import TrainingRun
 from lrmc_ray.training_samples import TrainingSamples
@@ -158,8 +159,14 @@ def test_the_model_is_that_of_a_local_run_and_no_node_keeps_anything(cluster, al
     assert_same_model(other.directory, alone)
 
 
-@pytest.mark.parametrize("node", ["one", "two"])
-@pytest.mark.parametrize("step", [0, 1, 4])
+@pytest.mark.parametrize(
+    ("node", "step"),
+    [
+        *(("two", 0), ("one", 1), ("two", 4)),
+        *(pytest.param(*case, marks=pytest.mark.slow) for case in (("one", 0), ("two", 1))),
+        pytest.param("one", 4, marks=pytest.mark.slow),
+    ],
+)
 def test_a_run_that_was_killed_goes_on_there_or_elsewhere(cluster, alone, node, step):
     run = cluster.run_on("one")
     kill_behind(run, step)
@@ -211,8 +218,15 @@ def damage(server, name, how):
         server.put(name, bytes(damaged[: len(damaged) // 2] if how == "cut" else damaged))
 
 
-@pytest.mark.parametrize("name", ["state.pt", "manifest.json", COMMITTED])
-@pytest.mark.parametrize("how", ["flip", "cut", "remove"])
+IN_DEFAULT = [("state.pt", "flip"), ("manifest.json", "remove"), (COMMITTED, "cut")]
+DAMAGES = [
+    pytest.param(name, how, marks=[] if (name, how) in IN_DEFAULT else pytest.mark.slow)
+    for name in ("state.pt", "manifest.json", COMMITTED)
+    for how in ("flip", "cut", "remove")
+]
+
+
+@pytest.mark.parametrize(("name", "how"), DAMAGES)
 def test_a_damaged_newest_checkpoint_is_passed_over(cluster, server, alone, name, how, caplog):
     run = cluster.run_on("one")
     kill_behind(run, 4)
@@ -367,43 +381,51 @@ def test_what_another_node_fetched_is_cleared_unless_rank_0_works_there(cluster)
 
 
 @pytest.mark.ray
-@pytest.mark.timeout(300)
+@pytest.mark.timeout(600)
 def test_record_and_train_by_way_of_the_storage(server, tiny_model, tmp_path, monkeypatch, capsys):
-    """Two actors, two workers, everything by the storage; a local run of the same to compare."""
+    """The command on two workers, and one process that trains on the same record alone."""
     from lrmc_ray import train
+    from lrmc_ray.config import validate
     from lrmc_ray.console import run_command
     from lrmc_ray.ray_session import ray_session
 
     monkeypatch.setenv("LRMC_CACHE", str(tmp_path / "cache"))
     data = make_data(tmp_path / "train.jsonl", num_rows=16)
-    uri = server.uri(f"{tmp_path.name}/p")
     argv = [
         *("--model", str(tiny_model), "--train-data", str(data), "--json", "train.steps=4"),
+        *("--storage", server.uri(f"{tmp_path.name}/p"), "--output", str(tmp_path / "runs")),
         *("train.batch_size=4", "train.micro_batches=2", "train.checkpoint_every=2"),
         *("resources.workers=[2, 2]", "train.lr=1e-3", "train.probe_every=0"),
     ]
-    directories = []
     with ray_session(log=tmp_path / "ray.log", num_cpus=2):
-        for where in ([], ["--storage", uri]):
-            output = tmp_path / f"runs{len(where)}"
-            code = run_command(train.main, [*argv, "--output", str(output), *where])
-            shown = capsys.readouterr()
-            assert code == 0, shown.err
-            manifest = json.loads(shown.out)
-            assert manifest["ledger"]["is_exact"]
-            assert manifest["world_size"] == 2
-            directories.append(output / "training" / manifest["directory"].rpartition("/")[2])
-    local, stored = directories
-    assert local.name == stored.name
-    assert_same_model(stored, local)
-    names = server.objects(f"{tmp_path.name}/p/training/{local.name}").keys()
+        code = run_command(train.main, argv)
+    shown = capsys.readouterr()
+    assert code == 0, shown.err
+    manifest = json.loads(shown.out)
+    assert manifest["ledger"]["is_exact"]
+    assert manifest["world_size"] == 2
+    (directory,) = (tmp_path / "runs" / "training").iterdir()
+    (record,) = (tmp_path / "runs" / "records").iterdir()
+    # A copy of the record on a disk, as without a storage.
+    copy = tmp_path / "copy" / record.name
+    shutil.copytree(record, copy)
+    for number in range(len(Records(record).parts)):
+        shutil.copy(Records(record).part_path(number), copy)
+    (copy / VIEW).unlink()
+    alone = tmp_path / "alone"
+    alone.mkdir()
+    identity = {k: v for k, v in manifest["identity"].items() if k != "record"}
+    TrainingRun(
+        validate(TrainSettings, identity, "test"),
+        record=copy,
+        model_directory=tiny_model,
+        directory=alone,
+        group=WorkerGroup(),
+        device=torch.device("cpu"),
+    ).run()
+    assert_same_model(directory, alone)
+    names = server.objects(f"{tmp_path.name}/p/training/{directory.name}")
     assert {name.partition("/")[0] for name in names} == {
         *("manifest.json", MODEL, LEDGER, METRICS)
     }
-    # Another machine, without a file of this one, finds the finished run.
-    shutil.rmtree(tmp_path / "cache")
-    with ray_session(log=tmp_path / "ray.log", num_cpus=1):
-        argv = [*argv, "--output", str(tmp_path / "runs_other"), "--storage", uri]
-        monkeypatch.setattr(train, "_fit", lambda *_: pytest.fail("trained again"))
-        assert run_command(train.main, argv) == 0
-    assert_same_model(tmp_path / "runs_other" / "training" / local.name, local)
+    assert json.loads(names["manifest.json"]) == read_manifest(directory, made_by="")
