@@ -244,10 +244,7 @@ def held_cores(count: int) -> Iterator[None]:
     from ray.util.placement_group import placement_group, remove_placement_group
 
     node = ray.get_runtime_context().get_node_id()
-<<<<<<< HEAD
     # Without a name: Ray allows one group of each name, and trials hold cores side by side.
-=======
->>>>>>> issue7
     group = placement_group([{"CPU": count}], bundle_label_selector=[{"ray.io/node-id": node}])
     try:
         while not group.wait(HELD_SECONDS):
