@@ -210,6 +210,7 @@ class ComparisonTable:
     reference: str
     seeds: tuple[int, ...]
     rows: tuple[MethodRow, ...]
+    """Of the methods of which something has run."""
     points: tuple[SearchPoint, ...]
     predictors: tuple[Predictor, ...]
     sentences: tuple[str, ...]
@@ -217,7 +218,13 @@ class ComparisonTable:
 
     def title_of(self, method: str) -> str:
         """What a method is called."""
-        return next(row.title for row in self.rows if row.name == method)
+        return next(m["title"] for m in self.description["methods"] if m["name"] == method)
+
+    @property
+    def not_begun(self) -> list[str]:
+        """Titles of the methods of which nothing has run; they have no row."""
+        begun = {row.name for row in self.rows}
+        return [m["title"] for m in self.description["methods"] if m["name"] not in begun]
 
 
 def load_table(directory: Path) -> ComparisonTable:
@@ -246,6 +253,7 @@ def load_table(directory: Path) -> ComparisonTable:
     rows = tuple(
         _method_row(reader, method, chosen.get(method["name"]), reported)
         for method in description["methods"]
+        if any(entry["method"] == method["name"] for entry in description["runs"])
     )
     table = ComparisonTable(
         name=description["name"],
@@ -573,6 +581,8 @@ def _sentences(table: ComparisonTable) -> list[str]:
     failed = [row for row in table.rows if any("failed" in problem for problem in row.problems)]
     if failed:
         said.append(f"Runs failed of: {_list([row.title for row in failed])}.")
+    if table.not_begun:
+        said.append(f"Not run yet: {_list(table.not_begun)}.")
     return said
 
 
@@ -719,9 +729,10 @@ def as_csv(table: ComparisonTable) -> str:
     """The rows as CSV; an empty cell is what there is not."""
     text = io.StringIO()
     rows = [flat_row(row) for row in table.rows]
-    writer = csv.DictWriter(text, list(rows[0]), lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(rows)
+    if rows:
+        writer = csv.DictWriter(text, list(rows[0]), lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
     return text.getvalue()
 
 

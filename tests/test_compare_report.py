@@ -326,6 +326,8 @@ def test_failures_and_what_is_missing_are_named(table, tmp_path):
     assert table.sentences == ("No method has scores on the test questions yet.",)
     assert table.rows[0].problems == ("2 of 3 runs are not there yet",)
     assert table.rows[0].lr is None
+    assert [row.name for row in table.rows] == ["sft"]
+    assert table.not_begun == ["restricted + MoClip", "LoRA"]
     write_report(begun.directory)
     with pytest.raises(IncompleteArtifactError, match="no comparison has begun there"):
         load_table(tmp_path / "nowhere")
@@ -334,6 +336,8 @@ def test_failures_and_what_is_missing_are_named(table, tmp_path):
 def test_one_seed_is_said_in_place_of_an_interval(tmp_path):
     comparing = make(tmp_path, only=["sft", "lrmc"], compare={"seeds": [4]})
     table = load_table(comparing.directory)
+    assert table.sentences[-1] == "Not run yet: LoRA."
+    assert "LoRA" not in as_csv(table)
     row = table.rows[1]
     assert row.seeds == (4,)
     assert row.trade.domain_gain.over_seeds is None
