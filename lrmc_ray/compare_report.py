@@ -582,7 +582,7 @@ def _sentences(table: ComparisonTable) -> list[str]:
     if failed:
         said.append(f"Runs failed of: {_list([row.title for row in failed])}.")
     if table.not_begun:
-        said.append(f"Not run yet: {_list(table.not_begun)}.")
+        said.append(f"Not run yet: {'; '.join(table.not_begun)}.")
     return said
 
 
