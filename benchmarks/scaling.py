@@ -41,10 +41,8 @@ DRIVER_BASE_BYTES = 420e6
 DRIVER_BYTES_PER_FILE = 700
 """Names, rows and digests of a file, its shard, its share of a Ray Data block."""
 DRIVER_BYTES_PER_SAMPLE = 133
-WORKER_BYTES_PER_SAMPLE = 147
+WORKER_BYTES_PER_SAMPLE = 168
 """Names and domains of all samples, and two epochs' orders, in every training worker."""
-FILE_OPEN_SECONDS = 0.002
-"""Reading the names out of one small file on a local disk; on NFS more."""
 
 
 @dataclass(frozen=True)
@@ -117,8 +115,7 @@ def simulate(tokens: float, gpus: int, a: Assumptions) -> dict[str, float]:
         )
         / 1e9,
         "worker_index_gb": samples * WORKER_BYTES_PER_SAMPLE / 1e9,
-        "train_start_file_opens": files * workers,
-        "train_start_minutes": files * FILE_OPEN_SECONDS / 60,
+        "train_start_file_opens": workers,  # the index
         "train_state_gb_per_gpu": 16 * a.parameters / 1e9,
         "train_steps": steps,
         "step_compute_seconds": step_compute,
@@ -176,21 +173,30 @@ def _index(work: Path, samples: int) -> dict[str, float]:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    from lrmc_ray.artifacts import write_manifest
+    from lrmc_ray.artifacts import file_digest, write_manifest
     from lrmc_ray.config import TrainSettings
     from lrmc_ray.data.records import Records
+    from lrmc_ray.record import INDEX
     from lrmc_ray.training_samples import TrainingSamples
 
     rows = 1000
     files = []
-    for part in range(-(-samples // rows)):
-        count = min(rows, samples - part * rows)
-        names = [f"{part * rows + i:016x}" for i in range(count)]
-        table = pa.table({"sample_id": names, "domain": [""] * count})
-        pq.write_table(table, work / f"part-{part:05d}.parquet", write_page_checksum=True)
-        files.append({"name": f"part-{part:05d}.parquet", "rows": count, "sha256": "0" * 64})
+    schema = pa.schema([("sample_id", pa.string()), ("domain", pa.string())])
+    with pq.ParquetWriter(work / INDEX, schema, write_page_checksum=True) as index:
+        for part in range(-(-samples // rows)):
+            count = min(rows, samples - part * rows)
+            names = [f"{part * rows + i:016x}" for i in range(count)]
+            index.write_table(pa.table({"sample_id": names, "domain": [""] * count}, schema))
+            files.append({"name": f"part-{part:05d}.parquet", "rows": count, "sha256": "0" * 64})
     write_manifest(
-        work, {"kind": "records", "provenance": {}, "vocabulary_size": 1, "files": files}
+        work,
+        {
+            "kind": "records",
+            "provenance": {},
+            "vocabulary_size": 1,
+            "files": files,
+            "index": {"name": INDEX, "sha256": file_digest(work / INDEX)},
+        },
     )
     before = peak_megabytes()
     made = TrainingSamples(Records(work), TrainSettings())

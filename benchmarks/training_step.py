@@ -15,6 +15,8 @@ before it had the model, so weights, gradients and moments are in it.
     restricted       the paper's loss and MoClip, packed, trimmed
     anchored         the same with the anchor on prompt positions
     default          as `python -m lrmc_ray.train`: with the anchor, in 4 micro-batches
+    ..., selective   with train.gradient_checkpointing = "selective"
+    ..., layers      with train.gradient_checkpointing = "full"
 
 The samples are those of the NL2SQL demo, or with --data ct radio exam questions (built by
 scripts/build_ct.py), whose prompts share the beginning of the chat template alone. With --length
@@ -34,11 +36,19 @@ import tempfile
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
-VARIANTS = ("trainer", "sft", "full, padded", "full", "restricted", "anchored", "default")
+RECOMPUTE: dict[str, Literal["selective", "full"]] = {
+    "full, selective": "selective",
+    "restricted, selective": "selective",
+    "restricted, layers": "full",
+}
+VARIANTS = (
+    *("trainer", "sft", "full, padded", "full", "restricted", "anchored", "default"),
+    *RECOMPUTE,
+)
 LR = 1e-5
 CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
 """CPU seconds of the process; on a busy machine they are steadier, with one thread as telling."""
@@ -103,9 +113,12 @@ def run_ours(args: argparse.Namespace, samples: Sequence[Any], name: str) -> lis
         load_model,
         local_directory,
     )
+    from lrmc_ray.recompute import recompute_activations
 
     is_full = name.startswith("full")
     model = load_model(local_directory(ModelSettings())).train()
+    if name in RECOMPUTE:
+        recompute_activations(model, RECOMPUTE[name])
     steps = train(
         lambda batch: batch_hidden_states(model, batch),
         head_of(model),
@@ -257,7 +270,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
         f"{args.precision}, {args.threads} thread(s), {args.rounds} x {args.steps} steps"
     )
     titles = ("s/step", "tokens/s", "speed-up", "peak MB", "memory")
-    print(f"{'':14s}" + "".join(f"{title:>10s}" for title in titles) + "   relative to trainer")
+    print(f"{'':22s}" + "".join(f"{title:>10s}" for title in titles) + "   relative to trainer")
     rows = {}
     for name, values in found.items():
         seconds = statistics.median(values["seconds"])
@@ -271,7 +284,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
         rows[name]["speedup"] = first["seconds_per_step"] / seconds
         rows[name]["memory_ratio"] = peak / first["peak_bytes"]
         print(
-            f"{name:14s}{seconds:10.2f}{tokens_per_step / seconds:10.1f}"
+            f"{name:22s}{seconds:10.2f}{tokens_per_step / seconds:10.1f}"
             f"{rows[name]['speedup']:10.2f}{peak / 1e6:10.0f}{rows[name]['memory_ratio']:10.2f}"
         )
     return {"tokens_per_step": tokens_per_step, "variants": rows}

@@ -22,6 +22,11 @@ PARTIAL = ".partial"
 """Suffix of a directory that is still being written."""
 
 
+def cache_directory() -> Path:
+    """What this node keeps between commands: ``$LRMC_CACHE``, or ``~/.cache/lrmc_ray``."""
+    return Path(os.environ.get("LRMC_CACHE", "~/.cache/lrmc_ray")).expanduser()
+
+
 def fingerprint(value: Any) -> str:
     """First 12 hex digits of the SHA-256 of ``value`` as sorted JSON."""
     canonical = json.dumps(value, sort_keys=True, allow_nan=False)
@@ -44,10 +49,14 @@ def write_atomically(path: Path, content: bytes) -> None:
     os.replace(partial, path)
 
 
+def json_content(value: Any) -> bytes:
+    """``value`` as readable JSON."""
+    return (json.dumps(value, indent=2, sort_keys=True, allow_nan=False) + "\n").encode()
+
+
 def write_json(path: Path, value: Any) -> None:
     """Write ``value`` as readable JSON, atomically."""
-    text = json.dumps(value, indent=2, sort_keys=True, allow_nan=False)
-    write_atomically(path, (text + "\n").encode())
+    write_atomically(path, json_content(value))
 
 
 def write_manifest(directory: Path, manifest: Mapping[str, Any]) -> None:

@@ -36,7 +36,7 @@ def save_checkpoint(
     """
     import torch
 
-    final = _path(directory, step)
+    final = checkpoint_path(directory, step)
     _remove_partial(directory)
     partial = final.with_name(final.name + PARTIAL)
     partial.mkdir(parents=True)
@@ -47,7 +47,7 @@ def save_checkpoint(
     write_manifest(partial, _manifest(partial / STATE, step))
     shutil.rmtree(final, ignore_errors=True)
     os.replace(partial, final)
-    kept = {_path(directory, other) for other in also}
+    kept = {checkpoint_path(directory, other) for other in also}
     for old in list_checkpoints(directory)[:-keep]:
         if old not in kept:
             shutil.rmtree(old, ignore_errors=True)
@@ -71,7 +71,8 @@ def _remove_partial(directory: Path) -> None:
         shutil.rmtree(path, ignore_errors=True)
 
 
-def _path(directory: Path, step: int) -> Path:
+def checkpoint_path(directory: Path, step: int) -> Path:
+    """Where the checkpoint behind ``step`` steps is in ``directory``."""
     return directory / f"step_{step:08d}"
 
 
@@ -116,7 +117,7 @@ def load_checkpoint(directory: Path, step: int) -> dict[str, Any]:
     """
     import torch
 
-    path = _path(directory, step)
+    path = checkpoint_path(directory, step)
     try:
         manifest = read_manifest(path, made_by="python -m lrmc_ray.train")
         if manifest != _manifest(path / STATE, step):

@@ -14,6 +14,7 @@ from lrmc_ray.config import (
     read_toml,
     validate,
 )
+from lrmc_ray.errors import IncompleteArtifactError
 
 STAGES = {
     "record": "Stage 0: record the candidate tokens of the training data",
@@ -58,10 +59,16 @@ def add_run_arguments(parser: argparse.ArgumentParser, *, default_space: str | N
     )
     parser.add_argument(
         "--output",
-        type=Path,
+        type=output_directory,
         default=Path("runs"),
         metavar="DIR",
         help="where everything is kept (default: runs)",
+    )
+    parser.add_argument(
+        "--storage",
+        metavar="URI",
+        help="resources.storage: where nodes that do not share DIR keep what they exchange, "
+        "s3://BUCKET/PREFIX or gs://BUCKET/PREFIX (record, train)",
     )
     parser.add_argument(
         "--address",
@@ -76,6 +83,35 @@ def add_run_arguments(parser: argparse.ArgumentParser, *, default_space: str | N
         metavar="section.key=value",
         help="any setting, for example train.lr=1e-5 search.trials=20",
     )
+
+
+def output_directory(text: str) -> Path:
+    """The directory that ``--output`` names.
+
+    Raises:
+        IncompleteArtifactError: it is the address of an object store.
+    """
+    if "://" in text:
+        raise IncompleteArtifactError(
+            f"--output must be a directory, got the address {text.partition('://')[0]}://...; "
+            "give a local one, and the address as --storage where the command knows that "
+            "(record, train), or a directory on a file system that all nodes share"
+        )
+    return Path(text)
+
+
+def refuse_storage(settings: RunSettings, command: str) -> None:
+    """End a command that needs one disk for all nodes where a storage is given.
+
+    Raises:
+        IncompleteArtifactError: ``resources.storage`` is set.
+    """
+    if settings.resources.storage is not None:
+        raise IncompleteArtifactError(
+            f"`{command}` needs an output directory that all nodes share and knows no storage, got "
+            f"resources.storage = {settings.resources.storage}; leave it out and give --output DIR "
+            "on a shared file system (`record` and `train` do with a storage)"
+        )
 
 
 def settings_from(arguments: argparse.Namespace) -> RunSettings:
@@ -94,6 +130,7 @@ def read_settings(arguments: argparse.Namespace, kind: type[SettingsType]) -> Se
     of_file = read_toml(path) if path else {}
     values = apply_overrides(of_file, arguments.overrides)
     named: dict[tuple[str, str], object] = {
+        ("resources", "storage"): arguments.storage,
         ("model", "name"): arguments.model,
         ("data", "train"): arguments.train_data,
         ("evaluate", "domain_tasks"): _names(arguments.domain_tasks),

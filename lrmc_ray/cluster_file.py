@@ -32,6 +32,12 @@ _SECRETS = (
     ),
 )
 _NO_SECRET = re.compile(r"(?i)auth_?mode=token|auth_token")
+_CLOSED_PORTS = (
+    "RAY_enable_metrics_collection=0",
+    "AUTOSCALER_METRIC_PORT=-1",
+    "DASHBOARD_METRIC_PORT=-1",
+)
+"""What Ray's metrics are switched off by: they would answer whoever asks, without the token."""
 _LOOPBACK = ("127.0.0.1", "localhost", "::1")
 
 
@@ -126,8 +132,12 @@ def _open_ports(config: Mapping[str, Any]) -> Iterator[str]:
         for command in starts:
             if "RAY_AUTH_MODE=token" not in command:
                 yield f"{key} must start with RAY_AUTH_MODE=token: whoever reaches a port runs code"
-            if "RAY_enable_metrics_collection=0" not in command:
-                yield f"{key} must have RAY_enable_metrics_collection=0: its port has no token"
+            environment = command.partition("ray start")[0].split()
+            if lacking := [setting for setting in _CLOSED_PORTS if setting not in environment]:
+                yield (
+                    f"{key} must have {' '.join(lacking)} before `ray start`: whoever reaches "
+                    "these ports needs no token"
+                )
             if "--head" not in command:
                 continue
             host = re.search(r"--dashboard-host[= ]\s*(\S+)", command)

@@ -613,7 +613,7 @@ def explain(comparing: Comparing) -> str:
 
 def main(argv: Sequence[str]) -> int:
     """The command ``python -m lrmc_ray.compare``."""
-    from lrmc_ray.cli import add_run_arguments, read_settings
+    from lrmc_ray.cli import add_run_arguments, read_settings, refuse_storage
 
     parser = argparse.ArgumentParser(
         prog=MADE_BY,
@@ -636,6 +636,7 @@ def main(argv: Sequence[str]) -> int:
     arguments = parser.parse_intermixed_args(argv)
     setup_logging(arguments.verbose)
     space = read_settings(arguments, CompareSpace)
+    refuse_storage(space, "compare")
     methods = chosen_methods(space, arguments.methods)
     from lrmc_ray.record import training_files
 

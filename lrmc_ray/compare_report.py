@@ -19,7 +19,7 @@ import io
 import json
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -37,6 +37,7 @@ from lrmc_ray.statistics import (
     mean_interval,
     pareto_front,
     percentile_interval,
+    rank_correlation,
 )
 
 if TYPE_CHECKING:
@@ -162,7 +163,7 @@ class MethodRow:
     seeds: tuple[int, ...]
     """Those that are scored."""
     trade: Trade | None
-    accuracy: float | None
+    accuracy: Estimate | None
     """Mean accuracy on the domain's tasks, as a fraction."""
     kl_domain: Estimate | None
     kl_general: Estimate | None
@@ -192,6 +193,16 @@ class SearchPoint:
 
 
 @dataclass(frozen=True)
+class Predictor:
+    """How well something known of a tuned model ranks the forgetting, over all learning rates."""
+
+    name: str
+    correlation: Interval
+    """Spearman's; the interval is over methods, whose learning rates stay together."""
+    points: int
+
+
+@dataclass(frozen=True)
 class ComparisonTable:
     """All that a comparison says."""
 
@@ -199,13 +210,21 @@ class ComparisonTable:
     reference: str
     seeds: tuple[int, ...]
     rows: tuple[MethodRow, ...]
+    """Of the methods of which something has run."""
     points: tuple[SearchPoint, ...]
+    predictors: tuple[Predictor, ...]
     sentences: tuple[str, ...]
     description: Mapping[str, Any]
 
     def title_of(self, method: str) -> str:
         """What a method is called."""
-        return next(row.title for row in self.rows if row.name == method)
+        return next(m["title"] for m in self.description["methods"] if m["name"] == method)
+
+    @property
+    def not_begun(self) -> list[str]:
+        """Titles of the methods of which nothing has run; they have no row."""
+        begun = {row.name for row in self.rows}
+        return [m["title"] for m in self.description["methods"] if m["name"] not in begun]
 
 
 def load_table(directory: Path) -> ComparisonTable:
@@ -234,6 +253,7 @@ def load_table(directory: Path) -> ComparisonTable:
     rows = tuple(
         _method_row(reader, method, chosen.get(method["name"]), reported)
         for method in description["methods"]
+        if any(entry["method"] == method["name"] for entry in description["runs"])
     )
     table = ComparisonTable(
         name=description["name"],
@@ -241,6 +261,7 @@ def load_table(directory: Path) -> ComparisonTable:
         seeds=tuple(description["seeds"]),
         rows=rows,
         points=points_,
+        predictors=forgetting_predictors(points_),
         sentences=(),
         description=description,
     )
@@ -356,6 +377,30 @@ def excess_forgetting(
     return forgetting - float(np.interp(gain, gains, [point[1] for point in front]))
 
 
+def forgetting_predictors(points_: Sequence[SearchPoint]) -> tuple[Predictor, ...]:
+    """Whether drift, which needs no general task, says how much a model has forgotten.
+
+    That KL on the new task predicts forgetting is the claim of Shenfeld et al. (2025, "RL's
+    Razor"); the gain is the rival explanation: who learns more forgets more.
+    """
+    found = []
+    values: dict[str, list[float | None]] = {
+        "KL on the domain's texts": [point.kl_domain for point in points_],
+        "KL on general texts": [point.kl_general for point in points_],
+        "domain gain": [point.domain_gain.value for point in points_],
+    }
+    for name, column in values.items():
+        known = [(v, point) for v, point in zip(column, points_, strict=True) if v is not None]
+        correlation = rank_correlation(
+            [value for value, _ in known],
+            [point.forgetting.value for _, point in known],
+            [point.method for _, point in known],
+        )
+        if correlation is not None:
+            found.append(Predictor(name, correlation, len(known)))
+    return tuple(found)
+
+
 def _method_row(
     reader: _Reader,
     method: Mapping[str, Any],
@@ -413,15 +458,18 @@ def _trade(own: Sequence[Comparison], less: Sequence[Comparison] | None = None) 
     )
 
 
-def _accuracy(comparisons: Sequence[Comparison]) -> float | None:
-    values = [
-        change.after.value
-        for compared in comparisons
-        for task in compared.tasks
-        for change in task.metrics
-        if task.group == "domain" and change.metric == "accuracy"
-    ]
-    return float(np.mean(values)) if values else None
+def _accuracy(comparisons: Sequence[Comparison]) -> Estimate | None:
+    """On the domain's tasks.
+
+    Over items: the seeds' intervals averaged, as if all seeds erred on the same items. That is at
+    most too wide.
+    """
+    known = [one for compared in comparisons if (one := compared.accuracy("domain")) is not None]
+    if not known:
+        return None
+    over_seeds = estimate([one.value for one in known])
+    low, high = (float(np.mean([getattr(one, end) for one in known])) for end in ("low", "high"))
+    return replace(over_seeds, over_items=Interval(over_seeds.value, low, high))
 
 
 def _drift(
@@ -524,9 +572,17 @@ def _sentences(table: ComparisonTable) -> list[str]:
             f"At the edge of the learning rates tried, so a better one may lie beyond: "
             f"{_list(edge)}."
         )
+    if table.predictors:
+        ranked = "; ".join(f"{p.name} {p.correlation}" for p in table.predictors)
+        said.append(
+            f"What ranks the forgetting of {table.predictors[0].points} models, all methods and "
+            f"learning rates on the first seed (Spearman, intervals over methods): {ranked}."
+        )
     failed = [row for row in table.rows if any("failed" in problem for problem in row.problems)]
     if failed:
         said.append(f"Runs failed of: {_list([row.title for row in failed])}.")
+    if table.not_begun:
+        said.append(f"Not run yet: {_list(table.not_begun)}.")
     return said
 
 
@@ -567,7 +623,7 @@ def _cells(row: MethodRow) -> list[str]:
             else [_MISSING] * 3
         ),
         _with_intervals(row.versus.combined) if row.versus else _MISSING,
-        _MISSING if row.accuracy is None else percent(row.accuracy),
+        _MISSING if row.accuracy is None else _with_intervals(row.accuracy, percent),
         *(
             _MISSING if kl is None else _with_intervals(kl, lambda value: number(value, 3))
             for kl in (row.kl_domain, row.kl_general)
@@ -646,11 +702,11 @@ def flat_row(row: MethodRow) -> dict[str, Any]:
         "title": row.title,
         "lr": row.lr,
         "seeds": len(row.seeds),
-        "accuracy": row.accuracy,
     }
     for prefix, trade in (("", row.trade), ("minus_reference_", row.versus)):
         for name in ("domain_gain", "forgetting", "combined"):
             flat |= _flat_estimate(f"{prefix}{name}", getattr(trade, name) if trade else None)
+    flat |= _flat_estimate("accuracy", row.accuracy)
     flat |= _flat_estimate("kl_domain", row.kl_domain)
     flat |= _flat_estimate("kl_general", row.kl_general)
     costs = asdict(row.cost) if row.cost else dict.fromkeys(Cost.__dataclass_fields__)
@@ -673,9 +729,10 @@ def as_csv(table: ComparisonTable) -> str:
     """The rows as CSV; an empty cell is what there is not."""
     text = io.StringIO()
     rows = [flat_row(row) for row in table.rows]
-    writer = csv.DictWriter(text, list(rows[0]), lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(rows)
+    if rows:
+        writer = csv.DictWriter(text, list(rows[0]), lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
     return text.getvalue()
 
 
@@ -688,6 +745,7 @@ def as_json_object(table: ComparisonTable) -> dict[str, Any]:
         "sentences": list(table.sentences),
         "methods": [asdict(row) for row in table.rows],
         "learning_rates": [asdict(point) for point in table.points],
+        "forgetting_predictors": [asdict(predictor) for predictor in table.predictors],
         "stage_seconds": table.description["stage_seconds"],
         "versions": table.description["versions"],
         "settings": table.description["settings"],

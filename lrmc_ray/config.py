@@ -11,8 +11,17 @@ import tomllib
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self, TypeVar, get_args
+from urllib.parse import urlsplit
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
 from pydantic.fields import FieldInfo
 
 from lrmc_ray.errors import ConfigError, IncompleteArtifactError
@@ -23,6 +32,7 @@ CT = "ct"
 """Names the task of radio exam questions, and its training data."""
 ENGLISH = "english"
 """Names general text to be replayed: sentences that no task of ours asks about."""
+STORAGE_SCHEMES = ("s3", "gs", "file")
 
 
 def _as_tuple(value: Any) -> Any:
@@ -156,8 +166,9 @@ class TrainSettings(Settings):
     packing: bool = True
     """Compute prefixes that samples of a micro-batch share once, without padding, where that is
     cheaper; the loss is the same up to rounding."""
-    gradient_checkpointing: bool = False
-    """Recompute activations in the backward pass: less memory, about a third more time."""
+    gradient_checkpointing: Literal[False, "selective", "full"] = False
+    """What the backward pass computes again, for less memory and the same result: ``selective``
+    what is cheap (norms, activation functions), ``full`` whole layers, about a third more time."""
     batch_size: int = Field(8, ge=1)
     """Samples per step, over all workers."""
     micro_batches: int = Field(4, ge=1)
@@ -349,6 +360,32 @@ class SearchSettings(Settings):
         return self.early_stopping == "median" and self.trials > self.early_stopping_trials
 
 
+def check_storage_uri(uri: str) -> str:
+    """``uri``, if it is one of a storage and holds no secret.
+
+    Raises:
+        ConfigError: it is not; the message does not repeat what might be a secret.
+    """
+    try:
+        parts = urlsplit(uri)
+    except ValueError:
+        parts = urlsplit("")
+    form = "s3://BUCKET/PREFIX, gs://BUCKET/PREFIX or file:///DIR"
+    if parts.scheme not in STORAGE_SCHEMES:
+        raise ConfigError(f"storage must be {form}, got the scheme {parts.scheme!r}")
+    # A secret may itself hold a slash, so that what follows is no host any more.
+    if {"@", ":"} & set(parts.netloc) or any(w in parts.query for w in ("secret", "password")):
+        raise ConfigError(
+            f"storage must be {form}, without credentials, which would be in files and logs; "
+            "every node needs them in its environment (AWS_ACCESS_KEY_ID), its role, or "
+            "~/.aws/credentials"
+        )
+    place = parts.path if parts.scheme == "file" else parts.netloc
+    if not place.strip("/") or (parts.scheme == "file" and parts.netloc):
+        raise ConfigError(f"storage must be {form}, got {uri}")
+    return uri
+
+
 class ResourceSettings(Settings):
     """Where it runs; does not change a result (``train.reduction = "strict"``)."""
 
@@ -369,6 +406,15 @@ class ResourceSettings(Settings):
     labels: dict[str, str] = Field(default_factory=dict)
     """Labels that the node of a worker or an actor must have:
     ``{"ray.io/accelerator-type" = "L4"}``."""
+    storage: str | None = None
+    """Where nodes that share no disk keep what they exchange: ``s3://BUCKET/PREFIX``,
+    ``gs://BUCKET/PREFIX``, with the parameters that pyarrow knows, or ``file:///DIR``. For
+    ``record`` and ``train``."""
+
+    @field_validator("storage")
+    @classmethod
+    def _is_storage(cls, uri: str | None) -> str | None:
+        return uri if uri is None else check_storage_uri(uri)
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
@@ -569,6 +615,7 @@ def _in_words(settings: type[Settings], error: ValidationError) -> list[str]:
             lines.append(f"{key}: {message}" if key else message)
         else:
             rule = _RULES.get(problem["type"]) or _SHOULD.sub("must", problem["msg"])
+            rule = rule.replace("False", "false")
             text = " ".join((field.description or "").split()) if field else ""
             meaning = f" ({text})" if text else ""
             lines.append(f"{key} {rule}, got {problem['input']!r}{meaning}")

@@ -355,7 +355,7 @@ def _score_part(model_directory: str, request: "ScoreRequest", threads: int) -> 
 
 def main(argv: Sequence[str]) -> int:
     """The command ``python -m lrmc_ray.evaluate``."""
-    from lrmc_ray.cli import add_run_arguments, settings_from
+    from lrmc_ray.cli import add_run_arguments, refuse_storage, settings_from
     from lrmc_ray.models import local_directory
     from lrmc_ray.ray_session import local_cpus
 
@@ -385,6 +385,7 @@ def main(argv: Sequence[str]) -> int:
     if arguments.actors is not None and arguments.actors < 1:
         raise ConfigError(f"--actors must be at least 1, got {arguments.actors}")
     settings = settings_from(arguments)
+    refuse_storage(settings, "evaluate")
     for directory in arguments.tuned:
         if not Path(directory).is_dir():
             raise IncompleteArtifactError(

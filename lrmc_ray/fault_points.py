@@ -19,6 +19,10 @@ POINTS = (
     "record.parts_complete",  # every file is there, the manifest is not
     "record.manifest_written",  # the manifest is there, the directory has its temporary name
     "record.published",  # the directory has its name
+    "storage.part_put",  # a file of a record is in the storage, what it holds is not
+    "storage.record_committed",  # its manifest is, what is not part of it is not yet removed
+    "storage.files_put",  # the files of a directory are in the storage, its marker is not
+    "storage.committed",  # the marker is
 )
 
 _IS_TESTING = os.environ.get("LRMC_TESTING") == "1"

@@ -73,11 +73,13 @@ def verify(records: "Records") -> dict[str, Any]:
             num_bytes += (records.directory / info.name).stat().st_size
             bar.advance()
     seconds = time.monotonic() - start
+    if (index := records.index_path()) is not None:
+        names.add(index.name)
     strays = sorted(
         path.name for path in records.directory.glob("*.parquet") if path.name not in names
     )
     return {
-        "files": len(names),
+        "files": len(records.parts),
         "samples": len(records),
         "bytes": num_bytes,
         "bytes_per_second": round(num_bytes / max(seconds, 1e-9)),

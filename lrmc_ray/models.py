@@ -8,11 +8,11 @@ model is made from what is installed. Code from a model's repository is never ru
 import contextlib
 import hashlib
 import json
-import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from lrmc_ray.artifacts import cache_directory as cache_directory
 from lrmc_ray.artifacts import file_digest
 from lrmc_ray.config import DEMO, ModelSettings
 from lrmc_ray.errors import DataError, IncompleteArtifactError
@@ -41,11 +41,6 @@ TOKENIZER_FILES = (
 def _first_line(error: Exception) -> str:
     """The first line of an error's message; its class where there is none."""
     return next(iter(str(error).strip().splitlines()), type(error).__name__)
-
-
-def cache_directory() -> Path:
-    """Where converted models are kept: ``$LRMC_CACHE``, or ``~/.cache/lrmc_ray``."""
-    return Path(os.environ.get("LRMC_CACHE", "~/.cache/lrmc_ray")).expanduser()
 
 
 def local_directory(settings: ModelSettings) -> Path:

@@ -5,12 +5,13 @@ import logging
 import os
 import socket
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from lrmc_ray.config import ResourceSettings
-from lrmc_ray.errors import IncompleteArtifactError, ResourceError
+from lrmc_ray.errors import IncompleteArtifactError, LrmcError, ResourceError
 from lrmc_ray.placement import Node, check_slots
+from lrmc_ray.storage import Storage
 
 _log = logging.getLogger(__name__)
 
@@ -85,19 +86,21 @@ def ray_session(
     log: Path,
     num_cpus: int | None = None,
     verbose: bool = False,
+    storage: str | None = None,
 ) -> Iterator[None]:
     """Ray for the duration of a command; a session that is already running is used as it is.
 
     Args:
         address: ``local`` starts Ray on this machine, ``auto`` or ``host:port`` joins a cluster.
         log: file for what Ray's own processes say, unless ``verbose``; in the output directory,
-            which all nodes of a cluster must see.
+            which all nodes of a cluster must see where there is no ``storage``.
         num_cpus: cores that a local session may use; all by default.
         verbose: show the workers' output.
+        storage: what all nodes of a cluster must reach in place of the output directory.
 
     Raises:
         ResourceError: the cluster cannot be reached.
-        IncompleteArtifactError: some node does not see the output directory.
+        IncompleteArtifactError: some node does not see the output directory, or the storage.
     """
     for name, value in _ENVIRONMENT.items():
         os.environ.setdefault(name, value)
@@ -115,7 +118,9 @@ def ray_session(
     ):
         _start(address, num_cpus, verbose)
         try:
-            if address != "local":
+            if address != "local" and storage is not None:
+                check_storage_seen(storage)
+            elif address != "local":
                 check_shared(log.parent)
             yield
         finally:
@@ -239,6 +244,7 @@ def held_cores(count: int) -> Iterator[None]:
     from ray.util.placement_group import placement_group, remove_placement_group
 
     node = ray.get_runtime_context().get_node_id()
+    # Without a name: Ray allows one group of each name, and trials hold cores side by side.
     group = placement_group([{"CPU": count}], bundle_label_selector=[{"ray.io/node-id": node}])
     try:
         while not group.wait(HELD_SECONDS):
@@ -275,14 +281,36 @@ def check_shared(directory: Path) -> None:
     path = directory.resolve() / f".shared_{os.urandom(8).hex()}"
     path.write_text(path.name, encoding="utf-8")
     try:
-        blind = _blind_nodes(path, path.name)
+        blind = _nodes_without(_sees, str(path), path.name)
     finally:
         path.unlink(missing_ok=True)
     if blind:
         raise IncompleteArtifactError(
             "the output directory must be seen by every node of the cluster; "
             f"{directory.resolve()} is not by {', '.join(blind)}. Mount a shared file system (NFS, "
-            "EFS, Filestore) at the same place on all nodes and give --output DIR on it"
+            "EFS, Filestore) at the same place on all nodes and give --output DIR on it; `record` "
+            "and `train` can do with --storage s3://BUCKET/PREFIX"
+        )
+
+
+def check_storage_seen(uri: str) -> None:
+    """Refuse a storage that some node of the cluster cannot read.
+
+    Raises:
+        IncompleteArtifactError: a node does not find what the driver wrote; names the nodes.
+    """
+    storage = Storage(uri)
+    name = f".shared_{os.urandom(8).hex()}"
+    storage.write(name, name.encode())
+    try:
+        blind = _nodes_without(_reads, uri, name)
+    finally:
+        storage.delete(name)
+    if blind:
+        raise IncompleteArtifactError(
+            f"the storage must be read by every node of the cluster; {uri} is not by "
+            f"{', '.join(blind)}. See to the credentials there (AWS_ACCESS_KEY_ID when Ray is "
+            "started, an instance role, or ~/.aws/credentials) and to the network"
         )
 
 
@@ -293,7 +321,7 @@ def check_model_shared(directory: Path) -> None:
         IncompleteArtifactError: a node does not see its files; names the nodes.
     """
     path = directory / "config.json"
-    blind = _blind_nodes(path.resolve(), path.read_text(encoding="utf-8"))
+    blind = _nodes_without(_sees, str(path.resolve()), path.read_text(encoding="utf-8"))
     if blind:
         raise IncompleteArtifactError(
             f"the model must be seen by every node of the cluster; {directory} is not by "
@@ -302,21 +330,21 @@ def check_model_shared(directory: Path) -> None:
         )
 
 
-def _blind_nodes(path: Path, content: str) -> list[str]:
-    """Addresses of the nodes that do not find ``content`` at ``path``."""
+def _nodes_without(finds: Callable[[str, str], bool], *what: str) -> list[str]:
+    """Addresses of the nodes on which ``finds(*what)`` is false."""
     import ray
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
     alive = [node for node in ray.nodes() if node["Alive"]]
     if len(alive) < 2:
         return []
-    probe = ray.remote(_sees)
+    probe = ray.remote(finds)
     asked = {
         probe.options(
             num_cpus=0,
             max_retries=0,
             scheduling_strategy=NodeAffinitySchedulingStrategy(node["NodeID"], soft=False),
-        ).remote(str(path), content): node["NodeManagerAddress"]
+        ).remote(*what): node["NodeManagerAddress"]
         for node in alive
     }
     answered, _ = ray.wait(list(asked), num_returns=len(asked), timeout=PROBE_SECONDS)
@@ -340,6 +368,14 @@ def _sees(path: str, content: str) -> bool:
                 return True
         time.sleep(0.1)
     return False
+
+
+def _reads(uri: str, name: str) -> bool:
+    """Runs on a node: whether it reads the driver's object."""
+    try:
+        return Storage(uri).read(name) == name.encode()
+    except LrmcError:
+        return False
 
 
 @contextlib.contextmanager

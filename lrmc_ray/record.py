@@ -16,6 +16,7 @@ import logging
 import os
 import shlex
 import sys
+import tempfile
 import time
 from array import array
 from collections import Counter
@@ -40,6 +41,8 @@ from lrmc_ray.data.sources import Source, find_sources, split_domain
 from lrmc_ray.errors import DataError, IncompleteArtifactError
 from lrmc_ray.fault_points import passed
 from lrmc_ray.ray_session import RAY_LOG, check_model_shared, ray_session, worker_slots
+from lrmc_ray.storage import Storage, check_storage, files_below
+from lrmc_ray.stored_record import VIEW, StoredRecord
 
 _log = logging.getLogger(__name__)
 
@@ -54,6 +57,8 @@ MOST_BLOCKS = 2048
 """Parts of the work that Ray Data keeps account of; with more shards, a part has several."""
 EXAMPLES = "examples.parquet"
 PLAN = "plan.json"
+INDEX = "index.parquet"
+"""Name and domain of every sample of a record, in its order."""
 REJECTS = "rejects.jsonl"
 MADE_BY = "python -m lrmc_ray.record"
 
@@ -90,6 +95,12 @@ class Preparation:
         return self.final.with_name(self.final.name + PARTIAL)
 
     @property
+    def stored(self) -> StoredRecord | None:
+        """The record in the storage; None where there is none and all nodes share the disk."""
+        storage = open_storage(self.settings)
+        return None if storage is None else StoredRecord(storage, self.final.name)
+
+    @property
     def provenance(self) -> dict[str, str]:
         """What every file of the record says of itself."""
         return {
@@ -114,6 +125,8 @@ def record(settings: RunSettings, output: Path) -> Path:
     final = prepared.final
     if is_finished(final):
         _log.info("the record %s is there already", final)
+        if prepared.stored is not None and not prepared.stored.is_finished():
+            _bring(final, prepared.stored)
         return final
     with lock_directory(prepared.partial):
         if not is_finished(final):
@@ -136,6 +149,9 @@ def prepare(settings: RunSettings, output: Path) -> Preparation:
     prepared = Preparation(
         settings, identity, model_directory, sources, output / "records" / fingerprint(identity)
     )
+    stored = prepared.stored
+    if not is_finished(prepared.final) and stored is not None and stored.is_finished():
+        stored.view(prepared.final)
     if is_finished(prepared.final):
         _check_rejected(
             read_manifest(prepared.final, made_by=MADE_BY)["rejects"], settings, prepared.final
@@ -381,10 +397,14 @@ def _record(prepared: Preparation) -> None:
     from lrmc_ray.recording import describe, summarize
 
     start = time.monotonic()
-    partial = prepared.partial
+    partial, stored = prepared.partial, prepared.stored
     plan = _plan(prepared)
     shards = plan["shards"]
-    done = _finished_parts(prepared, plan)
+    if stored is None:
+        done = _finished_parts(prepared, plan)
+    else:
+        done = _stored_parts(stored, plan)
+        stored.put(partial / EXAMPLES, plan["examples_sha256"])
     missing = [shard for shard in shards if shard["name"] not in done]
     rows_done = sum(shard["stop"] - shard["start"] for shard in shards if shard["name"] in done)
     totals = PartTotals()
@@ -397,7 +417,9 @@ def _record(prepared: Preparation) -> None:
             passed("record.part_counted", part["name"])
             bar.advance(part["rows"])
     files = [done[shard["name"]] for shard in shards]
-    if any(file_digest(partial / file["name"]) != file["sha256"] for file in files):
+    if stored is None and any(
+        file_digest(partial / file["name"]) != file["sha256"] for file in files
+    ):
         # An actor that was thought dead has replaced a file: by the same content, but another
         # kind of processor rounds otherwise. Everything is counted again.
         totals = PartTotals()
@@ -406,6 +428,7 @@ def _record(prepared: Preparation) -> None:
             for file in files
         ]
     passed("record.parts_complete")
+    index = _write_index(partial)
     manifest = {
         "kind": "records",
         "identity": dict(prepared.identity),
@@ -413,11 +436,17 @@ def _record(prepared: Preparation) -> None:
         "model": prepared.settings.model.name,
         "vocabulary_size": plan["vocabulary_size"],
         "files": files,
+        "index": index,
         "rejects": plan["rejects"],
         "summary": summarize(plan, [totals.sums]),
         "seconds": round(time.monotonic() - start, 2),
     }
-    kept = {".lock", *done, *([REJECTS] if plan["rejected"] else [])}
+    kept = {".lock", *done, INDEX, *([REJECTS] if plan["rejected"] else [])}
+    if stored is not None:
+        stored.put(partial / INDEX, index["sha256"])
+        stored.commit(manifest, [*files, index])
+        stored.mark(partial)
+        kept.add(VIEW)
     for name in os.listdir(partial):
         if name not in kept:
             (partial / name).unlink()
@@ -446,6 +475,49 @@ def _finished_parts(prepared: Preparation, plan: Mapping[str, Any]) -> dict[str,
         if table.num_rows == shard["stop"] - shard["start"]:
             done[path.name] = describe(path, tokenizer_size=plan["tokenizer_size"])
     return done
+
+
+def _stored_parts(stored: StoredRecord, plan: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """What an interrupted run left in the storage, whole or not listed there."""
+    rows = {shard["name"]: shard["stop"] - shard["start"] for shard in plan["shards"]}
+    return {
+        name: part for name, part in stored.described().items() if part["rows"] == rows.get(name)
+    }
+
+
+def _write_index(partial: Path) -> dict[str, str]:
+    """One small file that says what training must know of every sample; its entry in the manifest.
+
+    The examples have the order of the record; they are read a window at a time.
+    """
+    import pyarrow.parquet as pq
+
+    path = partial / INDEX
+    with pq.ParquetFile(partial / EXAMPLES, page_checksum_verification=True) as examples:
+        names = ["sample_id", "domain"]
+        schema = examples.schema_arrow
+        for name in set(schema.names) - set(names):
+            schema = schema.remove(schema.get_field_index(name))
+        with pq.ParquetWriter(path, schema, compression="zstd", write_page_checksum=True) as writer:
+            for group in range(examples.num_row_groups):
+                writer.write_table(examples.read_row_group(group, columns=names))
+    return {"name": INDEX, "sha256": file_digest(path)}
+
+
+def _bring(final: Path, stored: StoredRecord) -> None:
+    """Write a record that is on this disk, or in another storage, to the storage."""
+    from lrmc_ray.data.records import Records
+
+    records = Records(final)
+    with progress("Uploading the record", total=len(records.parts), unit="files") as bar:
+        for number, part in enumerate(records.parts):
+            stored.put(records.part_path(number), part.sha256)
+            bar.advance()
+    files = [{"name": part.name, "sha256": part.sha256} for part in records.parts]
+    if (index := records.index_path()) is not None:
+        files.append(records.manifest["index"])
+        stored.put(index, records.manifest["index"]["sha256"])
+    stored.commit(records.manifest, files)
 
 
 class PartTotals:
@@ -489,7 +561,8 @@ def _run_actors(
     settings = prepared.settings
     resources = settings.resources
     least, most = _actor_range(settings, len(shards))
-    check_model_shared(prepared.model_directory)
+    if prepared.stored is None:
+        check_model_shared(prepared.model_directory)
     placement: dict[str, Any] = {}
     if resources.custom:
         placement["resources"] = dict(resources.custom)
@@ -510,10 +583,36 @@ def _run_actors(
         yield json.loads(row["part"])
 
 
+def open_storage(settings: RunSettings) -> Storage | None:
+    """The storage of ``resources.storage``; None without one."""
+    uri = settings.resources.storage
+    return None if uri is None else Storage(uri)
+
+
+def publish_model(storage: Storage, directory: Path) -> str:
+    """Write a model's files to the storage, if they are not there; returns their name in it."""
+    from lrmc_ray.models import model_fingerprint, tokenizer_fingerprint
+
+    identity = fingerprint([model_fingerprint(directory), tokenizer_fingerprint(directory)])
+    name = f"models/{identity}"
+    storage.publish(name, files_below(directory))
+    return name
+
+
 def recorder_options(prepared: Preparation, tokenizer_size: int) -> dict[str, Any]:
-    """The arguments of a :class:`Recorder`."""
+    """The arguments of a :class:`Recorder`; with a storage, the model is brought there."""
     settings = prepared.settings
+    stored = None
+    if (storage := open_storage(settings)) is not None:
+        plan = json.loads((prepared.partial / PLAN).read_text(encoding="utf-8"))
+        stored = {
+            "uri": storage.uri,
+            "model": publish_model(storage, prepared.model_directory),
+            "record": prepared.final.name,
+            "examples_sha256": plan["examples_sha256"],
+        }
     return {
+        "stored": stored,
         "model_directory": str(prepared.model_directory),
         "partial": str(prepared.partial.resolve()),
         "provenance": prepared.provenance,
@@ -544,6 +643,7 @@ class Recorder:
     def __init__(
         self,
         *,
+        stored: Mapping[str, str] | None,
         model_directory: str,
         partial: str,
         provenance: dict[str, str],
@@ -556,15 +656,24 @@ class Recorder:
     ) -> None:
         from lrmc_ray.recording import CandidateRecorder
 
+        self._partial = Path(partial)
+        self._stored: StoredRecord | None = None
+        local = Path(model_directory)
+        if stored is not None:
+            storage = Storage(stored["uri"])
+            self._stored = StoredRecord(storage, stored["record"])
+            self._examples_sha256 = stored["examples_sha256"]
+            self._partial = storage.cache / "recording"
+            self._partial.mkdir(parents=True, exist_ok=True)
+            local = storage.fetch(stored["model"], storage.cache / stored["model"])
         self._recorder = CandidateRecorder(
-            Path(model_directory),
+            local,
             tau=tau,
             k_min=k_min,
             k_max=k_max,
             prompt_k_max=prompt_k_max,
             threads=threads,
         )
-        self._partial = Path(partial)
         self._provenance = provenance
         self._tokenizer_size = tokenizer_size
 
@@ -581,18 +690,28 @@ class Recorder:
         from lrmc_ray.recording import describe
 
         passed("record.shard_started", shard["name"])
-        rows = read_examples(self._partial / EXAMPLES, shard["start"], shard["stop"])
-        path = self._partial / str(shard["name"])
-        write_part(path, self._recorder.record(rows), self._provenance)
-        return describe(path, tokenizer_size=self._tokenizer_size)
+        start, stop = shard["start"], shard["stop"]
+        if self._stored is None:
+            rows = read_examples(self._partial / EXAMPLES, start, stop)
+            path = self._partial / str(shard["name"])
+            write_part(path, self._recorder.record(rows), self._provenance)
+            return describe(path, tokenizer_size=self._tokenizer_size)
+        with self._stored.open(EXAMPLES, self._examples_sha256) as examples:
+            rows = read_examples(examples, start, stop)
+        with tempfile.TemporaryDirectory(dir=self._partial) as directory:
+            path = Path(directory) / str(shard["name"])
+            write_part(path, self._recorder.record(rows), self._provenance)
+            described = describe(path, tokenizer_size=self._tokenizer_size)
+            self._stored.put_part(path, described)
+        return described
 
 
-def read_examples(path: Path, start: int, stop: int) -> list[dict[str, Any]]:
-    """The tokenized examples [start, stop) of a plan."""
+def read_examples(source: Any, start: int, stop: int) -> list[dict[str, Any]]:
+    """The tokenized examples [start, stop) of a plan, from a path or an open file."""
     import pyarrow.parquet as pq
 
     groups = range(start // SORT_WINDOW, (stop - 1) // SORT_WINDOW + 1)
-    with pq.ParquetFile(path, page_checksum_verification=True) as file:
+    with pq.ParquetFile(source, page_checksum_verification=True) as file:
         table = file.read_row_groups(groups)
     rows: list[dict[str, Any]] = table.slice(
         start - groups[0] * SORT_WINDOW, stop - start
@@ -652,18 +771,24 @@ def main(argv: Sequence[str]) -> int:
     arguments = parser.parse_intermixed_args(argv)
     setup_logging(arguments.verbose)
     settings = settings_from(arguments)
+    storage = settings.resources.storage
+    if storage is not None:
+        check_storage(storage)
     # Bad rows are found before Ray starts.
     directory = prepare(settings, arguments.output).final
     if not is_finished(directory):
         log = arguments.output / RAY_LOG
-        with ray_session(arguments.address, log=log, verbose=arguments.verbose):
+        with ray_session(arguments.address, log=log, verbose=arguments.verbose, storage=storage):
             record(settings, arguments.output)
+    elif storage is not None:
+        record(settings, arguments.output)  # which may not be in the storage yet
     manifest = read_manifest(directory, made_by=MADE_BY)
     if arguments.json:
         print(json.dumps({"directory": str(directory), **manifest["summary"]}))
     else:
         print_summary(manifest["summary"])
-        print(f"The record is in {directory}. Look into it: lrmc inspect {directory}")
+        where = f", its files in {storage}" if storage is not None else ""
+        print(f"The record is in {directory}{where}. Look into it: lrmc inspect {directory}")
         print(f"Next: {shlex.join(['python', '-m', 'lrmc_ray.train', *argv])}")
     return 0
 

@@ -166,17 +166,9 @@ class Trial:
         """How sentences call it."""
         return f"trial {self.entry.number}"
 
-    def accuracy(self, group: str) -> float | None:
+    def accuracy(self, group: str) -> Interval | None:
         """Mean accuracy over the group's tasks that have one, as a fraction."""
-        if self.comparison is None:
-            return None
-        values = [
-            change.after.value
-            for task in self.comparison.tasks
-            for change in task.metrics
-            if task.group == group and change.metric == "accuracy"
-        ]
-        return sum(values) / len(values) if values else None
+        return None if self.comparison is None else self.comparison.accuracy(group)
 
 
 @dataclass(frozen=True, eq=False)
@@ -577,7 +569,7 @@ def _learned(best: Trial, comparison: Comparison) -> Sentence:
             facts.append(
                 f"answers {percent(change.after.value)} of the held-out {task.task} questions "
                 f"(95 % interval {percent_range(change.after)}; "
-                f"base {percent(change.before.value)})"
+                f"base {percent(change.before.value)}, {percent_range(change.before)})"
             )
     shown = facts[:3] + ([f"and so on for {len(facts) - 3} more tasks"] if len(facts) > 3 else [])
     gain = comparison.domain_gain
@@ -694,7 +686,7 @@ def summary_table(study: Study) -> "Table":
         numbers = [
             Text(
                 f"{points(interval.value)}\n{points_range(interval)}"
-                + ("" if accuracy is None else f"\naccuracy {percent(accuracy)}"),
+                + ("" if accuracy is None else "\n" + _accuracy_text(accuracy, separator="\n")),
                 style="" if interval.distinguishable else "bright_black",
             )
             for interval, accuracy in zip(
@@ -707,6 +699,10 @@ def summary_table(study: Study) -> "Table":
 
 def _headline_numbers(comparison: Comparison) -> tuple[Interval, Interval, Interval]:
     return comparison.domain_gain, comparison.forgetting, comparison.combined
+
+
+def _accuracy_text(accuracy: Interval, *, separator: str = ", ") -> str:
+    return f"accuracy {percent(accuracy.value)}{separator}{percent_range(accuracy)}"
 
 
 def _tags(study: Study, trial: Trial) -> list[str]:
@@ -855,7 +851,7 @@ def _front_point(study: Study, trial: Trial) -> FrontPoint:
     details = [_as_text(_chosen(study, trial))]
     accuracy = trial.accuracy("domain")
     if accuracy is not None:
-        details.append(f"domain accuracy {percent(accuracy)}")
+        details.append(f"domain {_accuracy_text(accuracy)}")
     return FrontPoint(
         label=trial.name,
         role=_shown_role(study, trial),
@@ -1087,7 +1083,7 @@ def _trial_row(study: Study, trial: Trial) -> dict[str, Any]:
             tags.append({"kind": "early", "text": "stopped early"})
         return row
     accuracies = [
-        "" if value is None else f"accuracy {percent(value)}"
+        "" if value is None else _accuracy_text(value)
         for value in (trial.accuracy("domain"), trial.accuracy("general"))
     ]
     row["numbers"] = list(

@@ -35,6 +35,7 @@ from lrmc_ray.statistics import (
     Interval,
     bootstrap_means,
     mean_interval,
+    mean_of_independent,
     percentile_interval,
     proportion_interval,
     weighted_standard_error,
@@ -418,6 +419,16 @@ class Comparison:
     def task(self, name: str) -> TaskChange:
         """The change of one task."""
         return next(task for task in self.tasks if task.task == name)
+
+    def accuracy(self, group: str) -> Interval | None:
+        """The tuned model's mean accuracy over the group's tasks that have one, as a fraction."""
+        known = [
+            change.after
+            for task in self.tasks
+            for change in task.metrics
+            if task.group == group and change.metric == "accuracy"
+        ]
+        return mean_of_independent(known) if known else None
 
 
 def compare(

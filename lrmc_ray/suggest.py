@@ -233,7 +233,7 @@ def with_ranges(settings: RunSettings, found: Mapping[str, Mapping[str, Any]]) -
 
 def main(argv: Sequence[str]) -> int:
     """The command ``lrmc suggest``."""
-    from lrmc_ray.cli import add_run_arguments, settings_from
+    from lrmc_ray.cli import add_run_arguments, refuse_storage, settings_from
 
     parser = argparse.ArgumentParser(
         prog="lrmc suggest",
@@ -244,6 +244,7 @@ def main(argv: Sequence[str]) -> int:
     arguments = parser.parse_intermixed_args(argv)
     setup_logging(arguments.verbose)
     settings = settings_from(arguments)
+    refuse_storage(settings, "suggest")
     wide = {name: ParameterRange(range="auto") for name in AUTOMATIC}
     settings = settings.model_copy(update={"parameters": {**settings.parameters, **wide}})
     from lrmc_ray.record import record

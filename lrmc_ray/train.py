@@ -19,7 +19,7 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -33,7 +33,7 @@ from lrmc_ray.artifacts import (
 )
 from lrmc_ray.config import RunSettings, TrainSettings, validate
 from lrmc_ray.console import progress, run_command, setup_logging
-from lrmc_ray.errors import DataError, LrmcError
+from lrmc_ray.errors import DataError, DiskError, LrmcError
 from lrmc_ray.ray_session import (
     RAY_LOG,
     ray_session,
@@ -42,6 +42,9 @@ from lrmc_ray.ray_session import (
     worker_slots,
 )
 from lrmc_ray.run_files import CHECKPOINT_NOW, CHECKPOINTS, LEDGER, METRICS, MODEL
+from lrmc_ray.storage import Storage, check_storage
+from lrmc_ray.stored_record import StoredRecord
+from lrmc_ray.stored_run import RAY, RESERVATION, StoredRun
 
 if TYPE_CHECKING:
     from lrmc_ray.early_stopping import Rung
@@ -51,8 +54,6 @@ _log = logging.getLogger(__name__)
 MADE_BY = "python -m lrmc_ray.train"
 MAX_WORKER_FAILURES = 10
 """Losses of workers or nodes in a row, without a new checkpoint, that one command puts up with."""
-RESERVATION = "reservation"
-"""A file with the name under which Ray keeps the run's resources."""
 STOP_SECONDS = 20.0
 """How long a command that is told to stop waits for a last checkpoint."""
 
@@ -85,28 +86,46 @@ def train(
         _claim(directory, run_identity(settings, record))
         if is_finished(directory):
             return directory
+        stored = _stored_run(settings, record, directory)
+        if stored is not None and stored.is_finished():
+            stored.fetch_finished()
+            return directory
         start = time.monotonic()
         # Of now: a node that is lost in between may come back, and its place is kept for it.
         workers = settings.resources.model_copy(update={"workers": worker_range(settings)})
-        outcome = _fit(
-            settings.model_copy(update={"resources": workers}),
-            record,
-            model_directory,
-            directory,
-            rung,
-        )
-        write_manifest(
-            directory,
-            {
-                "kind": "training",
-                "identity": run_identity(settings, record),
-                "seconds": round(time.monotonic() - start, 2),
-                "ledger": _audit(settings, record, directory, steps=outcome["steps"]),
-                **outcome,
-            },
-        )
+        with stored.shown() if stored is not None else nullcontext():
+            outcome = _fit(
+                settings.model_copy(update={"resources": workers}),
+                record,
+                model_directory,
+                directory,
+                rung,
+                stored,
+            )
+        if stored is not None:
+            stored.fetch()
+        manifest = {
+            "kind": "training",
+            "identity": run_identity(settings, record),
+            "seconds": round(time.monotonic() - start, 2),
+            "ledger": _audit(settings, record, directory, steps=outcome["steps"]),
+            **outcome,
+        }
+        if stored is not None:
+            stored.commit(manifest)
+        write_manifest(directory, manifest)
         shutil.rmtree(directory / CHECKPOINTS, ignore_errors=True)
     return directory
+
+
+def _stored_run(settings: RunSettings, record: Path, directory: Path) -> StoredRun | None:
+    """The run in the storage; None where all nodes share the disk."""
+    from lrmc_ray.record import open_storage
+
+    storage = open_storage(settings)
+    if storage is None:
+        return None
+    return StoredRun(storage, f"training/{fingerprint(run_identity(settings, record))}", directory)
 
 
 def with_steps(settings: RunSettings, record: Path) -> RunSettings:
@@ -171,24 +190,28 @@ def _fit(
     model_directory: Path,
     directory: Path,
     rung: "Rung | None",
+    stored: StoredRun | None = None,
 ) -> dict[str, Any]:
     """Run the workers to the end and return what rank 0 reports."""
     from lrmc_ray.checkpoints import list_checkpoints
 
     scratch = directory / "ray"
     (directory / CHECKPOINT_NOW).unlink(missing_ok=True)
+    if stored is not None:
+        stored.forget_wishes()
     failures = 0
-    reached: Path | None = None
+    reached: object = None
     while True:
         try:
-            _release_reservation(directory)
-            trainer = _trainer(settings, record, model_directory, directory, scratch, rung)
-            return _interruptible(trainer.fit, directory)
+            _release_reservation(directory, stored)
+            trainer = _trainer(settings, record, model_directory, directory, scratch, rung, stored)
+            return _interruptible(trainer.fit, directory, stored)
         except Exception as error:
             cause = _cause(error)
             if isinstance(cause, LrmcError):
                 raise cause from error
-            newest = next(reversed(list_checkpoints(directory / CHECKPOINTS)), None)
+            saved = stored.steps() if stored else list_checkpoints(directory / CHECKPOINTS)
+            newest = next(reversed(saved), None)
             failures = failures + 1 if newest == reached else 1
             reached = newest
             if not _is_worker_loss(cause) or failures > MAX_WORKER_FAILURES:
@@ -196,6 +219,9 @@ def _fit(
             _log.warning("a worker was lost (%s); going on from the checkpoint", _text(cause))
         finally:
             shutil.rmtree(scratch, ignore_errors=True)
+            if stored is not None:
+                with suppress(DiskError):
+                    stored.storage.delete_all(f"{stored.name}/{RAY}")
 
 
 def _trainer(
@@ -205,11 +231,18 @@ def _trainer(
     directory: Path,
     scratch: Path,
     rung: "Rung | None",
+    stored: StoredRun | None,
 ) -> Any:
     from ray.train import FailureConfig, RunConfig, ScalingConfig
 
+    from lrmc_ray.record import publish_model
+
     release_orphaned_groups()
     resources = settings.resources
+    where: dict[str, Any] = {"storage_path": str(scratch.resolve())}
+    if stored is not None:
+        path = f"{stored.storage.root}/{stored.name}/{RAY}"
+        where = {"storage_path": path, "storage_filesystem": stored.storage.filesystem}
     return _trainer_class()(
         _worker,
         train_loop_config={
@@ -220,6 +253,14 @@ def _trainer(
             "threads": resources.cpus_per_worker,
             "rung": rung,
             "may_be_preempted": watches_preemption(),
+            "stored": None
+            if stored is None
+            else {
+                "uri": stored.storage.uri,
+                "run": stored.name,
+                "record": record.name,
+                "model": publish_model(stored.storage, model_directory),
+            },
         },
         scaling_config=ScalingConfig(
             num_workers=worker_range(settings),
@@ -231,7 +272,7 @@ def _trainer(
         # A new name each time: Ray would go on from its own snapshot, we from our checkpoints.
         run_config=RunConfig(
             name=f"run-{time.time_ns()}",
-            storage_path=str(scratch.resolve()),
+            **where,
             failure_config=FailureConfig(max_failures=0),
         ),
     )
@@ -275,7 +316,9 @@ def _trainer_class() -> Any:
     return LeanTrainer
 
 
-def _interruptible(fit: Callable[[], Any], directory: Path) -> dict[str, Any]:
+def _interruptible(
+    fit: Callable[[], Any], directory: Path, stored: StoredRun | None = None
+) -> dict[str, Any]:
     """What ``fit`` returns; a signal that ends this process asks for a checkpoint first.
 
     Ray's own handler of Ctrl-C, which aborts the workers, is set in the main thread alone.
@@ -298,8 +341,14 @@ def _interruptible(fit: Callable[[], Any], directory: Path) -> dict[str, Any]:
             _log.warning("stopping; waiting up to %.0f s for a checkpoint", STOP_SECONDS)
             asked = directory / CHECKPOINT_NOW
             asked.touch()
+            if stored is not None:
+                stored.ask()
             deadline = time.monotonic() + STOP_SECONDS
-            while asked.exists() and not future.done() and time.monotonic() < deadline:
+            while (
+                (stored.is_asked() if stored else asked.exists())
+                and not future.done()
+                and time.monotonic() < deadline
+            ):
                 time.sleep(0.05)
         raise
 
@@ -352,7 +401,7 @@ def _text(cause: BaseException) -> str:
     return first if isinstance(cause, FloatingPointError) else f"{type(cause).__name__}: {first}"
 
 
-def _note_reservation(directory: Path) -> None:
+def _note_reservation(directory: Path, stored: StoredRun | None) -> None:
     """Write down under which name the controller of this run has reserved its workers."""
     try:
         from ray.train.v2._internal.execution.context import get_train_context
@@ -360,10 +409,13 @@ def _note_reservation(directory: Path) -> None:
         run_id = get_train_context().train_run_context.run_id
     except (ImportError, AttributeError):  # not a public interface
         return
-    (directory / RESERVATION).write_text(f"train-{run_id}", encoding="utf-8")
+    if stored is None:
+        (directory / RESERVATION).write_text(f"train-{run_id}", encoding="utf-8")
+    else:
+        stored.storage.write(f"{stored.name}/{RESERVATION}", f"train-{run_id}".encode())
 
 
-def _release_reservation(directory: Path) -> None:
+def _release_reservation(directory: Path, stored: StoredRun | None = None) -> None:
     """Give back what a controller that was killed had reserved.
 
     Ray holds it for three minutes, in which the next run on the same cluster would find no
@@ -373,6 +425,9 @@ def _release_reservation(directory: Path) -> None:
     from ray.exceptions import RayError
 
     path = directory / RESERVATION
+    noted = stored.storage.read(f"{stored.name}/{RESERVATION}") if stored else None
+    if noted is not None:
+        path.write_bytes(noted)
     if not path.is_file():
         return
     try:
@@ -394,17 +449,27 @@ def _worker(config: dict[str, Any]) -> dict[str, Any]:
 
     torch.set_num_threads(config["threads"])
     context = ray.train.get_context()
+    record, model = Path(config["record"]), Path(config["model"])
+    directory, stored = Path(config["directory"]), None
+    if (names := config["stored"]) is not None:
+        storage = Storage(names["uri"])
+        record = StoredRecord(storage, names["record"]).view_here()
+        model = storage.fetch(names["model"], storage.cache / names["model"])
+        directory = storage.cache / names["run"]
+        directory.mkdir(parents=True, exist_ok=True)
+        stored = StoredRun(storage, names["run"], directory)
     if context.get_world_rank() == 0:
-        _note_reservation(Path(config["directory"]))
+        _note_reservation(directory, stored)
     run = TrainingRun(
         validate(TrainSettings, config["train"], "train"),
-        record=Path(config["record"]),
-        model_directory=Path(config["model"]),
-        directory=Path(config["directory"]),
+        record=record,
+        model_directory=model,
+        directory=directory,
         group=WorkerGroup(context.get_world_rank(), context.get_world_size()),
         device=ray.train.torch.get_device(),
         is_preempted=_is_preempted if config["may_be_preempted"] else lambda: False,
         rung=config["rung"],
+        stored=stored,
     )
     return run.run()
 
@@ -514,8 +579,16 @@ def main(argv: Sequence[str]) -> int:
     settings = settings_from(arguments)
     from lrmc_ray.record import prepare, record
 
+    storage = settings.resources.storage
+    if storage is not None:
+        check_storage(storage)
     prepare(settings, arguments.output)  # bad rows are found before Ray starts
-    with ray_session(arguments.address, log=arguments.output / RAY_LOG, verbose=arguments.verbose):
+    with ray_session(
+        arguments.address,
+        log=arguments.output / RAY_LOG,
+        verbose=arguments.verbose,
+        storage=storage,
+    ):
         recorded = record(settings, arguments.output)
         settings = with_steps(settings, recorded)
         identity = run_identity(settings, recorded)

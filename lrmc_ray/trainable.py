@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from lrmc_ray.config import TrainSettings
 from lrmc_ray.errors import ConfigError, DataError
+from lrmc_ray.recompute import recompute_activations
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -30,9 +31,7 @@ class TrainableModel:
         else:
             _freeze(model, settings.freeze)
         if settings.gradient_checkpointing:
-            model.gradient_checkpointing_enable(
-                gradient_checkpointing_kwargs={"use_reentrant": False}
-            )
+            recompute_activations(model, settings.gradient_checkpointing)
         self.model = model.train()
         self.parameters: dict[str, nn.Parameter] = {
             name: parameter

@@ -13,6 +13,7 @@ import math
 import shutil
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -51,6 +52,7 @@ from lrmc_ray.models import (
     save_model,
 )
 from lrmc_ray.run_files import CHECKPOINT_NOW, CHECKPOINTS, LEDGER, METRICS, MODEL
+from lrmc_ray.stored_run import StoredRun
 from lrmc_ray.system_metrics import SystemMetrics
 from lrmc_ray.trainable import TrainableModel
 from lrmc_ray.training_samples import TrainingSamples, with_supervised_candidates
@@ -79,6 +81,7 @@ class TrainingRun:
         device: torch.device,
         is_preempted: Callable[[], bool] = lambda: False,
         rung: Rung | None = None,
+        stored: StoredRun | None = None,
     ) -> None:
         """Load everything.
 
@@ -92,9 +95,11 @@ class TrainingRun:
             is_preempted: whether a node is about to be taken away; all workers ask after every
                 step and get the same answer.
             rung: where it is scored on the way, and perhaps ends.
+            stored: where the workers exchange files if they do not share ``directory``.
         """
         self.settings = settings
         self.directory = directory
+        self.stored = stored
         self.model_directory = model_directory
         self.group = group
         self.device = device
@@ -175,6 +180,8 @@ class TrainingRun:
             used = self.group.gather((self._usage.cpu_seconds, self._usage.peak_bytes))
             if self._is_writer and not self.is_pruned:
                 self._save_model()
+        if self.stored is not None:
+            (self.stored.end if self._is_writer else self.stored.leave)()
         return {
             "steps": result.step + 1 if result else self.settings.steps,
             "pruned": self.is_pruned,
@@ -216,6 +223,8 @@ class TrainingRun:
             if self._is_writer:
                 metrics_log = files.enter_context(MetricsLog(self.directory / METRICS))
                 ledger = files.enter_context(Ledger(self.directory / LEDGER))
+                if self.stored is not None:
+                    files.enter_context(self.stored.followed())
             result = None
             last = time.monotonic()
             for result in self._steps():
@@ -473,6 +482,7 @@ class TrainingRun:
 
     def _save_checkpoint(self, step: int, seconds: float) -> None:
         start = time.monotonic()
+        also = [int(self.best["step"])] if self.best else []
         save_checkpoint(
             self.directory / CHECKPOINTS,
             step,
@@ -495,8 +505,10 @@ class TrainingRun:
                 "peak_memory_bytes": max(self.peak_bytes_before, self._usage.peak_bytes),
             },
             keep=self.settings.keep_checkpoints,
-            also=[int(self.best["step"])] if self.best else [],
+            also=also,
         )
+        if self.stored is not None:
+            self.stored.push(step, keep=self.settings.keep_checkpoints, also=also)
         self._saved_at = time.monotonic()
         self._save_seconds = self._saved_at - start
         self._asked.unlink(missing_ok=True)
@@ -506,13 +518,20 @@ class TrainingRun:
         directory = self.directory / CHECKPOINTS
         state = None
         if self._is_writer:
+            if self.stored is not None:
+                self.stored.begin()
             state = load_newest(directory)
             if state is None:
                 self._refuse_lost_checkpoints()
-            discard_after(directory, state["step"] if state else 0)
+            discard = (
+                self.stored.discard_after if self.stored else partial(discard_after, directory)
+            )
+            discard(state["step"] if state else 0)
         chosen = torch.tensor([state["step"] if state else 0], device=self.device)
         self.group.broadcast_(chosen, source=0)
         if not self._is_writer and int(chosen):
+            if self.stored is not None:
+                self.stored.pull(int(chosen))
             state = load_checkpoint(directory, int(chosen))
         if state is None:
             return
@@ -550,13 +569,15 @@ class TrainingRun:
     def _save_model(self) -> None:
         best = int(self.best.get("step", 0))
         if self.settings.export == "best" and 0 < best < self.settings.steps:
+            if self.stored is not None:
+                self.stored.pull(best)
             self.trainable.load(load_checkpoint(self.directory / CHECKPOINTS, best)["model"])
         final = self.directory / MODEL
-        partial = final.with_name(MODEL + PARTIAL)
-        shutil.rmtree(partial, ignore_errors=True)
-        save_model(self.trainable.merged(), self.model_directory, partial)
+        unfinished = final.with_name(MODEL + PARTIAL)
+        shutil.rmtree(unfinished, ignore_errors=True)
+        save_model(self.trainable.merged(), self.model_directory, unfinished)
         shutil.rmtree(final, ignore_errors=True)
-        partial.rename(final)
+        unfinished.rename(final)
 
 
 def _optimizer_options(settings: TrainSettings) -> dict[str, Any]:

@@ -7,6 +7,7 @@ the audit of the ledger come to the same.
 import dataclasses
 import fnmatch
 import math
+import sys
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -99,16 +100,15 @@ def with_supervised_candidates(sample: Sample, candidates: CandidateSets) -> Sam
 
 def sample_names(records: Records) -> tuple[list[str], list[str]]:
     """Id and domain of every sample."""
+    index = records.index_path()
+    paths = map(records.part_path, range(len(records.parts))) if index is None else [index]
     ids: list[str] = []
     domains: list[str] = []
-    for part in records.parts:
-        table = pq.read_table(
-            records.directory / part.name,
-            columns=["sample_id", "domain"],
-            page_checksum_verification=True,
-        )
-        ids += table["sample_id"].to_pylist()
-        domains += table["domain"].to_pylist()
+    for path in paths:
+        with pq.ParquetFile(path, page_checksum_verification=True) as file:
+            for batch in file.iter_batches(columns=["sample_id", "domain"]):
+                ids += batch["sample_id"].to_pylist()
+                domains += map(sys.intern, batch["domain"].to_pylist())  # few, one copy of each
     return ids, domains
 
 

@@ -753,7 +753,7 @@ def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 def main(argv: Sequence[str]) -> int:
     """The command ``python -m lrmc_ray.tune``."""
-    from lrmc_ray.cli import add_run_arguments, settings_from
+    from lrmc_ray.cli import add_run_arguments, refuse_storage, settings_from
 
     parser = argparse.ArgumentParser(
         prog="python -m lrmc_ray.tune",
@@ -781,6 +781,7 @@ def main(argv: Sequence[str]) -> int:
     arguments = parser.parse_intermixed_args(argv)
     setup_logging(arguments.verbose)
     settings = settings_from(arguments)
+    refuse_storage(settings, "tune")
     if arguments.explain:
         from lrmc_ray.explain import explain
 

@@ -119,7 +119,23 @@ UNSAFE = {
     "no token": (lambda c: set_start(c, 1, "RAY_AUTH_MODE=token ", ""), "RAY_AUTH_MODE=token"),
     "metrics for everyone": (
         lambda c: set_start(c, 1, "RAY_enable_metrics_collection=0", ""),
-        "its port has no token",
+        "must have RAY_enable_metrics_collection=0",
+    ),
+    "the autoscaler's metrics": (
+        lambda c: set_start(c, 1, "AUTOSCALER_METRIC_PORT=-1", ""),
+        "must have AUTOSCALER_METRIC_PORT=-1",
+    ),
+    "the dashboard's metrics": (
+        lambda c: set_start(c, 1, "DASHBOARD_METRIC_PORT=-1", "DASHBOARD_METRIC_PORT=44227"),
+        "must have DASHBOARD_METRIC_PORT=-1",
+    ),
+    "metrics switched off too late": (
+        lambda c: c["head_start_ray_commands"].__setitem__(
+            1,
+            c["head_start_ray_commands"][1].replace("AUTOSCALER_METRIC_PORT=-1 ", "")
+            + " ; AUTOSCALER_METRIC_PORT=-1",
+        ),
+        "must have AUTOSCALER_METRIC_PORT=-1",
     ),
     "worker without token": (
         lambda c: c.update(worker_start_ray_commands=["ray start --address=$RAY_HEAD_IP:6379"]),

@@ -5,6 +5,7 @@ import io
 import json
 import math
 import re
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -12,6 +13,7 @@ from scipy import stats
 
 from lrmc_ray.compare import Comparing, Job
 from lrmc_ray.compare_report import (
+    SearchPoint,
     as_csv,
     as_html,
     as_json_object,
@@ -21,6 +23,7 @@ from lrmc_ray.compare_report import (
     draw,
     estimate,
     excess_forgetting,
+    forgetting_predictors,
     general_half,
     load_table,
     loss_spikes,
@@ -28,6 +31,7 @@ from lrmc_ray.compare_report import (
 )
 from lrmc_ray.errors import IncompleteArtifactError
 from lrmc_ray.scores import Scores, compare
+from lrmc_ray.statistics import Interval
 from tests.synthetic_comparison import RATES, make_space, write_base, write_run
 from tests.synthetic_study import item_rows, save_scores
 
@@ -200,7 +204,19 @@ def test_a_row_is_the_mean_over_seeds_on_the_reported_items(finished, table):
         scores_of(finished, Job("lrmc", 3e-5, seed, "test")).metric("nl2sql", "accuracy")
         for seed in range(3)
     ]
-    assert row.accuracy == pytest.approx(np.mean([a.values.mean() for a in accuracy]))
+    assert row.accuracy.value == pytest.approx(np.mean([a.values.mean() for a in accuracy]))
+    spread = stats.t.interval(
+        0.95, 2, np.mean([a.values.mean() for a in accuracy]),
+        stats.sem([a.values.mean() for a in accuracy]),
+    )  # fmt: skip
+    over_seeds = row.accuracy.over_seeds
+    assert (over_seeds.low, over_seeds.high) == pytest.approx(spread)
+    ends = [
+        stats.binomtest(int(a.values.sum()), len(a.values)).proportion_ci(method="wilson")
+        for a in accuracy
+    ]
+    assert row.accuracy.over_items.low == pytest.approx(np.mean([e.low for e in ends]))
+    assert row.accuracy.over_items.high == pytest.approx(np.mean([e.high for e in ends]))
     # General drift of the first seed comes from its development scores.
     assert row.kl_general.value == pytest.approx(np.mean([0.01, 0.02, 0.03]))
     assert row.kl_domain.value == pytest.approx(np.mean([0.2, 0.3, 0.4]))
@@ -269,6 +285,27 @@ def test_learning_rates_are_shown_on_the_items_that_chose(finished, table):
     assert plain[1].excess_forgetting == pytest.approx(0.0, abs=1e-12)
 
 
+def test_what_ranks_forgetting_over_methods_and_learning_rates():
+    def point(method, forgetting, kl_domain, kl_general, gain=0.1):
+        same = Interval(forgetting, forgetting, forgetting)
+        gained = Interval(gain, gain, gain)
+        return SearchPoint(method, 1e-5, gained, same, same, kl_domain, kl_general, False, None)
+
+    levels = (0.01, 0.03, 0.02)
+    made = [
+        point(method, level * factor, kl_domain=-level * factor, kl_general=(level * factor) ** 2)
+        for factor, method in enumerate("abcd", start=1)
+        for level in levels
+    ]
+    found = {p.name: p for p in forgetting_predictors(made)}
+    assert list(found) == ["KL on the domain's texts", "KL on general texts"]  # the gain is one
+    assert found["KL on the domain's texts"].correlation.value == pytest.approx(-1.0)
+    assert found["KL on general texts"].correlation.value == pytest.approx(1.0)
+    assert found["KL on general texts"].points == 12
+    without = [replace(p, kl_domain=None) if p.method == "a" else p for p in made]
+    assert [p.name for p in forgetting_predictors(without)] == ["KL on general texts"]
+
+
 def test_failures_and_what_is_missing_are_named(table, tmp_path):
     lora = next(row for row in table.rows if row.name == "lora")
     assert lora.problems == ("lr 0.0001, seed 2, test: failed: its process died",)
@@ -289,6 +326,8 @@ def test_failures_and_what_is_missing_are_named(table, tmp_path):
     assert table.sentences == ("No method has scores on the test questions yet.",)
     assert table.rows[0].problems == ("2 of 3 runs are not there yet",)
     assert table.rows[0].lr is None
+    assert [row.name for row in table.rows] == ["sft"]
+    assert table.not_begun == ["restricted + MoClip", "LoRA"]
     write_report(begun.directory)
     with pytest.raises(IncompleteArtifactError, match="no comparison has begun there"):
         load_table(tmp_path / "nowhere")
@@ -297,13 +336,15 @@ def test_failures_and_what_is_missing_are_named(table, tmp_path):
 def test_one_seed_is_said_in_place_of_an_interval(tmp_path):
     comparing = make(tmp_path, only=["sft", "lrmc"], compare={"seeds": [4]})
     table = load_table(comparing.directory)
+    assert table.sentences[-1] == "Not run yet: LoRA."
+    assert "LoRA" not in as_csv(table)
     row = table.rows[1]
     assert row.seeds == (4,)
     assert row.trade.domain_gain.over_seeds is None
     assert row.versus.combined.over_seeds is None
     text = as_markdown(table)
     line = next(line for line in text.splitlines() if line.startswith("| restricted + MoClip"))
-    assert line.count("(one seed)") == 6
+    assert line.count("(one seed)") == 7
     assert "to" in line.split("(one seed)")[1]  # the interval over items is there
 
 

@@ -1,5 +1,6 @@
 import datetime
 import math
+import re
 from pathlib import Path
 
 import pytest
@@ -148,7 +149,8 @@ RULES = {
     "train.lora_alpha": whole(1),
     "train.lora_targets": patterns,
     "train.packing": lambda value: type(value) is bool,
-    "train.gradient_checkpointing": lambda value: type(value) is bool,
+    # 0 is taken for false.
+    "train.gradient_checkpointing": lambda value: value in (False, "selective", "full"),
     "train.keep_checkpoints": whole(1),
     "train.evaluate_every": whole(0),
     "train.holdout_share": number(lambda x: 0 < x < 1),
@@ -193,11 +195,17 @@ RULES = {
     "resources.gpus_per_worker": number(lambda x: 0 <= x <= 1 or x == int(x) >= 0),
     "resources.custom": amounts,
     "resources.labels": labels,
+    "resources.storage": optional(
+        lambda x: (
+            isinstance(x, str) and re.fullmatch(r"s3://[\w.-]+(/.*)?|file:///.+", x) is not None
+        )
+    ),
 }
 
 EDGES = [
     *[0, 1, 2, 3, 8, 9, 30, 31, -1, 180, 181, 2**32 - 1, 2**32, 2**80, True, False, None],
     *[0.0, 1.0, 0.5, 1.5, -0.5, 30.0, 180.0, 180.1, 1e-300, 1e300, math.nan, math.inf, -math.inf],
+    *["s3://b/x?region=eu-1", "s3://", "s3://k:s@b/x", "s3://k:s/t@b/x", "file:///d", "file://d"],
     *["", "0.9", "1e-4", "true", "Full", "none", "fp16", "../x", "-rf", "a" * 64, "a" * 65, "\0"],
     *[[], [1], [1, 1], [1, 2], [2, 1], [0, 1], [1, 2, 3], [0.9, 0.99], [0.9, 1.0], [0.5, math.nan]],
     *[["a"], ["a", "b"], ["a", 1], [None], {}, {"low": 1}, datetime.date(2026, 1, 1)],
@@ -387,6 +395,12 @@ def test_a_broken_rule_is_said_with_value_and_remedy(override, parts):
 )
 def test_an_unknown_setting_is_an_error_with_the_nearest_name_of_its_section(override, expected):
     assert expected in error_of(override)
+
+
+@pytest.mark.parametrize("value", ["true", "False", "none"])
+def test_choices_are_named_as_toml_writes_them(value):
+    message = error_of(f"train.gradient_checkpointing={value}")
+    assert "train.gradient_checkpointing must be false, 'selective' or 'full', got " in message
 
 
 def test_all_broken_settings_are_reported_at_once():

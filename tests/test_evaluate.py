@@ -31,7 +31,7 @@ from lrmc_ray.harness import (
     task_manager,
 )
 from lrmc_ray.models import load_model, load_tokenizer, save_model
-from lrmc_ray.ray_session import can_hold_cores, ray_session, release_orphaned_groups
+from lrmc_ray.ray_session import can_hold_cores, held_cores, ray_session, release_orphaned_groups
 from lrmc_ray.scores import Scores
 from lrmc_ray.tasks.registry import expand
 from tests.tiny import make_model
@@ -206,6 +206,24 @@ def test_only_cores_of_a_single_machine_are_held_in_a_trial(resources, expected,
 def test_a_driver_holds_no_cores(session):
     """When it dies, nobody would know whose they were."""
     assert not can_hold_cores(1)
+
+
+def test_trials_hold_cores_side_by_side_as_far_as_there_are_any(session):
+    import ray
+
+    class Trial:
+        def hold(self, count):
+            with held_cores(count):
+                began = time.time()
+                time.sleep(1.0)
+                return began, time.time()
+
+    trials = [ray.remote(num_cpus=0)(Trial).remote() for _ in range(2)]
+    ray.get([trial.hold.remote(1) for trial in trials])  # both processes are there
+    (a, a_end), (b, b_end) = ray.get([trial.hold.remote(1) for trial in trials])
+    assert max(a, b) < min(a_end, b_end)
+    (a, a_end), (b, b_end) = ray.get([trial.hold.remote(2) for trial in trials])
+    assert max(a, b) >= min(a_end, b_end)
 
 
 def test_what_was_scored_is_not_scored_again(base, settings, tiny_model):

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 from rich.console import Console
+from scipy import stats
 from synthetic_study import SEED, TRIALS, add_final, edit, item_rows, make_study, save_scores
 
 from lrmc_ray.console import format_seconds, run_command
@@ -34,6 +35,7 @@ from lrmc_ray.report_html import (
     flatten,
     number,
     percent,
+    percent_range,
     points,
     points_range,
     whisker,
@@ -308,7 +310,8 @@ def test_the_headline_states_what_was_learned_and_forgotten(study):
     tuned = round(100 * right_answers(item_rows(3, 0.72, 0.012)) / 60)
     base = round(100 * right_answers(item_rows(1000, 0.03, 0.0)) / 60)
     assert learned.text.startswith(f"Trial 3 answers {tuned} % of the held-out nl2sql questions (")
-    assert f"; base {base} %)." in learned.text
+    low, high = stats.binomtest(round(0.6 * base), 60).proportion_ci(method="wilson")
+    assert f"; base {base} %, {100 * low:.0f} to {100 * high:.0f} %)." in learned.text
     assert learned.distinguishable
     forgetting = study.best.comparison.forgetting
     assert forgotten.text == (
@@ -481,6 +484,8 @@ def test_the_table_fits_80_columns_and_shows_all_numbers(study):
     for interval in (best.domain_gain, best.forgetting, best.combined):
         assert points(interval.value) in text
         assert points_range(interval) in text
+    accuracy = best.task("nl2sql").metric("accuracy").after
+    assert percent_range(accuracy) in text
     assert "3 best, on the front" in text
     assert "1 plain fine-tuning" in text
     assert "0 defaults" in text

@@ -19,11 +19,13 @@ from lrmc_ray.statistics import (
     knee,
     knee_replicates,
     mean_interval,
+    mean_of_independent,
     on_front,
     paired_bootstrap,
     pareto_front,
     percentile_interval,
     proportion_interval,
+    rank_correlation,
     weighted_standard_error,
 )
 
@@ -368,3 +370,51 @@ def test_replicates_of_knee_and_hypervolume_equal_one_replicate_at_a_time(seed, 
         # Equal points may be exchanged, and so may equal heights above the line.
         assert points[knee_B[b]] == points[knee(points)]
     assert (np.diff(area_TB, axis=0) >= -1e-12).all()
+
+
+def test_rank_correlation_is_scipys_and_draws_whole_groups():
+    rng = np.random.default_rng(3)
+    x = rng.normal(size=24)
+    y = x**3 + rng.normal(size=24)
+    groups = [str(i // 4) for i in range(24)]
+    found = rank_correlation(x, y, groups, resamples=300)
+    assert found is not None
+    assert found.value == pytest.approx(stats.spearmanr(x, y).statistic, abs=1e-12)
+    assert found.low < found.value < found.high <= 1.0
+    assert found == rank_correlation(x, y, groups, resamples=300)
+
+    # By hand: rank correlations of every way to draw 4 groups of 4, each as likely as the other.
+    x, y, groups = x[:16], y[:16], groups[:16]
+    exact = []
+    for drawn in itertools.product(range(4), repeat=4):
+        rows = np.concatenate([np.arange(4 * g, 4 * g + 4) for g in drawn])
+        exact.append(stats.spearmanr(x[rows], y[rows]).statistic)
+    few = rank_correlation(x, y, groups, resamples=4000)
+    assert few is not None
+    assert few.low == pytest.approx(np.quantile(exact, 0.025), abs=0.03)
+    assert few.high == pytest.approx(np.quantile(exact, 0.975), abs=0.03)
+
+
+def test_no_rank_correlation_of_constants_or_of_too_few_groups():
+    groups = ["a", "b", "c", "d"]
+    assert rank_correlation([1, 1, 1, 1], [1, 2, 3, 4], groups) is None
+    assert rank_correlation([1, 2, 3, 4], [2, 2, 2, 2], groups) is None
+    assert rank_correlation([1, 2, 3, 4], [1, 2, 3, 4], ["a", "a", "b", "c"]) is None
+    perfect = rank_correlation([1, 2, 3, 4], [1, 4, 9, 16], groups, resamples=50)
+    assert perfect == Interval(pytest.approx(1.0), pytest.approx(1.0), pytest.approx(1.0))
+
+
+def test_the_mean_of_independent_values_has_each_side_in_quadrature():
+    one = Interval(0.5, 0.2, 0.6)
+    assert mean_of_independent([one]) == Interval(0.5, pytest.approx(0.2), pytest.approx(0.6))
+    three = [one, Interval(0.0, 0.0, 0.4), Interval(0.4, 0.0, 0.6)]
+    found = mean_of_independent(three)
+    assert found.value == pytest.approx(0.3)
+    assert found.low == pytest.approx(0.3 - 0.5 / 3)  # 0.3, 0, 0.4
+    assert found.high == pytest.approx(0.3 + math.sqrt(0.01 + 0.16 + 0.04) / 3)
+
+    # Normal means: the interval of the mean of two is the one that a normal mean of both has.
+    half = stats.norm.ppf(0.975)
+    normal = [Interval(m, m - half * s, m + half * s) for m, s in ((1.0, 0.3), (2.0, 0.4))]
+    found = mean_of_independent(normal)
+    assert found.high - found.value == pytest.approx(half * math.hypot(0.3, 0.4) / 2)

@@ -45,7 +45,7 @@ def test_every_setting_of_train_has_a_flag_that_says_the_same():
     for name, field in TrainSettings.model_fields.items():
         flag = f"--{name.replace('_', '-')}"
         default = field.get_default(call_default_factory=True)
-        if isinstance(default, bool):
+        if field.annotation is bool:
             assert getattr(settings_of(flag).train, name) is True
             continue
         # A value that is not the default where one is easily made.
@@ -53,6 +53,7 @@ def test_every_setting_of_train_has_a_flag_that_says_the_same():
             type(default), f'"{default}"'
         )
         value = {
+            "gradient_checkpointing": "full",
             "betas": "[0.5, 0.6]",
             "micro_batches": "2",
             "lora_alpha": "32",
@@ -69,7 +70,8 @@ def test_flags_win_over_overrides():
     made = settings_of("train.lr=1e-3", "--lr", "1e-4", "--lora-rank", "8", "--precision", "bf16")
     assert (made.train.lr, made.train.lora_rank, made.train.precision) == (1e-4, 8, "bf16")
     assert made.train.gradient_checkpointing is False
-    assert settings_of("--gradient-checkpointing").train.gradient_checkpointing is True
+    for text, value in (("false", False), ("selective", "selective"), ("full", "full")):
+        assert settings_of("--gradient-checkpointing", text).train.gradient_checkpointing == value
     assert settings_of() == load_settings(None)
 
 
@@ -159,7 +161,7 @@ def fit(tmp_path, monkeypatch):
     def run(endings):
         trainers = Trainers(endings)
         monkeypatch.setattr(driver, "_trainer", trainers)
-        monkeypatch.setattr(driver, "_release_reservation", lambda directory: None)
+        monkeypatch.setattr(driver, "_release_reservation", lambda *_: None)
         try:
             return _fit(RunSettings(), tmp_path, tmp_path, tmp_path, None), trainers.starts
         except BaseException as error:

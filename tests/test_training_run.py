@@ -28,6 +28,7 @@ from lrmc_ray.run_files import CHECKPOINT_NOW, CHECKPOINTS, LEDGER, METRICS, MOD
 from lrmc_ray.training_run import TrainingRun
 from lrmc_ray.training_samples import TrainingSamples, number_of_steps, sample_names
 from tests.test_checkpoints import DAMAGES, flip_a_bit
+from tests.test_recompute import Counted
 from tests.tiny import make_data
 
 torch.set_num_threads(1)
@@ -180,7 +181,8 @@ VARIANTS = {
     "frozen parts": {"freeze": ("model.layers.0.*", "model.embed_tokens.*")},
     "fresh subsets": {"refresh_every": 3},
     "held out, best": {"evaluate_every": 2, "export": "best", "holdout_share": 0.2},
-    "recomputed activations": {"gradient_checkpointing": True},
+    "recomputed layers": {"gradient_checkpointing": "full"},
+    "recomputed activations": {"gradient_checkpointing": "selective"},
     "adamw, bf16": {"optimizer": "adamw", "precision": "bf16"},
     "soft, adam_atan2": {"loss": "soft", "optimizer": "adam_atan2"},
     "active_only, l2_sp": {"loss": "active_only", "l2_sp_weight": 0.5},
@@ -520,27 +522,31 @@ def test_what_fits_nothing_is_refused(start, changes, message):
         start(**changes)
 
 
-def test_recomputed_activations_give_the_same_bits(start, tmp_path, undisturbed):
-    start(gradient_checkpointing=True).run()
+@pytest.mark.parametrize("which", ["selective", "full"])
+def test_recomputed_activations_give_the_same_bits(start, tmp_path, undisturbed, which):
+    start(gradient_checkpointing=which).run()
     assert_same(model_of(tmp_path / "training"), model_of(undisturbed.whole))
 
 
-def test_recomputed_activations_need_less_memory(start):
-    def saved_bytes(**changes):
-        run = start(**changes)
-        sizes = []
+def test_the_setting_says_what_is_computed_again(start):
+    """In each of two layers seven products; of a whole one all but the last."""
+    calls = {}
+    for which in (False, "selective", "full"):
+        run = start(gradient_checkpointing=which, evaluate_every=1)
+        with Counted() as counted:
+            run._hidden(run.held_out[0]).sum().backward()
+        calls[which] = [counted.calls[name] for name in ("mm", "silu")]
+    products, activations = calls[False]
+    assert activations == 2
+    assert calls["selective"] == [products, 4]
+    assert calls["full"] == [products + 2 * 6, 4]
 
-        def pack(tensor):
-            sizes.append(tensor.nbytes)
-            return tensor
 
-        batch = run.held_out[0]
-        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-            run._hidden(batch)
-        return sum(sizes)
-
-    options = {"evaluate_every": 1}
-    assert saved_bytes(gradient_checkpointing=True, **options) < 0.5 * saved_bytes(**options)
+@pytest.mark.parametrize("changes", [{"packing": False}, {"lora_rank": 4}, {"precision": "bf16"}])
+def test_recomputed_activations_with_other_settings(start, tmp_path, changes):
+    for which in (False, "selective"):
+        start(tmp_path / f"{which}", gradient_checkpointing=which, **changes).run()
+    assert_same(model_of(tmp_path / "selective"), model_of(tmp_path / "False"))
 
 
 # Fresh subsets

@@ -25,6 +25,7 @@ from lrmc_ray.errors import DataError
 from lrmc_ray.fault_points import passed
 from lrmc_ray.method.microbatch import Sample
 from lrmc_ray.method.subsets import CandidateSets
+from lrmc_ray.stored_record import StoredRecord
 
 SCHEMA_VERSION = "2"
 
@@ -228,6 +229,7 @@ class Records:
                 "`python -m lrmc_ray.record` again"
             ) from None
         self._starts = [0, *itertools.accumulate(part.rows for part in self.parts)]
+        self._stored = StoredRecord.of_view(directory)
         self._cache: OrderedDict[int, pa.Table] = OrderedDict()
         self._max_cached_bytes = max_cached_bytes
 
@@ -277,13 +279,42 @@ class Records:
             DataError: the file is missing or not what was written.
         """
         info = self.parts[part]
-        path = self.directory / info.name
-        remedy = f"remove {self.directory} and run `python -m lrmc_ray.record` again"
-        if not path.is_file():
-            raise DataError(f"{path} is missing; {remedy}")
-        if file_digest(path) != info.sha256:
-            raise DataError(f"{path} is not the file that was recorded (SHA-256 differs); {remedy}")
+        path = self.part_path(part)
         table = read_part(path, self._provenance)
         if table.num_rows != info.rows:
-            raise DataError(f"{path} has {table.num_rows} rows, not {info.rows}; {remedy}")
+            raise DataError(f"{path} has {table.num_rows} rows, not {info.rows}; {self._remedy}")
         return table
+
+    def part_path(self, part: int) -> Path:
+        """Where one file is, its digest verified; fetched where this is a view.
+
+        Raises:
+            DataError: the file is missing or not what was written.
+        """
+        return self._verified(self.parts[part].name, self.parts[part].sha256)
+
+    def index_path(self) -> Path | None:
+        """Where the index of the samples is, verified; None in a record that has none.
+
+        Raises:
+            DataError: it is missing or not what was written.
+        """
+        index = self.manifest.get("index")  # records made before there was one have none
+        return None if index is None else self._verified(index["name"], index["sha256"])
+
+    def _verified(self, name: str, sha256: str) -> Path:
+        path = self.directory / name
+        if self._stored is not None and not (path.is_file() and file_digest(path) == sha256):
+            self._stored.get(path, sha256)
+            return path
+        if not path.is_file():
+            raise DataError(f"{path} is missing; {self._remedy}")
+        if file_digest(path) != sha256:
+            raise DataError(
+                f"{path} is not the file that was recorded (SHA-256 differs); {self._remedy}"
+            )
+        return path
+
+    @property
+    def _remedy(self) -> str:
+        return f"remove {self.directory} and run `python -m lrmc_ray.record` again"
