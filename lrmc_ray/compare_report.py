@@ -218,7 +218,8 @@ class ComparisonTable:
 
     def title_of(self, method: str) -> str:
         """What a method is called."""
-        return next(m["title"] for m in self.description["methods"] if m["name"] == method)
+        titles = {m["name"]: str(m["title"]) for m in self.description["methods"]}
+        return titles[method]
 
     @property
     def not_begun(self) -> list[str]:
