@@ -6,6 +6,7 @@ digest: an actor that was thought dead may write its file again, on a processor 
 otherwise, and must not change one that the manifest lists.
 """
 
+import fcntl
 import json
 import shutil
 from collections.abc import Iterable, Mapping
@@ -127,8 +128,12 @@ class StoredRecord:
         write_json(directory / VIEW, {"storage": self.storage.uri, "record": self.name})
 
     def view_here(self) -> Path:
-        """The view of this node."""
-        return self.view(self.storage.cache / self._prefix)
+        """The view of this node, whose processes wait for each other."""
+        directory = self.storage.cache / self._prefix
+        directory.parent.mkdir(parents=True, exist_ok=True)
+        with directory.with_name(f".{directory.name}.lock").open("a") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            return self.view(directory)
 
     def get(self, path: Path, sha256: str) -> None:
         """Fetch a file of the record to ``path``, of the same name.

@@ -3,17 +3,21 @@
 No Ray here: what an actor does runs in this process.
 """
 
+import contextlib
 import json
 import logging
+import os
 import shutil
 import socket
+import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 import torch
 
-from lrmc_ray import compare, evaluate, storage, stored_record, suggest, train, tune
+from lrmc_ray import artifacts, compare, evaluate, storage, stored_record, suggest, train, tune
 from lrmc_ray import record as stage
 from lrmc_ray.artifacts import file_digest, is_finished, read_manifest
 from lrmc_ray.config import check_storage_uri, load_settings
@@ -493,6 +497,27 @@ def test_no_credential_is_written_anywhere(server, tiny_model, data, tmp_path, c
     for content in written:
         assert KEY.encode() not in content
         assert SECRET.encode() not in content
+
+
+def test_two_workers_of_a_node_make_its_view_one_after_the_other(tmp_path, monkeypatch):
+    """Both are let to the rename of their file at once, unless one waits for the other."""
+    monkeypatch.setenv("LRMC_CACHE", str(tmp_path / "cache"))
+    stored = StoredRecord(Storage((tmp_path / "files").as_uri()), "abc")
+    stored.commit({"kind": "record"}, [])
+    both, replace = threading.Barrier(2), os.replace
+
+    def meet_and_replace(source, target):
+        with contextlib.suppress(threading.BrokenBarrierError):
+            both.wait(0.5)
+        replace(source, target)
+
+    monkeypatch.setattr(artifacts.os, "replace", meet_and_replace)
+    with ThreadPoolExecutor(2) as pool:
+        one, two = pool.map(lambda _: stored.view_here(), range(2))
+    assert one == two
+    assert json.loads((one / "manifest.json").read_text()) == {"kind": "record"}
+    view = StoredRecord.of_view(one)
+    assert (view.name, view.storage.uri) == ("abc", stored.storage.uri)
 
 
 def test_a_view_says_where_its_files_are(server, tiny_model, data, tmp_path):
