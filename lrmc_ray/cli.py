@@ -68,7 +68,7 @@ def add_run_arguments(parser: argparse.ArgumentParser, *, default_space: str | N
         "--storage",
         metavar="URI",
         help="resources.storage: where nodes that do not share DIR keep what they exchange, "
-        "s3://BUCKET/PREFIX or gs://BUCKET/PREFIX (record, train)",
+        "s3://BUCKET/PREFIX or gs://BUCKET/PREFIX",
     )
     parser.add_argument(
         "--address",
@@ -94,24 +94,10 @@ def output_directory(text: str) -> Path:
     if "://" in text:
         raise IncompleteArtifactError(
             f"--output must be a directory, got the address {text.partition('://')[0]}://...; "
-            "give a local one, and the address as --storage where the command knows that "
-            "(record, train), or a directory on a file system that all nodes share"
+            "give a local one, and the address as --storage, or a directory on a file system that "
+            "all nodes share"
         )
     return Path(text)
-
-
-def refuse_storage(settings: RunSettings, command: str) -> None:
-    """End a command that needs one disk for all nodes where a storage is given.
-
-    Raises:
-        IncompleteArtifactError: ``resources.storage`` is set.
-    """
-    if settings.resources.storage is not None:
-        raise IncompleteArtifactError(
-            f"`{command}` needs an output directory that all nodes share and knows no storage, got "
-            f"resources.storage = {settings.resources.storage}; leave it out and give --output DIR "
-            "on a shared file system (`record` and `train` do with a storage)"
-        )
 
 
 def settings_from(arguments: argparse.Namespace) -> RunSettings:

@@ -15,6 +15,7 @@ import argparse
 import json
 import logging
 import math
+import secrets
 import shutil
 import sys
 import time
@@ -44,6 +45,7 @@ from lrmc_ray.ray_session import (
     worker_slots,
 )
 from lrmc_ray.run_files import CHECKPOINTS, MODEL
+from lrmc_ray.storage import check_storage, open_storage
 
 _log = logging.getLogger(__name__)
 
@@ -432,7 +434,25 @@ class Comparing:
             "record": str(self.directory / self.description["record"]["directory"]),
             "base_scores": str(self.directory / self.description["base_scores"][job.split]),
             "general_from": general_from,
+            "stored_as": self._stored_as(job),
         }
+
+    def _stored_as(self, job: Job) -> str | None:
+        """A run's name in the storage; None where all nodes share the disk."""
+        if self.space.resources.storage is None:
+            return None
+        # One of its own, that nobody has written to: what is there belongs to these very runs.
+        name = self.description.setdefault(
+            "stored_as", f"comparisons/{self.id}-{secrets.token_hex(4)}"
+        )
+        self.write()
+        return f"{name}/{_name(self.run_directory(job))}"
+
+    def leave_storage(self) -> None:
+        """Remove what runs that failed left there."""
+        storage = open_storage(self.space.resources.storage)
+        if storage is not None and "stored_as" in self.description:
+            storage.delete_all(self.description["stored_as"])
 
     def _settle(self, job: Job, reference: Any) -> None:
         """Write down how ``job`` ended."""
@@ -541,24 +561,28 @@ def _execute(
     record: str,
     base_scores: str,
     general_from: str | None,
+    stored_as: str | None,
 ) -> None:
     """Runs in a Ray task: train and score one model, and leave the result in its directory."""
-    from lrmc_ray.trial import attempt, train_and_score
+    from lrmc_ray.trial import attempt, leave_storage, train_and_score
 
-    own = Path(directory)
+    own, run = Path(directory), RunSettings.model_validate(dict(settings))
 
     def work() -> dict[str, Any]:
         training = own / "training"
         if is_finished(training) and not (training / MODEL).is_dir():
             shutil.rmtree(training)  # its model was removed: it is trained again, to the same bits
-        return train_and_score(
-            RunSettings.model_validate(dict(settings)),
+        result = train_and_score(
+            run,
             own,
             Path(record),
             Path(base_scores),
             split=split,
             general_from=Path(general_from) if general_from else None,
+            stored_as=stored_as,
         )
+        leave_storage(run, stored_as)
+        return result
 
     attempt(own, name, work, result_file=f"{split}.json")
 
@@ -613,7 +637,7 @@ def explain(comparing: Comparing) -> str:
 
 def main(argv: Sequence[str]) -> int:
     """The command ``python -m lrmc_ray.compare``."""
-    from lrmc_ray.cli import add_run_arguments, read_settings, refuse_storage
+    from lrmc_ray.cli import add_run_arguments, read_settings
 
     parser = argparse.ArgumentParser(
         prog=MADE_BY,
@@ -636,11 +660,13 @@ def main(argv: Sequence[str]) -> int:
     arguments = parser.parse_intermixed_args(argv)
     setup_logging(arguments.verbose)
     space = read_settings(arguments, CompareSpace)
-    refuse_storage(space, "compare")
     methods = chosen_methods(space, arguments.methods)
     from lrmc_ray.record import training_files
 
     training_files(space)
+    storage = space.resources.storage
+    if storage is not None and not (arguments.explain or arguments.report_only):
+        check_storage(storage)
     comparing = Comparing(space, methods, arguments.output)
     has_begun = (comparing.directory / COMPARISON_FILE).is_file()
     if arguments.explain and not has_begun:
@@ -666,15 +692,18 @@ def _run(comparing: Comparing, address: str, *, verbose: bool) -> None:
     """Run ``comparing`` to its end; however it ends, what there is gets reported."""
     from lrmc_ray.compare_report import write_report
 
+    storage = comparing.space.resources.storage
     if comparing.is_finished:
         print("This comparison has finished; nothing was done again.", file=sys.stderr)
         return
     write_json(comparing.directory / SETTINGS_FILE, comparing.description["settings"])
-    with ray_session(address, log=comparing.directory / RAY_LOG, verbose=verbose):
-        check_trial_slots()
+    log = comparing.directory / RAY_LOG
+    with ray_session(address, log=log, verbose=verbose, storage=storage):
+        check_trial_slots(storage)
         comparing.prepare()
         try:
             comparing.run()
+            comparing.leave_storage()
         except BaseException:
             if comparing.outcomes:
                 write_report(comparing.directory)

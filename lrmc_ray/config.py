@@ -166,9 +166,10 @@ class TrainSettings(Settings):
     packing: bool = True
     """Compute prefixes that samples of a micro-batch share once, without padding, where that is
     cheaper; the loss is the same up to rounding."""
-    gradient_checkpointing: Literal[False, "selective", "full"] = False
+    gradient_checkpointing: Literal["auto", False, "selective", "full"] = "auto"
     """What the backward pass computes again, for less memory and the same result: ``selective``
-    what is cheap (norms, activation functions), ``full`` whole layers, about a third more time."""
+    what is cheap (norms, activation functions), ``full`` whole layers, about a third more time,
+    ``auto`` what is cheap in micro-batches of 2,048 tokens and more, and nothing in others."""
     batch_size: int = Field(8, ge=1)
     """Samples per step, over all workers."""
     micro_batches: int = Field(4, ge=1)

@@ -28,6 +28,8 @@ from lrmc_ray.config import RunSettings
 from lrmc_ray.errors import DataError
 from lrmc_ray.run_files import RUNG
 from lrmc_ray.scores import Scores
+from lrmc_ray.storage import Storage
+from lrmc_ray.stored_run import StoredRun
 from lrmc_ray.tasks.registry import expand
 
 if TYPE_CHECKING:
@@ -53,9 +55,10 @@ class Rung:
     """Of each task, the first ones."""
     batch_tokens: int
     base_scores: str
-    """Directory of the base model's scores, which has these items."""
+    """Directory of the base model's scores, which has these items; its name in the storage where
+    there is one."""
     trials: str
-    """Directory of all trials of the study."""
+    """Directory of all trials of the study; its name in the storage where there is one."""
     number: int
     """Of this trial."""
     may_stop: bool
@@ -67,7 +70,7 @@ class Rung:
 
 
 def rung_of(
-    settings: RunSettings, *, number: int, role: str, trials: Path, base_scores: Path
+    settings: RunSettings, *, number: int, role: str, trials: str, base_scores: str
 ) -> Rung | None:
     """The rung of trial ``number``; None where nothing is stopped early.
 
@@ -75,8 +78,8 @@ def rung_of(
         settings: of the trial, ``train.epochs`` already turned into ``train.steps``.
         number: of the trial in the study.
         role: ``defaults``, ``yardstick`` or ``search``.
-        trials: directory of all trials of the study.
-        base_scores: directory of the base model's scores.
+        trials: directory of all trials of the study, or its name in the storage.
+        base_scores: directory of the base model's scores, or its name in the storage.
     """
     search, scored = settings.search, settings.evaluate
     if not search.stops_early or search.objective == "pareto":
@@ -93,8 +96,8 @@ def rung_of(
         tasks=tuple((name, group) for group, names in groups for name in expand(names)),
         items=min(search.early_stopping_items, scored.limit or search.early_stopping_items),
         batch_tokens=scored.batch_tokens,
-        base_scores=str(base_scores.resolve()),
-        trials=str(trials.resolve()),
+        base_scores=base_scores,
+        trials=trials,
         number=number,
         may_stop=role in MAY_STOP,
         least=search.early_stopping_trials,
@@ -164,12 +167,18 @@ def read_decision(training: Path) -> Decision | None:
     """
     path = training / RUNG
     try:
-        return Decision(**json.loads(path.read_text(encoding="utf-8")))
+        content = path.read_bytes()
     except FileNotFoundError:
         return None
+    return _decision_in(content, str(path))
+
+
+def _decision_in(content: bytes, place: str) -> Decision:
+    try:
+        return Decision(**json.loads(content))
     except (ValueError, TypeError) as error:
         raise DataError(
-            f"{path} is damaged ({error}); remove it, and the trial is scored there again"
+            f"{place} is damaged ({error}); remove it, and the trial is scored there again"
         ) from None
 
 
@@ -257,22 +266,49 @@ def decide(
     )
 
 
-def values_of_others(rung: Rung) -> dict[int, float]:
-    """What the other trials of the study have scored here so far, by their numbers."""
-    decisions = [
-        read_decision(path.parent) for path in Path(rung.trials).glob(f"*/training/{RUNG}")
-    ]
+def values_of_others(rung: Rung, storage: Storage | None = None) -> dict[int, float]:
+    """What the other trials of the study have scored here so far, by their numbers.
+
+    Args:
+        rung: says where the trials are.
+        storage: that they are in; None where they are in a directory.
+    """
+    if storage is None:
+        files = Path(rung.trials).glob(f"*/training/{RUNG}")
+        decisions = [read_decision(path.parent) for path in files]
+    else:
+        decisions = []
+        for trial in storage.children(rung.trials):
+            name = f"{rung.trials}/{trial}/training/{RUNG}"
+            if (content := storage.read(name)) is not None:
+                decisions.append(_decision_in(content, storage.place(name)))
     return {d.number: d.value for d in decisions if d is not None and d.number != rung.number}
+
+
+def _base_scores(rung: Rung, storage: Storage | None) -> Scores:
+    if storage is None:
+        return Scores.load(Path(rung.base_scores))
+    return Scores.load(storage.fetch(rung.base_scores, storage.cache / rung.base_scores))
 
 
 class EarlyStopping:
     """One worker's part in the decision about its trial."""
 
     def __init__(
-        self, rung: Rung, *, directory: Path, model_directory: Path, group: "WorkerGroup"
+        self,
+        rung: Rung,
+        *,
+        directory: Path,
+        model_directory: Path,
+        group: "WorkerGroup",
+        stored: StoredRun | None = None,
     ) -> None:
-        """Decide about the training run in ``directory`` together with the others of ``group``."""
+        """Decide about the training run in ``directory`` together with the others of ``group``.
+
+        ``stored`` is the run in the storage, where there is one and trials share no disk.
+        """
         self.rung = rung
+        self._stored = stored
         self._directory = directory
         self._model_directory = model_directory
         self._group = group
@@ -292,11 +328,15 @@ class EarlyStopping:
         made = None
         if is_writer:
             rung = self.rung
+            storage = self._stored.storage if self._stored is not None else None
             change = slice_change(
-                Scores.load(Path(rung.base_scores)), rows, forgetting_weight=rung.forgetting_weight
+                _base_scores(rung, storage), rows, forgetting_weight=rung.forgetting_weight
             )
-            made = decide(change, values_of_others(rung), rung, seconds=time.monotonic() - start)
+            others = values_of_others(rung, storage)
+            made = decide(change, others, rung, seconds=time.monotonic() - start)
             write_json(self._directory / RUNG, dataclasses.asdict(made))
+            if self._stored is not None:
+                self._stored.push_decision()
         return _as_decision(self._group.gather(made)[0])
 
     def _own_rows(self, model: Any) -> list[dict[str, Any]]:

@@ -12,8 +12,12 @@ import argparse
 import json
 import logging
 import sys
+import tempfile
 import time
-from collections.abc import Mapping, Sequence
+import uuid
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -34,11 +38,13 @@ from lrmc_ray.models import tokenizer_fingerprint
 from lrmc_ray.ray_session import (
     RAY_LOG,
     can_hold_cores,
+    check_files_shared,
     check_model_shared,
     held_cores,
     ray_session,
     worker_slots,
 )
+from lrmc_ray.storage import Storage, check_storage, files_below, open_storage, publish_model
 
 if TYPE_CHECKING:
     from lrmc_ray.harness import ScoreRequest, ScoreResult
@@ -67,6 +73,7 @@ def evaluate(
     general_from: Path | None = None,
     parallel: int = 1,
     here: bool = False,
+    stored_as: str | None = None,
 ) -> Path:
     """The finished scores of a model under ``output / "scores"``, made now unless they are there.
 
@@ -83,6 +90,8 @@ def evaluate(
         here: score in this process, which has imported half of what it takes, where the resources
             are cores of a single machine and Ray can hold them for it. If it dies, so does the
             caller; a Ray task would be started again. The scores are the same.
+        stored_as: name of the model in the storage. One that is not there is brought there, if
+            Ray tasks on nodes without a shared disk are to score it.
 
     Raises:
         EvaluationError: scoring failed; the message has the cause.
@@ -112,9 +121,8 @@ def evaluate(
     with lock_directory(partial):
         if not is_finished(final):
             start = time.monotonic()
-            drift = _score(
-                settings, model_directory, partial, split, base, general_from, parallel, here=here
-            )
+            scoring = _Scoring(settings, model_directory, stored_as, is_base=base is None)
+            drift = _score(scoring, partial, split, base, general_from, parallel, here=here)
             manifest = {
                 "kind": "scores",
                 "identity": identity,
@@ -165,9 +173,38 @@ def _check_vocabulary(model_directory: Path, base: Path) -> None:
         )
 
 
+@dataclass(frozen=True)
+class _Scoring:
+    """The model that is scored, and where processes that score it find it."""
+
+    settings: RunSettings
+    directory: Path
+    stored_as: str | None
+    is_base: bool
+
+    @contextmanager
+    def in_storage(self) -> Iterator[dict[str, str] | None]:
+        """The model in the storage, for as long as it is scored; None without one."""
+        storage = open_storage(self.settings.resources.storage)
+        if storage is None:
+            yield None
+            return
+        if self.is_base:
+            yield {"uri": storage.uri, "base": publish_model(storage, self.directory)}
+            return
+        if self.stored_as is not None and storage.committed(self.stored_as) is not None:
+            yield {"uri": storage.uri, "tuned": self.stored_as}
+            return
+        name = f"scoring/{uuid.uuid4().hex}"
+        try:
+            storage.publish(name, files_below(self.directory))
+            yield {"uri": storage.uri, "tuned": name}
+        finally:
+            storage.delete_all(name)
+
+
 def _score(
-    settings: RunSettings,
-    model_directory: Path,
+    scoring: _Scoring,
     partial: Path,
     split: Split,
     base: Path | None,
@@ -177,18 +214,19 @@ def _score(
     here: bool,
 ) -> dict[str, float]:
     """Score and write ``items.parquet``; returns the drift from ``base``."""
-    from lrmc_ray.harness import ScoreRequest, task_label
+    from lrmc_ray.harness import ScoreRequest, own_files, task_label
     from lrmc_ray.scores import Scores, receipt
     from lrmc_ray.tasks.registry import expand
 
-    chosen = settings.evaluate
+    chosen, resources = scoring.settings.evaluate, scoring.settings.resources
     tasks: list[tuple[str, Any]] = [(name, "domain") for name in expand(chosen.domain_tasks)]
     if general_from is None:
         tasks += [(name, "general") for name in expand(chosen.general_tasks)]
-    resources = settings.resources
     worker_slots(resources, what="evaluation task")
-    if base is None:
-        check_model_shared(model_directory)
+    if resources.storage is not None:
+        check_files_shared(own_files([name for name, _ in tasks]))
+    elif base is None:
+        check_model_shared(scoring.directory)
     before = _read_drift(base) if base else None
     # Dealt to the tasks, so that the texts are the same ones however many hands there are.
     shares: dict[Any, int] = {}
@@ -208,7 +246,7 @@ def _score(
         for hand in _divide(tasks, parallel)
     ]
     run = _run_here if here and _fits_here(resources) else _run_in_tasks
-    results = run(model_directory, requests, resources)
+    results = run(scoring, requests)
     rows = [row for result in results for row in result.rows]
     order = {task_label(name): index for index, (name, _) in enumerate(tasks)}
     rows.sort(key=lambda row: order[row["task"]])
@@ -235,29 +273,24 @@ def _fits_here(resources: ResourceSettings) -> bool:
     return not any(needs) and can_hold_cores(resources.cpus_per_worker)
 
 
-def _run_here(
-    model_directory: Path, requests: "Sequence[ScoreRequest]", resources: ResourceSettings
-) -> "list[ScoreResult]":
+def _run_here(scoring: _Scoring, requests: "Sequence[ScoreRequest]") -> "list[ScoreResult]":
     """Score in this process, while Ray gives its cores to nobody else."""
-    with held_cores(resources.cpus_per_worker):
+    cores = scoring.settings.resources.cpus_per_worker
+    with held_cores(cores):
         try:
-            return [
-                _score_part(str(model_directory), request, resources.cpus_per_worker)
-                for request in requests
-            ]
+            return [_score_part(str(scoring.directory), request, cores) for request in requests]
         except LrmcError:
             raise
         except Exception as error:
-            raise EvaluationError(f"scoring {model_directory} failed: {error!r}") from error
+            raise EvaluationError(f"scoring {scoring.directory} failed: {error!r}") from error
 
 
-def _run_in_tasks(
-    model_directory: Path, requests: "Sequence[ScoreRequest]", resources: ResourceSettings
-) -> "list[ScoreResult]":
+def _run_in_tasks(scoring: _Scoring, requests: "Sequence[ScoreRequest]") -> "list[ScoreResult]":
     """Score in Ray tasks side by side; one whose process or node is lost is started again."""
     import ray
     from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
+    resources, model_directory = scoring.settings.resources, str(scoring.directory)
     remote = ray.remote(_score_part).options(
         num_cpus=resources.cpus_per_worker,
         num_gpus=resources.gpus_per_worker,
@@ -267,12 +300,14 @@ def _run_in_tasks(
         # A trial's own placement group has no CPUs to give.
         scheduling_strategy=PlacementGroupSchedulingStrategy(placement_group=None),
     )
-    pending = [
-        remote.remote(str(model_directory), request, resources.cpus_per_worker)
-        for request in requests
-    ]
     try:
-        results: list[ScoreResult] = ray.get(pending)
+        with scoring.in_storage() as stored:
+            results: list[ScoreResult] = ray.get(
+                [
+                    remote.remote(model_directory, request, resources.cpus_per_worker, stored)
+                    for request in requests
+                ]
+            )
     except ray.exceptions.RayTaskError as error:
         if isinstance(error.cause, LrmcError):
             raise error.cause from None
@@ -343,19 +378,34 @@ def _divide(tasks: Sequence[Any], parallel: int) -> list[list[Any]]:
     return hands
 
 
-def _score_part(model_directory: str, request: "ScoreRequest", threads: int) -> "ScoreResult":
-    """Runs in a Ray task, or in the process of a trial."""
+def _score_part(
+    model_directory: str,
+    request: "ScoreRequest",
+    threads: int,
+    stored: Mapping[str, str] | None = None,
+) -> "ScoreResult":
+    """Runs in a Ray task, or in the process of a trial.
+
+    A base model in a storage stays on the node, as those of recording do; a tuned one does not.
+    """
     import torch
 
     from lrmc_ray.harness import score
 
     torch.set_num_threads(threads)
-    return score(Path(model_directory), request)
+    if stored is None:
+        return score(Path(model_directory), request)
+    storage = Storage(stored["uri"])
+    if "base" in stored:
+        return score(storage.fetch(stored["base"], storage.cache / stored["base"]), request)
+    storage.cache.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix="scoring-", dir=storage.cache) as scratch:
+        return score(storage.fetch(stored["tuned"], Path(scratch) / "model"), request)
 
 
 def main(argv: Sequence[str]) -> int:
     """The command ``python -m lrmc_ray.evaluate``."""
-    from lrmc_ray.cli import add_run_arguments, refuse_storage, settings_from
+    from lrmc_ray.cli import add_run_arguments, settings_from
     from lrmc_ray.models import local_directory
     from lrmc_ray.ray_session import local_cpus
 
@@ -385,7 +435,7 @@ def main(argv: Sequence[str]) -> int:
     if arguments.actors is not None and arguments.actors < 1:
         raise ConfigError(f"--actors must be at least 1, got {arguments.actors}")
     settings = settings_from(arguments)
-    refuse_storage(settings, "evaluate")
+    storage = settings.resources.storage
     for directory in arguments.tuned:
         if not Path(directory).is_dir():
             raise IncompleteArtifactError(
@@ -397,8 +447,15 @@ def main(argv: Sequence[str]) -> int:
         tuned = [settings.model]
     models = [local_directory(model) for model in (base, *tuned)]
     scored: list[Path] = []
+    if storage is not None:
+        check_storage(storage)
     with (
-        ray_session(arguments.address, log=arguments.output / RAY_LOG, verbose=arguments.verbose),
+        ray_session(
+            arguments.address,
+            log=arguments.output / RAY_LOG,
+            verbose=arguments.verbose,
+            storage=storage,
+        ),
         progress("Evaluating", total=len(models), unit="models") as bar,
     ):
         for model in models:

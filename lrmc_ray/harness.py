@@ -209,12 +209,18 @@ def task_data(names: Sequence[str], split: Literal["dev", "test"]) -> dict[str, 
 
 def task_fingerprints(names: Sequence[str], split: Literal["dev", "test"]) -> dict[str, str]:
     """Digests of the local files that decide what is asked: built data, task files of one's own."""
-    files = {str(key): path for key, path in task_data(names, split).items()}
+    files = {str(key): path for key, path in task_data(names, split).items()} | own_files(names)
+    return {name: file_digest(path) for name, path in files.items() if path.is_file()}
+
+
+def own_files(names: Sequence[str]) -> dict[str, Path]:
+    """Task files of one's own among ``names``, and the data that they name."""
+    files: dict[str, Path] = {}
     for name in names:
         if Path(name).is_file():
             files |= {name: Path(name)}
             files |= {f"{name}: {path}": path for path in _data_files(Path(name))}
-    return {name: file_digest(path) for name, path in files.items() if path.is_file()}
+    return files
 
 
 def _data_files(task_file: Path) -> list[Path]:

@@ -5,9 +5,10 @@ import logging
 import os
 import socket
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
+from lrmc_ray.artifacts import file_digest
 from lrmc_ray.config import ResourceSettings
 from lrmc_ray.errors import IncompleteArtifactError, LrmcError, ResourceError
 from lrmc_ray.placement import Node, check_slots
@@ -254,11 +255,14 @@ def held_cores(count: int) -> Iterator[None]:
         remove_placement_group(group)
 
 
-def check_trial_slots() -> None:
+def check_trial_slots(storage: str | None = None) -> None:
     """Refuse a cluster without a place for the drivers of trials.
 
+    With a storage in place of a shared disk that is this node alone: they keep what they make in
+    the output directory.
+
     Raises:
-        ResourceError: no node has the custom resource.
+        ResourceError: no node has the custom resource, or another than this one.
     """
     import ray
 
@@ -266,6 +270,18 @@ def check_trial_slots() -> None:
         raise ResourceError(
             f"a search needs a node with the custom resource {TRIAL_SLOT}, no node has it; start "
             f"the head with --resources='{{\"{TRIAL_SLOT}\": {TRIAL_SLOTS}}}', as cluster.yaml does"
+        )
+    own = ray.get_runtime_context().get_node_id()
+    others = [
+        node["NodeManagerAddress"]
+        for node in ray.nodes()
+        if node["Alive"] and node["NodeID"] != own and node["Resources"].get(TRIAL_SLOT)
+    ]
+    if storage is not None and others:
+        raise ResourceError(
+            f"with --storage a search runs on the node that has the custom resource {TRIAL_SLOT}, "
+            f"and no other may have it; {', '.join(others)} has it. Run the command there, on the "
+            "head, or give --output DIR on a file system that all nodes share"
         )
 
 
@@ -288,8 +304,8 @@ def check_shared(directory: Path) -> None:
         raise IncompleteArtifactError(
             "the output directory must be seen by every node of the cluster; "
             f"{directory.resolve()} is not by {', '.join(blind)}. Mount a shared file system (NFS, "
-            "EFS, Filestore) at the same place on all nodes and give --output DIR on it; `record` "
-            "and `train` can do with --storage s3://BUCKET/PREFIX"
+            "EFS, Filestore) at the same place on all nodes and give --output DIR on it, or "
+            "--storage s3://BUCKET/PREFIX"
         )
 
 
@@ -330,6 +346,22 @@ def check_model_shared(directory: Path) -> None:
         )
 
 
+def check_files_shared(files: Mapping[str, Path]) -> None:
+    """Refuse task files that some node of the cluster does not have at the same place.
+
+    Raises:
+        IncompleteArtifactError: a node lacks one, or has another content; names the nodes.
+    """
+    for path in files.values():
+        blind = _nodes_without(_has, str(path), file_digest(path))
+        if blind:
+            raise IncompleteArtifactError(
+                f"{path} must be on every node of the cluster, with the same content, to ask what "
+                f"it says; it is not on {', '.join(blind)}. Copy it there (`file_mounts` in the "
+                "cluster's file), or to a file system that all nodes share"
+            )
+
+
 def _nodes_without(finds: Callable[[str, str], bool], *what: str) -> list[str]:
     """Addresses of the nodes on which ``finds(*what)`` is false."""
     import ray
@@ -368,6 +400,14 @@ def _sees(path: str, content: str) -> bool:
                 return True
         time.sleep(0.1)
     return False
+
+
+def _has(path: str, sha256: str) -> bool:
+    """Runs on a node: whether it has this file."""
+    try:
+        return file_digest(Path(path)) == sha256
+    except OSError:
+        return False
 
 
 def _reads(uri: str, name: str) -> bool:

@@ -41,7 +41,7 @@ from lrmc_ray.data.sources import Source, find_sources, split_domain
 from lrmc_ray.errors import DataError, IncompleteArtifactError
 from lrmc_ray.fault_points import passed
 from lrmc_ray.ray_session import RAY_LOG, check_model_shared, ray_session, worker_slots
-from lrmc_ray.storage import Storage, check_storage, files_below
+from lrmc_ray.storage import Storage, check_storage, open_storage, publish_model
 from lrmc_ray.stored_record import VIEW, StoredRecord
 
 _log = logging.getLogger(__name__)
@@ -97,7 +97,7 @@ class Preparation:
     @property
     def stored(self) -> StoredRecord | None:
         """The record in the storage; None where there is none and all nodes share the disk."""
-        storage = open_storage(self.settings)
+        storage = open_storage(self.settings.resources.storage)
         return None if storage is None else StoredRecord(storage, self.final.name)
 
     @property
@@ -583,27 +583,11 @@ def _run_actors(
         yield json.loads(row["part"])
 
 
-def open_storage(settings: RunSettings) -> Storage | None:
-    """The storage of ``resources.storage``; None without one."""
-    uri = settings.resources.storage
-    return None if uri is None else Storage(uri)
-
-
-def publish_model(storage: Storage, directory: Path) -> str:
-    """Write a model's files to the storage, if they are not there; returns their name in it."""
-    from lrmc_ray.models import model_fingerprint, tokenizer_fingerprint
-
-    identity = fingerprint([model_fingerprint(directory), tokenizer_fingerprint(directory)])
-    name = f"models/{identity}"
-    storage.publish(name, files_below(directory))
-    return name
-
-
 def recorder_options(prepared: Preparation, tokenizer_size: int) -> dict[str, Any]:
     """The arguments of a :class:`Recorder`; with a storage, the model is brought there."""
     settings = prepared.settings
     stored = None
-    if (storage := open_storage(settings)) is not None:
+    if (storage := open_storage(settings.resources.storage)) is not None:
         plan = json.loads((prepared.partial / PLAN).read_text(encoding="utf-8"))
         stored = {
             "uri": storage.uri,

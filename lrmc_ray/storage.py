@@ -353,6 +353,21 @@ def check_storage(uri: str) -> None:
         raise DiskError(message or f"storage {uri} cannot be used: {done.stderr.strip()[-200:]}")
 
 
+def open_storage(uri: str | None) -> Storage | None:
+    """The storage of ``resources.storage``; None without one, where all nodes share the disk."""
+    return None if uri is None else Storage(uri)
+
+
+def publish_model(storage: Storage, directory: Path) -> str:
+    """Write a model's files to the storage, if they are not there; returns their name in it."""
+    from lrmc_ray.models import model_fingerprint, tokenizer_fingerprint
+
+    identity = fingerprint([model_fingerprint(directory), tokenizer_fingerprint(directory)])
+    name = f"models/{identity}"
+    storage.publish(name, files_below(directory))
+    return name
+
+
 def files_below(directory: Path) -> dict[str, Path]:
     """The files of a directory by their names in it, hidden ones left out."""
     return {

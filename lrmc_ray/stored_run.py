@@ -18,7 +18,7 @@ from typing import Any
 from lrmc_ray.artifacts import MANIFEST, json_content, write_json
 from lrmc_ray.checkpoints import checkpoint_path, discard_after
 from lrmc_ray.errors import DataError, DirectoryInUseError, DiskError
-from lrmc_ray.run_files import CHECKPOINT_NOW, CHECKPOINTS, LEDGER, METRICS, MODEL
+from lrmc_ray.run_files import CHECKPOINT_NOW, CHECKPOINTS, LEDGER, METRICS, MODEL, RUNG
 from lrmc_ray.storage import COMMITTED, Storage, files_below
 
 _log = logging.getLogger(__name__)
@@ -32,6 +32,8 @@ RESERVATION = "reservation"
 """Holds the name under which Ray keeps the run's resources."""
 RAY = "ray"
 """What Ray Train itself writes for its workers, and we do not read."""
+HISTORY = (METRICS, LEDGER, RUNG)
+"""What a run goes on writing, and takes up again. Only a trial has the last one."""
 
 
 class StoredRun:
@@ -56,10 +58,9 @@ class StoredRun:
         """
         self.storage.write(f"{self.name}/{WRITER}", self._token.encode())
         shutil.rmtree(self.directory / CHECKPOINTS, ignore_errors=True)
-        for name in (LEDGER, METRICS):
+        for name in HISTORY:
             (self.directory / name).unlink(missing_ok=True)
-            if self.storage.exists(f"{self.name}/{name}"):
-                self.storage.get(f"{self.name}/{name}", self.directory / name)
+        self._get_history()
         steps = self.steps()
         for step in reversed(steps):
             try:
@@ -120,9 +121,18 @@ class StoredRun:
             self._sent = size
 
     def _push_history(self) -> None:
-        for name in (METRICS, LEDGER):
+        for name in HISTORY:
             if (self.directory / name).is_file():
                 self.storage.put(self.directory / name, f"{self.name}/{name}")
+
+    def _get_history(self) -> None:
+        for name in HISTORY:
+            if self.storage.exists(f"{self.name}/{name}"):
+                self.storage.get(f"{self.name}/{name}", self.directory / name)
+
+    def push_decision(self) -> None:
+        """Copy the decision about a trial, before anybody acts on it."""
+        self.storage.put(self.directory / RUNG, f"{self.name}/{RUNG}")
 
     def _check_alone(self) -> None:
         if self.storage.read(f"{self.name}/{WRITER}") != self._token.encode():
@@ -178,9 +188,7 @@ class StoredRun:
         Raises:
             DataError: the model is not what was written.
         """
-        for name in (LEDGER, METRICS):
-            if self.storage.exists(f"{self.name}/{name}"):
-                self.storage.get(f"{self.name}/{name}", self.directory / name)
+        self._get_history()
         if self.storage.committed(f"{self.name}/{MODEL}") is not None:
             model = self.storage.fetch(f"{self.name}/{MODEL}", self.directory / MODEL)
             (model / COMMITTED).unlink(missing_ok=True)
@@ -198,6 +206,14 @@ class StoredRun:
         for name in (WRITER, RESERVATION, CHECKPOINT_NOW):
             self.storage.delete(f"{self.name}/{name}")
 
+    def clear(self) -> None:
+        """Remove the run, but for the decision about it, which other trials compare with."""
+        for name, size in self.storage.children(self.name).items():
+            if size is None:
+                self.storage.delete_all(f"{self.name}/{name}")
+            elif name != RUNG:
+                self.storage.delete(f"{self.name}/{name}")
+
     def ask(self) -> None:
         """Wish for a checkpoint."""
         self.storage.write(f"{self.name}/{CHECKPOINT_NOW}", b"now")
@@ -212,10 +228,21 @@ class StoredRun:
 
     @contextlib.contextmanager
     def shown(self) -> Iterator[None]:
-        """Bring the metrics to this node now and then, for whoever follows them here."""
-        path = self.directory / METRICS
+        """Bring the metrics to this node now and then, for whoever follows them here.
+
+        A wish for a checkpoint that appears in this node's directory crosses the other way.
+        """
+        path, wish = self.directory / METRICS, self.directory / CHECKPOINT_NOW
+        is_sent = False
 
         def follow() -> None:
+            nonlocal is_sent
+            if is_sent and not self.is_asked():
+                wish.unlink(missing_ok=True)
+                is_sent = False
+            elif wish.exists() and not is_sent:
+                self.ask()
+                is_sent = True
             size = self.storage.size(f"{self.name}/{METRICS}")
             if size is not None and (not path.is_file() or size != path.stat().st_size):
                 self.storage.get(f"{self.name}/{METRICS}", path)

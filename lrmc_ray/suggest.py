@@ -31,6 +31,7 @@ from lrmc_ray.config import AUTOMATIC, ParameterRange, RunSettings
 from lrmc_ray.console import progress, run_command, setup_logging
 from lrmc_ray.errors import DataError
 from lrmc_ray.ray_session import RAY_LOG, ray_session
+from lrmc_ray.storage import check_storage
 
 if TYPE_CHECKING:
     from lrmc_ray.method.subsets import CandidateSets
@@ -233,7 +234,7 @@ def with_ranges(settings: RunSettings, found: Mapping[str, Mapping[str, Any]]) -
 
 def main(argv: Sequence[str]) -> int:
     """The command ``lrmc suggest``."""
-    from lrmc_ray.cli import add_run_arguments, refuse_storage, settings_from
+    from lrmc_ray.cli import add_run_arguments, settings_from
 
     parser = argparse.ArgumentParser(
         prog="lrmc suggest",
@@ -244,12 +245,19 @@ def main(argv: Sequence[str]) -> int:
     arguments = parser.parse_intermixed_args(argv)
     setup_logging(arguments.verbose)
     settings = settings_from(arguments)
-    refuse_storage(settings, "suggest")
+    storage = settings.resources.storage
+    if storage is not None:
+        check_storage(storage)
     wide = {name: ParameterRange(range="auto") for name in AUTOMATIC}
     settings = settings.model_copy(update={"parameters": {**settings.parameters, **wide}})
     from lrmc_ray.record import record
 
-    with ray_session(arguments.address, log=arguments.output / RAY_LOG, verbose=arguments.verbose):
+    with ray_session(
+        arguments.address,
+        log=arguments.output / RAY_LOG,
+        verbose=arguments.verbose,
+        storage=storage,
+    ):
         recorded = record(settings, arguments.output)
     rows = tau_table(recorded_candidates(recorded), _taus(settings))
     found = {

@@ -42,7 +42,7 @@ from lrmc_ray.ray_session import (
     worker_slots,
 )
 from lrmc_ray.run_files import CHECKPOINT_NOW, CHECKPOINTS, LEDGER, METRICS, MODEL
-from lrmc_ray.storage import Storage, check_storage
+from lrmc_ray.storage import Storage, check_storage, open_storage, publish_model
 from lrmc_ray.stored_record import StoredRecord
 from lrmc_ray.stored_run import RAY, RESERVATION, StoredRun
 
@@ -63,13 +63,19 @@ class TrainingError(LrmcError):
 
 
 def train(
-    settings: RunSettings, record: Path, directory: Path, *, rung: "Rung | None" = None
+    settings: RunSettings,
+    record: Path,
+    directory: Path,
+    *,
+    rung: "Rung | None" = None,
+    stored_as: str | None = None,
 ) -> Path:
     """Train as ``settings.train`` says and leave the model in ``directory / "model"``.
 
     Needs a running Ray session. A call that was interrupted goes on from the newest checkpoint; a
     finished one returns at once. A run that ends at its ``rung`` leaves no model, and its manifest
-    says ``pruned``.
+    says ``pruned``. With a storage the run is kept there, too, under the name ``stored_as``, by
+    default one that says what it was made with; ``directory`` is on this node.
 
     Raises:
         TrainingError: the workers failed; the message has the cause.
@@ -86,7 +92,7 @@ def train(
         _claim(directory, run_identity(settings, record))
         if is_finished(directory):
             return directory
-        stored = _stored_run(settings, record, directory)
+        stored = _stored_run(settings, record, directory, stored_as)
         if stored is not None and stored.is_finished():
             stored.fetch_finished()
             return directory
@@ -118,14 +124,15 @@ def train(
     return directory
 
 
-def _stored_run(settings: RunSettings, record: Path, directory: Path) -> StoredRun | None:
+def _stored_run(
+    settings: RunSettings, record: Path, directory: Path, name: str | None
+) -> StoredRun | None:
     """The run in the storage; None where all nodes share the disk."""
-    from lrmc_ray.record import open_storage
-
-    storage = open_storage(settings)
+    storage = open_storage(settings.resources.storage)
     if storage is None:
         return None
-    return StoredRun(storage, f"training/{fingerprint(run_identity(settings, record))}", directory)
+    name = name or f"training/{fingerprint(run_identity(settings, record))}"
+    return StoredRun(storage, name, directory)
 
 
 def with_steps(settings: RunSettings, record: Path) -> RunSettings:
@@ -235,8 +242,6 @@ def _trainer(
 ) -> Any:
     from ray.train import FailureConfig, RunConfig, ScalingConfig
 
-    from lrmc_ray.record import publish_model
-
     release_orphaned_groups()
     resources = settings.resources
     where: dict[str, Any] = {"storage_path": str(scratch.resolve())}
@@ -340,9 +345,10 @@ def _interruptible(
         if not future.done():
             _log.warning("stopping; waiting up to %.0f s for a checkpoint", STOP_SECONDS)
             asked = directory / CHECKPOINT_NOW
-            asked.touch()
             if stored is not None:
                 stored.ask()
+            else:
+                asked.touch()
             deadline = time.monotonic() + STOP_SECONDS
             while (
                 (stored.is_asked() if stored else asked.exists())

@@ -151,7 +151,13 @@ class TrainingRun:
         self._usage = Usage(device)
         self.best: dict[str, float] = {}
         self.early_stopping = (
-            EarlyStopping(rung, directory=directory, model_directory=model_directory, group=group)
+            EarlyStopping(
+                rung,
+                directory=directory,
+                model_directory=model_directory,
+                group=group,
+                stored=stored,
+            )
             if rung is not None
             else None
         )

@@ -18,10 +18,12 @@ from typing import Any
 from lrmc_ray.artifacts import is_finished, read_manifest, write_json, write_manifest
 from lrmc_ray.config import RunSettings, trial_settings
 from lrmc_ray.early_stopping import Decision, Rung, read_decision, rung_of
-from lrmc_ray.errors import LrmcError
+from lrmc_ray.errors import DiskError, LrmcError
 from lrmc_ray.evaluate import MADE_BY as EVALUATE
 from lrmc_ray.evaluate import Split, evaluate
 from lrmc_ray.run_files import CHECKPOINT_NOW, MODEL, RUNG
+from lrmc_ray.storage import open_storage
+from lrmc_ray.stored_run import StoredRun
 from lrmc_ray.train import MADE_BY as TRAIN
 from lrmc_ray.train import train, with_steps
 
@@ -33,6 +35,9 @@ PROCESSES = "processes.jsonl"
 """The processes in which a trial ran, one a line, the last one last: so the search can stop it."""
 RESULT = "result.json"
 FAILURE = "failure.json"
+TRIALS = "trials"
+BASE_SCORES = "base_scores"
+"""In a storage, what trials compare with on the way."""
 DIED = "its process died"
 RUNG_STEP, RUNG_VALUE, RUNG_FORGETTING = "rung/step", "rung/value", "rung/forgetting"
 """What Tune is told of a trial that was scored on the way."""
@@ -46,7 +51,7 @@ class ObjectiveError(LrmcError):
 
 def trial_directory(study_directory: Path, number: int) -> Path:
     """Where trial ``number`` keeps everything."""
-    return study_directory / "trials" / f"{number:04d}"
+    return study_directory / TRIALS / f"{number:04d}"
 
 
 def run_trial(
@@ -56,8 +61,11 @@ def run_trial(
     study_directory: str,
     record: str,
     base_scores: str,
+    stored_as: str | None = None,
 ) -> dict[str, float]:
     """Train and score the trial ``config``; returns the metrics that Tune is told, once.
+
+    ``stored_as`` names the study in the storage, where the workers share no disk with this process.
 
     Raises:
         LrmcError: the trial failed; the cause is in its ``failure.json`` as well.
@@ -68,14 +76,22 @@ def run_trial(
         run = RunSettings.model_validate(dict(settings))
         tuned = trial_settings(run.train, {**config["params"], **config["overrides"]})
         run = with_steps(run.model_copy(update={"train": tuned}), Path(record))
+        own, trials, base = None, str(directory.parent.resolve()), str(Path(base_scores).resolve())
+        if stored_as is not None:
+            trials, base = f"{stored_as}/{TRIALS}", f"{stored_as}/{BASE_SCORES}"
+            own = f"{trials}/{directory.name}"
         rung = rung_of(
             run,
             number=config["number"],
             role=config["role"],
-            trials=directory.parent,
-            base_scores=Path(base_scores),
+            trials=trials,
+            base_scores=base,
         )
-        return train_and_score(run, directory, Path(record), Path(base_scores), rung=rung)
+        result = train_and_score(
+            run, directory, Path(record), Path(base_scores), rung=rung, stored_as=own
+        )
+        leave_storage(run, own)
+        return result
 
     metrics: dict[str, float] = attempt(directory, str(config["number"]), work)["results"]
     return metrics | _rung_metrics(directory / "training")
@@ -134,6 +150,7 @@ def train_and_score(
     rung: Rung | None = None,
     split: Split = "dev",
     general_from: Path | None = None,
+    stored_as: str | None = None,
 ) -> dict[str, Any]:
     """Train, score against ``base`` and compare; what a trial's result holds.
 
@@ -145,13 +162,15 @@ def train_and_score(
         rung: where the trial may be stopped early; then it has no results.
         split: which questions the domain's task asks.
         general_from: scores of the same model whose general tasks are taken over.
+        stored_as: name of the trial in the storage.
 
     Raises:
         ObjectiveError: a score is not finite.
     """
     from lrmc_ray.scores import Scores, compare
 
-    training = train(settings, record, directory / "training", rung=rung)
+    stored_run = f"{stored_as}/training" if stored_as else None
+    training = train(settings, record, directory / "training", rung=rung, stored_as=stored_run)
     trained = read_manifest(training, made_by=TRAIN)
     train_cost = {
         "train_seconds": trained["train_seconds"],
@@ -177,6 +196,7 @@ def train_and_score(
         base=base,
         general_from=general_from,
         here=True,
+        stored_as=f"{stored_run}/{MODEL}" if stored_run else None,
     )
     scored = read_manifest(scores, made_by=EVALUATE)
     search = settings.search
@@ -199,6 +219,17 @@ def train_and_score(
         "train": settings.train.model_dump(mode="json"),
         "cost": {**train_cost, "evaluate_seconds": scored["seconds"]},
     }
+
+
+def leave_storage(settings: RunSettings, stored_as: str | None) -> None:
+    """Remove what a run that has ended, and whose model is here, has in the storage."""
+    storage = open_storage(settings.resources.storage)
+    if storage is None or stored_as is None:
+        return
+    try:
+        StoredRun(storage, f"{stored_as}/training", Path()).clear()
+    except DiskError as error:  # its result is here
+        _log.warning("%s is left in the storage: %s", stored_as, error)
 
 
 def read_result(directory: Path, result_file: str = RESULT) -> dict[str, Any] | None:

@@ -13,6 +13,7 @@ import json
 import logging
 import math
 import platform
+import secrets
 import shutil
 import sys
 import threading
@@ -45,6 +46,8 @@ from lrmc_ray.ray_session import (
     release_orphaned_groups,
     worker_slots,
 )
+from lrmc_ray.run_files import RUNG
+from lrmc_ray.storage import check_storage, open_storage
 
 if TYPE_CHECKING:
     import optuna
@@ -56,6 +59,8 @@ _log = logging.getLogger(__name__)
 
 STUDY_FILE = "study.json"
 SETTINGS_FILE = "settings.json"
+STORED_AS = "stored_as"
+"""In ``study.json``, the study's name in the storage."""
 BEST_MODEL = "best_model"
 MLFLOW_UI = "http://127.0.0.1:5000"
 """Where `mlflow ui` listens by default."""
@@ -238,6 +243,7 @@ class Search:
         settings = self.settings.model_copy(
             update={"resources": self.settings.resources.model_copy(update={"workers": workers})}
         )
+        stored_as = self._enter_storage(base)
         searcher = StudySearcher(queue, lambda *change: self._on_change(study, queue, *change))
         scratch = self.directory / "tune"
         shutil.rmtree(scratch, ignore_errors=True)
@@ -248,6 +254,7 @@ class Search:
                 study_directory=str(self.directory),
                 record=str(recorded),
                 base_scores=str(base),
+                stored_as=stored_as,
             ),
             {TRIAL_SLOT: 1},
         )
@@ -282,6 +289,33 @@ class Search:
         if failure:
             raise failure[0]
         shutil.rmtree(scratch, ignore_errors=True)
+
+    def _enter_storage(self, base: Path) -> str | None:
+        """Bring to the storage what trials compare with on the way; the study's name in it.
+
+        None where all nodes share the disk.
+        """
+        from lrmc_ray.scores import ITEMS_FILE
+        from lrmc_ray.trial import BASE_SCORES, TRIALS
+
+        storage = open_storage(self.settings.resources.storage)
+        if storage is None:
+            return None
+        # One of its own, that nobody has written to: what is there belongs to these very trials.
+        name: str = self.description.setdefault(
+            STORED_AS, f"studies/{self.description['id']}-{secrets.token_hex(4)}"
+        )
+        self.write()
+        storage.publish(f"{name}/{BASE_SCORES}", {ITEMS_FILE: base / ITEMS_FILE})
+        for path in (self.directory / TRIALS).glob(f"*/training/{RUNG}"):
+            storage.put(path, f"{name}/{path.relative_to(self.directory).as_posix()}")
+        return name
+
+    def leave_storage(self) -> None:
+        """Remove what a search that has ended left there."""
+        storage = open_storage(self.settings.resources.storage)
+        if storage is not None and STORED_AS in self.description:
+            storage.delete_all(self.description[STORED_AS])
 
     def shares(self) -> tuple[int, tuple[int, int]]:
         """Trials side by side, and the fewest and most workers of each."""
@@ -723,8 +757,10 @@ def tune(search: Search, address: str, *, verbose: bool) -> None:
             )
         )
         search.tracker.log_artifact(search.directory / SETTINGS_FILE, "config")
-        stack.enter_context(ray_session(address, log=search.directory / RAY_LOG, verbose=verbose))
-        check_trial_slots()
+        storage = settings.resources.storage
+        log = search.directory / RAY_LOG
+        stack.enter_context(ray_session(address, log=log, verbose=verbose, storage=storage))
+        check_trial_slots(storage)
         if search.description["forecast"] is None:
             expected = forecast(settings, search.output, slots=search.slots())
             search.description["forecast"] = asdict(expected) if expected else None
@@ -738,6 +774,7 @@ def tune(search: Search, address: str, *, verbose: bool) -> None:
         search.score_finalists()
         search.export()
         search.report()
+        search.leave_storage()
         search.end()
     search.description["trade_off_path"] = search.tracker.trade_off_path
     search.write()
@@ -753,7 +790,7 @@ def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 def main(argv: Sequence[str]) -> int:
     """The command ``python -m lrmc_ray.tune``."""
-    from lrmc_ray.cli import add_run_arguments, refuse_storage, settings_from
+    from lrmc_ray.cli import add_run_arguments, settings_from
 
     parser = argparse.ArgumentParser(
         prog="python -m lrmc_ray.tune",
@@ -781,12 +818,13 @@ def main(argv: Sequence[str]) -> int:
     arguments = parser.parse_intermixed_args(argv)
     setup_logging(arguments.verbose)
     settings = settings_from(arguments)
-    refuse_storage(settings, "tune")
     if arguments.explain:
         from lrmc_ray.explain import explain
 
         explain(settings, arguments.output, as_json=arguments.json)
         return 0
+    if settings.resources.storage is not None:
+        check_storage(settings.resources.storage)
     _check_inputs(settings, arguments.output)
     search = Search(settings, arguments.output, arguments.tracking_uri, arguments.experiment)
     with lock_directory(search.directory):

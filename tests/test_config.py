@@ -150,7 +150,7 @@ RULES = {
     "train.lora_targets": patterns,
     "train.packing": lambda value: type(value) is bool,
     # 0 is taken for false.
-    "train.gradient_checkpointing": lambda value: value in (False, "selective", "full"),
+    "train.gradient_checkpointing": lambda value: value in ("auto", False, "selective", "full"),
     "train.keep_checkpoints": whole(1),
     "train.evaluate_every": whole(0),
     "train.holdout_share": number(lambda x: 0 < x < 1),
@@ -400,7 +400,9 @@ def test_an_unknown_setting_is_an_error_with_the_nearest_name_of_its_section(ove
 @pytest.mark.parametrize("value", ["true", "False", "none"])
 def test_choices_are_named_as_toml_writes_them(value):
     message = error_of(f"train.gradient_checkpointing={value}")
-    assert "train.gradient_checkpointing must be false, 'selective' or 'full', got " in message
+    assert (
+        "train.gradient_checkpointing must be 'auto', false, 'selective' or 'full', got " in message
+    )
 
 
 def test_all_broken_settings_are_reported_at_once():

@@ -4,7 +4,6 @@ import dataclasses
 import json
 import statistics
 import threading
-from pathlib import Path
 
 import pytest
 import torch
@@ -163,7 +162,7 @@ def settings_with(search, **sections):
 
 
 def rung_for(settings, role="search"):
-    return rung_of(settings, number=3, role=role, trials=Path("t"), base_scores=Path("b"))
+    return rung_of(settings, number=3, role=role, trials="t", base_scores="b")
 
 
 def test_where_a_trial_is_scored_on_the_way():

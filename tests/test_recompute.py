@@ -166,6 +166,16 @@ def test_a_layer_keeps_what_it_should():
         assert per_layer == 4 * expected * IDS_BT.numel() + random_state, which
 
 
+def test_a_model_that_transformers_cannot_do_it_with_is_left_alone_unless_it_was_asked_for():
+    model = make_model("llama", False)
+    model.supports_gradient_checkpointing = False
+    expected = step(make_model("llama", False))
+    recompute_activations(model, "auto")
+    assert_same(step(model), expected)
+    with pytest.raises(ValueError, match="does not support"):
+        recompute_activations(model, "selective")
+
+
 def test_a_model_that_computes_no_gradient_is_left_alone():
     expected, model = make_model("llama", False), make_model("llama", "selective")
     for one in (expected, model):

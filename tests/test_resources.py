@@ -154,6 +154,20 @@ def test_a_cluster_without_places_for_trials_is_refused(cluster, monkeypatch):
         check_trial_slots()
 
 
+def test_with_a_storage_trials_run_where_the_command_does(cluster, monkeypatch):
+    """They keep what they make in the command's output directory, which no other node sees."""
+    import ray
+
+    check_trial_slots("s3://bucket/runs")
+    nodes = [node | {"Resources": node["Resources"] | {TRIAL_SLOT: 64.0}} for node in ray.nodes()]
+    own = ray.get_runtime_context().get_node_id()
+    (other,) = (node["NodeManagerAddress"] for node in nodes if node["NodeID"] != own)
+    monkeypatch.setattr("ray.nodes", lambda: nodes)
+    check_trial_slots()  # with a shared disk they may run anywhere
+    with pytest.raises(ResourceError, match=rf"no other may have it; {other} has it"):
+        check_trial_slots("s3://bucket/runs")
+
+
 # What nodes must see
 
 

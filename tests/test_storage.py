@@ -251,7 +251,7 @@ def nobody():
     ("kind", "command"),
     [
         *(("bucket", stage), ("credentials", stage), ("nobody", stage), ("silent", stage)),
-        ("bucket", train),
+        *(("bucket", command) for command in (train, tune, evaluate, suggest, compare)),
     ],
     ids=lambda value: getattr(value, "__name__", value),
 )
@@ -282,18 +282,6 @@ def test_a_storage_that_does_not_work_ends_a_command_soon_with_one_error(
     assert KEY not in shown.err
     assert SECRET not in shown.err
     assert not (tmp_path / "o").exists()
-
-
-@pytest.mark.parametrize(
-    "command", [tune, evaluate, suggest, compare], ids=lambda m: m.__name__[9:]
-)
-def test_commands_that_need_a_shared_disk_say_so(command, uri, tmp_path, capsys):
-    argv = ["--storage", uri, "--output", str(tmp_path / "o")]
-    argv += ["--tuned", str(tmp_path)] if command is evaluate else []
-    assert run_command(command.main, argv) == 3
-    error = capsys.readouterr().err
-    assert "needs an output directory that all nodes share" in error
-    assert "--output DIR on a shared file system" in error
 
 
 @pytest.mark.parametrize("command", [tune, evaluate, suggest, compare, stage, train])

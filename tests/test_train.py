@@ -69,8 +69,11 @@ def test_every_setting_of_train_has_a_flag_that_says_the_same():
 def test_flags_win_over_overrides():
     made = settings_of("train.lr=1e-3", "--lr", "1e-4", "--lora-rank", "8", "--precision", "bf16")
     assert (made.train.lr, made.train.lora_rank, made.train.precision) == (1e-4, 8, "bf16")
-    assert made.train.gradient_checkpointing is False
-    for text, value in (("false", False), ("selective", "selective"), ("full", "full")):
+    assert made.train.gradient_checkpointing == "auto"
+    for text, value in (
+        ("false", False),
+        *((name, name) for name in ("auto", "selective", "full")),
+    ):
         assert settings_of("--gradient-checkpointing", text).train.gradient_checkpointing == value
     assert settings_of() == load_settings(None)
 

@@ -11,6 +11,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
+from lrmc_ray import recompute
 from lrmc_ray.artifacts import write_manifest
 from lrmc_ray.checkpoints import list_checkpoints
 from lrmc_ray.config import TrainSettings
@@ -528,10 +529,10 @@ def test_recomputed_activations_give_the_same_bits(start, tmp_path, undisturbed,
     assert_same(model_of(tmp_path / "training"), model_of(undisturbed.whole))
 
 
-def test_the_setting_says_what_is_computed_again(start):
+def test_the_setting_says_what_is_computed_again(start, monkeypatch):
     """In each of two layers seven products; of a whole one all but the last."""
     calls = {}
-    for which in (False, "selective", "full"):
+    for which in (False, "selective", "full", "auto"):
         run = start(gradient_checkpointing=which, evaluate_every=1)
         with Counted() as counted:
             run._hidden(run.held_out[0]).sum().backward()
@@ -540,6 +541,14 @@ def test_the_setting_says_what_is_computed_again(start):
     assert activations == 2
     assert calls["selective"] == [products, 4]
     assert calls["full"] == [products + 2 * 6, 4]
+    assert calls["auto"] == calls[False]
+    # The same model, once a batch has as many tokens as count for many.
+    tokens = run.held_out[0].input_ids_BT.numel()
+    for many, expected in ((tokens + 1, False), (tokens, "selective")):
+        monkeypatch.setattr(recompute, "MANY_TOKENS", many)
+        with Counted() as counted:
+            run._hidden(run.held_out[0]).sum().backward()
+        assert [counted.calls[name] for name in ("mm", "silu")] == calls[expected]
 
 
 @pytest.mark.parametrize("changes", [{"packing": False}, {"lora_rank": 4}, {"precision": "bf16"}])

@@ -5,6 +5,7 @@ A file of its own, and so a cluster of its own.
 
 import json
 
+import pytest
 import torch
 from safetensors.torch import load_file
 
@@ -25,10 +26,12 @@ from tests.cluster.test_cluster import (
 )
 
 
-def test_hosts_that_share_no_disk_train_by_way_of_a_storage(hosts, up, tmp_path):  # noqa: F811
+@pytest.fixture(scope="module")
+def storage(hosts, up, tmp_path_factory):  # noqa: F811
     """An S3-compatible server on the laptop; data, model and output are on the head alone."""
     address = f"{hosts.hosts['laptop'].address}:9000"
-    hosts.start("laptop", "moto_server -H 0.0.0.0 -p 9000", tmp_path / "moto.log")
+    log = tmp_path_factory.mktemp("storage") / "moto.log"
+    hosts.start("laptop", "moto_server -H 0.0.0.0 -p 9000", log)
     for name in HOSTS:
         home = hosts.directory / f"home_{name}" / ".aws"
         home.mkdir()
@@ -39,11 +42,28 @@ def test_hosts_that_share_no_disk_train_by_way_of_a_storage(hosts, up, tmp_path)
     make = f"python -c \"import boto3; {make}.create_bucket(Bucket='runs')\""
     wait_for(lambda: hosts.run("laptop", make, check=False).returncode == 0, "bucket", seconds=60)
     on_head(hosts, "cp -r /mnt/shared/model /mnt/shared/my.jsonl ~")
-    uri = f"s3://runs/lrmc?endpoint_override={address}&scheme=http&region=us-east-1"
+    return f"s3://runs/lrmc?endpoint_override={address}&scheme=http&region=us-east-1"
+
+
+def assert_nothing_shared(hosts):  # noqa: F811
+    for name in ("worker1", "worker2"):
+        home = hosts.directory / f"home_{name}"
+        assert not (home / "runs").exists()
+        assert list(home.glob(".cache/lrmc_ray/storage/*/models/*/model.safetensors")), name
+        assert not list(home.glob(".cache/lrmc_ray/storage/*/scoring-*")), name
+
+
+def assert_same_model(one, other):
+    ours, theirs = (load_file(d / MODEL / "model.safetensors") for d in (one, other))
+    assert ours.keys() == theirs.keys()
+    assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+
+
+def test_hosts_that_share_no_disk_train_by_way_of_a_storage(hosts, storage, tmp_path):  # noqa: F811
     settings = [s for s in SETTINGS if not s.startswith(("train.steps", "train.checkpoint"))]
     command = (
-        f"cd ~ && python -m lrmc_ray.train --address auto --output runs --storage '{uri}' --json "
-        "--space smoke --model /root/model --train-data my.jsonl train.steps=12 "
+        f"cd ~ && python -m lrmc_ray.train --address auto --output runs --storage '{storage}' "
+        "--json --space smoke --model /root/model --train-data my.jsonl train.steps=12 "
         f"train.checkpoint_every=3 'resources.workers=[2, 2]' {' '.join(settings)}"
     )
     done = on_head(hosts, command, timeout=400, check=False)
@@ -52,16 +72,43 @@ def test_hosts_that_share_no_disk_train_by_way_of_a_storage(hosts, up, tmp_path)
     assert manifest["world_size"] == 2
     assert manifest["ledger"]["is_exact"] is True
     theirs = hosts.directory / "home_head" / manifest["directory"]
-    for name in ("worker1", "worker2"):
-        home = hosts.directory / f"home_{name}"
-        assert not (home / "runs").exists()
-        assert list(home.glob(".cache/lrmc_ray/storage/*/models/*/model.safetensors")), name
+    assert_nothing_shared(hosts)
     own = record_alone(hosts.shared, tmp_path)
     assert parts(next(theirs.parents[1].glob("records/*"))) == parts(own)
     identity = {key: value for key, value in manifest["identity"].items() if key != "record"}
     trained = validate(TrainSettings, identity, "test")
     alone = train_alone(trained, own, hosts.shared / "model", tmp_path / "alone_stored")
-    one, other = (load_file(d / MODEL / "model.safetensors") for d in (theirs, alone))
-    assert one.keys() == other.keys()
-    assert all(torch.equal(one[name], other[name]) for name in one)
+    assert_same_model(theirs, alone)
     assert used(theirs) == used(alone)
+
+
+def test_hosts_that_share_no_disk_search_by_way_of_a_storage(hosts, storage, tmp_path):  # noqa: F811
+    """Trials are trained and scored on other hosts than the one that has all their files."""
+    settings = [s for s in SETTINGS if not s.startswith(("train.steps", "search.trials"))]
+    command = (
+        f"cd ~ && python -m lrmc_ray.tune --address auto --output runs --storage '{storage}' "
+        "--space smoke --model /root/model --train-data my.jsonl train.steps=6 search.trials=3 "
+        "search.early_stopping=median search.early_stopping_trials=2 search.early_stopping_items=4 "
+        f"'resources.workers=[2, 2]' --json {' '.join(settings)}"
+    )
+    done = on_head(hosts, command, timeout=500, check=False)
+    assert done.returncode == 0, done.stderr[-5000:]
+    assert_nothing_shared(hosts)
+    runs = hosts.directory / "home_head" / "runs"
+    (study,) = (json.loads(path.read_text()) for path in runs.glob("smoke-*/study.json"))
+    rungs = [trial["rung"] for trial in study["trials"]]
+    for number, rung in enumerate(rungs):
+        assert rung["others"] == {str(n): rungs[n]["value"] for n in range(number)}
+    own = record_alone(hosts.shared, tmp_path)
+    for trial in study["trials"][:2]:  # those that may not be stopped
+        assert trial["state"] == "COMPLETE"
+        trained = validate(TrainSettings, trial["settings"], "test")
+        name = f"alone_{trial['number']}"
+        alone = train_alone(trained, own, hosts.shared / "model", tmp_path / name)
+        assert_same_model(runs / study["id"] / trial["directory"] / "training", alone)
+    left = on_head(
+        hosts,
+        'python -c "from lrmc_ray.storage import Storage; '
+        f"s = Storage('{storage}'); print(s.children('studies'), s.children('scoring'))\"",
+    ).stdout
+    assert left.split() == ["{}", "{}"]
