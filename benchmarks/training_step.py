@@ -17,6 +17,7 @@ before it had the model, so weights, gradients and moments are in it.
     default          as `python -m lrmc_ray.train`: with the anchor, in 4 micro-batches
     ..., selective   with train.gradient_checkpointing = "selective"
     ..., layers      with train.gradient_checkpointing = "full"
+    ..., compiled    with train.compile_optimizer = true
 
 The samples are those of the NL2SQL demo, or with --data ct radio exam questions (built by
 scripts/build_ct.py), whose prompts share the beginning of the chat template alone. With --length
@@ -47,6 +48,7 @@ RECOMPUTE: dict[str, Literal["selective", "full"]] = {
 }
 VARIANTS = (
     *("trainer", "sft", "full, padded", "full", "restricted", "anchored", "default"),
+    "restricted, compiled",
     *RECOMPUTE,
 )
 LR = 1e-5
@@ -122,7 +124,12 @@ def run_ours(args: argparse.Namespace, samples: Sequence[Any], name: str) -> lis
     steps = train(
         lambda batch: batch_hidden_states(model, batch),
         head_of(model),
-        make_optimizer("adamw" if is_full else "moclip", model.parameters(), lr=LR),
+        make_optimizer(
+            "adamw" if is_full else "moclip",
+            model.parameters(),
+            lr=LR,
+            **({"compiled": True} if name.endswith("compiled") else {}),
+        ),
         lambda step: list(samples[step * args.batch_size : (step + 1) * args.batch_size]),
         LossSettings(
             "full" if is_full else "restricted",

@@ -25,11 +25,12 @@ from lrmc_ray.checkpoints import discard_after, load_checkpoint, load_newest, sa
 from lrmc_ray.config import TrainSettings
 from lrmc_ray.data.records import Records
 from lrmc_ray.early_stopping import EarlyStopping, Rung
-from lrmc_ray.errors import DataError, DirectoryInUseError
+from lrmc_ray.errors import ConfigError, DataError, DirectoryInUseError
 from lrmc_ray.ledger import Ledger, read_ledger
 from lrmc_ray.method.held_out import held_out_batches, held_out_nll
 from lrmc_ray.method.l2_sp import StartingPoint
 from lrmc_ray.method.microbatch import MicroBatch, Sample, collate, deal
+from lrmc_ray.method.moclip import MoClip
 from lrmc_ray.method.optimizers import make_optimizer
 from lrmc_ray.method.probe import outside_mass
 from lrmc_ray.method.subsets import CandidateSets, select_candidates
@@ -234,6 +235,7 @@ class TrainingRun:
             result = None
             last = time.monotonic()
             for result in self._steps():
+                self._check_compiled()
                 seconds = time.monotonic() - last
                 done = result.step + 1
                 self._count(result)
@@ -260,6 +262,17 @@ class TrainingRun:
                     break
                 last = time.monotonic()
         return result
+
+    def _check_compiled(self) -> None:
+        """Refuse to go on uncompiled: other workers, or this one later, would round otherwise."""
+        optimizer = self.optimizer
+        if self.settings.compile_optimizer and isinstance(optimizer, MoClip):
+            if optimizer.compiled:
+                return
+            raise ConfigError(
+                "train.compile_optimizer = true needs a C++ compiler on every node, and there is "
+                "none that works on this one; install one (apt install g++), or set it to false"
+            )
 
     def _steps(self) -> Iterator[StepResult]:
         settings = self.settings
@@ -595,6 +608,7 @@ def _optimizer_options(settings: TrainSettings) -> dict[str, Any]:
         "angle": settings.angle,
         "second_moment": settings.second_moment,
         "atan2_scale": settings.atan2_scale,
+        "compiled": settings.compile_optimizer,
     }
     if settings.optimizer == "moclip":
         options |= {"delta_max": settings.delta_max, "clip": settings.clip}
