@@ -87,8 +87,8 @@ def test_measured_costs_are_scaled_to_the_steps_of_the_search(settings, tmp_path
     assert (found.concurrent, found.workers) == (2, 1)
     assert found.train_seconds == pytest.approx(180.0)
     assert found.evaluate_seconds == 12.0
-    # Record, base, four rounds of two trials with 15 s to start, and the final scoring.
-    assert found.seconds == pytest.approx(30 + 20 + 4 * (180 + 12 + 15) + 10 + 6)
+    # Record, base, four rounds of two trials with 5 s to start, and the final scoring.
+    assert found.seconds == pytest.approx(30 + 20 + 4 * (180 + 12 + 5) + 10 + 6)
     assert "median of 3 finished trials" in found.basis
 
 
