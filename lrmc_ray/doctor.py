@@ -27,6 +27,7 @@ from typing import Literal
 
 from lrmc_ray.console import run_command, setup_logging
 from lrmc_ray.errors import LrmcError
+from lrmc_ray.storage import check_storage
 
 LEAST_FREE_GB = 10.0
 LEAST_MEMORY_GB = 6.0
@@ -236,6 +237,15 @@ def check_mlflow(uri: str) -> Finding:
         )
 
 
+def check_stored(uri: str) -> Finding:
+    """Whether an object can be written to the storage, read and removed."""
+    try:
+        check_storage(uri)
+    except LrmcError as error:
+        return Finding("storage", "failed", str(error), "docs/storage.md says what it takes")
+    return Finding("storage", "ok", f"{uri} can be written, read and cleared from here")
+
+
 def check_cluster_file(path: Path) -> Iterator[Finding]:
     """Ray's validation of a cluster file, our rules, and what is still to be filled in."""
     from lrmc_ray.cluster_file import load_cluster, placeholders, problems
@@ -261,21 +271,27 @@ def check_cluster_file(path: Path) -> Iterator[Finding]:
         yield Finding(name, "ok", "filled in, and no rule is broken")
 
 
-def check_cluster(address: str, output: Path) -> Iterator[Finding]:
-    """A running cluster: its nodes, the places for trials, the output directory on every node."""
+def check_cluster(address: str, output: Path, storage: str | None = None) -> Iterator[Finding]:
+    """A running cluster: its nodes, the places for trials, what every node must reach.
+
+    That is the storage, or without one the output directory.
+    """
     from lrmc_ray.ray_session import RAY_LOG, check_trial_slots, cluster_nodes, ray_session
 
     try:
-        with ray_session(address, log=output / RAY_LOG):
+        with ray_session(address, log=output / RAY_LOG, storage=storage):
             nodes = cluster_nodes()
             for node in nodes:
                 has = {k: v for k, v in node.resources.items() if not k.startswith("node:")}
                 seen = ", ".join(f"{value:g} {key}" for key, value in sorted(has.items()))
                 count = f"{node.count} more of: " if node.count > 1 else ""
                 yield Finding("node", "ok", count + seen)
-            yield Finding("shared output", "ok", f"{output.resolve()} is seen by every node")
+            if storage is None:
+                yield Finding("shared output", "ok", f"{output.resolve()} is seen by every node")
+            else:
+                yield Finding("shared storage", "ok", f"{storage} is read by every node")
             try:
-                check_trial_slots()
+                check_trial_slots(storage)
             except LrmcError as error:
                 yield Finding("trial slots", "failed", str(error))
     except LrmcError as error:
@@ -297,6 +313,9 @@ def main(argv: Sequence[str]) -> int:
         help="a cluster file for `ray up`, before it is used",
     )
     parser.add_argument("--address", metavar="A", help="a running cluster: auto, or host:port")
+    parser.add_argument(
+        "--storage", metavar="URI", help="the object store of nodes that share no directory"
+    )
     parser.add_argument("--tracking-uri", metavar="URI", help="the MLflow server or database")
     parser.add_argument("--json", action="store_true", help="the findings as one JSON object")
     arguments = parser.parse_args(argv)
@@ -332,8 +351,10 @@ def examine(arguments: argparse.Namespace) -> Iterator[Finding]:
     yield from check_disk(arguments.output)
     yield from check_token()
     yield check_mlflow(arguments.tracking_uri or default_tracking_uri(arguments.output))
+    if arguments.storage is not None:
+        yield check_stored(arguments.storage)
     if arguments.address is not None:
-        yield from check_cluster(arguments.address, arguments.output)
+        yield from check_cluster(arguments.address, arguments.output, arguments.storage)
 
 
 if __name__ == "__main__":

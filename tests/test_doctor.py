@@ -1,6 +1,7 @@
 """`lrmc doctor`: what it sees, against the machine itself, and what it advises."""
 
 import argparse
+import contextlib
 import http.server
 import importlib.metadata
 import json
@@ -178,6 +179,34 @@ def test_a_cluster_that_does_not_answer_is_a_finding(tmp_path, monkeypatch):
     assert (found.check, found.status) == ("cluster", "failed")
 
 
+def test_a_storage_is_tried_here_and_on_the_nodes_of_a_cluster(tmp_path, monkeypatch):
+    import ray
+
+    from lrmc_ray import ray_session
+
+    uri = (tmp_path / "files").as_uri()
+    found = doctor.check_stored(uri)
+    assert (found.status, found.seen) == ("ok", f"{uri} can be written, read and cleared from here")
+    assert list((tmp_path / "files").iterdir()) == []
+    asked = {}
+
+    @contextlib.contextmanager
+    def joined(address, **options):
+        asked[address] = options["storage"]
+        yield
+
+    def slots(storage):
+        asked["slots"] = storage
+
+    monkeypatch.setattr(ray_session, "ray_session", joined)
+    monkeypatch.setattr(ray_session, "check_trial_slots", slots)
+    monkeypatch.setattr(ray_session, "cluster_nodes", list)
+    assert not ray.is_initialized()
+    (seen,) = doctor.check_cluster("auto", tmp_path, uri)
+    assert (seen.check, seen.seen) == ("shared storage", f"{uri} is read by every node")
+    assert asked == {"auto": uri, "slots": uri}
+
+
 def test_the_exit_code_says_whether_something_failed(tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("LRMC_CACHE", str(tmp_path))
     monkeypatch.setenv("RAY_AUTH_TOKEN_PATH", str(tmp_path / "token"))
@@ -192,9 +221,12 @@ def test_the_exit_code_says_whether_something_failed(tmp_path, monkeypatch, caps
 def test_every_failure_has_a_remedy(tmp_path, monkeypatch):
     (tmp_path / "file").write_text("")
     arguments = argparse.Namespace(
-        cluster=None, address=None, output=tmp_path / "file", tracking_uri="http://127.0.0.1:9"
+        **{"cluster": None, "address": None, "output": tmp_path / "file"},
+        **{"tracking_uri": "http://127.0.0.1:9", "storage": f"file://{tmp_path}/file/below"},
     )
     monkeypatch.setenv("RAY_AUTH_MODE", "disabled")
     failed = [finding for finding in doctor.examine(arguments) if finding.status == "failed"]
-    assert {"output", "authentication", "mlflow"} <= {finding.check for finding in failed}
+    assert {"output", "authentication", "mlflow", "storage"} <= {
+        finding.check for finding in failed
+    }
     assert all(finding.remedy for finding in failed)
