@@ -45,7 +45,7 @@ from lrmc_ray.ray_session import (
     worker_slots,
 )
 from lrmc_ray.run_files import CHECKPOINTS, MODEL
-from lrmc_ray.storage import check_storage, open_storage
+from lrmc_ray.storage import check_storage, open_storage, publish_report
 
 _log = logging.getLogger(__name__)
 
@@ -715,6 +715,9 @@ def _report(comparing: Comparing, *, as_json: bool) -> None:
     from lrmc_ray.compare_report import as_json_object, console_table, load_table, write_report
 
     files = write_report(comparing.directory)
+    copied = [comparing.directory / COMPARISON_FILE, *files.values()]
+    storage = comparing.space.resources.storage
+    publish_report(storage, comparing.id, {path.name: path for path in copied})
     table = load_table(comparing.directory)
     if as_json:
         print(json.dumps(as_json_object(table)))

@@ -368,6 +368,17 @@ def publish_model(storage: Storage, directory: Path) -> str:
     return name
 
 
+def publish_report(uri: str | None, name: str, files: Mapping[str, Path]) -> None:
+    """Copy a report to ``reports/NAME`` of the storage; one that fails is here and only warns."""
+    storage = open_storage(uri)
+    if storage is None:
+        return
+    try:
+        storage.publish(f"reports/{name}", files)
+    except DiskError as error:
+        _log.warning("the report is not in the storage: %s", error)
+
+
 def files_below(directory: Path) -> dict[str, Path]:
     """The files of a directory by their names in it, hidden ones left out."""
     return {

@@ -47,7 +47,7 @@ from lrmc_ray.ray_session import (
     worker_slots,
 )
 from lrmc_ray.run_files import RUNG
-from lrmc_ray.storage import check_storage, open_storage
+from lrmc_ray.storage import check_storage, open_storage, publish_report
 
 if TYPE_CHECKING:
     import optuna
@@ -647,6 +647,14 @@ class Search:
             for artifact in artifacts:
                 self.tracker.log_artifact(self.directory / artifact["path"], artifact["folder"])
 
+    def publish_report(self) -> None:
+        """Copy what people read to the storage, if there is one: the head may not last."""
+        from lrmc_ray.report import FIGURE_FILE, REPORT_FILE
+
+        names = (SETTINGS_FILE, STUDY_FILE, REPORT_FILE, FIGURE_FILE)
+        files = {name: self.directory / name for name in names}
+        publish_report(self.settings.resources.storage, self.description["id"], files)
+
     @property
     def num_failed(self) -> int:
         """Trials that failed."""
@@ -769,6 +777,7 @@ def tune(search: Search, address: str, *, verbose: bool) -> None:
             search.run_trials(recorded, base)
         except BaseException:
             search.report()
+            search.publish_report()
             _log.info("what there is so far: %s", search.directory / "report.html")
             raise
         search.score_finalists()
@@ -778,6 +787,7 @@ def tune(search: Search, address: str, *, verbose: bool) -> None:
         search.end()
     search.description["trade_off_path"] = search.tracker.trade_off_path
     search.write()
+    search.publish_report()
 
 
 def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

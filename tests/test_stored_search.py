@@ -31,6 +31,7 @@ from tests.tiny import make_data, make_model
 
 torch.set_num_threads(1)
 NAME = "studies/one/trials/0007/training"
+REPORTED = ("study.json", "settings.json", "report.html", "gain_vs_forgetting.png")
 
 
 @pytest.fixture(scope="module")
@@ -268,7 +269,10 @@ def test_a_search_and_an_evaluation_by_way_of_the_storage(
         scored = capsys.readouterr()
         assert code == 0, scored.err
     (study,) = (json.loads(path.read_text()) for path in runs.glob("smoke-*/study.json"))
-    assert {name.partition("/")[0] for name in left} == {"records", "models"}
+    assert {name.partition("/")[0] for name in left} == {"records", "models", "reports"}
+    reported = {name: left[f"reports/{study['id']}/{name}"] for name in REPORTED}
+    assert reported == {name: (runs / study["id"] / name).read_bytes() for name in REPORTED}
+    assert study["state"] == "FINISHED"
     assert study["stored_as"].startswith(f"studies/{study['id']}-")
     rungs = [trial["rung"] for trial in study["trials"]]
     for number, rung in enumerate(rungs):
