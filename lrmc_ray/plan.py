@@ -29,7 +29,6 @@ from lrmc_ray.errors import ConfigError
 from lrmc_ray.forecast import divide, forecast
 from lrmc_ray.ray_session import local_cpus
 from lrmc_ray.record import (
-    EXAMPLES,
     PLAN,
     SORT_WINDOW,
     Preparation,
@@ -38,6 +37,7 @@ from lrmc_ray.record import (
     read_examples,
     without_aliases,
 )
+from lrmc_ray.stored_record import EXAMPLES
 
 if TYPE_CHECKING:
     from lrmc_ray.method.subsets import CandidateSets

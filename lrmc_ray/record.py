@@ -15,6 +15,7 @@ import json
 import logging
 import os
 import shlex
+import shutil
 import sys
 import tempfile
 import time
@@ -38,11 +39,11 @@ from lrmc_ray.artifacts import (
 from lrmc_ray.config import CT, DEMO, ENGLISH, RunSettings
 from lrmc_ray.console import progress, run_command, setup_logging
 from lrmc_ray.data.sources import Source, find_sources, split_domain
-from lrmc_ray.errors import DataError, IncompleteArtifactError
+from lrmc_ray.errors import DataError, DiskError, IncompleteArtifactError
 from lrmc_ray.fault_points import passed
 from lrmc_ray.ray_session import RAY_LOG, check_model_shared, ray_session, worker_slots
 from lrmc_ray.storage import Storage, check_storage, open_storage, publish_model
-from lrmc_ray.stored_record import VIEW, StoredRecord
+from lrmc_ray.stored_record import EXAMPLES, VIEW, StoredRecord
 
 _log = logging.getLogger(__name__)
 
@@ -55,7 +56,6 @@ SHARDS = 64
 """Shards between these bounds; a small data set has fewer, a large one more."""
 MOST_BLOCKS = 2048
 """Parts of the work that Ray Data keeps account of; with more shards, a part has several."""
-EXAMPLES = "examples.parquet"
 PLAN = "plan.json"
 INDEX = "index.parquet"
 """Name and domain of every sample of a record, in its order."""
@@ -130,7 +130,15 @@ def record(settings: RunSettings, output: Path) -> Path:
         return final
     with lock_directory(prepared.partial):
         if not is_finished(final):
-            _record(prepared)
+            try:
+                _record(prepared)
+            except DiskError:
+                raise
+            except Exception:
+                # A command that finishes the same record removes the examples from the storage.
+                if prepared.stored is None or not prepared.stored.is_finished():
+                    raise
+                _take_finished(prepared, prepared.stored)
     return final
 
 
@@ -444,7 +452,9 @@ def _record(prepared: Preparation) -> None:
     kept = {".lock", *done, INDEX, *([REJECTS] if plan["rejected"] else [])}
     if stored is not None:
         stored.put(partial / INDEX, index["sha256"])
-        stored.commit(manifest, [*files, index])
+        if not stored.commit(manifest):
+            _take_finished(prepared, stored)
+            return
         stored.mark(partial)
         kept.add(VIEW)
     for name in os.listdir(partial):
@@ -454,6 +464,17 @@ def _record(prepared: Preparation) -> None:
     passed("record.manifest_written")
     publish(partial, prepared.final, manifest)
     passed("record.published")
+
+
+def _take_finished(prepared: Preparation, stored: StoredRecord) -> None:
+    """Use the record that another command has finished in the storage meanwhile.
+
+    On another kind of processor its numbers may be rounded otherwise; there is one record, not two.
+    """
+    _log.info("another command has finished the record %s; using that one", prepared.final.name)
+    stored.tidy()
+    stored.view(prepared.final)
+    shutil.rmtree(prepared.partial)
 
 
 def _finished_parts(prepared: Preparation, plan: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
@@ -513,11 +534,9 @@ def _bring(final: Path, stored: StoredRecord) -> None:
         for number, part in enumerate(records.parts):
             stored.put(records.part_path(number), part.sha256)
             bar.advance()
-    files = [{"name": part.name, "sha256": part.sha256} for part in records.parts]
     if (index := records.index_path()) is not None:
-        files.append(records.manifest["index"])
         stored.put(index, records.manifest["index"]["sha256"])
-    stored.commit(records.manifest, files)
+    stored.commit(records.manifest)
 
 
 class PartTotals:

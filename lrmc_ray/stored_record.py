@@ -9,7 +9,7 @@ otherwise, and must not change one that the manifest lists.
 import fcntl
 import json
 import shutil
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path, PurePosixPath
 from typing import Any, Self
 
@@ -21,6 +21,8 @@ from lrmc_ray.storage import Storage
 VIEW = "storage.json"
 _DESCRIBED = "described"
 """Below it, what each finished file holds, until the manifest does."""
+EXAMPLES = "examples.parquet"
+"""The tokenized examples of the record that is being made."""
 
 
 class StoredRecord:
@@ -83,19 +85,27 @@ class StoredRecord:
         path = f"{self.storage.root}/{self._key(name, sha256)}"
         return self.storage.filesystem.open_input_file(path)
 
-    def commit(self, manifest: Mapping[str, Any], kept: Iterable[Mapping[str, Any]]) -> None:
-        """Declare the record finished, and remove what is not part of it.
+    def commit(self, manifest: Mapping[str, Any]) -> bool:
+        """Declare the record finished, unless another command has.
 
-        Args:
-            manifest: its content.
-            kept: name and digest of every file.
+        What only its making needs is removed. A file that the manifest does not list stays: another
+        command may be about to list it.
+
+        Returns:
+            Whether ``manifest`` is the record's. If not, that of the other command is.
         """
-        self.storage.write(f"{self._prefix}/{MANIFEST}", json_content(manifest))
-        passed("storage.record_committed", self.name)
+        is_first = not self.is_finished()
+        if is_first:
+            self.storage.write(f"{self._prefix}/{MANIFEST}", json_content(manifest))
+            passed("storage.record_committed", self.name)
+        self.tidy()
+        return is_first
+
+    def tidy(self) -> None:
+        """Remove what only the making of the record needs: it is finished."""
         self.storage.delete_all(f"{self._prefix}/{_DESCRIBED}")
-        names = {PurePosixPath(self._key(file["name"], file["sha256"])).name for file in kept}
         for name, size in self.storage.children(self._prefix).items():
-            if size is not None and name not in names | {MANIFEST}:
+            if size is not None and name.startswith(EXAMPLES.removesuffix("parquet")):
                 self.storage.delete(f"{self._prefix}/{name}")
 
     # Once it is there

@@ -15,6 +15,7 @@ from lrmc_ray.data.records import Records
 from lrmc_ray.method.subsets import CandidateSets, cut
 from lrmc_ray.plan import main
 from lrmc_ray.record import Recorder, record, recorder_options
+from lrmc_ray.stored_record import EXAMPLES
 from tests.tiny import make_data
 
 torch.set_num_threads(1)
@@ -148,7 +149,7 @@ def test_random_rows_are_random_distinct_and_enough(
     monkeypatch.setattr(record_module, "SORT_WINDOW", window)
     monkeypatch.setattr(plan_module, "SORT_WINDOW", window)
     settings = load_settings(None, [f'model.name="{tiny_model}"', f'data.train="{data}"'])
-    path = record_module.prepare(settings, tmp_path).partial / record_module.EXAMPLES
+    path = record_module.prepare(settings, tmp_path).partial / EXAMPLES
     chosen = [plan_module._random_rows(path, 60, 500, seed) for seed in (0, 0, 1)]
     ids = [{row["sample_id"] for row in rows} for rows in chosen]
     assert ids[0] == ids[1] != ids[2]

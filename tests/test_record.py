@@ -16,7 +16,6 @@ from lrmc_ray.config import load_settings
 from lrmc_ray.console import run_command
 from lrmc_ray.errors import DataError
 from lrmc_ray.record import (
-    EXAMPLES,
     PLAN,
     REJECTS,
     PartTotals,
@@ -29,6 +28,7 @@ from lrmc_ray.record import (
     recorder_options,
     without_aliases,
 )
+from lrmc_ray.stored_record import EXAMPLES
 from tests.tiny import make_data
 
 GOOD = {"prompt": "What is 2?", "completion": "Two."}

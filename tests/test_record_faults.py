@@ -20,7 +20,8 @@ from lrmc_ray.config import load_settings
 from lrmc_ray.data.records import Records
 from lrmc_ray.errors import DirectoryInUseError, IncompleteArtifactError
 from lrmc_ray.fault_points import POINTS
-from lrmc_ray.record import EXAMPLES, PLAN, Recorder, prepare, record, recorder_options
+from lrmc_ray.record import PLAN, Recorder, prepare, record, recorder_options
+from lrmc_ray.stored_record import EXAMPLES
 from tests.tiny import make_data
 
 torch.set_num_threads(1)

@@ -7,6 +7,7 @@ import contextlib
 import json
 import logging
 import os
+import re
 import shutil
 import socket
 import threading
@@ -24,9 +25,9 @@ from lrmc_ray.config import check_storage_uri, load_settings
 from lrmc_ray.console import run_command
 from lrmc_ray.data.records import Records
 from lrmc_ray.errors import ConfigError, DataError, DiskError, IncompleteArtifactError
-from lrmc_ray.record import EXAMPLES, Recorder, prepare, record, recorder_options
+from lrmc_ray.record import Recorder, prepare, record, recorder_options
 from lrmc_ray.storage import COMMITTED, Storage, check_storage
-from lrmc_ray.stored_record import VIEW, StoredRecord
+from lrmc_ray.stored_record import EXAMPLES, VIEW, StoredRecord
 from lrmc_ray.training_samples import sample_names
 from tests.s3 import BUCKET, KEY, SECRET, s3_server
 from tests.tiny import make_data
@@ -320,10 +321,10 @@ def assert_same_record(directory, local):
     """Byte for byte, whatever the storage calls its objects."""
     one, other = (read_manifest(path, made_by="") for path in (directory, local))
     assert {**one, "seconds": 0} == {**other, "seconds": 0}
-    records = Records(directory)
-    for number, part in enumerate(records.parts):
-        assert records.part_path(number).read_bytes() == (local / part.name).read_bytes()
-    assert records.index_path().read_bytes() == (local / stage.INDEX).read_bytes()
+    records, expected = Records(directory), Records(local)
+    for number in range(len(records.parts)):
+        assert records.part_path(number).read_bytes() == expected.part_path(number).read_bytes()
+    assert records.index_path().read_bytes() == expected.index_path().read_bytes()
 
 
 def test_a_record_in_the_storage_is_the_local_one_byte_for_byte(uri, tiny_model, data, local):
@@ -417,6 +418,80 @@ def test_an_actor_that_was_thought_dead_changes_nothing(
     assert_same_record(final, local)
 
 
+@pytest.mark.parametrize(
+    ("module", "point", "number"),
+    [
+        (stage, "record.shard_started", 1),
+        (stage, "record.shard_started", 3),
+        (stored_record, "storage.part_put", "last"),
+        (stage, "record.parts_complete", 1),
+    ],
+    ids=lambda value: str(value)[-20:],
+)
+def test_another_command_finishes_the_same_record_first(
+    server, tiny_model, data, local, tmp_path, monkeypatch, module, point, number
+):
+    """Both end with the one record, although the slower one's processor rounds otherwise."""
+    prefix = f"{tmp_path.name}/p"
+    settings = settings_for(tiny_model, data, server.uri(prefix))
+    number = len(Records(local).parts) if number == "last" else number
+    seen, faster = [], []
+
+    def otherwise(prepared, shards, tokenizer_size):
+        recorder = Recorder(**recorder_options(prepared, tokenizer_size) | {"tau": 0.95})
+        for shard in shards:
+            yield recorder.record(shard)
+
+    def passed(name, note=""):
+        seen.append(name)
+        if not faster and seen.count(point) == number:
+            with monkeypatch.context() as patch:
+                patch.setattr(module, "passed", lambda *_: None)
+                patch.setattr(stage, "_run_actors", actors_here)
+                faster.append(record(settings, tmp_path / "two"))
+
+    monkeypatch.setattr(stage, "_run_actors", otherwise)
+    monkeypatch.setattr(module, "passed", passed)
+    slower = record(settings, tmp_path / "one")
+    assert is_finished(slower)
+    assert_same_record(slower, faster[0])
+    assert [path.name for path in slower.parent.iterdir()] == [slower.name]
+    listed = {part.name for part in Records(slower).parts} | {"index.parquet", "manifest.json"}
+    left = {name.split("/")[0] for name in server.objects(f"{prefix}/records/{slower.name}")}
+    assert {re.sub(r"\.[0-9a-f]{16}\.", ".", name) for name in left} == listed
+    # Those that began after the other had ended make the record that a single command makes.
+    if number == 1 and point == "record.shard_started":
+        assert_same_record(slower, local)
+
+
+def test_a_recording_that_fails_by_itself_fails(
+    server, tiny_model, data, local, tmp_path, monkeypatch
+):
+    """That another command might have finished the record hides no error."""
+    settings = settings_for(tiny_model, data, server.uri(f"{tmp_path.name}/p"))
+
+    def broken(*_):
+        raise FileNotFoundError("examples")
+        yield
+
+    def full(*_):
+        record_there(settings)
+        raise DiskError("the disk is full")
+        yield
+
+    def record_there(settings):
+        with monkeypatch.context() as patch:
+            patch.setattr(stage, "_run_actors", actors_here)
+            record(settings, tmp_path / "two")
+
+    monkeypatch.setattr(stage, "_run_actors", broken)
+    with pytest.raises(FileNotFoundError, match="examples"):
+        record(settings, tmp_path / "one")
+    monkeypatch.setattr(stage, "_run_actors", full)
+    with pytest.raises(DiskError, match="full"):
+        record(settings, tmp_path / "one")
+
+
 @pytest.mark.parametrize("damage", ["flip", "cut", "remove"])
 def test_damage_in_the_storage_is_found_before_a_sample_is_read(
     server, tiny_model, data, tmp_path, damage
@@ -491,7 +566,7 @@ def test_two_workers_of_a_node_make_its_view_one_after_the_other(tmp_path, monke
     """Both are let to the rename of their file at once, unless one waits for the other."""
     monkeypatch.setenv("LRMC_CACHE", str(tmp_path / "cache"))
     stored = StoredRecord(Storage((tmp_path / "files").as_uri()), "abc")
-    stored.commit({"kind": "record"}, [])
+    assert stored.commit({"kind": "record"})
     both, replace = threading.Barrier(2), os.replace
 
     def meet_and_replace(source, target):
