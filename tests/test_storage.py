@@ -423,6 +423,7 @@ def test_an_actor_that_was_thought_dead_changes_nothing(
     [
         (stage, "record.shard_started", 1),
         (stage, "record.shard_started", 3),
+        (stored_record, "storage.part_put", 2),
         (stored_record, "storage.part_put", "last"),
         (stage, "record.parts_complete", 1),
     ],
