@@ -6,6 +6,11 @@ Models, base scores and the decisions of other trials cross through an S3-compat
 
 import dataclasses
 import json
+import os
+import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -18,9 +23,10 @@ from lrmc_ray.console import run_command
 from lrmc_ray.early_stopping import read_decision, values_of_others
 from lrmc_ray.errors import DataError, IncompleteArtifactError
 from lrmc_ray.evaluate import _score_part, _Scoring
+from lrmc_ray.ledger import read_ledger
 from lrmc_ray.models import model_fingerprint
 from lrmc_ray.ray_session import ray_session
-from lrmc_ray.run_files import MODEL, RUNG
+from lrmc_ray.run_files import LEDGER, MODEL, RUNG
 from lrmc_ray.scores import ITEMS_FILE, Scores
 from lrmc_ray.storage import COMMITTED, Storage, files_below
 from lrmc_ray.stored_run import StoredRun
@@ -30,6 +36,7 @@ from tests.test_training_run import recorded, settings_of  # noqa: F401  # a fix
 from tests.tiny import make_data, make_model
 
 torch.set_num_threads(1)
+ROOT = Path(__file__).parents[1]
 NAME = "studies/one/trials/0007/training"
 REPORTED = ("study.json", "settings.json", "report.html", "gain_vs_forgetting.png")
 
@@ -135,8 +142,6 @@ def test_a_decision_reaches_the_storage_and_the_next_node(
 
 
 def test_a_wish_in_the_drivers_directory_crosses_and_is_taken_back(storage, tmp_path, monkeypatch):
-    import time
-
     from lrmc_ray import stored_run
     from lrmc_ray.run_files import CHECKPOINT_NOW
 
@@ -292,6 +297,88 @@ def test_a_search_and_an_evaluation_by_way_of_the_storage(
     assert objects(server, storage).keys() == left.keys()
     reported = json.loads(scored.out)
     assert_scored_as_here(Path(reported["scores"][1]), other)
+
+
+def command_of(tmp_path, tiny_model, module, *more):
+    data = tmp_path / "train.jsonl"
+    if not data.exists():
+        make_data(data, num_rows=24)
+    return [
+        *(sys.executable, "-m", f"lrmc_ray.{module}", "--model", str(tiny_model)),
+        *("--train-data", str(data), "--domain-tasks", "capitals"),
+        *("--general-tasks", "plain_english", "--json", "evaluate.limit=6"),
+        *("evaluate.drift_samples=2", *more),
+    ]
+
+
+def run_to_its_end(command):
+    done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=ROOT)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+@pytest.mark.ray
+@pytest.mark.timeout(900)
+def test_a_killed_search_goes_on_by_way_of_the_storage(tiny_model, tmp_path):
+    """kill -9 to the command, its trial and its workers, once a checkpoint is in the storage."""
+    objects = tmp_path / "objects"
+    command = [
+        *command_of(tmp_path, tiny_model, "tune", "--space", "smoke", "search.trials=1"),
+        *("--storage", objects.as_uri(), "--output", str(tmp_path / "runs")),
+        *("train.steps=60", "train.checkpoint_every=5", "train.probe_every=0"),
+    ]
+    pattern = "studies/*/trials/0000/training/checkpoints/step_*/committed.json"
+    with (tmp_path / "log").open("wb") as log:
+        first = subprocess.Popen(command, stderr=log, start_new_session=True, cwd=ROOT)
+    deadline = time.monotonic() + 300
+    while not (found := list(objects.glob(pattern))) and time.monotonic() < deadline:
+        assert first.poll() is None, (tmp_path / "log").read_text()[-3000:]
+        time.sleep(0.05)
+    os.killpg(first.pid, signal.SIGKILL)
+    first.wait()
+    assert found
+    run_to_its_end(command)
+    (study,) = (json.loads(p.read_text()) for p in tmp_path.glob("runs/smoke-*/study.json"))
+    assert {trial["state"] for trial in study["trials"]} == {"COMPLETE"}
+    assert len(study["sessions"]) == 2
+    trial = study["trials"][0]
+    directory = tmp_path / "runs" / study["id"] / trial["directory"] / "training"
+    manifest = read_manifest(directory, made_by="")
+    assert manifest["ledger"]["is_exact"]
+    entries = read_ledger(directory / LEDGER)
+    assert {entry.attempt for entry in entries} == {1, 2}
+    assert min(entry.step for entry in entries if entry.attempt == 2) > 1
+    assert not list(objects.glob("studies/*/*"))
+
+
+@pytest.mark.ray
+@pytest.mark.timeout(900)
+def test_a_comparison_and_a_suggestion_are_the_same_by_way_of_the_storage(tiny_model, tmp_path):
+    compared, suggested = [], []
+    for name, more in (("here", []), ("stored", ["--storage", (tmp_path / "o").as_uri()])):
+        output = tmp_path / name
+        run_to_its_end(
+            [
+                *command_of(tmp_path, tiny_model, "compare", "--space", "compare_smoke", *more),
+                *("--output", str(output), "--methods", "lrmc", "compare.learning_rates=[1e-3]"),
+                *("compare.seeds=[0]", "compare.reference=lrmc"),
+            ]
+        )
+        (found,) = output.glob("compare-smoke-*/compare.json")
+        runs = json.loads(found.read_text())["runs"]
+        assert [run["state"] for run in runs] == ["COMPLETE", "COMPLETE"]
+        compared.append([(run["method"], run["split"], run["results"]) for run in runs])
+        suggestion = run_to_its_end(
+            [
+                *command_of(tmp_path, tiny_model, "suggest", "--space", "smoke", *more),
+                *("--output", str(output), "train.steps=6"),
+            ]
+        )
+        suggested.append(suggestion)
+    assert compared[0] == compared[1]
+    assert suggested[0] == suggested[1]
+    left = {p.relative_to(tmp_path / "o").parts[0] for p in (tmp_path / "o").rglob("*.*")}
+    assert left == {"records", "models", "reports"}
 
 
 def assert_scored_as_here(scores, model):

@@ -112,3 +112,68 @@ def test_hosts_that_share_no_disk_search_by_way_of_a_storage(hosts, storage, tmp
         f"s = Storage('{storage}'); print(s.children('studies'), s.children('scoring'))\"",
     ).stdout
     assert left.split() == ["{}", "{}"]
+
+
+TASK = """
+task: mine
+dataset_path: json
+dataset_kwargs: {data_files: {test: /root/items.jsonl}}
+output_type: multiple_choice
+test_split: test
+doc_to_text: "{{question}}"
+doc_to_choice: choices
+doc_to_target: answer
+metric_list:
+  - {metric: acc}
+"""
+ITEM = '{"question": "Two and two are", "choices": ["four", "five"], "answer": 0}\n'
+
+
+def homes(hosts, *names):  # noqa: F811
+    return [hosts.directory / f"home_{name}" for name in names]
+
+
+def test_doctor_names_the_host_that_cannot_read_the_storage(hosts, storage):  # noqa: F811
+    ask = f"cd ~ && lrmc doctor --json --address auto --output runs --storage '{storage}'"
+    done = on_head(hosts, ask, check=False)
+    findings = {f["check"]: f for f in json.loads(done.stdout.splitlines()[-1])["findings"]}
+    assert findings["storage"]["status"] == findings["shared storage"]["status"] == "ok"
+    assert findings["shared storage"]["seen"] == f"{storage} is read by every node"
+    assert "cluster" not in findings
+    (home,) = homes(hosts, "worker2")
+    (home / ".aws").rename(home / ".aws_away")
+    try:
+        done = on_head(hosts, ask, check=False)
+    finally:
+        (home / ".aws_away").rename(home / ".aws")
+    assert done.returncode == 1
+    findings = {f["check"]: f for f in json.loads(done.stdout.splitlines()[-1])["findings"]}
+    assert findings["storage"]["status"] == "ok"  # of the head
+    assert findings["cluster"]["status"] == "failed"
+    assert hosts.hosts["worker2"].address in findings["cluster"]["seen"]
+    assert hosts.hosts["worker1"].address not in findings["cluster"]["seen"]
+
+
+def test_a_task_file_that_a_host_lacks_is_refused_until_it_is_there(hosts, storage):  # noqa: F811
+    ask = (
+        f"cd ~ && python -m lrmc_ray.evaluate --address auto --output runs --storage '{storage}' "
+        "--model /root/model --domain-tasks /root/mine.yaml --general-tasks plain_english --json "
+        "evaluate.limit=4 evaluate.drift_samples=2"
+    )
+    for home in homes(hosts, "head", "worker1"):
+        (home / "mine.yaml").write_text(TASK)
+        (home / "items.jsonl").write_text(8 * ITEM)
+    done = on_head(hosts, ask, check=False)
+    assert done.returncode == 3, done.stderr[-3000:]
+    (line,) = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    assert "mine.yaml must be on every node of the cluster, with the same content" in line
+    assert f"it is not on {hosts.hosts['worker2'].address}. Copy it there" in line
+    (home,) = homes(hosts, "worker2")
+    (home / "mine.yaml").write_text(TASK)
+    (home / "items.jsonl").write_text(7 * ITEM)
+    done = on_head(hosts, ask, check=False)
+    assert done.returncode == 3
+    assert "items.jsonl must be on every node" in done.stderr
+    (home / "items.jsonl").write_text(8 * ITEM)
+    done = on_head(hosts, ask, timeout=300, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
