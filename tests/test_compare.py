@@ -450,7 +450,7 @@ def test_the_shipped_spaces_are_valid(name):
     }
     assert len(set(trains.values())) == len(trains)  # no method is there twice
     if name == "compare":
-        assert space.compare.learning_rates == (5e-6, 1e-5, 3e-5, 1e-4)
+        assert space.compare.learning_rates == (5e-6, 1e-5, 3e-5, 1e-4, 3e-4)
         assert len(space.compare.seeds) == 3
         sft = space.train_of("sft", lr=1e-5, seed=0)
         assert (sft.loss, sft.optimizer, sft.anchor_weight) == ("full", "adamw", 0.0)
@@ -481,7 +481,7 @@ def test_errors_of_the_command_line(arguments, code, said, tmp_path, capsys):
 
 def test_looking_at_a_comparison_that_has_not_begun_leaves_nothing_behind(tmp_path, capsys):
     assert run_command(main, ["--explain", "--output", str(tmp_path)]) == 0
-    assert "24 methods: 144 models" in capsys.readouterr().out
+    assert "26 methods: 181 models" in capsys.readouterr().out
     assert run_command(main, ["--report-only", "--output", str(tmp_path)]) == 3
     assert "this comparison has not begun; run the same command without --report-only" in (
         capsys.readouterr().err
