@@ -441,7 +441,7 @@ def test_a_part_of_the_methods():
         chosen_methods(space, ",")
 
 
-@pytest.mark.parametrize("name", ["compare", "compare_smoke"])
+@pytest.mark.parametrize("name", ["compare", "compare_smoke", "compare_transfer"])
 def test_the_shipped_spaces_are_valid(name):
     space = validate(CompareSpace, read_toml(find_space(name)), name)
     assert space.compare.reference in space.methods
