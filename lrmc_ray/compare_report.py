@@ -35,7 +35,6 @@ from lrmc_ray.statistics import (
     FloatArray,
     Interval,
     mean_interval,
-    pareto_front,
     percentile_interval,
     rank_correlation,
 )
@@ -367,15 +366,25 @@ def _dev_drift(reader: _Reader, method: str, lr: float, seed: int, group: str) -
 def excess_forgetting(
     gain: float, forgetting: float, reference: Sequence[tuple[float, float]]
 ) -> float | None:
-    """``forgetting`` less that of the reference's Pareto front at the same ``gain``.
+    """``forgetting`` less what the reference forgets where it gains as much.
 
-    Between the front's points it is a line; None beyond its ends, where nothing is known.
+    Args:
+        gain: of a model.
+        forgetting: of the same.
+        reference: gain and forgetting of the reference by rising learning rate. Between two of them
+            it is a line; those above the one that gains the most only lose, and are left out.
+
+    Returns:
+        None beyond the ends, where nothing is known.
     """
-    front = [reference[index] for index in pareto_front(reference)]  # by rising gain
-    gains = [point[0] for point in front]
-    if not gains or not gains[0] <= gain <= gains[-1]:
+    if not reference:
         return None
-    return forgetting - float(np.interp(gain, gains, [point[1] for point in front]))
+    most = max(range(len(reference)), key=lambda index: reference[index][0])
+    known = sorted(reference[: most + 1])
+    gains = [point[0] for point in known]
+    if not gains[0] <= gain <= gains[-1]:
+        return None
+    return forgetting - float(np.interp(gain, gains, [point[1] for point in known]))
 
 
 def forgetting_predictors(points_: Sequence[SearchPoint]) -> tuple[Predictor, ...]:

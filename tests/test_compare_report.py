@@ -131,13 +131,17 @@ def test_a_spike_is_three_deviations_above_the_ten_steps_before():
 
 
 def test_excess_forgetting_is_measured_from_the_line_between_the_references_points():
-    reference = [(0.2, 0.01), (0.6, 0.05), (0.5, 0.20), (0.4, 0.02)]  # the third is beaten
-    assert excess_forgetting(0.3, 0.05, reference) == pytest.approx(0.05 - 0.015)
+    # By rising learning rate; the fourth gains less than the third and forgets more.
+    reference = [(0.2, 0.03), (0.4, 0.02), (0.6, 0.05), (0.5, 0.20)]
+    assert excess_forgetting(0.3, 0.05, reference) == pytest.approx(0.05 - 0.025)
     assert excess_forgetting(0.5, 0.01, reference) == pytest.approx(0.01 - 0.035)
     assert excess_forgetting(0.6, 0.05, reference) == pytest.approx(0.0)
+    assert excess_forgetting(0.2, 0.05, reference) == pytest.approx(0.02)
     assert excess_forgetting(0.61, 0.05, reference) is None
     assert excess_forgetting(0.19, 0.05, reference) is None
     assert excess_forgetting(0.19, 0.05, []) is None
+    # One that gains less than a smaller rate does, on the way up, is where its gain is.
+    assert excess_forgetting(0.3, 0.0, [(0.2, 0.0), (0.1, 0.3), (0.4, 0.2)]) == pytest.approx(-0.1)
 
 
 # The table of a whole comparison
