@@ -133,19 +133,19 @@ def homes(hosts, *names):  # noqa: F811
     return [hosts.directory / f"home_{name}" for name in names]
 
 
-def test_doctor_names_the_host_that_cannot_read_the_storage(hosts, storage):  # noqa: F811
+def test_doctor_names_the_host_that_cannot_reach_the_storage(hosts, storage):  # noqa: F811
     ask = f"cd ~ && lrmc doctor --json --address auto --output runs --storage '{storage}'"
     done = on_head(hosts, ask, check=False)
     findings = {f["check"]: f for f in json.loads(done.stdout.splitlines()[-1])["findings"]}
     assert findings["storage"]["status"] == findings["shared storage"]["status"] == "ok"
     assert findings["shared storage"]["seen"] == f"{storage} is read by every node"
     assert "cluster" not in findings
-    (home,) = homes(hosts, "worker2")
-    (home / ".aws").rename(home / ".aws_away")
+    lost = f"blackhole {hosts.hosts['laptop'].address}"
+    hosts.run("worker2", f"ip route add {lost}")
     try:
         done = on_head(hosts, ask, check=False)
     finally:
-        (home / ".aws_away").rename(home / ".aws")
+        hosts.run("worker2", f"ip route del {lost}")
     assert done.returncode == 1
     findings = {f["check"]: f for f in json.loads(done.stdout.splitlines()[-1])["findings"]}
     assert findings["storage"]["status"] == "ok"  # of the head
