@@ -289,7 +289,9 @@ def check_cluster(address: str, output: Path, storage: str | None = None) -> Ite
             if storage is None:
                 yield Finding("shared output", "ok", f"{output.resolve()} is seen by every node")
             else:
-                yield Finding("shared storage", "ok", f"{storage} is read by every node")
+                yield Finding(
+                    "shared storage", "ok", f"{storage} is read and written by every node"
+                )
             try:
                 check_trial_slots(storage)
             except LrmcError as error:

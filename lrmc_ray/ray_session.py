@@ -12,7 +12,7 @@ from lrmc_ray.artifacts import file_digest
 from lrmc_ray.config import ResourceSettings
 from lrmc_ray.errors import IncompleteArtifactError, LrmcError, ResourceError
 from lrmc_ray.placement import Node, check_slots
-from lrmc_ray.storage import Storage
+from lrmc_ray.storage import CHECK_SECONDS, Storage, check_storage
 
 _log = logging.getLogger(__name__)
 
@@ -310,21 +310,22 @@ def check_shared(directory: Path) -> None:
 
 
 def check_storage_seen(uri: str) -> None:
-    """Refuse a storage that some node of the cluster cannot read.
+    """Refuse a storage that some node of the cluster cannot use.
 
     Raises:
-        IncompleteArtifactError: a node does not find what the driver wrote; names the nodes.
+        IncompleteArtifactError: a node does not find what the driver wrote, or cannot write; names
+            the nodes.
     """
     storage = Storage(uri)
     name = f".shared_{os.urandom(8).hex()}"
     storage.write(name, name.encode())
     try:
-        blind = _nodes_without(_reads, uri, name)
+        blind = _nodes_without(_reads, uri, name, seconds=CHECK_SECONDS + PROBE_SECONDS)
     finally:
         storage.delete(name)
     if blind:
         raise IncompleteArtifactError(
-            f"the storage must be read by every node of the cluster; {uri} is not by "
+            f"the storage must be read and written by every node of the cluster; {uri} is not by "
             f"{', '.join(blind)}. See to the credentials there (AWS_ACCESS_KEY_ID when Ray is "
             "started, an instance role, or ~/.aws/credentials) and to the network"
         )
@@ -362,8 +363,10 @@ def check_files_shared(files: Mapping[str, Path]) -> None:
             )
 
 
-def _nodes_without(finds: Callable[[str, str], bool], *what: str) -> list[str]:
-    """Addresses of the nodes on which ``finds(*what)`` is false."""
+def _nodes_without(
+    finds: Callable[[str, str], bool], *what: str, seconds: float = PROBE_SECONDS
+) -> list[str]:
+    """Addresses of the nodes on which ``finds(*what)``, which ends in ``seconds``, is false."""
     import ray
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
@@ -379,7 +382,7 @@ def _nodes_without(finds: Callable[[str, str], bool], *what: str) -> list[str]:
         ).remote(*what): node["NodeManagerAddress"]
         for node in alive
     }
-    answered, _ = ray.wait(list(asked), num_returns=len(asked), timeout=PROBE_SECONDS)
+    answered, _ = ray.wait(list(asked), num_returns=len(asked), timeout=seconds)
     blind = []
     for answer in answered:
         # A node that does not answer is going or gone; Ray gives it no work either.
@@ -411,8 +414,9 @@ def _has(path: str, sha256: str) -> bool:
 
 
 def _reads(uri: str, name: str) -> bool:
-    """Runs on a node: whether it reads the driver's object."""
+    """Runs on a node: whether it reads the driver's object, and writes one."""
     try:
+        check_storage(uri)  # within a time limit, which a client of its own does not keep
         return Storage(uri).read(name) == name.encode()
     except LrmcError:
         return False

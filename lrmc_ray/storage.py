@@ -331,7 +331,11 @@ def check_storage(uri: str) -> None:
     """
     check_storage_uri(uri)
     command = [sys.executable, "-m", "lrmc_ray.storage"]
-    environment = {**os.environ, "LRMC_STORAGE": uri}  # not where `ps` shows it
+    environment = {
+        **os.environ,
+        "LRMC_STORAGE": uri,  # not where `ps` shows it
+        "PYTHONPATH": os.pathsep.join(filter(None, sys.path)),  # a job's own code, on a node
+    }
     try:
         done = subprocess.run(
             command,

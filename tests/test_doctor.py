@@ -203,7 +203,7 @@ def test_a_storage_is_tried_here_and_on_the_nodes_of_a_cluster(tmp_path, monkeyp
     monkeypatch.setattr(ray_session, "cluster_nodes", list)
     assert not ray.is_initialized()
     (seen,) = doctor.check_cluster("auto", tmp_path, uri)
-    assert (seen.check, seen.seen) == ("shared storage", f"{uri} is read by every node")
+    assert (seen.check, seen.seen) == ("shared storage", f"{uri} is read and written by every node")
     assert asked == {"auto": uri, "slots": uri}
 
 

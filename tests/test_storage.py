@@ -25,6 +25,7 @@ from lrmc_ray.config import check_storage_uri, load_settings
 from lrmc_ray.console import run_command
 from lrmc_ray.data.records import Records
 from lrmc_ray.errors import ConfigError, DataError, DiskError, IncompleteArtifactError
+from lrmc_ray.ray_session import _reads
 from lrmc_ray.record import Recorder, prepare, record, recorder_options
 from lrmc_ray.storage import COMMITTED, Storage, check_storage
 from lrmc_ray.stored_record import EXAMPLES, VIEW, StoredRecord
@@ -283,6 +284,21 @@ def test_a_storage_that_does_not_work_ends_a_command_soon_with_one_error(
     assert KEY not in shown.err
     assert SECRET not in shown.err
     assert not (tmp_path / "o").exists()
+
+
+def test_a_node_must_read_what_the_driver_wrote_and_answer_in_time(
+    server, silent, nobody, tmp_path, monkeypatch
+):
+    uri = server.uri(f"{tmp_path.name}/p")
+    Storage(uri).write("mark", b"mark")
+    assert _reads(uri, "mark")
+    assert not _reads(uri, "other")
+    assert not _reads((tmp_path / "of_its_own").as_uri(), "mark")
+    monkeypatch.setattr(storage, "CHECK_SECONDS", 4.0)
+    start = time.monotonic()
+    assert not _reads(server.uri("x", port=nobody), "mark")
+    assert not _reads(server.uri("x", port=silent), "mark")
+    assert time.monotonic() - start < 10
 
 
 @pytest.mark.parametrize("command", [tune, evaluate, suggest, compare, stage, train])

@@ -138,7 +138,7 @@ def test_doctor_names_the_host_that_cannot_reach_the_storage(hosts, storage):  #
     done = on_head(hosts, ask, check=False)
     findings = {f["check"]: f for f in json.loads(done.stdout.splitlines()[-1])["findings"]}
     assert findings["storage"]["status"] == findings["shared storage"]["status"] == "ok"
-    assert findings["shared storage"]["seen"] == f"{storage} is read by every node"
+    assert findings["shared storage"]["seen"] == f"{storage} is read and written by every node"
     assert "cluster" not in findings
     lost = f"blackhole {hosts.hosts['laptop'].address}"
     hosts.run("worker2", f"ip route add {lost}")
