@@ -207,7 +207,10 @@ class Comparing:
                 }
                 for name in self.space.methods
             ],
-            "settings": {k: v for k, v in settings.items() if k not in ("methods", "parameters")},
+            "effects": settings["effects"],
+            "settings": {
+                k: v for k, v in settings.items() if k not in ("methods", "effects", "parameters")
+            },
         }
         self.description["sessions"].append(self._session)
         self._adopt(retry_failed=retry_failed)
@@ -292,7 +295,7 @@ class Comparing:
 
     def _choice(self, entry: Mapping[str, Any]) -> float:
         """The combined score by which the learning rate is chosen."""
-        from lrmc_ray.compare_report import choice_score
+        from lrmc_ray.compare_table import choice_score
 
         return choice_score(
             self.directory / self.description["base_scores"]["dev"],
@@ -712,7 +715,14 @@ def _run(comparing: Comparing, address: str, *, verbose: bool) -> None:
 
 
 def _report(comparing: Comparing, *, as_json: bool) -> None:
-    from lrmc_ray.compare_report import as_json_object, console_table, load_table, write_report
+    from lrmc_ray.compare_report import (
+        as_json_object,
+        console_effects,
+        console_table,
+        sentences,
+        write_report,
+    )
+    from lrmc_ray.compare_table import load_table
 
     files = write_report(comparing.directory)
     copied = [comparing.directory / COMPARISON_FILE, *files.values()]
@@ -724,8 +734,11 @@ def _report(comparing: Comparing, *, as_json: bool) -> None:
         return
     from rich.console import Console
 
-    Console().print(console_table(table))
-    for sentence in table.sentences:
+    console = Console()
+    console.print(console_table(table))
+    if table.effects:
+        console.print(console_effects(table))
+    for sentence in sentences(table):
         print(sentence)
     print()
     for kind, path in files.items():

@@ -2,6 +2,7 @@
 
 A space file (``tune_spaces/compare.toml``) has the sections of any run, which all methods share,
 ``[compare]``, and one ``[methods.NAME]`` each, whose ``train`` is laid over the shared ``[train]``.
+``[[effects]]`` name pairs of methods that differ in one part.
 """
 
 from collections.abc import Mapping
@@ -54,12 +55,27 @@ class MethodSettings(Settings):
     """Its own, where those of the others do not fit: adapters need larger ones."""
 
 
+class EffectSettings(Settings):
+    """One part of the methods, whose effect is the mean difference of ``pairs``."""
+
+    title: str = Field(min_length=1, max_length=60)
+    """What tables call it."""
+    pairs: Annotated[
+        tuple[Annotated[tuple[str, str], BeforeValidator(_as_tuple)], ...],
+        Field(min_length=1),
+        BeforeValidator(_as_tuple),
+    ]
+    """Names of methods that differ in this part alone: with it, without it."""
+
+
 class CompareSpace(RunSettings):
     """Everything, as one TOML file says it."""
 
     compare: CompareSettings = CompareSettings()
     methods: dict[Annotated[str, Field(pattern=NAME)], MethodSettings] = Field(min_length=1)
     """By name."""
+    effects: Annotated[tuple[EffectSettings, ...], BeforeValidator(_as_tuple)] = ()
+    """Which part of a method does it: each is reported once its methods are."""
 
     @model_validator(mode="after")
     def _comparable(self) -> Self:
@@ -78,6 +94,18 @@ class CompareSpace(RunSettings):
                 f"compare.reference must name one of the methods ({', '.join(self.methods)}), got "
                 f"{self.compare.reference!r}"
             )
+        for effect in self.effects:
+            for pair in effect.pairs:
+                if unknown := [name for name in pair if name not in self.methods]:
+                    raise ValueError(
+                        f"effects: {effect.title!r} must have pairs of methods "
+                        f"({', '.join(self.methods)}), got {unknown[0]!r}"
+                    )
+                if pair[0] == pair[1]:
+                    raise ValueError(
+                        f"effects: {effect.title!r} must have pairs of two methods that differ, "
+                        f"got {pair[0]!r} twice"
+                    )
         if self.evaluate.limit is not None and self.evaluate.limit < LEAST_ITEMS:
             raise ValueError(
                 f"evaluate.limit must be at least {LEAST_ITEMS}, got {self.evaluate.limit}: half "
@@ -113,7 +141,8 @@ class CompareSpace(RunSettings):
 
     def run_settings(self, train: TrainSettings) -> RunSettings:
         """One run by itself, as the stages take it."""
-        values: Mapping[str, Any] = self.model_dump(exclude={"compare", "methods", "parameters"})
+        own = {"compare", "methods", "effects", "parameters"}
+        values: Mapping[str, Any] = self.model_dump(exclude=own)
         record = {**values["record"], "tau": self.recorded_tau()}
         return RunSettings.model_validate(
             {**values, "record": record, "train": train.model_dump(), "parameters": {}}

@@ -35,7 +35,8 @@ def make_space(**changes: Any) -> CompareSpace:
         "methods": METHODS,
     }
     for key, value in changes.items():
-        values[key] = {**values.get(key, {}), **value} if key != "methods" else value
+        merged = isinstance(value, dict) and key != "methods"
+        values[key] = {**values.get(key, {}), **value} if merged else value
     return CompareSpace.model_validate(values)
 
 

@@ -409,6 +409,15 @@ def error_of(**changes) -> str:
             {"methods": {"sft": {"title": "t", "learning_rates": [1e-5, 1e-5]}}},
             ["methods.sft.learning_rates must differ"],
         ),
+        (
+            {"effects": [{"title": "the loss", "pairs": [["sft", "mofo"]]}]},
+            ["'the loss' must have pairs of methods (sft, lrmc, lora), got 'mofo'"],
+        ),
+        (
+            {"effects": [{"title": "the loss", "pairs": [["sft", "sft"]]}]},
+            ["two methods that differ, got 'sft' twice"],
+        ),
+        ({"effects": [{"title": "the loss", "pairs": []}]}, ["effects.0.pairs"]),
     ],
 )  # fmt: skip
 def test_settings_that_make_no_sense_are_refused(changes, parts):

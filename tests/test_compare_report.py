@@ -13,23 +13,28 @@ from scipy import stats
 
 from lrmc_ray.compare import Comparing, Job
 from lrmc_ray.compare_report import (
-    SearchPoint,
     as_csv,
     as_html,
     as_json_object,
     as_markdown,
-    choice_score,
+    console_effects,
     console_table,
     draw,
+    sentences,
+    write_report,
+)
+from lrmc_ray.compare_table import (
+    SearchPoint,
+    choice_score,
     estimate,
     excess_forgetting,
     forgetting_predictors,
     general_half,
     load_table,
     loss_spikes,
-    write_report,
 )
 from lrmc_ray.errors import IncompleteArtifactError
+from lrmc_ray.report_html import points
 from lrmc_ray.scores import Scores, compare
 from lrmc_ray.statistics import Interval
 from tests.synthetic_comparison import RATES, make_space, write_base, write_run
@@ -261,6 +266,103 @@ def test_the_difference_from_the_reference_is_paired_by_seed_and_by_item(finishe
     )
 
 
+EFFECTS = [
+    {"title": "both", "pairs": [["lrmc", "sft"], ["lora", "sft"]]},
+    {"title": "one", "pairs": [["lrmc", "sft"]]},
+    {"title": "the other way", "pairs": [["sft", "lrmc"]]},
+]
+
+
+@pytest.fixture(scope="module")
+def parts(tmp_path_factory):
+    """The effects of the finished comparison: LoRA has two seeds, the others three."""
+    failed = [Job("lora", 1e-4, 2, "test")]
+    return load_table(
+        make(tmp_path_factory.mktemp("parts"), failed=failed, effects=EFFECTS).directory
+    )
+
+
+def test_an_effect_is_the_mean_of_its_pairs_differences_seed_by_seed_and_item_by_item(
+    finished, parts
+):
+    both, one, reversed_ = parts.effects
+    base = base_of(finished, "test")
+
+    def compared(method, lr, seed):
+        tuned = scores_of(finished, Job(method, lr, seed, "test"))
+        return compare(base, tuned, forgetting_weight=1.0, seed=0)
+
+    values, replicates = [], []
+    for seed in (0, 1):
+        sft, lrmc = compared("sft", 3e-5, seed), compared("lrmc", 3e-5, seed)
+        lora = compared("lora", 1e-4, seed)
+        values.append((lrmc.forgetting.value + lora.forgetting.value) / 2 - sft.forgetting.value)
+        replicates.append(
+            (lrmc.forgetting_replicates + lora.forgetting_replicates) / 2
+            - sft.forgetting_replicates
+        )
+    assert both.seeds == (0, 1)
+    assert both.pairs == (("lrmc", "sft"), ("lora", "sft"))
+    forgetting = both.trade.forgetting
+    assert forgetting.value == pytest.approx(np.mean(values), abs=1e-12)
+    half = stats.t.ppf(0.975, 1) * np.std(values, ddof=1) / math.sqrt(2)
+    assert forgetting.over_seeds.low == pytest.approx(np.mean(values) - half)
+    low, high = np.quantile(np.mean(replicates, axis=0), [0.025, 0.975])
+    assert (forgetting.over_items.low, forgetting.over_items.high) == pytest.approx((low, high))
+    # A single pair is the difference from the reference, and turned round it is its negative.
+    versus = {row.name: row.versus for row in parts.rows}["lrmc"]
+    assert one.seeds == (0, 1, 2)
+    for part in ("domain_gain", "forgetting", "combined"):
+        assert getattr(one.trade, part) == getattr(versus, part)
+        assert getattr(reversed_.trade, part).value == pytest.approx(-getattr(versus, part).value)
+
+
+def test_the_ratio_of_drifts_is_a_geometric_mean(tmp_path):
+    comparing = make(tmp_path, effects=EFFECTS[:1])
+    drifts = {"sft": 0.02, "lrmc": 0.01, "lora": 0.08}
+    for run in comparing.description["runs"]:
+        if "eval/kl_base_general" in run["results"]:
+            run["results"]["eval/kl_base_general"] = drifts[run["method"]]
+    comparing.write()
+    (effect,) = load_table(comparing.directory).effects
+    assert effect.kl_general_ratio == pytest.approx(math.sqrt(0.5 * 4.0))
+    for run in comparing.description["runs"]:
+        if run["method"] == "lora":
+            run["results"].pop("eval/kl_base_general", None)
+    comparing.write()
+    table = load_table(comparing.directory)
+    assert table.effects[0].kl_general_ratio is None
+    row = next(line for line in as_markdown(table).splitlines() if line.startswith("| both |"))
+    assert row.endswith("| - |")
+
+
+def test_an_effect_has_the_pairs_that_are_reported(tmp_path):
+    table = load_table(make(tmp_path, only=["sft", "lora"], effects=EFFECTS).directory)
+    assert [(effect.title, effect.pairs) for effect in table.effects] == [
+        ("both", (("lora", "sft"),))
+    ]
+    assert load_table(make(tmp_path / "none").directory).effects == ()
+
+
+def test_every_form_shows_the_effects(parts):
+    effect = parts.effects[0]
+    gain = points(effect.trade.domain_gain.value)
+    pairs = "restricted + MoClip - full SFT; LoRA - full SFT"
+    row = next(line for line in as_markdown(parts).splitlines() if line.startswith("| both |"))
+    assert row.startswith(f"| both | {pairs} | 2 | {gain} (")
+    page = as_html(parts, b"png")
+    assert f"<td>both</td><td>{pairs}</td><td>2</td><td>{gain} (" in page
+    said = as_json_object(parts)["effects"][0]
+    assert said["trade"]["domain_gain"]["value"] == effect.trade.domain_gain.value
+    from rich.console import Console
+
+    console = Console(file=io.StringIO(), width=140)
+    console.print(console_effects(parts))
+    shown = console.file.getvalue()
+    assert "2 pairs, 2 seeds" in shown
+    assert f" {gain} " in shown
+
+
 def test_costs_with_the_share_of_stage_0(table):
     rows = {row.name: row for row in table.rows}
     cost = rows["lrmc"].cost
@@ -313,7 +415,7 @@ def test_what_ranks_forgetting_over_methods_and_learning_rates():
 def test_failures_and_what_is_missing_are_named(table, tmp_path):
     lora = next(row for row in table.rows if row.name == "lora")
     assert lora.problems == ("lr 0.0001, seed 2, test: failed: its process died",)
-    said = " ".join(table.sentences)
+    said = " ".join(sentences(table))
     assert "Some methods have only 2 of 3 seeds so far." in said
     assert "Runs failed of: LoRA." in said
     assert "a better one may lie beyond: LoRA (lowest)." in said
@@ -327,7 +429,7 @@ def test_failures_and_what_is_missing_are_named(table, tmp_path):
     begun._complete(Job("sft", 1e-5, 0, "dev"))
     begun.write()
     table = load_table(begun.directory)
-    assert table.sentences == ("No method has scores on the test questions yet.",)
+    assert sentences(table) == ["No method has scores on the test questions yet."]
     assert table.rows[0].problems == ("2 of 3 runs are not there yet",)
     assert table.rows[0].lr is None
     assert [row.name for row in table.rows] == ["sft"]
@@ -340,7 +442,7 @@ def test_failures_and_what_is_missing_are_named(table, tmp_path):
 def test_one_seed_is_said_in_place_of_an_interval(tmp_path):
     comparing = make(tmp_path, only=["sft", "lrmc"], compare={"seeds": [4]})
     table = load_table(comparing.directory)
-    assert table.sentences[-1] == "Not run yet: LoRA."
+    assert sentences(table)[-1] == "Not run yet: LoRA."
     assert "LoRA" not in as_csv(table)
     row = table.rows[1]
     assert row.seeds == (4,)
