@@ -1,7 +1,7 @@
-"""Does the anchor hold with prompts of another kind? The demo's questions, asked in code alone.
+r"""Does the anchor hold with prompts of another kind? The demo's questions, asked in code alone.
 
     python benchmarks/other_prompts.py code_cache
-    LRMC_CACHE=code_cache lrmc compare --output runs_code --methods sft,sft_anchor \\
+    LRMC_CACHE=code_cache lrmc compare --output runs_code --methods sft,sft_anchor \
         'compare.learning_rates=[1e-4]' compare.name=code
 
 Writes the demo's files into a cache of their own: the same database, questions and answers, but
