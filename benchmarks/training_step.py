@@ -14,7 +14,8 @@ before it had the model, so weights, gradients and moments are in it.
     full             the same, packed: a prefix that samples share is computed once
     restricted       the paper's loss and MoClip, packed, trimmed
     anchored         the same with the anchor on prompt positions
-    default          as `python -m lrmc_ray.train`: with the anchor, in 4 micro-batches
+    tail             the same with the sampled tail of 1,024
+    default          as `python -m lrmc_ray.train`: the same in 4 micro-batches
     ..., selective   with train.gradient_checkpointing = "selective"
     ..., layers      with train.gradient_checkpointing = "full"
     ..., compiled    with train.compile_optimizer = true
@@ -47,7 +48,7 @@ RECOMPUTE: dict[str, Literal["selective", "full"]] = {
     "restricted, layers": "full",
 }
 VARIANTS = (
-    *("trainer", "sft", "full, padded", "full", "restricted", "anchored", "default"),
+    *("trainer", "sft", "full, padded", "full", "restricted", "anchored", "tail", "default"),
     "restricted, compiled",
     *RECOMPUTE,
 )
@@ -133,8 +134,8 @@ def run_ours(args: argparse.Namespace, samples: Sequence[Any], name: str) -> lis
         lambda step: list(samples[step * args.batch_size : (step + 1) * args.batch_size]),
         LossSettings(
             "full" if is_full else "restricted",
-            0,
-            1.0 if name in ("anchored", "default") else 0.0,
+            1024 if name in ("tail", "default") else 0,
+            1.0 if name in ("anchored", "tail", "default") else 0.0,
             seed=0,
         ),
         WorkerGroup(),

@@ -116,8 +116,9 @@ class TrainSettings(Settings):
     """Fewest candidates; 2 keeps positions active of which the base model was sure."""
     keep_gold: bool = True
     """False, an ablation: no position where the gold token is not among the candidates anyway."""
-    tail_samples: int = Field(0, ge=0)
-    """Sampled tokens that stand for the mass outside the candidates; 0 is the paper's loss."""
+    tail_samples: int = Field(1024, ge=0)
+    """Sampled tokens that stand for the mass outside the candidates, at most the vocabulary; 0 is
+    the paper's loss."""
     anchor_weight: float = Field(1.0, ge=0)
     """Weight of the KL to the base model on prompt positions; 0 is the paper."""
     optimizer: Literal["moclip", "adamw", "adam_atan2", "c_adamw", "mofo"] = "moclip"
@@ -132,7 +133,7 @@ class TrainSettings(Settings):
     """Share of each tensor that ``mofo`` moves in a step."""
     l2_sp_weight: float = Field(0.0, ge=0)
     """Weight of half the squared distance from the base's weights (L2-SP), in the loss."""
-    delta_max: float = Field(45.0, gt=0, le=180)
+    delta_max: float = Field(90.0, gt=0, le=180)
     """Largest angle between gradient and momentum, in degrees; 180 switches the cap off."""
     clip: Literal["scale", "momentum", "project", "rotate", "none"] = "scale"
     """Reading of the cap."""

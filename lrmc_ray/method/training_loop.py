@@ -47,6 +47,7 @@ class LossSettings:
 
     loss: Literal["restricted", "full", "soft", "active_only", "dft", "kl_to_base"]
     tail_samples: int
+    """R; of a smaller vocabulary every token is taken, once."""
     anchor_weight: float
     seed: int
     base_kl_weight: float = 1.0
@@ -302,9 +303,9 @@ def compute_gradients(
     prompt = max(1, sum(batch.num_prompt for batch in micro_batches))
     tail = None
     if settings.tail_samples:
-        ids, logweights = draw_tail(
-            settings.tail_samples, head.weight_VD.shape[0], seed=settings.seed, step=step
-        )
+        vocabulary_size = head.weight_VD.shape[0]
+        num_samples = min(settings.tail_samples, vocabulary_size)
+        ids, logweights = draw_tail(num_samples, vocabulary_size, seed=settings.seed, step=step)
         tail = ids.to(device), logweights.to(device)
     # With one worker backward itself adds the micro-batches in order, each to ``.grad`` at once,
     # but the head's gradient comes in several parts: of candidates, tail and anchor.

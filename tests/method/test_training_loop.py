@@ -207,6 +207,16 @@ def test_packing_works_under_autocast():
     assert 1e-4 < max(relative) < 0.1
 
 
+def test_a_tail_beyond_the_vocabulary_is_all_of_it_and_the_loss_full_cross_entropy():
+    model = tiny_llama()
+    samples = random_samples(3, seed=2)
+    beyond = dataclasses.replace(PAPER, tail_samples=VOCABULARY + 1000)
+    gradients, result = gradients_of(model, samples, beyond)
+    expected, full = gradients_of(model, samples, LOSSES["full"])
+    assert largest_difference(gradients, expected) < 1e-10
+    assert result.loss_sum == pytest.approx(full.loss_sum, rel=1e-12)
+
+
 def test_the_loss_that_needs_the_base_model_says_so():
     loss = LOSSES["kl_to_base"]
     with pytest.raises(ValueError, match="kl_to_base needs the base model, got none"):
