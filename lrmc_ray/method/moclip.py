@@ -316,7 +316,7 @@ class MoClip(Optimizer):
         lr: float,
         betas: tuple[float, float] = (0.9, 0.99),
         weight_decay: float = 0.0,
-        delta_max: float = 45.0,
+        delta_max: float = 90.0,
         clip: Clip = "scale",
         angle: Angle = "tensor",
         second_moment: SecondMoment = "raw",

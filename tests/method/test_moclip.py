@@ -49,8 +49,10 @@ def train(optimizer: MoClip, param: Tensor, gradients: list[Tensor]) -> Tensor:
 
 
 def run(start: Tensor, gradients: list[Tensor], **options) -> Tensor:
+    """With the reference's cap of 45 degrees, which binds on ``leaning_gradients``."""
     param = torch.nn.Parameter(start.clone())
-    return train(MoClip([param], **{"lr": 0.01, **options}), param, gradients)
+    options = {"lr": 0.01, "delta_max": 45.0, **options}
+    return train(MoClip([param], **options), param, gradients)
 
 
 def cap(gradient: Tensor, momentum: Tensor, *, delta_max: float, clip: str, beta1: float = 0.9):
@@ -373,7 +375,7 @@ def test_gradients_that_are_not_finite_pass_through_and_are_not_counted():
     for bad in (math.nan, math.inf):
         gradients = [torch.ones(3), torch.tensor([-1.0, bad, 1.0])]
         param = torch.nn.Parameter(torch.zeros(3))
-        optimizer = MoClip([param], lr=0.01, clip="project")
+        optimizer = MoClip([param], lr=0.01, clip="project", delta_max=45.0)
         train(optimizer, param, gradients)
         expected = run(torch.zeros(3), gradients, clip="none")
         torch.testing.assert_close(param.data, expected, rtol=0, atol=0, equal_nan=True)
@@ -425,7 +427,7 @@ def test_a_learning_rate_schedule_scales_each_step(clip):
         run(torch.zeros(6).double(), gradients[: t + 1], lr=1.0, clip=clip) for t in range(6)
     ]
     param = torch.nn.Parameter(torch.zeros(6, dtype=torch.float64))
-    optimizer = MoClip([param], lr=0.5, clip=clip)
+    optimizer = MoClip([param], lr=0.5, clip=clip, delta_max=45.0)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda t: 1 / (1 + t))
     expected = torch.zeros(6, dtype=torch.float64)
     for t, gradient in enumerate(gradients[:6]):
@@ -451,7 +453,8 @@ def test_every_switch_can_differ_between_groups(names):
     override = {name: OVERRIDES[name] for name in names}
     start, gradients = random(9, seed=0), leaning_gradients(9)
     plain, special = (torch.nn.Parameter(start.clone()) for _ in range(2))
-    optimizer = MoClip([{"params": [plain]}, {"params": [special], **override}], lr=0.01)
+    groups = [{"params": [plain]}, {"params": [special], **override}]
+    optimizer = MoClip(groups, lr=0.01, delta_max=45.0)
     for gradient in gradients:
         plain.grad = special.grad = gradient
         optimizer.step()
@@ -470,7 +473,7 @@ def test_global_and_tensor_angles_and_none_side_by_side():
         {"params": params[1:3], "angle": "global"},
         {"params": params[3:], "angle": "global", "clip": "none"},
     ]
-    optimizer = MoClip(groups, lr=0.01)
+    optimizer = MoClip(groups, lr=0.01, delta_max=45.0)
     for step in zip(*gradients, strict=True):
         for param, gradient in zip(params, step, strict=True):
             param.grad = gradient
@@ -488,7 +491,7 @@ def test_global_and_tensor_angles_and_none_side_by_side():
 def test_a_parameter_without_a_gradient_is_left_alone(angle):
     start, gradients = random(9, seed=0), leaning_gradients(9)
     missing, present = (torch.nn.Parameter(start.clone()) for _ in range(2))
-    optimizer = MoClip([missing, present], lr=0.01, weight_decay=0.1, angle=angle)
+    optimizer = MoClip([missing, present], lr=0.01, weight_decay=0.1, angle=angle, delta_max=45.0)
     train(optimizer, present, gradients)
     assert torch.equal(missing, start)
     assert missing not in optimizer.state
@@ -517,7 +520,7 @@ def test_a_sparse_gradient_is_refused_before_anything_changes():
 def test_bf16_parameters_are_rounded_once_from_a_float32_step(clip):
     param = torch.nn.Parameter(random(50, seed=0, dtype=torch.bfloat16))
     wide = torch.nn.Parameter(param.detach().float())
-    options = {"lr": 0.05, "weight_decay": 0.1, "clip": clip}
+    options = {"lr": 0.05, "weight_decay": 0.1, "clip": clip, "delta_max": 45.0}
     optimizer, wide_optimizer = MoClip([param], **options), MoClip([wide], **options)
     for gradient in leaning_gradients(50, dtype=torch.bfloat16):
         train(optimizer, param, [gradient])
@@ -538,7 +541,7 @@ def test_the_layout_of_a_parameter_does_not_matter():
             torch.nn.Parameter(start.T.contiguous().T if layouts[0] else start.clone())
             for start in starts
         ]
-        optimizer = MoClip(params, lr=0.01, clip="project", weight_decay=0.1)
+        optimizer = MoClip(params, lr=0.01, clip="project", delta_max=45.0, weight_decay=0.1)
         for step in zip(*gradients, strict=True):
             for param, gradient in zip(params, step, strict=True):
                 param.grad = gradient.T.contiguous().T if layouts[1] else gradient.clone()
@@ -696,7 +699,7 @@ def test_step_does_not_wait_for_the_device(clip, angle):
     with pytest.raises(AssertionError, match="waits"), NoHostSync():
         torch.ones(1).item()
     params = [torch.nn.Parameter(torch.zeros(4, 3)), torch.nn.Parameter(torch.zeros(3).bfloat16())]
-    optimizer = MoClip(params, lr=0.1, clip=clip, angle=angle, weight_decay=0.1)
+    optimizer = MoClip(params, lr=0.1, clip=clip, angle=angle, delta_max=45.0, weight_decay=0.1)
     with NoHostSync():
         for _ in range(3):
             for param in params:
@@ -710,7 +713,7 @@ def test_step_does_not_wait_for_the_device(clip, angle):
 def test_step_reads_no_value_of_a_tensor_that_has_none(clip, angle):
     """Meta tensors stand for an accelerator: reading one, or mixing in a host vector, raises."""
     params = [torch.nn.Parameter(torch.zeros(n, device="meta")) for n in (3, 4)]
-    optimizer = MoClip(params, lr=0.1, clip=clip, angle=angle, weight_decay=0.1)
+    optimizer = MoClip(params, lr=0.1, clip=clip, angle=angle, delta_max=45.0, weight_decay=0.1)
     for _ in range(3):
         for param in params:
             param.grad = torch.ones_like(param)
@@ -788,7 +791,7 @@ def test_without_a_compiler_the_step_warns_and_goes_on_uncompiled():
     start = random(20_000, seed=0, dtype=torch.float32)
     gradients = leaning_gradients(20_000, dtype=torch.float32)
     param = torch.nn.Parameter(start.clone())
-    optimizer = MoClip([param], lr=0.01, compiled=True)
+    optimizer = MoClip([param], lr=0.01, compiled=True, delta_max=45.0)
     torch._dynamo.reset()
     no_compiler = torch._inductor.config.patch("cpp.cxx", (None, "/nonexistent"))
     with fresh_cache(), no_compiler, pytest.warns(RuntimeWarning, match="No working C.. compiler"):
