@@ -440,6 +440,26 @@ def test_failures_and_what_is_missing_are_named(table, tmp_path):
         load_table(tmp_path / "nowhere")
 
 
+def test_the_best_is_best_seed_by_seed_against_the_reference(table):
+    """A method that has run on lucky seeds alone does not win by them."""
+
+    def with_lrmc(combined, versus):
+        rows = []
+        for row in table.rows:
+            if row.name == "lrmc":
+                trade = replace(row.trade, combined=replace(row.trade.combined, value=combined))
+                against = replace(row.versus, combined=replace(row.versus.combined, value=versus))
+                row = replace(row, trade=trade, versus=against)
+            rows.append(row)
+        return sentences(replace(table, rows=tuple(rows)))[0]
+
+    assert with_lrmc(0.99, -0.01).startswith("Highest combined score: full SFT at")
+    assert with_lrmc(0.01, 0.02).startswith("Highest combined score: restricted + MoClip at")
+    without = replace(table, rows=tuple(row for row in table.rows if row.name != "sft"))
+    best = max(without.rows, key=lambda row: row.trade.combined.value)
+    assert sentences(without)[0].startswith(f"Highest combined score: {best.title} at")
+
+
 def test_one_seed_is_said_in_place_of_an_interval(tmp_path):
     comparing = make(tmp_path, only=["sft", "lrmc"], compare={"seeds": [4]})
     table = load_table(comparing.directory)
