@@ -37,7 +37,7 @@ def space(tmp_path):
 def test_without_arguments_it_is_the_embedded_demo():
     made = parse()
     assert (made.model.name, made.data.train) == ("demo", ("demo",))
-    assert (made.train.tau, made.train.delta_max) == (0.99, 45.0)
+    assert (made.train.tau, made.train.delta_max, made.train.tail_samples) == (0.99, 90.0, 1024)
     assert made.parameters == {}
 
 

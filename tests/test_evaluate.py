@@ -215,7 +215,7 @@ def test_trials_hold_cores_side_by_side_as_far_as_there_are_any(session):
         def hold(self, count):
             with held_cores(count):
                 began = time.time()
-                time.sleep(1.0)
+                time.sleep(3.0)  # much longer than Ray takes to give a core, also on a busy machine
                 return began, time.time()
 
     trials = [ray.remote(num_cpus=0)(Trial).remote() for _ in range(2)]

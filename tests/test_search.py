@@ -310,7 +310,7 @@ def test_a_parameter_is_searched_only_where_its_condition_holds(tmp_path):
     assert {params["optimizer"] for params in searched} == {"moclip", "adamw"}
     for params in searched:
         assert ("delta_max" in params) == (params["optimizer"] == "moclip")
-    assert searched[0] == {"optimizer": "moclip", "lr": 3e-5, "delta_max": 45.0}
+    assert searched[0] == {"optimizer": "moclip", "lr": 3e-5, "delta_max": 90.0}
 
 
 def test_a_condition_on_a_fixed_setting_holds_always(tmp_path):
