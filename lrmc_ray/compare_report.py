@@ -291,7 +291,7 @@ def as_json_object(table: ComparisonTable) -> dict[str, Any]:
         "name": table.name,
         "reference": table.reference,
         "seeds": list(table.seeds),
-        "sentences": list(sentences(table)),
+        "sentences": sentences(table),
         "methods": [asdict(row) for row in table.rows],
         "learning_rates": [asdict(point) for point in table.points],
         "forgetting_predictors": [asdict(predictor) for predictor in table.predictors],
