@@ -59,21 +59,30 @@ def shapes(num_layers: int) -> list[tuple[int, ...]]:
     return [(VOCABULARY, HIDDEN), *(LAYER_SHAPES * num_layers), (HIDDEN,)]
 
 
-def timed(function: Callable[[], object]) -> float:
+def timed(function: Callable[[], object], device: str) -> float:
+    if device == "cuda":
+        torch.cuda.synchronize()
     start = time.perf_counter()
     function()
+    if device == "cuda":
+        torch.cuda.synchronize()
     return time.perf_counter() - start
 
 
-def bandwidth_bytes_per_second() -> float:
+def bandwidth_bytes_per_second(device: str) -> float:
     """Best of several copies of 256 MiB, bytes read plus bytes written."""
-    source = torch.ones(2**26)
+    source = torch.ones(2**26, device=device)
     target = torch.empty_like(source)
-    return 2 * source.nbytes / min(timed(lambda: target.copy_(source)) for _ in range(8))
+    return 2 * source.nbytes / min(timed(lambda: target.copy_(source), device) for _ in range(8))
 
 
-def peak_bytes(function: Callable[[], object]) -> int | None:
+def peak_bytes(function: Callable[[], object], device: str) -> int | None:
     """Peak memory during ``function`` over that before it; None where it cannot be read."""
+    if device == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        function()
+        return torch.cuda.max_memory_allocated() - before
     if platform.system() != "Linux":
         return None
 
@@ -90,23 +99,27 @@ def peak_bytes(function: Callable[[], object]) -> int | None:
 
 def measure(args: argparse.Namespace) -> dict[str, object]:
     generator = torch.Generator().manual_seed(args.seed)
-    params = [torch.randn(shape, generator=generator) * 0.02 for shape in shapes(args.layers)]
+    device = args.device
+    params = [
+        (torch.randn(shape, generator=generator) * 0.02).to(device) for shape in shapes(args.layers)
+    ]
     for param in params:
-        param.grad = torch.randn(param.shape, generator=generator) * 1e-3
+        param.grad = (torch.randn(param.shape, generator=generator) * 1e-3).to(device)
     numel = sum(param.numel() for param in params)
     steps = {name: make(params).step for name, make in OPTIMIZERS.items()}
-    first = {name: timed(step) for name, step in steps.items()}
-    memory = {name: peak_bytes(step) for name, step in steps.items()}
+    first = {name: timed(step, device) for name, step in steps.items()}
+    memory = {name: peak_bytes(step, device) for name, step in steps.items()}
     seconds: dict[str, list[float]] = {name: [] for name in steps}
     for _ in range(args.repeats):
         for name, step in steps.items():
-            seconds[name].append(timed(step))
+            seconds[name].append(timed(step, device))
     median = {name: statistics.median(values) for name, values in seconds.items()}
-    bandwidth = bandwidth_bytes_per_second()
+    bandwidth = bandwidth_bytes_per_second(device)
     limit = MOCLIP_PASSES * numel * 4 / bandwidth
 
     print(
-        f"{numel:,} float32 parameters in {len(params)} tensors, {args.threads} thread(s); "
+        f"{numel:,} float32 parameters in {len(params)} tensors, "
+        f"{torch.cuda.get_device_name() if device == 'cuda' else f'{args.threads} thread(s)'}; "
         f"bandwidth {bandwidth / 1e9:.1f} GB/s, MoClip's limit {limit * 1e3:.0f} ms"
     )
     header = ("ms", "fastest", "/ foreach", "/ fused", "memory MB", "first s")
@@ -140,6 +153,7 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--threads", type=int, default=1, help="torch threads")
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     parser.add_argument("--repeats", type=int, default=9, help="steps of each optimizer")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--layers", type=int, default=30, help="fewer need less memory")

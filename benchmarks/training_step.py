@@ -6,7 +6,8 @@
 All take the same samples in the same batches, with as many torch threads. Every variant runs in a
 process of its own, in turn; the table shows the median step. Tokens are those of the samples before
 trimming, so tokens/s compares the time per sample. Memory is the process's peak over what it held
-before it had the model, so weights, gradients and moments are in it.
+before it had the model (on a GPU, the most that tensors held), so weights, gradients and moments
+are in it.
 
     trainer          Hugging Face Trainer, fused AdamW, one padded batch
     sft              TRL SFTTrainer, the same, loss on the completion alone
@@ -57,6 +58,18 @@ CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
 """CPU seconds of the process; on a busy machine they are steadier, with one thread as telling."""
 
 
+def clock_of(args: argparse.Namespace) -> Callable[[], float]:
+    """The clock that was asked for; on a GPU it waits until the work given to it is done."""
+    if args.device == "cpu":
+        return CLOCKS[args.clock]
+
+    def read() -> float:
+        torch.cuda.synchronize()
+        return CLOCKS[args.clock]()
+
+    return read
+
+
 def status_bytes(field: str) -> int:
     text = Path("/proc/self/status").read_text()
     return int(re.search(rf"{field}:\s+(\d+) kB", text).group(1)) * 1024
@@ -73,7 +86,7 @@ def make_samples(args: argparse.Namespace) -> list[Any]:
     from lrmc_ray.tasks.built import ct_files
 
     directory = local_directory(ModelSettings())
-    model, tokenizer = load_model(directory), load_tokenizer(directory)
+    model, tokenizer = load_model(directory).to(args.device), load_tokenizer(directory)
     number = args.batch_size * (args.steps + 1)
     inputs: list[tuple[Any, Any]] = []
     if args.length:
@@ -95,7 +108,7 @@ def make_samples(args: argparse.Namespace) -> list[Any]:
     samples = []
     for index, (ids_T, is_target_T) in enumerate(inputs):
         with torch.inference_mode():
-            logits_PV = model(input_ids=ids_T[None]).logits[0, :-1]
+            logits_PV = model(input_ids=ids_T[None].to(args.device)).logits[0, :-1].cpu()
         k_max = torch.where(is_target_T[1:], 1024, 64)
         sets = select_candidates(logits_PV, ids_T[1:], tau=0.99, k_min=1, k_max=k_max)
         samples.append(
@@ -119,7 +132,7 @@ def run_ours(args: argparse.Namespace, samples: Sequence[Any], name: str) -> lis
     from lrmc_ray.recompute import recompute_activations
 
     is_full = name.startswith("full")
-    model = load_model(local_directory(ModelSettings())).train()
+    model = load_model(local_directory(ModelSettings())).to(args.device).train()
     if name in RECOMPUTE:
         recompute_activations(model, RECOMPUTE[name])
     steps = train(
@@ -146,7 +159,7 @@ def run_ours(args: argparse.Namespace, samples: Sequence[Any], name: str) -> lis
         autocast=torch.bfloat16 if args.precision == "bf16" else None,
         attention_cost=math.inf if name == "full, padded" else attention_cost(model),
     )
-    clock = CLOCKS[args.clock]
+    clock = clock_of(args)
     seconds, last = [], clock()
     for _ in steps:
         now = clock()
@@ -176,7 +189,7 @@ def run_theirs(args: argparse.Namespace, samples: Sequence[Any], name: str) -> l
             row = {"input_ids": ids, "completion_mask": [int(t) for t in is_target]}
         rows.append(row)
     seconds: list[float] = []
-    clock = CLOCKS[args.clock]
+    clock = clock_of(args)
 
     class Clock(TrainerCallback):
         def on_step_begin(self, *_: Any, **__: Any) -> None:
@@ -211,7 +224,7 @@ def run_theirs(args: argparse.Namespace, samples: Sequence[Any], name: str) -> l
             "report_to": [],
             "logging_strategy": "no",
             "save_strategy": "no",
-            "use_cpu": True,
+            "use_cpu": args.device == "cpu",
             "bf16": args.precision == "bf16",
             "disable_tqdm": True,
         }
@@ -248,6 +261,8 @@ def child(args: argparse.Namespace) -> None:
     before = status_bytes("VmRSS")
     seconds = run(args, samples, args.child)
     peak = status_bytes("VmHWM") - before
+    if args.device == "cuda":
+        peak = torch.cuda.max_memory_allocated()
     print(json.dumps({"seconds": seconds[1:], "peak_bytes": peak}))
 
 
@@ -275,7 +290,12 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     tokens_per_step = sum(tokens) / args.steps
     print(
         f"{args.batch_size} samples of {min(tokens)} to {max(tokens)} tokens per step, "
-        f"{args.precision}, {args.threads} thread(s), {args.rounds} x {args.steps} steps"
+        f"{args.precision}, {args.rounds} x {args.steps} steps on "
+        + (
+            f"{args.threads} thread(s)"
+            if args.device == "cpu"
+            else f"{torch.cuda.get_device_name()}"
+        )
     )
     titles = ("s/step", "tokens/s", "speed-up", "peak MB", "memory")
     print(f"{'':22s}" + "".join(f"{title:>10s}" for title in titles) + "   relative to trainer")
@@ -306,6 +326,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=3, help="timed, after one that is not")
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     parser.add_argument("--clock", choices=sorted(CLOCKS), default="wall")
     parser.add_argument("--precision", choices=["fp32", "bf16"], default="fp32")
     parser.add_argument("--data", choices=["nl2sql", "ct"], default="nl2sql")

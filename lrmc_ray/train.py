@@ -241,6 +241,7 @@ def _trainer(
     stored: StoredRun | None,
 ) -> Any:
     from ray.train import FailureConfig, RunConfig, ScalingConfig
+    from ray.train.torch import TorchConfig
 
     release_orphaned_groups()
     resources = settings.resources
@@ -267,6 +268,8 @@ def _trainer(
                 "model": publish_model(stored.storage, model_directory),
             },
         },
+        # NCCL refuses two workers on one GPU; Gloo takes its tensors through the host.
+        torch_config=TorchConfig(backend="gloo" if 0 < resources.gpus_per_worker < 1 else None),
         scaling_config=ScalingConfig(
             num_workers=worker_range(settings),
             use_gpu=resources.gpus_per_worker > 0,

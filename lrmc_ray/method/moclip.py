@@ -49,12 +49,12 @@ import functools
 import itertools
 import math
 import warnings
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple, get_args
+from typing import Any, Literal, NamedTuple, TypeVar, get_args
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch.optim import Optimizer
 
@@ -63,6 +63,7 @@ from torch.optim import Optimizer
 Clip = Literal["scale", "momentum", "project", "rotate", "none"]
 Angle = Literal["tensor", "global"]
 SecondMoment = Literal["raw", "capped"]
+_Item = TypeVar("_Item")
 
 NUM_ANGLE_BINS = 36
 """Bins of the histogram of theta, 5 degrees each."""
@@ -76,6 +77,8 @@ _CACHED_BYTES = 1 << 19
 _DEVICE_BYTES = 1 << 27
 # In smaller tensors, calling a compiled function costs more than it saves.
 _MIN_COMPILED_ELEMENTS = 1 << 14
+# The same on other devices: there the call alone takes the time of some million elements.
+_MIN_COMPILED_DEVICE_ELEMENTS = 1 << 22
 
 
 class CappedGradient(NamedTuple):
@@ -94,6 +97,43 @@ def dot_products(grad: Tensor, momentum: Tensor) -> Tensor:
     """
     g, m = grad.double(), momentum.double()
     return torch.stack((g.dot(g), g.dot(m), m.dot(m)))
+
+
+def foreach_dot_products(grads: Sequence[Tensor], momenta: Sequence[Tensor]) -> Tensor:
+    """[P, 3], the ``dot_products`` of P pairs of flat vectors on one device, in few calls.
+
+    On a GPU a call costs more than its arithmetic, and a model has hundreds of tensors.
+    """
+    pairs = list(zip(grads, momenta, strict=True))
+    pieces = [list(_pieces(pair, torch.float64)) for pair in pairs]
+    rows_X3 = torch.cat(
+        [
+            _piece_dot_products(*zip(*batch, strict=True))
+            for batch in _by_size(
+                itertools.chain.from_iterable(pieces), lambda pair: pair[0].numel(), torch.float64
+            )
+        ]
+    )
+    if len(rows_X3) == len(pairs):
+        return rows_X3
+    by_pair = torch.split(rows_X3, [len(of_pair) for of_pair in pieces])
+    return torch.stack([rows_x3.sum(0) for rows_x3 in by_pair])
+
+
+def _piece_dot_products(grads: Sequence[Tensor], momenta: Sequence[Tensor]) -> Tensor:
+    sizes = [grad.numel() for grad in grads]
+    wide = []
+    for vectors in (grads, momenta):
+        buffer = torch.empty(sum(sizes), dtype=torch.float64, device=grads[0].device)
+        wide.append(list(torch.split(buffer, sizes)))
+        torch._foreach_copy_(wide[-1], list(vectors))
+    products = torch._foreach_mul(*wide)
+    # There is no sum of many tensors, but a sum of magnitudes: of the terms above 0 and below it.
+    below = torch._foreach_clamp_max(products, 0.0)
+    torch._foreach_clamp_min_(products, 0.0)
+    gg_X, mm_X = (torch.stack(torch._foreach_norm(vectors, 2)).square() for vectors in wide)
+    above_X, below_X = (torch.stack(torch._foreach_norm(x, 1)) for x in (products, below))
+    return torch.stack((gg_X, above_X - below_X, mm_X), dim=1)
 
 
 def cap_angle(
@@ -411,13 +451,7 @@ class MoClip(Optimizer):
         """One entry per group; None where its gradients are not capped."""
         if all(group["clip"] == "none" for group in self.param_groups):
             return [None] * len(self.param_groups)
-        # One row per parameter, with or without a gradient: all shards must sum the same shape.
-        rows = [
-            self._measure(param, group["clip"])
-            for group in self.param_groups
-            for param in group["params"]
-        ]
-        measured_P4 = torch.stack([row.to(rows[0].device) for row in rows])
+        measured_P4 = self._measure()
         if self.reduce_dots is not None:
             self.reduce_dots(measured_P4)
         by_group = torch.split(measured_P4, [len(group["params"]) for group in self.param_groups])
@@ -442,18 +476,39 @@ class MoClip(Optimizer):
             caps.append(capped)
         return caps
 
-    def _measure(self, param: Tensor, clip: Clip) -> Tensor:
-        """Dot products and number of elements; zeros where there is nothing to cap."""
-        dots_3 = torch.zeros(3, dtype=torch.float64, device=param.device)
-        if param.grad is None or clip == "none":
-            return F.pad(dots_3, (0, 1))
-        vectors = _flat(param.grad), _flat(self.state[param]["exp_avg"])
-        if self._is_compiled(param):
-            dots_3 = self._run_compiled(dot_products, *vectors)
-        else:
-            for pieces in _pieces(vectors, torch.float64):
-                dots_3 += dot_products(*pieces)
-        return F.pad(dots_3, (0, 1), value=param.numel())
+    def _measure(self) -> Tensor:
+        """[P, 4], dot products and number of elements; zeros where there is nothing to cap.
+
+        One row per parameter, with or without a gradient: all shards must sum the same shape.
+        """
+        clips = [group["clip"] for group in self.param_groups for _ in group["params"]]
+        params = list(self._params())
+        numels = [0] * len(params)
+        rows: list[Tensor | None] = [None] * len(params)
+        together: dict[torch.device, list[tuple[int, Tensor, Tensor]]] = defaultdict(list)
+        for index, (param, clip) in enumerate(zip(params, clips, strict=True)):
+            if param.grad is None or clip == "none":
+                continue
+            numels[index] = param.numel()
+            vectors = _flat(param.grad), _flat(self.state[param]["exp_avg"])
+            if self._is_compiled(param):
+                rows[index] = self._run_compiled(dot_products, *vectors)
+            elif param.is_cpu:
+                dots_3 = torch.zeros(3, dtype=torch.float64)
+                for pieces in _pieces(vectors, torch.float64):
+                    dots_3 += dot_products(*pieces)
+                rows[index] = dots_3
+            else:
+                together[param.device].append((index, *vectors))
+        for on_device in together.values():
+            indices, grads, momenta = zip(*on_device, strict=True)
+            rows_P3 = foreach_dot_products(grads, momenta)
+            for index, row_3 in zip(indices, rows_P3.unbind(), strict=True):
+                rows[index] = row_3
+        nothing = torch.zeros(3, dtype=torch.float64, device=params[0].device)
+        dots_P3 = torch.stack([nothing if row is None else row.to(nothing.device) for row in rows])
+        numel_P = torch.tensor(numels, dtype=torch.float64).to(nothing.device)
+        return torch.cat((dots_P3, numel_P[:, None]), dim=1)
 
     def _count_angles(self, capped: CappedGradient, numel_P: Tensor) -> None:
         has_angle_P = (numel_P > 0) & capped.theta_P.isfinite()
@@ -478,6 +533,7 @@ class MoClip(Optimizer):
             if group["clip"] in ("project", "rotate"):
                 qs = capped.q_P.unbind()
         uncompiled = []
+        scalars = functools.cache(functools.partial(_step_scalars, group))
         for param, p, q in zip(group["params"], ps, qs, strict=True):
             if param.grad is None:
                 continue
@@ -490,7 +546,7 @@ class MoClip(Optimizer):
                 state["exp_avg_sq"],
                 p if p is None else p.to(param.device),
                 q if q is None else q.to(param.device),
-                _step_scalars(group, state["step"].tolist()),
+                scalars(state["step"].tolist()),
             )
             if self._is_compiled(param):
                 self._run_compiled(store_moclip_update_, _for_compiler(update), second_moment)
@@ -500,7 +556,8 @@ class MoClip(Optimizer):
             foreach_moclip_update_(batch, second_moment)
 
     def _is_compiled(self, param: Tensor) -> bool:
-        return self.compiled and param.is_contiguous() and param.numel() >= _MIN_COMPILED_ELEMENTS
+        least = _MIN_COMPILED_ELEMENTS if param.is_cpu else _MIN_COMPILED_DEVICE_ELEMENTS
+        return self.compiled and param.is_contiguous() and param.numel() >= least
 
     def _run_compiled(self, function: Callable[..., Any], *args: Any) -> Any:
         from torch._dynamo.exc import BackendCompilerFailed  # takes seconds to import
@@ -559,11 +616,30 @@ def _pieces(tensors: Sequence[Tensor], dtype: torch.dtype) -> Iterator[tuple[Ten
     is_cpu = tensors[0].is_cpu
     num_bytes = _CACHED_BYTES * torch.get_num_threads() if is_cpu else _DEVICE_BYTES
     size = num_bytes // dtype.itemsize
+    if tensors[0].numel() <= size:
+        return iter([tuple(tensor.view(-1) for tensor in tensors)])
     return zip(*(torch.split(tensor.view(-1), size) for tensor in tensors), strict=True)
 
 
+def _by_size(
+    items: Iterable[_Item], numel: Callable[[_Item], int], dtype: torch.dtype
+) -> Iterator[list[_Item]]:
+    """The items in order, as many at a time as have small temporaries in ``dtype``; at least 1."""
+    batch: list[_Item] = []
+    num_bytes = 0
+    for item in items:
+        size = numel(item) * dtype.itemsize
+        if batch and num_bytes + size > _DEVICE_BYTES:
+            yield batch
+            batch, num_bytes = [], 0
+        batch.append(item)
+        num_bytes += size
+    if batch:
+        yield batch
+
+
 def _batches(updates: Iterable[TensorUpdate]) -> Iterator[list[TensorUpdate]]:
-    """What goes into one foreach call: a cached piece on a CPU, all tensors on other devices."""
+    """What goes into one foreach call: a cached piece on a CPU, many tensors on other devices."""
     rest = []
     for update in updates:
         tensors = update[:4]
@@ -572,8 +648,7 @@ def _batches(updates: Iterable[TensorUpdate]) -> Iterator[list[TensorUpdate]]:
                 yield [TensorUpdate._make((*pieces, *update[4:]))]
         else:
             rest.append(update)
-    if rest:
-        yield rest
+    yield from _by_size(rest, lambda update: update.param.numel(), torch.float32)
 
 
 def _check_gradient(param: Tensor) -> None:

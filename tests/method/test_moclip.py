@@ -679,6 +679,25 @@ def test_two_shards_agree_with_the_whole(clip, angle):
         assert statistics.clipped_element_share == whole_statistics.clipped_element_share
 
 
+@pytest.mark.parametrize("piece", [10, 1000, 10**6])
+def test_dot_products_of_many_vectors_are_those_of_each(piece, monkeypatch):
+    """Whole, and in pieces of which some come together and some are parts of a vector."""
+    monkeypatch.setattr(moclip, "_CACHED_BYTES", 8 * piece)
+    monkeypatch.setattr(moclip, "_DEVICE_BYTES", 8 * 1500)
+    sizes = (5, 1, 3000, 77, 1, 400)
+    grads = [random(n, seed=n, dtype=torch.float32) * 10.0 ** (i - 3) for i, n in enumerate(sizes)]
+    momenta = [random(n, seed=n + 1, dtype=torch.float32) for n in sizes]
+    momenta[3].zero_()
+    grads[4].fill_(math.inf)
+    found = moclip.foreach_dot_products(grads, momenta).numpy()
+    for row, grad, momentum in zip(found, grads, momenta, strict=True):
+        g, m = grad.double().numpy(), momentum.double().numpy()
+        expected = [g @ g, g @ m, m @ m]
+        # The products' sum has the error of its terms, which may cancel.
+        error = 1e-14 * np.abs(g * m).sum() if np.isfinite(g).all() else 0.0
+        np.testing.assert_allclose(row, expected, rtol=1e-13, atol=error)
+
+
 class NoHostSync(TorchDispatchMode):
     """Fails on the operations by which the host waits for a device."""
 
