@@ -31,7 +31,7 @@ from lrmc_ray.artifacts import (
     write_json,
     write_manifest,
 )
-from lrmc_ray.config import RunSettings, TrainSettings, validate
+from lrmc_ray.config import ResourceSettings, RunSettings, TrainSettings, validate
 from lrmc_ray.console import progress, run_command, setup_logging
 from lrmc_ray.errors import DataError, DiskError, LrmcError
 from lrmc_ray.ray_session import (
@@ -268,8 +268,7 @@ def _trainer(
                 "model": publish_model(stored.storage, model_directory),
             },
         },
-        # NCCL refuses two workers on one GPU; Gloo takes its tensors through the host.
-        torch_config=TorchConfig(backend="gloo" if 0 < resources.gpus_per_worker < 1 else None),
+        torch_config=TorchConfig(backend=collective_backend(resources)),
         scaling_config=ScalingConfig(
             num_workers=worker_range(settings),
             use_gpu=resources.gpus_per_worker > 0,
@@ -360,6 +359,14 @@ def _interruptible(
             ):
                 time.sleep(0.05)
         raise
+
+
+def collective_backend(resources: ResourceSettings) -> str | None:
+    """How workers exchange tensors; None leaves it to Ray, which takes NCCL on GPUs, else Gloo.
+
+    NCCL refuses two workers on one GPU; Gloo takes their tensors through the host.
+    """
+    return "gloo" if 0 < resources.gpus_per_worker < 1 else None
 
 
 def worker_range(settings: RunSettings) -> tuple[int, int]:

@@ -27,6 +27,7 @@ from lrmc_ray.train import (
     _interruptible,
     _is_worker_loss,
     add_setting_flags,
+    collective_backend,
     flag_overrides,
     progress_note,
 )
@@ -136,6 +137,13 @@ def test_an_error_of_the_loop_counts_more_than_the_deaths_it_causes():
         {0: RuntimeError("gloo: connection closed"), 1: own, 2: ray.exceptions.ActorDiedError()},
     )
     assert _cause(both) is own
+
+
+@pytest.mark.parametrize(("gpus", "backend"), [(0, None), (0.5, "gloo"), (1, None), (2, None)])
+def test_workers_that_share_a_gpu_exchange_by_gloo(gpus, backend):
+    """NCCL refuses two ranks on one device."""
+    settings = RunSettings(resources={"gpus_per_worker": gpus})
+    assert collective_backend(settings.resources) == backend
 
 
 class Trainers:
