@@ -698,6 +698,17 @@ def test_dot_products_of_many_vectors_are_those_of_each(piece, monkeypatch):
         np.testing.assert_allclose(row, expected, rtol=1e-13, atol=error)
 
 
+@pytest.mark.parametrize("seed", range(5))
+def test_batches_are_in_order_and_have_small_temporaries(seed, monkeypatch):
+    monkeypatch.setattr(moclip, "_DEVICE_BYTES", 4 * 100)
+    sizes = torch.randint(1, 130, (40,), generator=torch.Generator().manual_seed(seed)).tolist()
+    batches = list(moclip._by_size(sizes, lambda size: size, torch.float32))
+    assert list(itertools.chain.from_iterable(batches)) == sizes
+    for batch, following in itertools.pairwise(batches):
+        assert sum(batch) <= 100 or len(batch) == 1
+        assert sum(batch) + following[0] > 100  # it would not have fitted
+
+
 class NoHostSync(TorchDispatchMode):
     """Fails on the operations by which the host waits for a device."""
 
