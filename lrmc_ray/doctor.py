@@ -81,7 +81,10 @@ def check_gpus() -> Finding:
     if count:
         names = {torch.cuda.get_device_name(index) for index in range(count)}
         return Finding(
-            "gpu", "ok", f"{count} x {', '.join(sorted(names))}, CUDA {torch.version.cuda}"
+            "gpu",
+            "ok",
+            f"{count} x {', '.join(sorted(names))}, CUDA {torch.version.cuda}; used where "
+            "resources.gpus_per_worker is 1, or 0.5 for two workers on each",
         )
     if Path("/proc/driver/nvidia/version").exists() or shutil.which("nvidia-smi"):
         return Finding(

@@ -1,6 +1,7 @@
 """Start Ray for one command, or join a cluster, and leave nothing behind."""
 
 import contextlib
+import functools
 import logging
 import os
 import socket
@@ -48,7 +49,7 @@ _ENVIRONMENT = {
     "RAY_enable_metrics_collection": "0",  # its port is open to the world, and asks for no token
     "AUTOSCALER_METRIC_PORT": "-1",  # so are these two's: with no port, they are not served
     "DASHBOARD_METRIC_PORT": "-1",
-    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "1",  # a process that asked for no GPU sees none
     "HF_HUB_DISABLE_TELEMETRY": "1",
     "TOKENIZERS_PARALLELISM": "false",
 }
@@ -221,7 +222,21 @@ def worker_slots(resources: ResourceSettings, *, least: int = 1, what: str = "wo
     Raises:
         ResourceError: fewer than ``least``: asking Ray for them would wait for ever.
     """
-    return check_slots(cluster_nodes(), resources, least, what)
+    nodes = cluster_nodes()
+    gpus = sum(node.count * node.resources.get("GPU", 0.0) for node in nodes)
+    if gpus and not resources.gpus_per_worker:
+        _say_unused(gpus)
+    return check_slots(nodes, resources, least, what)
+
+
+@functools.cache
+def _say_unused(gpus: float) -> None:
+    """Once a process: on the CPU by default, on a machine with a GPU, is rarely what was meant."""
+    _log.warning(
+        "%g GPU(s) and none is used, since resources.gpus_per_worker = 0; 1 gives each worker one, "
+        "0.5 lets two share one",
+        gpus,
+    )
 
 
 def can_hold_cores(count: int) -> bool:

@@ -15,6 +15,7 @@ from lrmc_ray import evaluate, record, train, tune
 from lrmc_ray.config import ResourceSettings
 from lrmc_ray.console import run_command
 from lrmc_ray.errors import IncompleteArtifactError, ResourceError
+from lrmc_ray.placement import Node
 from lrmc_ray.ray_session import (
     TRIAL_SLOT,
     _no_preemption,
@@ -147,6 +148,39 @@ def test_nodes_that_the_autoscaler_may_start_count(cluster, monkeypatch):
         worker_slots(ResourceSettings(gpus_per_worker=2))
 
 
+def test_gpus_that_nothing_uses_are_named_once(cluster, monkeypatch, caplog):
+    nodes = [Node({"CPU": 8.0, "GPU": 2.0}, count=3)]
+    monkeypatch.setattr("lrmc_ray.ray_session.cluster_nodes", lambda: nodes)
+    assert worker_slots(ResourceSettings(gpus_per_worker=0.5)) == 12
+    assert not caplog.messages
+    assert [worker_slots(ResourceSettings()) for _ in range(2)] == [24, 24]
+    (message,) = caplog.messages
+    assert "6 GPU(s)" in message
+    assert "resources.gpus_per_worker = 0" in message
+
+
+def test_a_process_that_asked_for_no_gpu_sees_none(cluster, monkeypatch):
+    """Else every recording actor of a CPU search would put its model onto the first GPU."""
+    import ray
+
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0")
+    node = cluster.add_node(
+        num_cpus=1, num_gpus=1, resources={"card": 1}, object_store_memory=STORE
+    )
+
+    def visible():
+        return os.environ.get("CUDA_VISIBLE_DEVICES")
+
+    try:
+        seen = {
+            gpus: ray.remote(visible).options(num_gpus=gpus, resources={"card": 0.1}).remote()
+            for gpus in (0, 1)
+        }
+        assert {gpus: ray.get(ref, timeout=60) for gpus, ref in seen.items()} == {0: "", 1: "0"}
+    finally:
+        cluster.remove_node(node)
+
+
 def test_a_cluster_without_places_for_trials_is_refused(cluster, monkeypatch):
     check_trial_slots()
     monkeypatch.setattr("ray.cluster_resources", lambda: {"CPU": 4.0})
@@ -159,7 +193,11 @@ def test_with_a_storage_trials_run_where_the_command_does(cluster, monkeypatch):
     import ray
 
     check_trial_slots("s3://bucket/runs")
-    nodes = [node | {"Resources": node["Resources"] | {TRIAL_SLOT: 64.0}} for node in ray.nodes()]
+    nodes = [
+        node | {"Resources": node["Resources"] | {TRIAL_SLOT: 64.0}}
+        for node in ray.nodes()
+        if node["Alive"]
+    ]
     own = ray.get_runtime_context().get_node_id()
     (other,) = (node["NodeManagerAddress"] for node in nodes if node["NodeID"] != own)
     monkeypatch.setattr("ray.nodes", lambda: nodes)
