@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from lrmc_ray.method import moclip
 from lrmc_ray.method.l2_sp import StartingPoint
 from lrmc_ray.method.microbatch import collate, deal
 from lrmc_ray.method.moclip import MoClip
@@ -324,7 +325,8 @@ def test_the_same_run_gives_the_same_bits(autocast):
 
 @pytest.mark.parametrize("compiled", [False, True])
 @pytest.mark.parametrize("clip", ["scale", "momentum", "project", "rotate", "none"])
-def test_moclip_takes_the_cpus_steps(clip, compiled):
+def test_moclip_takes_the_cpus_steps(clip, compiled, monkeypatch):
+    monkeypatch.setattr(moclip, "_MIN_COMPILED_DEVICE_ELEMENTS", 1 << 14)
     start = [torch.randn(300, 70, generator=rng(1)), torch.randn(5000, generator=rng(2))]
     common = [torch.randn(x.shape, generator=rng(3)) for x in start]
     found = []
