@@ -57,6 +57,19 @@ PRUNED_TAG = "lrmc.stopped_early"
 """Of a trial that stopped itself: MLflow has no state of its own for it, and shows it as KILLED."""
 
 _PARENT_TAG = "mlflow.parentRunId"
+_COLOR_TAG = "mlflow.runColor"
+# MLflow draws a run's colour by its id, so that of six trials three may look the same.
+_YARDSTICK_COLOR = "#c2410c"
+_TRIAL_COLORS = (
+    "#0f766e",
+    "#4f46e5",
+    "#b45309",
+    "#be185d",
+    "#0369a1",
+    "#65a30d",
+    "#7c3aed",
+    "#475569",
+)
 _MAX_BACKOFF_SECONDS = 60.0
 # MLflow's limits. Its client splits what is too much for one request.
 _KEY_LENGTH, _PARAM_LENGTH, _TAG_LENGTH, _DIGEST_LENGTH = 250, 6000, 8000, 36
@@ -512,6 +525,7 @@ class _Mirror:
                 TRIAL_TAG: str(number),
                 ROLE_TAG: role,
                 _PARENT_TAG: parent.run_id,
+                _COLOR_TAG: known.get(_COLOR_TAG) or _color(number, role),
             }
             self._update_run(
                 self._client, number, f"trial {number} {role}", tags, trial, study, warn
@@ -772,6 +786,11 @@ def _root_cause(error: BaseException) -> BaseException:
 
 def _in_one_line(error: BaseException) -> str:
     return f"{type(error).__name__}: {error}".splitlines()[0][:200]
+
+
+def _color(number: int, role: str) -> str:
+    """Of a trial in MLflow's charts; the yardstick has one of its own."""
+    return _YARDSTICK_COLOR if role == "yardstick" else _TRIAL_COLORS[number % len(_TRIAL_COLORS)]
 
 
 def _status(state: str) -> str:

@@ -5,6 +5,7 @@ import http.server
 import json
 import logging
 import math
+import re
 import socket
 import socketserver
 import statistics
@@ -322,6 +323,26 @@ def test_a_resumed_study_doubles_nothing(client, uri, tmp_path):
     # A param cannot be changed: the first value stays, and nothing crashes.
     assert children[0].data.params == {"tau": "0.95", "lr": "1e-05"}
     assert [m.metrics["train/loss"] for m in read_metrics(path)] == [1.0, 200.0, 300.0, 400.0]
+
+
+def test_neighbouring_trials_differ_in_colour_and_a_chosen_colour_stays(client, uri, tmp_path):
+    def run():
+        with StudyTracker(
+            uri, study_id="colours", study_name="demo", directory=tmp_path, poll_seconds=0.05
+        ) as tracker:
+            for number in range(9):
+                tracker.child(number, {"tau": 0.9}, role="yardstick" if number == 1 else "search")
+                tracker.finish(number, "FINISHED")
+        _, children = runs_of(client, "colours")
+        return [children[number].data.tags["mlflow.runColor"] for number in range(9)], children
+
+    colours, children = run()
+    assert all(re.fullmatch("#[0-9a-f]{6}", colour) for colour in colours)
+    assert colours.count(colours[1]) == 1
+    assert len(set(colours[:8])) == 8
+    client.set_tag(children[3].info.run_id, "mlflow.runColor", "#123456")
+    again, _ = run()
+    assert again == [*colours[:3], "#123456", *colours[4:]]
 
 
 def test_a_trial_of_an_earlier_process_may_end_in_this_one(client, uri, tmp_path):
