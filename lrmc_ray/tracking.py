@@ -62,8 +62,8 @@ _COLOR_TAG = "mlflow.runColor"
 _YARDSTICK_COLOR = "#c2410c"
 _TRIAL_COLORS = (
     "#0f766e",
-    "#4f46e5",
     "#b45309",
+    "#4f46e5",
     "#be185d",
     "#0369a1",
     "#65a30d",
