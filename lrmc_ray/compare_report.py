@@ -4,15 +4,13 @@ import base64
 import csv
 import io
 import json
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
 from lrmc_ray.artifacts import write_atomically, write_json
+from lrmc_ray.compare_figure import draw
 from lrmc_ray.compare_table import (
     SPIKE_DEVIATIONS,
     SPIKE_WINDOW,
@@ -24,11 +22,9 @@ from lrmc_ray.compare_table import (
     SearchPoint,
     load_table,
 )
-from lrmc_ray.report_html import FORGETTING_LABEL, GAIN_LABEL, number, percent, points, points_range
+from lrmc_ray.report_html import number, percent, points, points_range
 
 if TYPE_CHECKING:
-    from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
     from rich.table import Table as ConsoleTable
 
 TABLE_FILES = {"html": "compare.html", "markdown": "compare.md", "csv": "compare.csv"}
@@ -44,11 +40,7 @@ def sentences(table: ComparisonTable) -> list[str]:
     scored = [row for row in table.rows if row.trade is not None]
     if not scored:
         return ["No method has scores on the test questions yet."]
-    # Seed by seed against the reference: a method with other seeds has had other luck.
-    if any(row.name == table.reference for row in scored):
-        best = max(scored, key=lambda row: _advantage(table, row))
-    else:
-        best = max(scored, key=lambda row: row.trade.combined.value if row.trade else -math.inf)
+    best = max(scored, key=table.advantage)
     assert best.trade is not None
     said = [
         f"Highest combined score: {best.title} at learning rate {best.lr:g}, "
@@ -101,13 +93,6 @@ def sentences(table: ComparisonTable) -> list[str]:
     if table.not_begun:
         said.append(f"Not run yet: {'; '.join(table.not_begun)}.")
     return said
-
-
-def _advantage(table: ComparisonTable, row: MethodRow) -> float:
-    """By how much the combined score is above the reference's on the seeds that both have."""
-    if row.versus is not None:
-        return row.versus.combined.value
-    return 0.0 if row.name == table.reference else -math.inf
 
 
 def _list(titles: Sequence[str]) -> str:
@@ -346,120 +331,6 @@ def console_effects(table: ComparisonTable) -> "ConsoleTable":
 def _in_lines(cell: str) -> str:
     # Escaped, because rich takes [ ] for markup.
     return cell.replace(" (", "\n(").replace(" [", "\n\\[")
-
-
-# Figure
-
-_PALETTE = (
-    "#c2410c", "#0f766e", "#4f46e5", "#b45309", "#be185d", "#0369a1", "#65a30d", "#7c3aed",
-    "#475569", "#a16207", "#0891b2", "#dc2626",
-)  # fmt: skip
-_SHAPES = ("o", "s", "^", "D", "v", "P")
-
-
-def draw(table: ComparisonTable) -> "Figure":
-    """Gain against forgetting: every method over its learning rates, and at the chosen one."""
-    from matplotlib.figure import Figure
-
-    height = 6.4 + 0.25 * math.ceil(len(table.rows) / 4)
-    figure = Figure(figsize=(13.5, height), dpi=160, layout="constrained")
-    left, right = figure.subplots(1, 2)
-    beyond = _draw_fronts(left, table)
-    _draw_chosen(right, table)
-    left.plot(0, 0, "X", color="#111827", markersize=8)
-    for axes in (left, right):
-        axes.axvline(0, color="#cbd5e1", linewidth=0.8, zorder=0)
-        axes.set_xlabel(FORGETTING_LABEL)
-        axes.spines[["top", "right"]].set_visible(False)
-        axes.grid(color="#eef2f6", zorder=0)
-    left.set_ylabel(GAIN_LABEL)
-    left.set_title(f"Over learning rates: development items, seed {table.seeds[0]}", loc="left")
-    right.set_title("At the learning rate chosen there: test items, mean of the seeds", loc="left")
-    handles = [
-        _style_handle(index, f"{index + 1}  {row.title}") for index, row in enumerate(table.rows)
-    ]
-    figure.legend(handles=handles, loc="outside lower center", ncols=4, frameon=False, fontsize=9)
-    note = "Bars: 95 % intervals over seeds, thin ones over items where there is one seed."
-    note += " Cross: the base model. Filled on the left: the chosen learning rate."
-    if beyond:
-        note += f" Beyond the left figure's edge: {', '.join(beyond)}."
-    figure.suptitle(note, x=0.01, ha="left", fontsize=8, color="#526077")
-    return figure
-
-
-def _style(index: int) -> tuple[str, str]:
-    return _PALETTE[index % len(_PALETTE)], _SHAPES[(index // len(_PALETTE)) % len(_SHAPES)]
-
-
-def _style_handle(index: int, title: str) -> Any:
-    from matplotlib.lines import Line2D
-
-    colour, shape = _style(index)
-    return Line2D([], [], color=colour, marker=shape, linewidth=1, markersize=6, label=title)
-
-
-def _draw_fronts(axes: "Axes", table: ComparisonTable) -> list[str]:
-    """One line per method, along its learning rates; returns what lies beyond the edge."""
-    if not table.points:
-        return []
-    x_all = np.array([100 * point.forgetting.value for point in table.points])
-    # One model that has lost everything must not squeeze all others into one spot.
-    typical = float(np.quantile(x_all, 0.85))
-    edge = max(2.5 * max(typical, 1.0), float(np.min(x_all)) + 1.0)
-    beyond = []
-    for index, row in enumerate(table.rows):
-        own = [point for point in table.points if point.method == row.name]
-        colour, shape = _style(index)
-        x = [100 * point.forgetting.value for point in own]
-        y = [100 * point.domain_gain.value for point in own]
-        axes.plot(x, y, color=colour, linewidth=1.0, alpha=0.8)
-        for point, left, bottom in zip(own, x, y, strict=True):
-            face = colour if point.is_chosen else "white"
-            axes.plot(left, bottom, shape, color=colour, markerfacecolor=face, markersize=6)
-            if left > edge:
-                beyond.append(f"{row.title} at {point.lr:g}")
-        if own:
-            _number(axes, index, x[-1], y[-1])
-    if x_all.max() > edge:
-        axes.set_xlim(right=edge, left=min(0.0, float(x_all.min())) - 0.05 * edge)
-    return beyond
-
-
-def _draw_chosen(axes: "Axes", table: ComparisonTable) -> None:
-    for index, row in enumerate(table.rows):
-        if row.trade is None:
-            continue
-        colour, shape = _style(index)
-        gain, forgetting = row.trade.domain_gain, row.trade.forgetting
-        axes.errorbar(
-            100 * forgetting.value,
-            100 * gain.value,
-            xerr=_bars(forgetting),
-            yerr=_bars(gain),
-            fmt=shape, color=colour, markersize=8, markeredgecolor="white", markeredgewidth=0.8,
-            elinewidth=1.4 if len(row.seeds) > 1 else 0.6, capsize=2.5, alpha=0.9,
-        )  # fmt: skip
-        _number(axes, index, 100 * forgetting.value, 100 * gain.value)
-
-
-def _number(axes: "Axes", index: int, x: float, y: float) -> None:
-    """The method's number in the legend, beside its point."""
-    axes.annotate(
-        str(index + 1),
-        (x, y),
-        xytext=(5, 4),
-        textcoords="offset points",
-        fontsize=8,
-        color=_style(index)[0],
-        annotation_clip=True,
-    )
-
-
-def _bars(value: Estimate) -> list[list[float]]:
-    interval = value.over_seeds or value.over_items
-    if interval is None:
-        return [[0.0], [0.0]]
-    return [[100 * (value.value - interval.low)], [100 * (interval.high - value.value)]]
 
 
 # Files

@@ -14,6 +14,7 @@ Shape suffixes: S = seeds, B = bootstrap resamples.
 """
 
 import json
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -224,6 +225,19 @@ class ComparisonTable:
         """What a method is called."""
         titles = {m["name"]: str(m["title"]) for m in self.description["methods"]}
         return titles[method]
+
+    def advantage(self, row: MethodRow) -> float:
+        """By how much the combined score of a scored method is above the reference's.
+
+        On the seeds that both have: a method with other seeds has had other luck. Where the
+        reference is not scored, the combined score itself.
+        """
+        assert row.trade is not None
+        if all(r.trade is None for r in self.rows if r.name == self.reference):
+            return row.trade.combined.value
+        if row.versus is not None:
+            return row.versus.combined.value
+        return 0.0 if row.name == self.reference else -math.inf
 
     @property
     def not_begun(self) -> list[str]:

@@ -12,6 +12,7 @@ import pytest
 from scipy import stats
 
 from lrmc_ray.compare import Comparing, Job
+from lrmc_ray.compare_figure import draw
 from lrmc_ray.compare_report import (
     as_csv,
     as_html,
@@ -19,7 +20,6 @@ from lrmc_ray.compare_report import (
     as_markdown,
     console_effects,
     console_table,
-    draw,
     sentences,
     write_report,
 )
@@ -516,25 +516,61 @@ def test_the_files_are_written_and_the_figure_shows_every_method(finished, table
     files = write_report(finished.directory)
     assert sorted(files) == ["csv", "figure", "html", "json", "markdown"]
     assert all(path.stat().st_size > 500 for path in files.values())
-    figure = draw(table)
-    fronts, chosen = figure.axes
+    fronts, *panels = draw(table).axes
     for index, row in enumerate(table.rows):
         own = [point for point in table.points if point.method == row.name]
         lines = [line for line in fronts.get_lines() if len(line.get_xdata()) == len(own) > 1]
         expected = [100 * point.domain_gain.value for point in own]
         assert any(np.allclose(line.get_ydata(), expected) for line in lines), index
-    shown = {
+    assert [text.get_text() for text in fronts.texts] == ["1", "2", "3"]
+    filled = {
         (round(float(line.get_xdata()[0]), 9), round(float(line.get_ydata()[0]), 9))
-        for line in chosen.get_lines()
-        if len(line.get_xdata()) == 1
+        for line in fronts.get_lines()
+        if len(line.get_xdata()) == 1 and line.get_markerfacecolor() not in ("white", "#111827")
     }
-    for row in table.rows:
-        point = (100 * row.trade.forgetting.value, 100 * row.trade.domain_gain.value)
-        assert (round(point[0], 9), round(point[1], 9)) in shown
-    texts = [text.get_text() for text in figure.legends[0].get_texts()]
-    assert texts == [f"{number}  {row.title}" for number, row in enumerate(table.rows, 1)]
-    numbers = [text.get_text() for text in chosen.texts]
-    assert numbers == ["1", "2", "3"]
+    assert filled == {
+        (round(100 * p.forgetting.value, 9), round(100 * p.domain_gain.value, 9))
+        for p in table.points
+        if p.is_chosen
+    }
+
+    def versus(row):
+        return row.versus.combined if row.versus else None
+
+    order = sorted(table.rows, key=lambda row: -(versus(row).value if row.versus else 0.0))
+    labels = [label.get_text() for label in panels[0].get_yticklabels()]
+    assert labels == [f"{row.title}  {table.rows.index(row) + 1}" for row in order]
+    parts = (lambda row: row.trade.domain_gain, lambda row: row.trade.forgetting, versus)
+    for panel, part in zip(panels, parts, strict=True):
+        shown = {}
+        for line in panel.get_lines():
+            x, y = line.get_xdata(), line.get_ydata()
+            kind = "point" if len(x) == 1 else "items" if line.get_linewidth() > 5 else "seeds"
+            if y[0] != 0 or y[-1] != 1:  # not the axis at zero
+                shown[int(y[0]), kind] = [float(value) for value in x]
+        expected = {}
+        for place, row in enumerate(order):
+            value = part(row)
+            if value is None:
+                continue
+            expected[place, "point"] = [100 * value.value]
+            for kind, interval in (("seeds", value.over_seeds), ("items", value.over_items)):
+                if interval is not None:
+                    expected[place, kind] = [100 * interval.low, 100 * interval.high]
+        assert shown.keys() == expected.keys()
+        for key in expected:
+            assert shown[key] == pytest.approx(expected[key])
+
+
+def test_methods_are_ordered_by_what_they_have_over_the_reference_on_the_same_seeds(table):
+    rows = {row.name: row for row in table.rows}
+    for row in rows.values():
+        alone = replace(table, rows=(row,), reference="another")
+        assert alone.advantage(row) == row.trade.combined.value
+        if row.name == table.reference:
+            assert table.advantage(row) == 0.0
+        else:
+            assert table.advantage(row) == row.versus.combined.value
 
 
 def test_the_terminal_shows_intervals_in_brackets(table):
