@@ -11,15 +11,14 @@ begins at a step, the lines of earlier attempts from that step on no longer coun
 """
 
 import json
-import os
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from types import TracebackType
-from typing import Any, Self
+from typing import Any
 
 from lrmc_ray.errors import DataError
+from lrmc_ray.json_lines import JsonLines, whole_lines
 
 
 @dataclass(frozen=True)
@@ -36,18 +35,11 @@ class LedgerLine:
     """False where the gradient was not finite and the update was left out."""
 
 
-class Ledger:
-    """The one writer of a ledger; a context manager.
-
-    Every line is written by one system call. A torn end, as a power failure leaves it, is cut off
-    when the file is opened again.
-    """
+class Ledger(JsonLines):
+    """The one writer of a ledger."""
 
     def __init__(self, path: Path) -> None:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        self._file = path.open("ab", buffering=0)
-        content = path.read_bytes()
-        self._file.truncate(content.rfind(b"\n") + 1)
+        super().__init__(path)
         lines = read_ledger(path)
         self.attempt = lines[-1].attempt + 1 if lines else 1
         """Of this writer."""
@@ -58,37 +50,23 @@ class Ledger:
         """Append a step.
 
         Raises:
-            OSError: the disk is full.
+            OSError: the disk is full; the file then ends with the line before.
         """
-        line = {
-            "attempt": self.attempt,
-            "step": step,
-            "sample_ids": list(sample_ids),
-            "world_size": world_size,
-            "loss": loss,
-            "applied": applied,
-        }
-        self._file.write(json.dumps(line).encode() + b"\n")
-
-    def sync(self) -> None:
-        """Return when all lines are on the disk; before a checkpoint that builds on them."""
-        os.fsync(self._file.fileno())
+        self.append(
+            {
+                "attempt": self.attempt,
+                "step": step,
+                "sample_ids": list(sample_ids),
+                "world_size": world_size,
+                "loss": loss,
+                "applied": applied,
+            }
+        )
 
     def close(self) -> None:
-        """Close the file."""
+        """Close the file, when all lines are on the disk."""
         self.sync()
-        self._file.close()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self.close()
+        super().close()
 
 
 def read_ledger(path: Path) -> list[LedgerLine]:
@@ -102,7 +80,7 @@ def read_ledger(path: Path) -> list[LedgerLine]:
     except FileNotFoundError:
         return []
     lines = []
-    for number, line in enumerate(content[: content.rfind(b"\n") + 1].splitlines(), start=1):
+    for number, line in enumerate(whole_lines(content).splitlines(), start=1):
         try:
             fields: dict[str, Any] = json.loads(line)
             lines.append(

@@ -10,7 +10,6 @@ broken run. A run that goes on after a crash appends the steps that it redoes: t
 step counts.
 """
 
-import errno
 import json
 import math
 import os
@@ -18,10 +17,10 @@ import time
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from types import TracebackType
-from typing import Self, SupportsFloat
+from typing import SupportsFloat
 
 from lrmc_ray.errors import DataError
+from lrmc_ray.json_lines import JsonLines, whole_lines
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,20 +35,8 @@ class StepMetrics:
     """All metrics of the step by name; NaN and infinities included."""
 
 
-class MetricsLog:
-    """The one writer of a metrics file; a context manager.
-
-    Every line is written by one system call, so a reader, or a ``kill -9``, never sees half a
-    line except where the disk is full or the power fails. Such a torn end is cut off when the
-    file is opened again.
-    """
-
-    def __init__(self, path: Path) -> None:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        self._path = path
-        self._file = path.open("ab", buffering=0)
-        content = path.read_bytes()
-        self._file.truncate(content.rfind(b"\n") + 1)
+class MetricsLog(JsonLines):
+    """The one writer of a metrics file."""
 
     def log(self, step: int, metrics: Mapping[str, SupportsFloat]) -> None:
         """Append the metrics of ``step``, all of them at once.
@@ -58,34 +45,7 @@ class MetricsLog:
             OSError: the disk is full; the file then ends with the line before.
         """
         values = {name: _to_json(float(value)) for name, value in metrics.items()}
-        line = json.dumps(
-            {"step": int(step), "time": time.time(), "metrics": values}, allow_nan=False
-        )
-        content = line.encode() + b"\n"
-        before = os.fstat(self._file.fileno()).st_size
-        try:
-            if self._file.write(content) != len(content):
-                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-        except OSError as error:
-            self._file.truncate(before)
-            # A failed write does not say where.
-            error.filename = str(self._path)
-            raise
-
-    def close(self) -> None:
-        """Close the file."""
-        self._file.close()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self.close()
+        self.append({"step": int(step), "time": time.time(), "metrics": values})
 
 
 def read_metrics(path: Path) -> list[StepMetrics]:
@@ -122,7 +82,7 @@ def read_new_lines(path: Path, offset: int) -> tuple[list[StepMetrics], int]:
     except FileNotFoundError:
         return [], 0
     lines = []
-    for line in content[: content.rfind(b"\n") + 1].splitlines(keepends=True):
+    for line in whole_lines(content).splitlines(keepends=True):
         lines.append(_parse(line, path, offset))
         offset += len(line)
     return lines, offset

@@ -1,5 +1,7 @@
 import json
 import math
+import subprocess
+import sys
 
 import hypothesis.strategies as st
 import pytest
@@ -183,3 +185,31 @@ def test_a_loss_that_is_not_finite_is_written_and_read(tmp_path):
     result = audit_ledger(path, lambda step: ["a"], steps=1)
     assert result.is_exact
     assert (result.steps_replayed, result.replays_that_differ) == (1, 0)
+
+
+FULL_DISK = """
+import resource, sys
+from pathlib import Path
+from lrmc_ray.ledger import Ledger
+fill = dict(sample_ids=["a"] * 20, world_size=1, loss=0.5, applied=True)
+with Ledger(Path(sys.argv[1])) as ledger:
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, resource.RLIM_INFINITY))
+    try:
+        for step in range(100):
+            ledger.write(step=step, **fill)
+    except OSError as error:
+        print(step, error.filename)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY,) * 2)
+    ledger.write(step=step, **fill)  # there is room again
+"""
+
+
+def test_a_full_disk_leaves_whole_lines_and_the_next_one_is_whole_as_well(tmp_path):
+    path = tmp_path / "ledger.jsonl"
+    done = subprocess.run(
+        [sys.executable, "-c", FULL_DISK, str(path)], capture_output=True, text=True, check=True
+    )
+    failed, name = done.stdout.split()
+    assert name == str(path)
+    assert int(failed) > 3
+    assert [line.step for line in read_ledger(path)] == list(range(int(failed) + 1))
