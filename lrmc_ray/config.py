@@ -141,8 +141,9 @@ class TrainSettings(Settings):
     """One angle per tensor, or one for the whole model."""
     second_moment: Literal["raw", "capped"] = "raw"
     """Whether the second moment sees the gradient before or after the cap."""
-    atan2_scale: float = Field(1.27, gt=0)
-    """Factor a of the step a * atan2(m, sqrt(v))."""
+    atan2_scale: float = Field(1.0, gt=0)
+    """Factor a of the step a * atan2(m, sqrt(v)). With 1 a learning rate means what it does to
+    AdamW, where the step is small; Adam-atan2 has 1.27, which is a larger learning rate."""
     compile_optimizer: bool = False
     """Compile the step of ``moclip`` and ``adam_atan2``: a third of its time, after some seconds at
     the first; needs a C++ compiler on every node. Its rounding is its own."""
