@@ -37,8 +37,7 @@ def draw(table: ComparisonTable) -> "Figure":
     figure = Figure(figsize=(15.5, height), dpi=140, layout="constrained")
     fronts, *panels = figure.subplots(1, 4, width_ratios=(2.6, 1, 1, 1))
     _draw_fronts(fronts, table)
-    reference = table.title_of(table.reference)
-    titles = ("domain gain", "forgetting", f"combined, less that of {reference}")
+    titles = ("domain gain", "forgetting", "combined - reference")
     for panel, title in zip(panels, titles, strict=True):
         panel.set_title(title, loc="left", fontsize=10)
     for place, index in enumerate(scored):
@@ -52,7 +51,8 @@ def draw(table: ComparisonTable) -> "Figure":
     figure.suptitle(
         f"Left: development items, seed {table.seeds[0]}; filled: the learning rate chosen by "
         "them; cross: the base model. Right: test items at that rate, points of 100, mean of the "
-        "seeds; lines: 95 % intervals over seeds, bands: over items.",
+        "seeds; lines: 95 % intervals over seeds, bands: over items; reference: "
+        f"{table.title_of(table.reference)}.",
         x=0.01, ha="left", fontsize=9, color="#526077",
     )  # fmt: skip
     return figure
