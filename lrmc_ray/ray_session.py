@@ -4,10 +4,13 @@ import contextlib
 import functools
 import logging
 import os
+import signal
 import socket
 import sys
+import threading
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 from lrmc_ray.artifacts import file_digest
 from lrmc_ray.config import ResourceSettings
@@ -118,7 +121,9 @@ def ray_session(
         contextlib.nullcontext() if verbose else _stderr_to(log),
         _no_preemption() if address == "local" else contextlib.nullcontext(),
     ):
+        handler = signal.getsignal(signal.SIGTERM)
         _start(address, num_cpus, verbose)
+        _keep_sigterm(handler)
         try:
             if address != "local" and storage is not None:
                 check_storage_seen(storage)
@@ -127,6 +132,15 @@ def ray_session(
             yield
         finally:
             ray.shutdown()
+
+
+def _keep_sigterm(handler: Any) -> None:
+    """Take SIGTERM back from Ray, whose own handler aborts the process three seconds after it.
+
+    What ends in good order, such as the checkpoints of running trials, may take longer.
+    """
+    if callable(handler) and threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, handler)
 
 
 def _start(address: str, num_cpus: int | None, verbose: bool) -> None:

@@ -352,3 +352,39 @@ def test_importing_is_light():
     )
     assert result.stdout.strip() == "[]"
     assert time.perf_counter() - start < 5
+
+
+WITH_RAY = """
+import os, signal, sys, time
+from pathlib import Path
+from lrmc_ray.console import run_command
+from lrmc_ray.ray_session import ray_session
+
+def main(argv):
+    with ray_session(log=Path(argv[0]), num_cpus=1):
+        try:
+            os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(30)
+        finally:
+            end = time.monotonic() + 5
+            while time.monotonic() < end:
+                time.sleep(0.1)
+            print("cleaned", flush=True)
+    return 0
+
+sys.exit(run_command(main, [sys.argv[1]]))
+"""
+
+
+def test_sigterm_leaves_a_command_that_uses_ray_the_time_to_end_in_order(tmp_path):
+    # Ray's own handler would abort the process three seconds after the signal.
+    done = subprocess.run(
+        [sys.executable, "-c", WITH_RAY, str(tmp_path / "ray.log")],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert done.returncode == 143, done.stderr
+    assert done.stdout == "cleaned\n"
+    assert done.stderr.splitlines()[-1].startswith("stopped by SIGTERM; run the same command again")
