@@ -242,7 +242,7 @@ def cap_gradient(
     if theta_deg <= delta_max:
         return gradient
     theta, delta = np.radians(theta_deg), np.radians(delta_max)
-    if clip == "scale":
+    if clip in ("scale", "cautious"):
         return gradient * (delta / theta)
     if clip == "momentum":
         limit = beta1 * m_norm * np.sin(delta) / ((1 - beta1) * g_norm * np.sin(theta - delta))
@@ -272,7 +272,10 @@ def moclip(
     second_moment: str = "raw",
     atan2_scale: float = 1.27,
 ) -> MoClipResult:
-    """One tensor after one step per gradient; ``cap_gradient`` states the rules at the edges."""
+    """One tensor after one step per gradient; ``cap_gradient`` states the rules at the edges.
+
+    "cautious" is "scale", and weights that would move against their gradient stay where they are.
+    """
     if second_moment not in ("raw", "capped"):
         raise ValueError(f"unknown second_moment: {second_moment}")
     beta1, beta2 = betas
@@ -285,6 +288,10 @@ def moclip(
         m = beta1 * m + (1 - beta1) * capped
         v = beta2 * v + (1 - beta2) * (g if second_moment == "raw" else capped) ** 2
         direction = np.arctan2(m / (1 - beta1**step), np.sqrt(v / (1 - beta2**step)))
+        if clip == "cautious" and delta_max < 180:
+            for at in np.ndindex(w.shape):
+                if g[at] < 0 < m[at] or m[at] < 0 < g[at]:
+                    direction[at] = 0.0
         w = w * (1 - lr * weight_decay) - lr * atan2_scale * direction
     return MoClipResult(w, m, v)
 

@@ -469,7 +469,7 @@ def test_the_shipped_spaces_are_valid(name):
             "full", "restricted", "soft", "active_only", "dft", "kl_to_base",
         }  # fmt: skip
         assert {t.optimizer for t in used} == {"adamw", "moclip", "adam_atan2", "c_adamw", "mofo"}
-        assert {t.clip for t in used} == {"scale", "momentum", "project", "rotate"}
+        assert {t.clip for t in used} == {"scale", "cautious", "momentum", "project", "rotate"}
 
 
 @pytest.mark.parametrize(

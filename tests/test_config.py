@@ -135,7 +135,7 @@ RULES = {
     "train.betas": optional(pair(number(lambda x: 0 <= x < 1))),
     "train.weight_decay": not_negative,
     "train.delta_max": number(lambda x: 0 < x <= 180),
-    "train.clip": one_of("scale", "momentum", "project", "rotate", "none"),
+    "train.clip": one_of("scale", "cautious", "momentum", "project", "rotate", "none"),
     "train.angle": one_of("tensor", "global"),
     "train.second_moment": one_of("raw", "capped"),
     "train.atan2_scale": positive,

@@ -20,6 +20,12 @@ with x^ = x / ||x||:
 
 - ``"scale"`` (default): g' = (delta / theta) g. The direction stays, a misaligned gradient counts
   less.
+- ``"cautious"``: ``"scale"``, and the cap once more on the angle of each weight alone, which is 0
+  or 180 degrees: where g and the new m are opposed, the weight does not move in this step (but for
+  its decay); m and v go on as ever. The mask is that of "Cautious Optimizers" (arXiv 2411.16085),
+  who also lengthen the step of the other weights by the share that is left out. In a tensor of
+  which only some rows have a gradient (an embedding, with a restricted loss) that is many times
+  the learning rate, so it is not done here.
 - ``"momentum"``: g' = s g with the largest s in [0, 1] for which the *momentum* turns by at most
   delta: s = min(1, beta1 ||m|| sin(delta) / ((1 - beta1) ||g|| sin(theta - delta))). Binds on
   outlier batches only.
@@ -60,7 +66,7 @@ from torch.optim import Optimizer
 
 # Shape suffix (this file): P = parameters, or vectors in general.
 
-Clip = Literal["scale", "momentum", "project", "rotate", "none"]
+Clip = Literal["scale", "cautious", "momentum", "project", "rotate", "none"]
 Angle = Literal["tensor", "global"]
 SecondMoment = Literal["raw", "capped"]
 _Item = TypeVar("_Item")
@@ -157,7 +163,7 @@ def cap_angle(
     is_capped_P = excess_P > 0
     # "none" keeps these; the other readings overwrite them.
     p_P, q_P = torch.ones_like(theta_P), torch.zeros_like(theta_P)
-    if clip == "scale":
+    if clip in ("scale", "cautious"):
         p_P = delta / theta_P
     elif clip == "momentum":
         # Law of sines in the triangle of beta1 m, (1 - beta1) s g and their sum.
@@ -192,6 +198,8 @@ class StepScalars(NamedTuple):
     """1 - lr weight_decay"""
     step_size: float | Tensor
     """lr a"""
+    opposed: float | Tensor
+    """Factor of the step where gradient and new momentum are opposed: 1, or 0 where it is capped"""
 
 
 class TensorUpdate(NamedTuple):
@@ -224,6 +232,9 @@ def moclip_update(
     direction = arctan2_nonnegative(
         scalars.first_scale * exp_avg, (scalars.second_scale * exp_avg_sq).sqrt()
     )
+    # The product of both could be too small for float32, and would be no sign then.
+    is_opposed = grad.sign() * exp_avg < 0
+    direction = torch.where(is_opposed, scalars.opposed * direction, direction)
     new_param = scalars.decay * param.to(exp_avg.dtype) - scalars.step_size * direction
     return new_param.to(param.dtype), exp_avg, exp_avg_sq
 
@@ -238,7 +249,7 @@ def store_moclip_update_(update: TensorUpdate, second_moment: SecondMoment) -> N
 def foreach_moclip_update_(updates: Sequence[TensorUpdate], second_moment: SecondMoment) -> None:
     """``moclip_update`` in place for tensors of one group, by torch's uncompiled kernels."""
     params, grads, exp_avgs, exp_avg_sqs, ps, qs, scalars = map(list, zip(*updates, strict=True))
-    first_rate, second_rate, _, _, decay, step_size = scalars[0]
+    first_rate, second_rate, _, _, decay, step_size, opposed = scalars[0]
     # Neither copies anything where the dtypes agree.
     grads = [g.to(m.dtype) for g, m in zip(grads, exp_avgs, strict=True)]
     wide_params = [w.to(m.dtype) for w, m in zip(params, exp_avgs, strict=True)]
@@ -253,6 +264,11 @@ def foreach_moclip_update_(updates: Sequence[TensorUpdate], second_moment: Secon
     torch._foreach_sqrt_(roots)
     for direction, root in zip(directions, roots, strict=True):
         direction.atan2_(root)
+    if opposed != 1:
+        signs = torch._foreach_sign(grads)
+        torch._foreach_mul_(signs, exp_avgs)
+        for direction, sign in zip(directions, signs, strict=True):
+            direction.masked_fill_(sign < 0, 0.0)
     if decay != 1:
         torch._foreach_mul_(wide_params, decay)
     torch._foreach_add_(wide_params, directions, alpha=-step_size)
@@ -584,6 +600,7 @@ def _step_scalars(group: dict[str, Any], step: float) -> StepScalars:
         second_scale=1 / (1 - beta2**step),
         decay=1 - group["lr"] * group["weight_decay"],
         step_size=group["lr"] * group["atan2_scale"],
+        opposed=0.0 if group["clip"] == "cautious" and group["delta_max"] < 180 else 1.0,
     )
 
 

@@ -19,12 +19,13 @@ from torch._inductor.utils import fresh_cache
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from lrmc_ray.method import moclip
+from lrmc_ray.method.masked_adamw import MaskedAdamW
 from lrmc_ray.method.moclip import CappedGradient, MoClip, cap_angle, dot_products
 from tests import reference
 
 torch.set_num_threads(1)
 
-CLIPS = ["scale", "momentum", "project", "rotate", "none"]
+CLIPS = ["scale", "cautious", "momentum", "project", "rotate", "none"]
 CAPS = CLIPS[:-1]
 
 
@@ -259,6 +260,75 @@ def test_scale_is_delta_over_theta(seed, delta_max):
 def test_the_capped_gradient_never_ascends(seed, delta_max, clip):
     g, m = pair(seed)
     assert cap(g, m, delta_max=delta_max, clip=clip) @ g >= 0
+
+
+# The cap by weight
+
+
+def test_cautious_by_hand():
+    """beta1 0.5; after a first step of (4, 4, 4, 4, 4), m = 2, the second one is
+
+    - 4: agrees. -1: against m, 0.5. -4: turns m to -1 and agrees. 0: no angle. -2: m is 0.
+    """
+    first = torch.full((5,), 4.0).double()
+    second = torch.tensor([4.0, -1.0, -4.0, 0.0, -2.0]).double()
+    betas = (0.5, 0.5)
+    paths = {
+        clip: run(torch.zeros(5).double(), [first, second], clip=clip, delta_max=179.0, betas=betas)
+        for clip in ("scale", "cautious")
+    }
+    m = torch.tensor([3.0, 0.5, -1.0, 1.0, 0.0]).double()
+    v = torch.tensor([12.0, 4.5, 12.0, 4.0, 6.0]).double()
+    start = -0.01 * 1.27 * math.pi / 4
+    steps = -0.01 * 1.27 * torch.atan2(m / 0.75, (v / 0.75).sqrt())
+    torch.testing.assert_close(paths["scale"], start + steps)
+    steps[1] = 0.0
+    torch.testing.assert_close(paths["cautious"], start + steps)
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("magnitude", [1.0, 1e-25])
+def test_cautious_never_moves_a_weight_against_its_gradient(compiled, magnitude):
+    """Where ``scale`` does for a third of them; of a product of 1e-50 float32 keeps no sign."""
+    gradients = [magnitude * random(20_000, seed=i, dtype=torch.float32) for i in range(8)]
+    against = {}
+    for clip in ("scale", "cautious"):
+        param = torch.nn.Parameter(torch.zeros(20_000))
+        optimizer = MoClip([param], lr=0.01, clip=clip, compiled=compiled)
+        against[clip] = 0
+        for gradient in gradients:
+            before = param.detach().clone()
+            train(optimizer, param, [gradient])
+            m = optimizer.state[param]["exp_avg"]
+            moved = before - param.detach()
+            assert ((moved == 0) == ((m.sign() != gradient.sign()) & (clip == "cautious"))).all()
+            against[clip] += int((moved.sign() == -gradient.sign()).sum())
+    assert against["cautious"] == 0
+    assert 0.2 < against["scale"] / (8 * 20_000) < 0.5
+
+
+def test_cautious_leaves_out_what_cautious_adamw_leaves_out_and_lengthens_nothing():
+    """In a tensor of which a tenth of the rows has a gradient, C-AdamW steps 10 times as far."""
+    gradients = [random(100, 40, seed=i) for i in range(5)]
+    for gradient in gradients:
+        gradient[10:] = 0.0
+    adamw = torch.nn.Parameter(torch.zeros(100, 40).double())
+    ours, plain = (torch.nn.Parameter(torch.zeros(100, 40).double()) for _ in range(2))
+    optimizers = [
+        MaskedAdamW([adamw], 1e-3, mask="cautious", betas=(0.9, 0.99)),
+        MoClip([ours], 1e-3, clip="cautious", delta_max=179.9),
+        MoClip([plain], 1e-3, clip="none"),
+    ]
+    for gradient in gradients:
+        moved = []
+        for optimizer, param in zip(optimizers, (adamw, ours, plain), strict=True):
+            before = param.detach().clone()
+            train(optimizer, param, [gradient])
+            moved.append(param.detach() - before)
+        assert torch.equal(moved[0] == 0, moved[1] == 0)
+        kept = moved[1] != 0
+        torch.testing.assert_close(moved[1][kept], moved[2][kept])
+        assert moved[0].abs().max() > 9 * moved[1].abs().max()
 
 
 # The angle
@@ -573,7 +643,7 @@ def test_step_returns_the_loss_of_its_closure():
         ({"delta_max": math.nan}, "got nan"),
         (
             {"clip": "turn"},
-            "clip must be one of scale, momentum, project, rotate, none, got 'turn'",
+            "clip must be one of scale, cautious, momentum, project, rotate, none, got 'turn'",
         ),
         ({"angle": "row"}, "angle must be one of tensor, global, got 'row'"),
         ({"second_moment": "both"}, "second_moment must be one of raw, capped, got 'both'"),
@@ -769,7 +839,7 @@ def test_arctan2_in_float32():
     assert moclip.arctan2_nonnegative(torch.tensor(math.nan), torch.tensor(1.0)).isnan()
 
 
-@pytest.mark.parametrize("clip", ["scale", "project", "none"])
+@pytest.mark.parametrize("clip", ["scale", "cautious", "project", "none"])
 @pytest.mark.parametrize("second_moment", ["raw", "capped"])
 def test_the_stated_update_equals_the_foreach_update(clip, second_moment):
     start, gradients = random(5000, seed=0), leaning_gradients(5000)
