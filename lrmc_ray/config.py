@@ -135,7 +135,7 @@ class TrainSettings(Settings):
     """Weight of half the squared distance from the base's weights (L2-SP), in the loss."""
     delta_max: float = Field(90.0, gt=0, le=180)
     """Largest angle between gradient and momentum, in degrees; 180 switches the cap off."""
-    clip: Literal["scale", "cautious", "momentum", "project", "rotate", "none"] = "scale"
+    clip: Literal["scale", "cautious", "momentum", "project", "rotate", "none"] = "cautious"
     """Reading of the cap."""
     angle: Literal["tensor", "global"] = "tensor"
     """One angle per tensor, or one for the whole model."""

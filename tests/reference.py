@@ -268,7 +268,7 @@ def moclip(
     betas: tuple[float, float] = (0.9, 0.99),
     weight_decay: float = 0.0,
     delta_max: float = 45.0,
-    clip: str = "scale",
+    clip: str = "cautious",
     second_moment: str = "raw",
     atan2_scale: float = 1.27,
 ) -> MoClipResult:

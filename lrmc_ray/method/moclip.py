@@ -18,14 +18,13 @@ That the angle is capped is the paper's; its formula could not be read. Each rea
 ``clip``, and the default is our choice. Where theta <= delta = ``delta_max``, g' = g; beyond it,
 with x^ = x / ||x||:
 
-- ``"scale"`` (default): g' = (delta / theta) g. The direction stays, a misaligned gradient counts
-  less.
-- ``"cautious"``: ``"scale"``, and the cap once more on the angle of each weight alone, which is 0
-  or 180 degrees: where g and the new m are opposed, the weight does not move in this step (but for
-  its decay); m and v go on as ever. The mask is that of "Cautious Optimizers" (arXiv 2411.16085),
-  who also lengthen the step of the other weights by the share that is left out. In a tensor of
-  which only some rows have a gradient (an embedding, with a restricted loss) that is many times
-  the learning rate, so it is not done here.
+- ``"scale"``: g' = (delta / theta) g. The direction stays, a misaligned gradient counts less.
+- ``"cautious"`` (default): ``"scale"``, and once more weight by weight, where the angle is 0 or 180
+  degrees: a weight whose g and new m are opposed does not move in this step, but for its decay; m
+  and v go on as ever. The mask is that of "Cautious Optimizers" (arXiv 2411.16085), which lengthens
+  the steps of the other weights by what it leaves out. Where only some rows of a tensor have a
+  gradient (an embedding, with a restricted loss), that is many times the learning rate; it is not
+  done here.
 - ``"momentum"``: g' = s g with the largest s in [0, 1] for which the *momentum* turns by at most
   delta: s = min(1, beta1 ||m|| sin(delta) / ((1 - beta1) ||g|| sin(theta - delta))). Binds on
   outlier batches only.
@@ -198,8 +197,6 @@ class StepScalars(NamedTuple):
     """1 - lr weight_decay"""
     step_size: float | Tensor
     """lr a"""
-    opposed: float | Tensor
-    """Factor of the step where gradient and new momentum are opposed: 1, or 0 where it is capped"""
 
 
 class TensorUpdate(NamedTuple):
@@ -217,9 +214,12 @@ class TensorUpdate(NamedTuple):
 
 
 def moclip_update(
-    update: TensorUpdate, second_moment: SecondMoment
+    update: TensorUpdate, second_moment: SecondMoment, is_cautious: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The new ``(param, exp_avg, exp_avg_sq)`` of one tensor, whose g' is p g + q m."""
+    """The new ``(param, exp_avg, exp_avg_sq)`` of one tensor, whose g' is p g + q m.
+
+    ``is_cautious`` leaves weights where they are that would move against their gradient.
+    """
     param, grad, exp_avg, exp_avg_sq, p, q, scalars = update
     capped = grad = grad.to(exp_avg.dtype)
     if p is not None:
@@ -232,24 +232,28 @@ def moclip_update(
     direction = arctan2_nonnegative(
         scalars.first_scale * exp_avg, (scalars.second_scale * exp_avg_sq).sqrt()
     )
-    # The product of both could be too small for float32, and would be no sign then.
-    is_opposed = grad.sign() * exp_avg < 0
-    direction = torch.where(is_opposed, scalars.opposed * direction, direction)
+    if is_cautious:
+        # The product of both could be too small for float32, and would have no sign then.
+        direction = torch.where(grad.sign() * exp_avg < 0, 0.0, direction)
     new_param = scalars.decay * param.to(exp_avg.dtype) - scalars.step_size * direction
     return new_param.to(param.dtype), exp_avg, exp_avg_sq
 
 
-def store_moclip_update_(update: TensorUpdate, second_moment: SecondMoment) -> None:
+def store_moclip_update_(
+    update: TensorUpdate, second_moment: SecondMoment, is_cautious: bool
+) -> None:
     """``moclip_update`` in place."""
     old = update.param, update.exp_avg, update.exp_avg_sq
-    for tensor, new in zip(old, moclip_update(update, second_moment), strict=True):
+    for tensor, new in zip(old, moclip_update(update, second_moment, is_cautious), strict=True):
         tensor.copy_(new)
 
 
-def foreach_moclip_update_(updates: Sequence[TensorUpdate], second_moment: SecondMoment) -> None:
+def foreach_moclip_update_(
+    updates: Sequence[TensorUpdate], second_moment: SecondMoment, is_cautious: bool
+) -> None:
     """``moclip_update`` in place for tensors of one group, by torch's uncompiled kernels."""
     params, grads, exp_avgs, exp_avg_sqs, ps, qs, scalars = map(list, zip(*updates, strict=True))
-    first_rate, second_rate, _, _, decay, step_size, opposed = scalars[0]
+    first_rate, second_rate, _, _, decay, step_size = scalars[0]
     # Neither copies anything where the dtypes agree.
     grads = [g.to(m.dtype) for g, m in zip(grads, exp_avgs, strict=True)]
     wide_params = [w.to(m.dtype) for w, m in zip(params, exp_avgs, strict=True)]
@@ -264,7 +268,7 @@ def foreach_moclip_update_(updates: Sequence[TensorUpdate], second_moment: Secon
     torch._foreach_sqrt_(roots)
     for direction, root in zip(directions, roots, strict=True):
         direction.atan2_(root)
-    if opposed != 1:
+    if is_cautious:
         signs = torch._foreach_sign(grads)
         torch._foreach_mul_(signs, exp_avgs)
         for direction, sign in zip(directions, signs, strict=True):
@@ -373,7 +377,7 @@ class MoClip(Optimizer):
         betas: tuple[float, float] = (0.9, 0.99),
         weight_decay: float = 0.0,
         delta_max: float = 90.0,
-        clip: Clip = "scale",
+        clip: Clip = "cautious",
         angle: Angle = "tensor",
         second_moment: SecondMoment = "raw",
         atan2_scale: float = 1.27,
@@ -542,6 +546,7 @@ class MoClip(Optimizer):
     def _update(self, group: dict[str, Any], capped: CappedGradient | None) -> None:
         """Move the parameters of one group."""
         second_moment: SecondMoment = group["second_moment"]
+        is_cautious = group["clip"] == "cautious" and group["delta_max"] < 180
         ps: Sequence[Tensor | None] = [None] * len(group["params"])
         qs = ps
         if capped is not None:
@@ -565,11 +570,13 @@ class MoClip(Optimizer):
                 scalars(state["step"].tolist()),
             )
             if self._is_compiled(param):
-                self._run_compiled(store_moclip_update_, _for_compiler(update), second_moment)
+                self._run_compiled(
+                    store_moclip_update_, _for_compiler(update), second_moment, is_cautious
+                )
             else:
                 uncompiled.append(update)
         for batch in _batches(uncompiled):
-            foreach_moclip_update_(batch, second_moment)
+            foreach_moclip_update_(batch, second_moment, is_cautious)
 
     def _is_compiled(self, param: Tensor) -> bool:
         least = _MIN_COMPILED_ELEMENTS if param.is_cpu else _MIN_COMPILED_DEVICE_ELEMENTS
@@ -600,7 +607,6 @@ def _step_scalars(group: dict[str, Any], step: float) -> StepScalars:
         second_scale=1 / (1 - beta2**step),
         decay=1 - group["lr"] * group["weight_decay"],
         step_size=group["lr"] * group["atan2_scale"],
-        opposed=0.0 if group["clip"] == "cautious" and group["delta_max"] < 180 else 1.0,
     )
 
 

@@ -324,7 +324,7 @@ def test_the_same_run_gives_the_same_bits(autocast):
 
 
 @pytest.mark.parametrize("compiled", [False, True])
-@pytest.mark.parametrize("clip", ["scale", "momentum", "project", "rotate", "none"])
+@pytest.mark.parametrize("clip", ["scale", "cautious", "momentum", "project", "rotate", "none"])
 def test_moclip_takes_the_cpus_steps(clip, compiled, monkeypatch):
     monkeypatch.setattr(moclip, "_MIN_COMPILED_DEVICE_ELEMENTS", 1 << 14)
     start = [torch.randn(300, 70, generator=rng(1)), torch.randn(5000, generator=rng(2))]
