@@ -843,6 +843,8 @@ def test_arctan2_in_float32():
 @pytest.mark.parametrize("second_moment", ["raw", "capped"])
 def test_the_stated_update_equals_the_foreach_update(clip, second_moment):
     start, gradients = random(5000, seed=0), leaning_gradients(5000)
+    for i, gradient in enumerate(gradients):
+        gradient[i::7] = 0.0
     options = {"clip": clip, "second_moment": second_moment, "weight_decay": 0.1, "lr": 0.01}
     param, m, v = start.clone(), torch.zeros(5000).double(), torch.zeros(5000).double()
     group = MoClip([param], **options).param_groups[0]
