@@ -49,6 +49,7 @@ OPTIMIZERS: dict[str, Callable[[list[Tensor]], Optimizer]] = {
     FUSED: lambda params: AdamW(params, lr=1e-6, fused=True),
     "adam-atan2-pytorch": lambda params: AdamAtan2(params, lr=1e-6, weight_decay=0.01),
     "MoClip": lambda params: MoClip(params, lr=1e-6, weight_decay=0.01),
+    "MoClip, scale": lambda params: MoClip(params, lr=1e-6, weight_decay=0.01, clip="scale"),
     "MoClip, project": lambda params: MoClip(params, lr=1e-6, weight_decay=0.01, clip="project"),
     "MoClip, compiled": lambda params: MoClip(params, lr=1e-6, weight_decay=0.01, compiled=True),
 }

@@ -136,7 +136,8 @@ class TrainSettings(Settings):
     delta_max: float = Field(90.0, gt=0, le=180)
     """Largest angle between gradient and momentum, in degrees; 180 switches the cap off."""
     clip: Literal["scale", "cautious", "momentum", "project", "rotate", "none"] = "cautious"
-    """Reading of the cap."""
+    """Reading of the cap, see ``method/moclip.py``. ``cautious`` is ``scale``, and leaves out of a
+    step the weights that would move against their gradient."""
     angle: Literal["tensor", "global"] = "tensor"
     """One angle per tensor, or one for the whole model."""
     second_moment: Literal["raw", "capped"] = "raw"

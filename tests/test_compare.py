@@ -6,13 +6,14 @@ import os
 import signal
 import subprocess
 import sys
+import tarfile
 import time
 from pathlib import Path
 
 import pytest
 
 from lrmc_ray import compare as module
-from lrmc_ray.artifacts import read_manifest, write_json
+from lrmc_ray.artifacts import fingerprint, read_manifest, write_json
 from lrmc_ray.compare import (
     Comparing,
     Job,
@@ -454,10 +455,11 @@ def test_a_part_of_the_methods():
 def test_the_shipped_spaces_are_valid(name):
     space = validate(CompareSpace, read_toml(find_space(name)), name)
     assert space.compare.reference in space.methods
-    trains = {
-        name: space.train_of(name, lr=1e-5, seed=0).model_dump_json() for name in space.methods
+    methods = {
+        (space.train_of(name, lr=1e-5, seed=0).model_dump_json(), space.learning_rates_of(name))
+        for name in space.methods
     }
-    assert len(set(trains.values())) == len(trains)  # no method is there twice
+    assert len(methods) == len(space.methods)  # none is there twice
     if name == "compare":
         assert space.compare.learning_rates == (5e-6, 1e-5, 3e-5, 1e-4, 3e-4)
         assert len(space.compare.seeds) == 3
@@ -470,6 +472,23 @@ def test_the_shipped_spaces_are_valid(name):
         }  # fmt: skip
         assert {t.optimizer for t in used} == {"adamw", "moclip", "adam_atan2", "c_adamw", "mofo"}
         assert {t.clip for t in used} == {"scale", "cautious", "momentum", "project", "rotate"}
+
+
+@pytest.mark.parametrize(
+    ("name", "changes", "archive"),
+    [
+        ("compare", {}, "compare_nl2sql"),
+        ("compare_transfer", {"steps": 60}, "transfer"),
+    ],
+)
+def test_the_shipped_spaces_go_on_from_the_raw_results(name, changes, archive):
+    """Also where a default has changed since: what a space relies on, it says itself."""
+    space = validate(CompareSpace, read_toml(find_space(name)), name)
+    space = space.model_copy(update={"train": space.train.model_copy(update=changes)})
+    path = ROOT / "benchmarks" / "results" / f"{archive}.tar.xz"
+    with tarfile.open(path) as tar:
+        kept = {member.split("/")[0].split("-")[-1] for member in tar.getnames()}
+    assert fingerprint(comparison_identity(space)) in kept
 
 
 @pytest.mark.parametrize(
