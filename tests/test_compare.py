@@ -509,7 +509,7 @@ def test_errors_of_the_command_line(arguments, code, said, tmp_path, capsys):
 
 def test_looking_at_a_comparison_that_has_not_begun_leaves_nothing_behind(tmp_path, capsys):
     assert run_command(main, ["--explain", "--output", str(tmp_path)]) == 0
-    assert "37 methods: 226 models" in capsys.readouterr().out
+    assert "42 methods: 251 models" in capsys.readouterr().out
     assert run_command(main, ["--report-only", "--output", str(tmp_path)]) == 3
     assert "this comparison has not begun; run the same command without --report-only" in (
         capsys.readouterr().err
