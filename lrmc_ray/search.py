@@ -96,7 +96,7 @@ class TrialQueue:
         inside = {
             name: defaults[name]
             for name, space in self._distributions.items()
-            if space._contains(space.to_internal_repr(defaults[name]))
+            if _holds(space, defaults[name])
         }
         self._study.enqueue_trial(inside)
         return self._ask("defaults", self._distributions, {})
@@ -228,6 +228,14 @@ class TrialQueue:
         trial_id = self._study.get_trials(deepcopy=False)[number]._trial_id
         self._study._storage.set_trial_user_attr(trial_id, "cause", cause)
         self._study.tell(number, state=TrialState.FAIL, skip_if_finished=True)
+
+
+def _holds(space: BaseDistribution, value: Any) -> bool:
+    """Whether ``value`` lies in the space."""
+    try:
+        return bool(space._contains(space.to_internal_repr(value)))
+    except ValueError:  # no choice of the space, or None where it has numbers
+        return False
 
 
 def _suggest(trial: optuna.Trial, name: str, space: BaseDistribution) -> None:

@@ -27,7 +27,7 @@ def make_settings(**search):
     return RunSettings.model_validate(
         {
             "search": {"trials": 5, "startup_trials": 2, **search},
-            "train": {"tau": 0.99, "delta_max": 45.0},
+            "train": {"tau": 0.99, "delta_max": 45.0, "clip": "scale"},
             "parameters": {
                 "tau": {"low": 0.8, "high": 0.999},
                 "lr": {"low": 1e-6, "high": 1e-3, "log": True},
@@ -73,6 +73,23 @@ def test_defaults_outside_the_space_are_drawn_from_it(tmp_path):
     first = TrialQueue(open_study(tmp_path / "s.db", "s"), settings).next()
     assert first.params["lr"] == 1e-5
     assert 0.8 <= first.params["tau"] <= 0.999
+
+
+def test_defaults_that_are_no_choice_or_no_number_are_drawn_from_the_space(tmp_path):
+    settings = RunSettings.model_validate(
+        {
+            "parameters": {
+                "optimizer": {"choices": ["adamw", "mofo"]},
+                "max_grad_norm": {"low": 0.5, "high": 2.0},
+                "lr": {"low": 1e-6, "high": 1e-3, "log": True},
+            },
+        }
+    )
+    assert (settings.train.optimizer, settings.train.max_grad_norm) == ("moclip", None)
+    first = TrialQueue(open_study(tmp_path / "s.db", "s"), settings).next()
+    assert first.params["optimizer"] in ("adamw", "mofo")
+    assert 0.5 <= first.params["max_grad_norm"] <= 2.0
+    assert first.params["lr"] == 3e-5
 
 
 def test_no_yardstick_where_none_is_wanted(tmp_path):
