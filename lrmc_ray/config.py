@@ -134,7 +134,8 @@ class TrainSettings(Settings):
     l2_sp_weight: float = Field(0.0, ge=0)
     """Weight of half the squared distance from the base's weights (L2-SP), in the loss."""
     delta_max: float = Field(90.0, gt=0, le=180)
-    """Largest angle between gradient and momentum, in degrees; 180 switches the cap off."""
+    """Largest angle between gradient and momentum, in degrees; 180 switches the cap off, that of
+    weights, too."""
     clip: Literal["scale", "cautious", "momentum", "project", "rotate", "none"] = "cautious"
     """Reading of the cap, see ``method/moclip.py``. ``cautious`` is ``scale``, and leaves out of a
     step the weights that would move against their gradient."""
