@@ -4,13 +4,13 @@ import base64
 import csv
 import io
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lrmc_ray.artifacts import write_atomically, write_json
-from lrmc_ray.compare_figure import draw
+from lrmc_ray.compare_figure import draw_effects, draw_methods, draw_scatter
 from lrmc_ray.compare_table import (
     SPIKE_DEVIATIONS,
     SPIKE_WINDOW,
@@ -25,11 +25,16 @@ from lrmc_ray.compare_table import (
 from lrmc_ray.report_html import number, percent, points, points_range
 
 if TYPE_CHECKING:
+    from matplotlib.figure import Figure
     from rich.table import Table as ConsoleTable
 
 TABLE_FILES = {"html": "compare.html", "markdown": "compare.md", "csv": "compare.csv"}
 RESULTS_FILE = "compare_results.json"
-FIGURE_FILE = "compare.png"
+FIGURE_FILES = {
+    "figure": "compare.png",
+    "methods": "compare_methods.png",
+    "effects": "compare_effects.png",
+}
 
 
 # In words
@@ -346,12 +351,14 @@ table { border-collapse: collapse; font-size: 13px; font-variant-numeric: tabula
 th, td { text-align: left; vertical-align: top; padding: .3rem .6rem;
  border-bottom: 1px solid #e2e8f0; }
 .scroll { overflow-x: auto; } .same { color: #64748b; } .problem { color: #b91c1c; }
-img { max-width: 100%; } h1 { font-size: 1.5rem; } h2 { font-size: 1.15rem; margin-top: 2rem; }
+img { max-width: min(100%, 44rem); }
+h1 { font-size: 1.5rem; } h2 { font-size: 1.15rem; margin-top: 2rem; }
 </style></head><body>
 <h1>{{ name }}: methods at equal budget</h1>
 {% for sentence in sentences %}<p>{{ sentence }}</p>{% endfor %}
-<img alt="Gain against forgetting of every method" src="data:image/png;base64,{{ figure }}">
+<img alt="Gain against forgetting of every method" src="data:image/png;base64,{{ figures.figure }}">
 <h2>At the chosen learning rate, test items</h2>
+<img alt="Every method with its intervals" src="data:image/png;base64,{{ figures.methods }}">
 <div class="scroll"><table><thead><tr>
 {% for c in columns %}<th>{{ c }}</th>{% endfor %}</tr></thead><tbody>
 {% for row in rows %}<tr{% if row.same %} class="same"{% endif %}>
@@ -360,6 +367,7 @@ img { max-width: 100%; } h1 { font-size: 1.5rem; } h2 { font-size: 1.15rem; marg
 {% if problems %}<ul class="problem">
 {% for title, problem in problems %}<li>{{ title }}: {{ problem }}</li>{% endfor %}</ul>{% endif %}
 {% if effects %}<h2>{{ effects_title }}</h2>
+<img alt="What every part changes" src="data:image/png;base64,{{ figures.effects }}">
 <div class="scroll"><table><thead><tr>
 {% for c in effect_columns %}<th>{{ c }}</th>{% endfor %}</tr></thead><tbody>
 {% for cells in effects %}<tr>{% for cell in cells %}<td>{{ cell }}</td>{% endfor %}</tr>
@@ -377,15 +385,15 @@ img { max-width: 100%; } h1 { font-size: 1.5rem; } h2 { font-size: 1.15rem; marg
 """
 
 
-def as_html(table: ComparisonTable, png: bytes) -> str:
-    """The comparison as one page that loads nothing."""
+def as_html(table: ComparisonTable, figures: Mapping[str, bytes]) -> str:
+    """The comparison as one page that loads nothing; ``figures`` are PNGs by ``FIGURE_FILES``."""
     from jinja2 import Environment
 
     template = Environment(autoescape=True, trim_blocks=True).from_string(_PAGE)
     return template.render(
         name=table.name,
         sentences=sentences(table),
-        figure=base64.b64encode(png).decode(),
+        figures={kind: base64.b64encode(png).decode() for kind, png in figures.items()},
         columns=_COLUMNS,
         rows=[
             {
@@ -413,20 +421,29 @@ def as_html(table: ComparisonTable, png: bytes) -> str:
 
 
 def write_report(directory: Path) -> dict[str, Path]:
-    """Write table, figure and page into a comparison's directory; returns them by kind.
+    """Write tables, figures and page into a comparison's directory; returns them by kind.
 
     Raises:
         IncompleteArtifactError: no comparison has begun there.
         DataError: scores are missing or damaged.
     """
     table = load_table(directory)
-    png = io.BytesIO()
-    draw(table).savefig(png, format="png", facecolor="white")
-    files = {"figure": directory / FIGURE_FILE, "json": directory / RESULTS_FILE}
+    figures = {"figure": _png(draw_scatter(table)), "methods": _png(draw_methods(table))}
+    if table.effects:
+        figures["effects"] = _png(draw_effects(table))
+    files = {kind: directory / FIGURE_FILES[kind] for kind in figures}
+    files |= {"json": directory / RESULTS_FILE}
     files |= {kind: directory / name for kind, name in TABLE_FILES.items()}
-    write_atomically(files["figure"], png.getvalue())
+    for kind, png in figures.items():
+        write_atomically(files[kind], png)
     write_json(files["json"], as_json_object(table))
-    write_atomically(files["html"], as_html(table, png.getvalue()).encode())
+    write_atomically(files["html"], as_html(table, figures).encode())
     write_atomically(files["markdown"], as_markdown(table).encode())
     write_atomically(files["csv"], as_csv(table).encode())
     return files
+
+
+def _png(figure: "Figure") -> bytes:
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", facecolor="white")
+    return buffer.getvalue()

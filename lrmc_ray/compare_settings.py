@@ -49,6 +49,9 @@ class MethodSettings(Settings):
 
     title: str = Field(min_length=1, max_length=60)
     """What tables and figures call it."""
+    label: str = Field("", max_length=24)
+    """A short name: the figures show the method in a colour, under this name. Without one it is
+    grey, unless it is the reference or the best."""
     train: dict[str, Any] = Field(default_factory=dict)
     """Settings of ``train`` that make it what it is."""
     learning_rates: LearningRates | None = None
