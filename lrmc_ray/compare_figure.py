@@ -345,7 +345,7 @@ class _Page:
 
         self._top = 0.1 + LINE * len(lines) + 0.1
         self._height = self._top + height
-        self.figure: Figure = Figure(figsize=(WIDTH, self._height), dpi=200)
+        self.figure: Figure = Figure(figsize=(WIDTH, self._height), dpi=160)
         for number, line in enumerate(lines):
             self.text(RIGHT, 0.1 + LINE * (number + 0.5) - self._top, line, "#526077")
 
