@@ -69,13 +69,13 @@ def small_task(directory: Path) -> Path:
 
 def search(work: Path, arguments: argparse.Namespace, rule: str) -> dict[str, Any]:
     """Run the study with early stopping by ``rule``; returns its description."""
-    from lrmc_ray.ray_session import ray_session
-    from lrmc_ray.tune import main as tune
+    from lrmc_ray.cluster.session import ray_session
+    from lrmc_ray.tune.command import main as tune
 
     if arguments.demo:
         where = ["--space", "demo"]
     else:
-        from tests.tiny import make_data, make_model
+        from tests.support.tiny import make_data, make_model
 
         (work / "space.toml").write_text(SMALL)
         where = [

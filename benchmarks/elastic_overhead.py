@@ -28,7 +28,7 @@ ROOT = Path(__file__).resolve().parents[1]
 
 def step_seconds(directory: Path) -> list[float]:
     """Between the lines of the metrics, the first step left out."""
-    from lrmc_ray.metrics_log import read_metrics
+    from lrmc_ray.files.metrics_log import read_metrics
 
     times = [line.time for line in read_metrics(directory / "metrics.jsonl")]
     return [after - before for before, after in itertools.pairwise(times)]
@@ -47,13 +47,13 @@ def main() -> None:
     os.environ["OMP_NUM_THREADS"] = "1"
     import torch
 
+    from lrmc_ray.cluster.session import ray_session
     from lrmc_ray.config import load_settings
     from lrmc_ray.method.training_loop import WorkerGroup
     from lrmc_ray.models import local_directory
-    from lrmc_ray.ray_session import ray_session
-    from lrmc_ray.record import record
-    from lrmc_ray.train import train
-    from lrmc_ray.training_run import TrainingRun
+    from lrmc_ray.record.run import record
+    from lrmc_ray.train.driver import train
+    from lrmc_ray.train.loop import TrainingRun
 
     torch.set_num_threads(1)
 

@@ -26,9 +26,9 @@ def measure(args: argparse.Namespace) -> dict[str, object]:
     from lm_eval.models.huggingface import HFLM
 
     from lrmc_ray.config import ModelSettings
-    from lrmc_ray.harness import run_task, task_manager, task_rows
+    from lrmc_ray.evaluate.harness import run_task, task_manager, task_rows
+    from lrmc_ray.evaluate.prefix_lm import PrefixLM
     from lrmc_ray.models import load_model, load_tokenizer, local_directory
-    from lrmc_ray.prefix_lm import PrefixLM
 
     directory = local_directory(ModelSettings(name=args.model))
     model, tokenizer = load_model(directory), load_tokenizer(directory)

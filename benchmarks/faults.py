@@ -25,7 +25,7 @@ def main(argv: list[str]) -> int:
     here = Path(__file__).resolve().parent
     if not (here / f"faults_{arguments.stage}.py").is_file():
         parser.error(f"there is no benchmarks/faults_{arguments.stage}.py")
-    # The stages' files, and `tests.tiny` for a small model.
+    # The stages' files, and `tests.support.tiny` for a small model.
     sys.path[:0] = [str(here), str(here.parent)]
     return int(importlib.import_module(f"faults_{arguments.stage}").main(rest))
 

@@ -260,7 +260,7 @@ def digest_of(sample: Any) -> str:
 
 
 def rows_of(directory: Path) -> Counter[tuple[str, str]]:
-    from lrmc_ray.data.records import Records
+    from lrmc_ray.record.parts import Records
 
     records = Records(directory)
     samples = (records[index] for index in range(len(records)))
@@ -269,9 +269,9 @@ def rows_of(directory: Path) -> Counter[tuple[str, str]]:
 
 def audit(campaign: Campaign, reference: Counter[tuple[str, str]]) -> None:
     """Compare the finished record with the one that was never interrupted; begin another."""
-    from lrmc_ray.artifacts import is_finished
-    from lrmc_ray.data.records import Records
     from lrmc_ray.errors import LrmcError
+    from lrmc_ray.files.artifacts import is_finished
+    from lrmc_ray.record.parts import Records
 
     (final,) = campaign.finals
     if not is_finished(final):
@@ -339,8 +339,8 @@ def damages(directory: Path, rng: random.Random, number: int) -> Iterator[tuple[
 
 def first_bad_file(directory: Path) -> str | None:
     """The name of the file that reading the record complains of."""
-    from lrmc_ray.data.records import Records
     from lrmc_ray.errors import DataError
+    from lrmc_ray.record.parts import Records
 
     records = Records(directory)
     for part, info in enumerate(records.parts):
@@ -364,7 +364,7 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--work", type=Path, help="directory to work in (default: a new one)")
     arguments = parser.parse_args(argv)
     os.environ.update(ENVIRONMENT)
-    from tests.tiny import make_data, make_model
+    from tests.support.tiny import make_data, make_model
 
     rng = random.Random(arguments.seed)
     work = arguments.work or Path(tempfile.mkdtemp(prefix="lrmc_faults_"))

@@ -67,7 +67,7 @@ class Machine:
     def __init__(self, work: Path, *, steps: int, seed: int) -> None:
         from ray.cluster_utils import Cluster
 
-        from tests.tiny import make_data, make_model
+        from tests.support.tiny import make_data, make_model
 
         self.output = work / "runs"
         self.log = work / "command.log"
@@ -319,7 +319,7 @@ def largest_difference(one: Path, other: Path) -> float:
 
 def measure(kinds: Sequence[str], *, seed: int, steps: int, work: Path) -> dict[str, Any]:
     """Train under faults and alone; the scoreboard."""
-    from lrmc_ray.ledger import read_ledger
+    from lrmc_ray.train.ledger import read_ledger
 
     machine = Machine(work, steps=steps, seed=seed)
     faults: list[dict[str, Any]] = []

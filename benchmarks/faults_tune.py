@@ -52,9 +52,9 @@ delta_max = {{ low = 10, high = 120 }}
 
 def sitting(arguments: Sequence[str], result: Path) -> int:
     """One run of the command inside a Ray session of its own, and what it leaves in there."""
+    from lrmc_ray.cluster.session import ray_session
     from lrmc_ray.console import run_command
-    from lrmc_ray.ray_session import ray_session
-    from lrmc_ray.tune import main as tune
+    from lrmc_ray.tune.command import main as tune
 
     with ray_session(log=result.with_suffix(".ray.log"), num_cpus=CONCURRENT):
         import ray  # not before: the session sets how Ray authenticates
@@ -133,7 +133,7 @@ def main(argv: Sequence[str]) -> int:
 def run(arguments: argparse.Namespace, work: Path) -> dict[str, Any]:
     root = Path(__file__).parents[1]
     sys.path[:0] = [str(root)]
-    from tests.tiny import make_data, make_model
+    from tests.support.tiny import make_data, make_model
 
     model, data = make_model(work / "model"), make_data(work / "train.jsonl")
     space, output, result = work / "faults.toml", work / "runs", work / "sitting.json"

@@ -23,13 +23,14 @@ import torch
 import torch.nn.functional as F
 
 from lrmc_ray.config import ModelSettings
-from lrmc_ray.data.examples import encode, messages_of
-from lrmc_ray.demo.files import demo_files
-from lrmc_ray.harness import run_task, task_manager, task_rows
+from lrmc_ray.evaluate.harness import run_task, task_manager, task_rows
+from lrmc_ray.evaluate.items import Scores
+from lrmc_ray.evaluate.prefix_lm import PrefixLM
+from lrmc_ray.evaluate.statistics import paired_bootstrap
 from lrmc_ray.models import cache_directory, load_model, load_tokenizer, local_directory
-from lrmc_ray.prefix_lm import PrefixLM
-from lrmc_ray.scores import Scores
-from lrmc_ray.statistics import paired_bootstrap
+from lrmc_ray.record.encode import encode
+from lrmc_ray.record.rows import messages_of
+from lrmc_ray.tasks.demo.files import demo_files
 
 METRICS = ("accuracy", "gold_probability", "score")
 

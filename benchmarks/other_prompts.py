@@ -13,7 +13,7 @@ import argparse
 import json
 from pathlib import Path
 
-from lrmc_ray.demo.files import demo_files
+from lrmc_ray.tasks.demo.files import demo_files
 
 SCHEMA = """\
 CREATE TABLE country (name TEXT PRIMARY KEY, capital TEXT, continent TEXT, population INTEGER, \

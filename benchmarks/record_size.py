@@ -26,12 +26,13 @@ import pyarrow.parquet as pq
 import torch
 
 from lrmc_ray.config import load_settings
-from lrmc_ray.data import records
 from lrmc_ray.method.microbatch import Sample
 from lrmc_ray.method.subsets import CandidateSets, cut
-from lrmc_ray.plan import _random_rows
-from lrmc_ray.record import EXAMPLES, PLAN, prepare
-from lrmc_ray.recording import CandidateRecorder
+from lrmc_ray.record import parts as records
+from lrmc_ray.record.candidates import CandidateRecorder
+from lrmc_ray.record.prepare import PLAN, prepare
+from lrmc_ray.record.run import EXAMPLES
+from lrmc_ray.tune.plan import _random_rows
 
 PUBLISHED_BYTES_PER_TOKEN = 114.0
 """DistillKit's README, "budget pick", k = 50: ids of 17 bits, which are 106 of the bytes, one exact

@@ -24,7 +24,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # tests.tiny
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # tests.support.tiny
 
 OBJECT_STORE_BYTES = 80 << 20
 
@@ -33,7 +33,7 @@ def forward_loop(model: Any, rows: Sequence[Mapping[str, Any]]) -> tuple[float, 
     """Tokens per second, and per CPU second, of the bare loop; padding does not count."""
     import torch
 
-    from lrmc_ray.recording import batches
+    from lrmc_ray.record.candidates import batches
 
     tokens = 0
     start, cpu_start = time.perf_counter(), time.process_time()
@@ -51,9 +51,9 @@ def forward_loop(model: Any, rows: Sequence[Mapping[str, Any]]) -> tuple[float, 
 def shares(recorder: Any, rows: Sequence[Mapping[str, Any]], directory: Path) -> dict[str, float]:
     """What the time of an actor goes into, as shares; ``tokens_per_second`` beside them."""
     from lrmc_ray import models
-    from lrmc_ray.data.records import write_part
     from lrmc_ray.method import subsets
-    from lrmc_ray.recording import describe
+    from lrmc_ray.record.describe import describe
+    from lrmc_ray.record.parts import write_part
 
     seconds: dict[str, float] = {}
 
@@ -93,7 +93,7 @@ def shares(recorder: Any, rows: Sequence[Mapping[str, Any]], directory: Path) ->
 
 
 def start_ray(num_cpus: int) -> None:
-    from lrmc_ray.ray_session import _ENVIRONMENT
+    from lrmc_ray.cluster.session import _ENVIRONMENT
 
     for name, value in {**_ENVIRONMENT, "RAY_AUTH_MODE": "disabled"}.items():
         os.environ.setdefault(name, value)
@@ -117,11 +117,11 @@ def job(prepared: Any, plan: Mapping[str, Any], tokens_of: Mapping[str, int]) ->
     """The whole Ray job; tokens per second from the end of its first file to that of its last."""
     import numpy as np
 
-    from lrmc_ray.record import _run_actors
+    from lrmc_ray.record.actors import run_actors
 
     start = time.perf_counter()
     with Watch() as watch:
-        parts = list(_run_actors(prepared, plan["shards"], plan["tokenizer_size"]))
+        parts = list(run_actors(prepared, plan["shards"], plan["tokenizer_size"]))
     whole_seconds = time.perf_counter() - start
     ends = sorted(
         ((prepared.partial / part["name"]).stat().st_mtime_ns / 1e9, part["name"]) for part in parts
@@ -140,8 +140,10 @@ def throughput(args: argparse.Namespace) -> dict[str, Any]:
     import torch
 
     from lrmc_ray.config import load_settings
-    from lrmc_ray.record import EXAMPLES, PLAN, prepare, read_examples
-    from lrmc_ray.recording import CandidateRecorder
+    from lrmc_ray.record.actors import read_examples
+    from lrmc_ray.record.candidates import CandidateRecorder
+    from lrmc_ray.record.prepare import PLAN, prepare
+    from lrmc_ray.record.run import EXAMPLES
 
     torch.set_num_threads(args.threads)
     settings = load_settings(
@@ -275,10 +277,10 @@ def memory(args: argparse.Namespace) -> dict[str, Any]:
 
     import torch
 
-    from lrmc_ray.artifacts import read_manifest
     from lrmc_ray.config import load_settings
-    from lrmc_ray.record import record
-    from tests.tiny import make_model
+    from lrmc_ray.files.artifacts import read_manifest
+    from lrmc_ray.record.run import record
+    from tests.support.tiny import make_model
 
     torch.set_num_threads(1)
     results: dict[str, Any] = {}

@@ -23,7 +23,8 @@ from typing import Any
 ROOT = Path(__file__).parents[1]
 sys.path[:0] = [str(ROOT)]
 
-from lrmc_ray.record import LARGEST_SHARD_TOKENS, MOST_BLOCKS  # noqa: E402
+from lrmc_ray.record.actors import MOST_BLOCKS  # noqa: E402
+from lrmc_ray.record.prepare import LARGEST_SHARD_TOKENS  # noqa: E402
 
 # Measured (EXPERIMENTS.md)
 BYTES_PER_CANDIDATE = 2.42
@@ -147,8 +148,8 @@ def measure_child(kind: str, samples: int, words: int) -> dict[str, float]:
 def _prepare(work: Path, samples: int, words: int) -> dict[str, float]:
     """Reading, checking, tokenizing and cutting into shards, as `record` does before Ray."""
     from lrmc_ray.config import load_settings
-    from lrmc_ray.record import PLAN, prepare
-    from tests.tiny import make_model
+    from lrmc_ray.record.prepare import PLAN, prepare
+    from tests.support.tiny import make_model
 
     model = make_model(work / "model")
     data = work / "train.jsonl"
@@ -173,11 +174,11 @@ def _index(work: Path, samples: int) -> dict[str, float]:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    from lrmc_ray.artifacts import file_digest, write_manifest
     from lrmc_ray.config import TrainSettings
-    from lrmc_ray.data.records import Records
-    from lrmc_ray.record import INDEX
-    from lrmc_ray.training_samples import TrainingSamples
+    from lrmc_ray.files.artifacts import file_digest, write_manifest
+    from lrmc_ray.record.parts import Records
+    from lrmc_ray.record.prepare import INDEX
+    from lrmc_ray.train.samples import TrainingSamples
 
     rows = 1000
     files = []

@@ -92,9 +92,9 @@ class ProcessorTime:
 
 def seconds_per_trial(work: Path, trials: int, cpus: int) -> tuple[float, float, Counter[str]]:
     """Seconds per trial by the clock, those of its own training and scoring, processor time."""
-    from lrmc_ray.ray_session import ray_session
-    from lrmc_ray.tune import main as tune
-    from tests.tiny import make_data, make_model
+    from lrmc_ray.cluster.session import ray_session
+    from lrmc_ray.tune.command import main as tune
+    from tests.support.tiny import make_data, make_model
 
     model, data = make_model(work / "model"), make_data(work / "train.jsonl")
     (work / "space.toml").write_text(SPACE)

@@ -78,12 +78,13 @@ def status_bytes(field: str) -> int:
 def make_samples(args: argparse.Namespace) -> list[Any]:
     """Recorded as Stage 0 does: tau 0.99, at most 1,024 and 64 candidates."""
     from lrmc_ray.config import ModelSettings
-    from lrmc_ray.data.examples import Row, encode_row
-    from lrmc_ray.demo.files import demo_files
     from lrmc_ray.method.microbatch import Sample
     from lrmc_ray.method.subsets import select_candidates
     from lrmc_ray.models import cache_directory, load_model, load_tokenizer, local_directory
+    from lrmc_ray.record.encode import encode_row
+    from lrmc_ray.record.rows import Row
     from lrmc_ray.tasks.built import ct_files
+    from lrmc_ray.tasks.demo.files import demo_files
 
     directory = local_directory(ModelSettings())
     model, tokenizer = load_model(directory).to(args.device), load_tokenizer(directory)
@@ -129,7 +130,7 @@ def run_ours(args: argparse.Namespace, samples: Sequence[Any], name: str) -> lis
         load_model,
         local_directory,
     )
-    from lrmc_ray.recompute import recompute_activations
+    from lrmc_ray.train.trainable import recompute_activations
 
     is_full = name.startswith("full")
     model = load_model(local_directory(ModelSettings())).to(args.device).train()

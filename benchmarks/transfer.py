@@ -13,7 +13,7 @@ from pathlib import Path
 
 from scipy.stats import spearmanr
 
-from lrmc_ray.compare_table import MethodRow, load_table
+from lrmc_ray.compare.table import MethodRow, load_table
 
 PARTS = ("domain_gain", "forgetting", "combined")
 

@@ -44,3 +44,15 @@ class DiskError(LrmcError):
     """Reading or writing failed: disk full, read-only, or no permission."""
 
     exit_code = 7
+
+
+class EvaluationError(LrmcError):
+    """A model could not be scored; the message says why."""
+
+
+class TrainingError(LrmcError):
+    """Training failed for good; the message says why."""
+
+
+class ObjectiveError(LrmcError):
+    """A trial's score is not a finite number, so it has failed and must not be compared."""

@@ -8,14 +8,19 @@ model is made from what is installed. Code from a model's repository is never ru
 import contextlib
 import hashlib
 import json
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lrmc_ray.artifacts import cache_directory as cache_directory
-from lrmc_ray.artifacts import file_digest
 from lrmc_ray.config import DEMO, ModelSettings
 from lrmc_ray.errors import DataError, IncompleteArtifactError
+from lrmc_ray.files.artifacts import (
+    cache_directory,
+    file_digest,
+    fingerprint,
+)
+from lrmc_ray.files.storage import Storage, files_below
 
 if TYPE_CHECKING:
     import torch
@@ -24,7 +29,18 @@ if TYPE_CHECKING:
     from lrmc_ray.method.microbatch import Layout, MicroBatch
     from lrmc_ray.method.training_loop import OutputHead
 
+
+def publish_model(storage: Storage, directory: Path) -> str:
+    """Write a model's files to the storage, if they are not there; returns their name in it."""
+    identity = fingerprint([model_fingerprint(directory), tokenizer_fingerprint(directory)])
+    name = f"models/{identity}"
+    storage.publish(name, files_below(directory))
+    return name
+
+
 WEIGHT_SUFFIX = ".safetensors"
+
+
 TOKENIZER_FILES = (
     "tokenizer.json",
     "tokenizer.model",
@@ -51,7 +67,7 @@ def local_directory(settings: ModelSettings) -> Path:
         DataError: the directory lacks a configuration, weights or a tokenizer.
     """
     if settings.name == DEMO:
-        from lrmc_ray.demo.base_model import demo_base_model
+        from lrmc_ray.tasks.demo.base_model import demo_base_model
 
         directory = demo_base_model(cache_directory())
     elif Path(settings.name).is_dir():
@@ -323,8 +339,6 @@ def logits(hidden_ND: "Tensor", head: "OutputHead") -> "Tensor":
 
 def save_model(model: Any, tokenizer_directory: Path, directory: Path) -> None:
     """Save ``model`` as safetensors beside a copy of the tokenizer in ``tokenizer_directory``."""
-    import shutil
-
     model.save_pretrained(directory, safe_serialization=True)
     for name in TOKENIZER_FILES:
         if (tokenizer_directory / name).is_file():

@@ -382,7 +382,7 @@ def main() -> int:
 
     from transformers import AutoTokenizer
 
-    from lrmc_ray.demo.base_model import demo_base_model
+    from lrmc_ray.tasks.demo.base_model import demo_base_model
 
     tokenizer = AutoTokenizer.from_pretrained(demo_base_model())
 

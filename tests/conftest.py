@@ -12,6 +12,6 @@ os.environ.setdefault("RAY_AUTH_MODE", "token")
 @pytest.fixture(scope="session")
 def tiny_model(tmp_path_factory) -> Path:
     """A directory with a random model of 0.2M parameters and its tokenizer; do not write there."""
-    from tests.tiny import make_model
+    from tests.support.tiny import make_model
 
     return make_model(tmp_path_factory.mktemp("tiny_model"))

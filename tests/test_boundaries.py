@@ -16,11 +16,21 @@ MODULES = {
     for path in sorted(PACKAGE.rglob("*.py"))
 }
 STAGES = {"record", "train", "evaluate", "tune", "compare", "report"}
-WITH_RAY = {
-    *("record", "train", "evaluate", "tune", "compare"),
-    *("trial", "search", "ray_session", "suggest", "doctor"),
-}
-WITH_OPTUNA = {"search", "tune"}
+FLOORS = [
+    {"errors", "method"},
+    {"console", "config"},
+    {"files"},
+    {"tasks"},
+    {"models"},
+    {"cluster"},
+    {"record", "evaluate"},
+    {"train", "report"},
+    {"tune"},
+    {"compare"},
+]
+"""Rooms from the ground up. A room imports those below it; rooms of one floor never each other."""
+WITH_RAY = {"cluster", "record", "train", "evaluate", "tune", "compare"}
+WITH_OPTUNA = {"tune.queue", "tune.run"}
 HEAVY = {"ray", "torch", "mlflow", "optuna", "transformers", "lm_eval", "pandas", "matplotlib"}
 
 
@@ -64,23 +74,28 @@ def loaded_by(code: str, *, setup: str = "") -> tuple[set[str], str, float]:
     return set(names), result.stdout, seconds
 
 
+def room_of(name: str) -> str:
+    """``lrmc_ray.record.parts`` is of the room ``record``."""
+    return name.split(".")[1] if "." in name else name
+
+
 def test_there_are_modules_to_look_at():
     assert {"lrmc_ray", "lrmc_ray.config", "lrmc_ray.method.moclip"} <= set(MODULES)
-    assert "lrmc_ray.method.subsets.CandidateSets" in imports_of(PACKAGE / "data" / "records.py")
+    assert "lrmc_ray.method.subsets.CandidateSets" in imports_of(PACKAGE / "record" / "parts.py")
+    assert {room_of(name) for name in MODULES} == {"lrmc_ray", "__main__", "cli"}.union(*FLOORS)
 
 
-def test_mlflow_is_imported_by_tracking_alone():
-    assert importers_of("mlflow") == {"tracking"}
+def test_mlflow_is_imported_by_its_mirror_alone():
+    assert importers_of("mlflow") == {"report.mlflow", "report.mlflow_mirror"}
 
 
-def test_ray_is_imported_by_the_stages_and_their_helpers_alone():
-    assert importers_of("ray") <= WITH_RAY
-    assert {"record", "train", "tune"} <= importers_of("ray")
+def test_ray_is_imported_by_the_stages_and_the_cluster_room_alone():
+    rooms = {name.split(".")[0] for name in importers_of("ray")}
+    assert rooms == WITH_RAY
 
 
 def test_optuna_is_imported_by_the_search_alone():
-    assert importers_of("optuna") <= WITH_OPTUNA
-    assert "search" in importers_of("optuna")
+    assert importers_of("optuna") == WITH_OPTUNA
 
 
 def test_the_method_imports_torch_and_itself_alone():
@@ -97,23 +112,46 @@ def test_the_method_imports_torch_and_itself_alone():
 
 
 def test_imports_go_down_only():
-    """From stages to what they share, to data, to the method; settings import nothing above."""
+    """Over every module and every import, those that wait inside a function included."""
+    floor = {room: number for number, rooms in enumerate(FLOORS) for room in rooms}
     for name, path in MODULES.items():
-        own = name.removeprefix("lrmc_ray.")
-        ours = {
-            imported.removeprefix("lrmc_ray.").split(".")[0]
-            for imported in imports_of(path)
-            if imported.startswith("lrmc_ray.")
-        }
-        if own in ("config", "artifacts", "errors", "fault_points", "statistics"):
-            assert ours <= {"errors"}, name
-        elif own in ("checkpoints", "metrics_log", "models", "tracking", "scores"):
-            assert not ours & (STAGES | WITH_RAY), name
-        elif own.startswith("data."):
-            assert ours <= {
-                *("artifacts", "config", "data", "errors", "fault_points", "method"),
-                *("storage", "stored_record"),
-            }, name
+        own = room_of(name)
+        for imported in imports_of(path):
+            if not imported.startswith("lrmc_ray."):
+                continue
+            other = room_of(imported)
+            if own == "console":
+                assert other == "errors", f"{name} imports {imported}"
+            elif own in floor and other != own:
+                assert floor[other] < floor[own], f"{name} imports {imported}"
+
+
+def test_nobody_imports_a_command():
+    """A command parses and starts its stage; what others need of it stands elsewhere."""
+    for name, path in MODULES.items():
+        starts = name.endswith("__main__")
+        for imported in imports_of(path):
+            if imported.startswith("lrmc_ray."):
+                assert starts or ".command." not in f"{imported}.", f"{name} imports {imported}"
+                assert starts or room_of(imported) != "cli", f"{name} imports {imported}"
+
+
+def test_modules_do_not_import_each_other_in_a_circle():
+    """What is imported when a module loads; TorchTrainer's workers load modules in any order."""
+    edges = {}
+    for name, path in MODULES.items():
+        tree = ast.parse(path.read_text(encoding="utf-8"))
+        edges[name] = set()
+        for node in tree.body:
+            if isinstance(node, ast.ImportFrom):
+                names = {f"{node.module}.{alias.name}" for alias in node.names}
+                edges[name] |= {other for other in names if other in MODULES}
+                edges[name] |= {node.module} & set(MODULES)
+    while edges:
+        free = [name for name, others in edges.items() if not others & edges.keys()]
+        assert free, f"a circle among {sorted(edges)}"
+        for name in free:
+            del edges[name]
 
 
 def test_no_file_unpickles_or_runs_code_that_it_was_given():
@@ -140,7 +178,7 @@ def test_the_method_loads_no_ray_optuna_mlflow_or_transformers():
 
 
 def test_settings_artifacts_and_errors_load_no_torch():
-    loaded, _, _ = loaded_by("import lrmc_ray.config, lrmc_ray.artifacts, lrmc_ray.errors")
+    loaded, _, _ = loaded_by("import lrmc_ray.config, lrmc_ray.files.artifacts, lrmc_ray.errors")
     assert not loaded & (HEAVY | {"numpy"})
     assert "pydantic" in loaded
 
@@ -158,21 +196,22 @@ except SystemExit as end:
 @pytest.mark.parametrize(
     ("module", "said"),
     [
-        ("lrmc_ray.cli", "record"),
+        ("lrmc_ray", "record"),
         ("lrmc_ray.record", "--train-data"),
-        ("lrmc_ray.plan", "--sample-tokens"),
-        ("lrmc_ray.inspect_records", "--verify"),
+        ("lrmc_ray plan", "--sample-tokens"),
+        ("lrmc_ray inspect", "--verify"),
         ("lrmc_ray.train", "--space"),
         ("lrmc_ray.evaluate", "--domain-tasks"),
         ("lrmc_ray.tune", "section.key=value"),
         ("lrmc_ray.compare", "--methods"),
         ("lrmc_ray.report", "report.html"),
-        ("lrmc_ray.doctor", "--cluster"),
+        ("lrmc_ray doctor", "--cluster"),
     ],
 )
 def test_help_answers_at_once(module, said):
     """In CPU time, which does not depend on what else the machine does."""
-    code = HELP.format(argv=[module, "--help"], module=module)
+    module, *stage = module.split()
+    code = HELP.format(argv=[module, *stage, "--help"], module=module)
     loaded, output, seconds = loaded_by(code)
     assert output.startswith("usage: ")
     assert said in output

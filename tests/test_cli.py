@@ -6,11 +6,13 @@ import sys
 
 import pytest
 
-from lrmc_ray import cli, tracking
-from lrmc_ray.artifacts import lock_directory
-from lrmc_ray.cli import add_run_arguments, settings_from
+from lrmc_ray import cli as cli_module
+from lrmc_ray.config.arguments import add_run_arguments, settings_from
 from lrmc_ray.errors import ConfigError, DirectoryInUseError, IncompleteArtifactError
-from tests.tiny import make_data
+from lrmc_ray.files.artifacts import lock_directory
+from lrmc_ray.report import mlflow as tracking
+from lrmc_ray.report import mlflow_command as mlflow_command_module
+from tests.support.tiny import make_data
 
 
 def parse(*argv: str, default_space: str | None = None):
@@ -211,10 +213,10 @@ def test_lrmc_gives_its_arguments_to_the_stage(tmp_path):
     assert "STAGE" in result.stderr
 
 
-@pytest.mark.parametrize("stage", cli.STAGES)
+@pytest.mark.parametrize("stage", cli_module.STAGES)
 def test_every_stage_of_lrmc_has_a_command(stage, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["lrmc", stage, "--help"])
-    assert cli.main() == 0
+    assert cli_module.main() == 0
     shown = capsys.readouterr().out
     assert shown.startswith("usage: ")
     assert shown.split()[1:3] in (["lrmc", stage], ["python", "-m"])
@@ -235,24 +237,24 @@ def test_mlflow_sync_forwards_the_search_while_no_other_command_works_there(
 
     monkeypatch.setattr(tracking, "sync", sync)
     with pytest.raises(IncompleteArtifactError, match=r"has no study\.json"):
-        cli.mlflow_sync([str(directory)])
+        mlflow_command_module.main([str(directory)])
     assert not any(directory.iterdir())
     (directory / "study.json").write_text('{"id": "1", "name": "study", "trials": []}')
-    assert cli.mlflow_sync([str(directory)]) == 0
+    assert mlflow_command_module.main([str(directory)]) == 0
     database = f"sqlite:///{tmp_path / 'runs' / 'mlflow.db'}"
     assert f"3 runs and 70 metric values were added to {database}" in capsys.readouterr().out
-    assert cli.mlflow_sync([str(directory), "--tracking-uri", "http://there:5000"]) == 0
+    assert mlflow_command_module.main([str(directory), "--tracking-uri", "http://there:5000"]) == 0
     assert asked == [(directory, database), (directory, "http://there:5000")]
 
 
 WITHOUT_RAY = """
 import contextlib, sys
-from lrmc_ray import record
 from lrmc_ray.console import run_command
+from lrmc_ray.record import command
 
 # Rows are read before an actor starts.
-record.ray_session = lambda *arguments, **options: contextlib.nullcontext()
-sys.exit(run_command(record.main))
+command.ray_session = lambda *arguments, **options: contextlib.nullcontext()
+sys.exit(run_command(command.main))
 """
 
 

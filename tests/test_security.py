@@ -14,7 +14,7 @@ import grpc
 import psutil
 import pytest
 
-from tests.tiny import make_data
+from tests.support.tiny import make_data
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(300)]
 

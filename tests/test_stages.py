@@ -14,18 +14,18 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from lrmc_ray.artifacts import read_manifest
+from lrmc_ray.cluster.session import ray_session
 from lrmc_ray.config import load_settings
-from lrmc_ray.data.order import samples_of_step
-from lrmc_ray.data.records import Records
-from lrmc_ray.errors import DataError
+from lrmc_ray.errors import DataError, TrainingError
+from lrmc_ray.files.artifacts import read_manifest
+from lrmc_ray.files.names import MODEL
 from lrmc_ray.method.subsets import select_candidates
 from lrmc_ray.models import load_model, load_tokenizer
-from lrmc_ray.ray_session import ray_session
-from lrmc_ray.record import record
-from lrmc_ray.run_files import MODEL
-from lrmc_ray.train import TrainingError, train
-from tests.tiny import make_data
+from lrmc_ray.record.parts import Records
+from lrmc_ray.record.run import record
+from lrmc_ray.train.driver import train
+from lrmc_ray.train.samples import samples_of_step
+from tests.support.tiny import make_data
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(600)]
 
@@ -199,7 +199,7 @@ def test_a_killed_training_goes_on_to_the_same_parameters(
     script.write_text(
         "from pathlib import Path\n"
         "from lrmc_ray.config import load_settings\n"
-        "from lrmc_ray.ray_session import ray_session\n"
+        "from lrmc_ray.cluster.session import ray_session\n"
         "from lrmc_ray.train import train\n"
         f"settings = load_settings(None, {[*overrides, 'resources.workers=[1,1]']!r})\n"
         f"with ray_session(log=Path({str(tmp_path / 'ray.log')!r}), num_cpus=1):\n"
@@ -231,7 +231,7 @@ def test_a_training_in_an_actor_needs_no_controller_and_outlives_its_workers(
 
     class Trial:
         def train(self, settings, recorded, directory):
-            from lrmc_ray.train import train
+            from lrmc_ray.train.driver import train
 
             return train(settings, recorded, directory)
 
@@ -270,7 +270,7 @@ def test_a_training_in_an_actor_needs_no_controller_and_outlives_its_workers(
 
 
 def test_training_on_another_models_record_is_refused(recorded, make_settings, tmp_path):
-    from tests.tiny import make_model
+    from tests.support.tiny import make_model
 
     other = make_model(tmp_path / "other", seed=1)
     with pytest.raises(DataError, match="another model"):

@@ -14,19 +14,19 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from lrmc_ray import record as stage
-from lrmc_ray.artifacts import read_manifest
 from lrmc_ray.config import TrainSettings, find_space, load_settings, validate
-from lrmc_ray.ledger import read_ledger
+from lrmc_ray.files.artifacts import read_manifest
+from lrmc_ray.files.metrics_log import read_metrics
+from lrmc_ray.files.names import LEDGER, METRICS, MODEL
 from lrmc_ray.method.training_loop import WorkerGroup
-from lrmc_ray.metrics_log import read_metrics
-from lrmc_ray.record import Recorder, recorder_options
-from lrmc_ray.run_files import LEDGER, METRICS, MODEL
-from lrmc_ray.training_run import TrainingRun
+from lrmc_ray.record import run as run_module
+from lrmc_ray.record.actors import Recorder, recorder_options
+from lrmc_ray.train.ledger import read_ledger
+from lrmc_ray.train.loop import TrainingRun
 from tests.cluster.lab import ROOT, lab, missing
 from tests.cluster.launch import write_config
+from tests.support.tiny import make_data, make_model
 from tests.test_readme import block
-from tests.tiny import make_data, make_model
 
 pytestmark = [
     pytest.mark.cluster,
@@ -269,11 +269,11 @@ def record_alone(shared: Path, directory: Path) -> Path:
         find_space("smoke"),
         [f'model.name="{shared / "model"}"', f'data.train="{shared / "my.jsonl"}"', *SETTINGS],
     )
-    before, stage._run_actors = stage._run_actors, here
+    before, run_module.run_actors = run_module.run_actors, here
     try:
-        return stage.record(settings, directory / "alone")
+        return run_module.record(settings, directory / "alone")
     finally:
-        stage._run_actors = before
+        run_module.run_actors = before
 
 
 def train_alone(settings: TrainSettings, recorded: Path, model: Path, directory: Path) -> Path:

@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file
 
 from lrmc_ray.config import TrainSettings, validate
-from lrmc_ray.run_files import MODEL
+from lrmc_ray.files.names import MODEL
 from tests.cluster.test_cluster import (
     HOSTS,
     SETTINGS,
@@ -108,7 +108,7 @@ def test_hosts_that_share_no_disk_search_by_way_of_a_storage(hosts, storage, tmp
         assert_same_model(runs / study["id"] / trial["directory"] / "training", alone)
     left = on_head(
         hosts,
-        'python -c "from lrmc_ray.storage import Storage; '
+        'python -c "from lrmc_ray.files.storage import Storage; '
         f"s = Storage('{storage}'); print(s.children('studies'), s.children('scoring'))\"",
     ).stdout
     assert left.split() == ["{}", "{}"]

@@ -71,7 +71,7 @@ def test_the_killed_search_went_on_from_its_checkpoints(search):
 
 def test_the_model_learns_the_domain(search):
     """Execution accuracy on the test questions rises from near 0, beyond what luck could do."""
-    from lrmc_ray.scores import Scores
+    from lrmc_ray.evaluate.items import Scores
 
     directory, _, _, _ = search
     final = json.loads((directory / "study.json").read_text())["final"]

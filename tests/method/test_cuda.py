@@ -25,7 +25,7 @@ from lrmc_ray.method.training_loop import (
 )
 from lrmc_ray.method.vocabulary_loss import full_cross_entropy
 from lrmc_ray.models import batch_hidden_states, head_of
-from lrmc_ray.recording import CandidateRecorder
+from lrmc_ray.record.candidates import CandidateRecorder
 from tests.method.plain_training import (
     branching_samples,
     largest_difference,

@@ -27,7 +27,7 @@ from lrmc_ray.method.vocabulary_loss import (
     head_logits,
     kl_regularized_cross_entropy,
 )
-from tests import reference
+from tests.support import reference
 
 # Shape suffixes: N = positions, D = hidden size, V = vocabulary size.
 

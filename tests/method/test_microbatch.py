@@ -17,8 +17,8 @@ from lrmc_ray.method.microbatch import (
     deal,
 )
 from lrmc_ray.method.subsets import CandidateSets
-from tests import reference
 from tests.method.plain_training import branching_samples, random_sample, random_samples
+from tests.support import reference
 
 PAPER = Activity(supervised=2, prompt=math.inf)
 ANCHORED = Activity(supervised=2, prompt=2)

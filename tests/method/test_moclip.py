@@ -21,7 +21,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from lrmc_ray.method import moclip
 from lrmc_ray.method.masked_adamw import MaskedAdamW
 from lrmc_ray.method.moclip import CappedGradient, MoClip, cap_angle, dot_products
-from tests import reference
+from tests.support import reference
 
 torch.set_num_threads(1)
 

@@ -17,7 +17,7 @@ from lrmc_ray.method import candidate_logits as operator
 from lrmc_ray.method.candidate_logits import candidate_logits
 from lrmc_ray.method.restricted_loss import draw_tail, restricted_cross_entropy
 from lrmc_ray.method.subsets import CandidateSets, select_candidates
-from tests import reference
+from tests.support import reference
 
 # Shape suffixes: N = positions, D = hidden size, V = vocabulary size.
 

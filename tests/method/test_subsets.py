@@ -16,7 +16,7 @@ from lrmc_ray.method.subsets import (
     select_candidates,
     without_added_gold,
 )
-from tests import reference
+from tests.support import reference
 
 # Shape suffixes: N = positions, V = vocabulary size.
 

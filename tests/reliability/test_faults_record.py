@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.tiny import make_data
+from tests.support.tiny import make_data
 
 ROOT = Path(__file__).parents[2]
 KEYS = [
@@ -56,19 +56,20 @@ cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "include_
 cluster.add_node(num_cpus=1)
 import ray
 ray.init(address=cluster.address, log_to_driver=False)
-import lrmc_ray.record as module
+import lrmc_ray.record.prepare as prepare
+import lrmc_ray.record.run as module
 from lrmc_ray.config import load_settings
-module.SMALLEST_SHARD_TOKENS = 1500
+prepare.SMALLEST_SHARD_TOKENS = 1500
 seen = set()
 settings = load_settings(None, sys.argv[2:])
-original = module._run_actors
+original = module.run_actors
 def counted(*arguments):
     for part in original(*arguments):
         seen.add(part["name"])
         if len(seen) == 3:
             cluster.add_node(num_cpus=1)
         yield part
-module._run_actors = counted
+module.run_actors = counted
 module.record(settings, Path(sys.argv[1]))
 ray.shutdown()
 cluster.shutdown()

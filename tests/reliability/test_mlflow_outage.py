@@ -12,9 +12,9 @@ import urllib.request
 
 import pytest
 
-from lrmc_ray import tracking
-from lrmc_ray.metrics_log import MetricsLog
-from lrmc_ray.tracking import StudyTracker, sync
+from lrmc_ray.files.metrics_log import MetricsLog
+from lrmc_ray.report import mlflow_mirror as tracking
+from lrmc_ray.report.mlflow import StudyTracker, sync
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 
@@ -72,7 +72,7 @@ def test_an_outage_neither_slows_training_nor_loses_or_doubles_a_metric(
     """From step 20 to 40 the server does not answer. Reads back through MLflow's own client."""
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_TIMEOUT", "2")
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
-    tracking._prepare_mlflow()
+    tracking.prepare_mlflow()
     from mlflow import MlflowClient
 
     metrics = tmp_path / "trials" / "0" / "metrics.jsonl"

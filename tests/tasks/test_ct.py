@@ -13,9 +13,10 @@ import pytest
 
 from lrmc_ray.config import load_settings
 from lrmc_ray.errors import IncompleteArtifactError
-from lrmc_ray.harness import ScoreRequest, score
-from lrmc_ray.record import training_files
-from lrmc_ray.scores import Scores
+from lrmc_ray.evaluate.harness import score
+from lrmc_ray.evaluate.items import Scores
+from lrmc_ray.evaluate.request import ScoreRequest
+from lrmc_ray.record.sources import training_files
 from lrmc_ray.tasks.built import ct_directory
 
 ROOT = Path(__file__).parents[2]

@@ -14,10 +14,10 @@ from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from lrmc_ray.demo.countries import build_database
-from lrmc_ray.demo.questions import make_examples
 from lrmc_ray.errors import ConfigError, IncompleteArtifactError
 from lrmc_ray.tasks import registry
+from lrmc_ray.tasks.demo.countries import build_database
+from lrmc_ray.tasks.demo.questions import make_examples
 from lrmc_ray.tasks.registry import OURS, materialize
 
 GENERAL = {*("lrmc_wordnet", "lrmc_antonyms", "lrmc_kinds", "lrmc_capitals", "lrmc_plain_english")}

@@ -13,10 +13,10 @@ from pathlib import Path
 import psutil
 import pytest
 
-from lrmc_ray.demo.countries import build_database
-from lrmc_ray.demo.questions import make_examples
 from lrmc_ray.errors import DataError, IncompleteArtifactError, ResourceError
 from lrmc_ray.tasks import nl2sql
+from lrmc_ray.tasks.demo.countries import build_database
+from lrmc_ray.tasks.demo.questions import make_examples
 from lrmc_ray.tasks.nl2sql import (
     Result,
     SqlRunner,

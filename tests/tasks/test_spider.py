@@ -9,8 +9,9 @@ from pathlib import Path
 import pytest
 
 from lrmc_ray.errors import DataError, IncompleteArtifactError
-from lrmc_ray.harness import ScoreRequest, score
-from lrmc_ray.scores import Scores
+from lrmc_ray.evaluate.harness import score
+from lrmc_ray.evaluate.items import Scores
+from lrmc_ray.evaluate.request import ScoreRequest
 from lrmc_ray.tasks import spider
 from lrmc_ray.tasks.built import spider_file
 from lrmc_ray.tasks.spider import exact_set_match, schema_of

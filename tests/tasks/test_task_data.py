@@ -143,7 +143,7 @@ def test_the_documented_command_gives_the_shipped_files():
 def test_choices_are_one_token_each(name):
     from transformers import AutoTokenizer
 
-    from lrmc_ray.demo.base_model import demo_base_model
+    from lrmc_ray.tasks.demo.base_model import demo_base_model
 
     tokenizer = AutoTokenizer.from_pretrained(demo_base_model())
     for item in load(name):

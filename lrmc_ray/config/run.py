@@ -1,0 +1,108 @@
+"""All settings of one command, checked against each other."""
+
+from typing import Any, Self
+
+from pydantic import (
+    Field,
+    model_validator,
+)
+
+from lrmc_ray.config.base import Settings
+from lrmc_ray.config.search import AUTOMATIC, ParameterRange, SearchSettings, trial_settings
+from lrmc_ray.config.stages import (
+    DataSettings,
+    EvaluateSettings,
+    ModelSettings,
+    RecordSettings,
+    ResourceSettings,
+)
+from lrmc_ray.config.train import TrainSettings
+from lrmc_ray.config.validation import nearest_name
+from lrmc_ray.errors import ConfigError
+
+
+class RunSettings(Settings):
+    """Everything, as one TOML file says it."""
+
+    model: ModelSettings = ModelSettings()
+    data: DataSettings = DataSettings()
+    record: RecordSettings = RecordSettings()
+    train: TrainSettings = TrainSettings()
+    evaluate: EvaluateSettings = EvaluateSettings()
+    search: SearchSettings = SearchSettings()
+    parameters: dict[str, ParameterRange] = Field(default_factory=dict)
+    """Searched settings of ``train`` by name."""
+    resources: ResourceSettings = ResourceSettings()
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        for name, searched in self.parameters.items():
+            if name not in TrainSettings.model_fields:
+                raise ValueError(f"parameters.{name} is no setting of train{nearest_name(name)}")
+            self._check_condition(name, searched)
+            if searched.range == "auto" and name not in AUTOMATIC:
+                raise ValueError(
+                    f'parameters.{name}: range = "auto" is known for {" and ".join(AUTOMATIC)} '
+                    "only; give low and high"
+                )
+            for value in searched.choices or (searched.low, searched.high):
+                if value is None:
+                    continue  # not yet known
+                try:
+                    trial_settings(self.train, {name: value})
+                except ConfigError as error:
+                    raise ValueError(f"parameters.{name}: {error}") from None
+        if self._largest("k_min") > self.record.k_min:
+            raise ValueError(
+                f"train.k_min must not exceed record.k_min, got {self._largest('k_min'):g} > "
+                f"{self.record.k_min}; raise record.k_min"
+            )
+        if self.record.tau is not None and self.record.tau < self.wanted_tau():
+            raise ValueError(
+                f"record.tau must be at least every tau that training asks for, got "
+                f"{self.record.tau} < {self.wanted_tau()}; leave record.tau out"
+            )
+        if self._largest("anchor_weight") > 0 and self.record.prompt_k_max == 0:
+            raise ValueError(
+                "train.anchor_weight > 0 needs recorded prompt positions, got "
+                "record.prompt_k_max = 0; set it to 64, or train.anchor_weight to 0"
+            )
+        return self
+
+    def _check_condition(self, name: str, searched: ParameterRange) -> None:
+        for key, value in searched.when.items():
+            if key not in TrainSettings.model_fields:
+                raise ValueError(f"parameters.{name}.when: {key} is no setting of train")
+            other = self.parameters.get(key)
+            if other is None:
+                possible: tuple[Any, ...] = (getattr(self.train, key),)
+            elif other.when:
+                raise ValueError(
+                    f"parameters.{name}.when: {key} has a condition itself, got {other.when}; "
+                    "put both conditions here"
+                )
+            else:
+                possible = other.choices or ()
+            if value not in possible:
+                raise ValueError(
+                    f"parameters.{name}.when: {key} never is {value!r}: it must be one of "
+                    f"{list(possible)}, by parameters.{key}.choices or train.{key}"
+                )
+
+    def wanted_tau(self) -> float:
+        """The largest tau that training, or any trial of the search, asks for."""
+        return self._largest("tau")
+
+    def _largest(self, name: str) -> float:
+        """The largest value that a number of ``train`` has, in any trial of the search."""
+        searched = self.parameters.get(name)
+        values = [getattr(self.train, name)]
+        if searched is not None and searched.range == "auto":
+            values.append(AUTOMATIC[name])
+        elif searched is not None:
+            values += searched.choices or (searched.high,)
+        return float(max(values))
+
+    def recorded_tau(self) -> float:
+        """The tau at which Stage 0 records: one from which every trial can be cut."""
+        return self.record.tau if self.record.tau is not None else self.wanted_tau()

@@ -1,0 +1,162 @@
+"""Settings of the model, the data, recording, scoring, and of what the machines give."""
+
+from typing import Annotated, Literal, Self
+from urllib.parse import urlsplit
+
+from pydantic import (
+    Field,
+    field_validator,
+    model_validator,
+)
+
+from lrmc_ray.config.base import DEMO, Range, Settings, Strings
+from lrmc_ray.errors import ConfigError
+
+STORAGE_SCHEMES = ("s3", "gs", "file")
+
+
+class ModelSettings(Settings):
+    """Which model is taught."""
+
+    name: str = DEMO
+    """Directory or Hugging Face id of a causal LM; ``demo`` is SmolLM2-135M-Instruct."""
+    revision: str | None = None
+    """Commit, branch or tag on the Hub; none for a directory."""
+
+
+class DataSettings(Settings):
+    """What it is taught."""
+
+    train: Strings = (DEMO,)
+    """JSONL or Parquet files, folders or patterns, ``DOMAIN=`` before one that has a domain of its
+    own; ``demo`` is NL2SQL, ``ct`` radio exam questions, ``english`` general text to replay."""
+    max_length: int = Field(1024, ge=2)
+    """Most tokens of one sample, prompt included."""
+    on_long: Literal["error", "drop", "truncate"] = "error"
+    """What happens to a longer sample."""
+    on_bad_row: Literal["error", "skip"] = "error"
+    """``skip`` leaves out rows that cannot be used and lists them in rejects.jsonl."""
+    max_rejected_share: float = Field(0.05, ge=0, le=1)
+    """Largest share of the rows that ``skip`` may leave out."""
+
+
+class RecordSettings(Settings):
+    """Stage 0: how much of the base model's distribution is kept."""
+
+    tau: float | None = Field(None, gt=0, le=1)
+    """Probability that each recorded set reaches; by default the largest that training asks for."""
+    k_min: int = Field(2, ge=1)
+    """Fewest candidates of a position; training can cut to fewer, not to more."""
+    k_max: int = Field(1024, ge=1)
+    """Most candidates of a supervised position."""
+    prompt_k_max: int = Field(64, ge=0)
+    """Most candidates of a prompt position (for the anchor); 0 records none."""
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        for name, most in (("k_max", self.k_max), ("prompt_k_max", self.prompt_k_max)):
+            if most < self.k_min and not (name == "prompt_k_max" and most == 0):
+                raise ValueError(
+                    f"{name} must be at least k_min, got {most} < {self.k_min}; lower record.k_min"
+                )
+        return self
+
+
+class EvaluateSettings(Settings):
+    """How a model is scored, the base and every tuned one alike."""
+
+    domain_tasks: Strings = ("nl2sql",)
+    """Tasks that should improve: ours, or any name that lm-eval knows."""
+    general_tasks: Strings = ("wordnet", "capitals", "plain_english")
+    """Tasks that must not get worse."""
+    batch_tokens: int = Field(2048, ge=1)
+    """Most tokens of one forward pass, padding included; a longer sequence runs alone."""
+    precision: Literal["fp32", "bf16"] = "fp32"
+    """Type of the weights during evaluation."""
+    limit: int | None = Field(None, ge=2)
+    """Items per task; none for all. An interval needs at least two."""
+    drift_samples: int = Field(16, ge=0)
+    """Texts on which KL(base || tuned) is measured; 0 switches it off."""
+
+
+def check_storage_uri(uri: str) -> str:
+    """``uri``, if it is one of a storage and holds no secret.
+
+    Raises:
+        ConfigError: it is not; the message does not repeat what might be a secret.
+    """
+    try:
+        parts = urlsplit(uri)
+    except ValueError:
+        parts = urlsplit("")
+    form = "s3://BUCKET/PREFIX, gs://BUCKET/PREFIX or file:///DIR"
+    if parts.scheme not in STORAGE_SCHEMES:
+        raise ConfigError(f"storage must be {form}, got the scheme {parts.scheme!r}")
+    # A secret may itself hold a slash, so that what follows is no host any more.
+    if {"@", ":"} & set(parts.netloc) or any(w in parts.query for w in ("secret", "password")):
+        raise ConfigError(
+            f"storage must be {form}, without credentials, which would be in files and logs; "
+            "every node needs them in its environment (AWS_ACCESS_KEY_ID), its role, or "
+            "~/.aws/credentials"
+        )
+    place = parts.path if parts.scheme == "file" else parts.netloc
+    if not place.strip("/") or (parts.scheme == "file" and parts.netloc):
+        raise ConfigError(f"storage must be {form}, got {uri}")
+    return uri
+
+
+class ResourceSettings(Settings):
+    """Where it runs; does not change a result (``train.reduction = "strict"``)."""
+
+    workers: Range | None = None
+    """Fewest and most training workers of a trial; derived by default."""
+    max_concurrent: int | None = Field(None, ge=1)
+    """Trials side by side; derived by default."""
+    actors: Range | None = None
+    """Fewest and most recording actors; derived by default."""
+    resize_seconds: float = Field(60.0, gt=0)
+    """How often training looks for workers that it could add."""
+    cpus_per_worker: int = Field(1, ge=1)
+    """CPU cores, and torch threads, of a worker or an actor."""
+    gpus_per_worker: float = Field(0, ge=0)
+    """GPUs of a worker or an actor; a fraction lets several share one."""
+    custom: dict[str, Annotated[float, Field(gt=0)]] = Field(default_factory=dict)
+    """Custom resources of a worker or an actor, as nodes were started with: ``{nvme = 1}``."""
+    labels: dict[str, str] = Field(default_factory=dict)
+    """Labels that the node of a worker or an actor must have:
+    ``{"ray.io/accelerator-type" = "L4"}``."""
+    storage: str | None = None
+    """Where nodes that share no disk keep what they exchange: ``s3://BUCKET/PREFIX``,
+    ``gs://BUCKET/PREFIX``, with the parameters that pyarrow knows, or ``file:///DIR``. For
+    ``record`` and ``train``."""
+
+    @field_validator("storage")
+    @classmethod
+    def _is_storage(cls, uri: str | None) -> str | None:
+        return uri if uri is None else check_storage_uri(uri)
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        for name, limits in (("workers", self.workers), ("actors", self.actors)):
+            if limits and not 1 <= limits[0] <= limits[1]:
+                raise ValueError(
+                    f"{name} must be [fewest, most] with 1 <= fewest <= most, got {list(limits)}"
+                )
+        if self.gpus_per_worker > 1 and not self.gpus_per_worker.is_integer():
+            raise ValueError(
+                "gpus_per_worker must be a whole number or at most 1: only one GPU can be shared, "
+                f"got {self.gpus_per_worker}"
+            )
+        if reserved := {"CPU", "GPU", "memory", "lrmc_trial"} & self.custom.keys():
+            raise ValueError(
+                f"custom must not name {sorted(reserved)[0]}; use cpus_per_worker or "
+                "gpus_per_worker"
+            )
+        return self
+
+    def of_worker(self) -> dict[str, float]:
+        """What one worker or actor needs, by Ray's names."""
+        need: dict[str, float] = {"CPU": self.cpus_per_worker}
+        if self.gpus_per_worker:
+            need["GPU"] = self.gpus_per_worker
+        return need | self.custom

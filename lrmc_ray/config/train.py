@@ -1,0 +1,163 @@
+"""Settings of Stage 1: the loss, the optimizer, the steps, the checkpoints."""
+
+from typing import Annotated, Literal, Self
+
+from pydantic import (
+    Field,
+    model_validator,
+)
+
+from lrmc_ray.config.base import Betas, Patterns, Settings
+
+
+class TrainSettings(Settings):
+    """Stage 1: the loss, the optimizer and the budget."""
+
+    loss: Literal["restricted", "full", "soft", "active_only", "dft", "kl_to_base"] = "restricted"
+    """``restricted`` is the paper's, ``full`` ordinary fine-tuning, the others baselines."""
+    base_kl_weight: float = Field(1.0, ge=0)
+    """Weight of KL(base || model) with ``kl_to_base``, which holds the base model beside."""
+    tau: float = Field(0.99, gt=0, le=1)
+    """Probability that the candidates of a position cover."""
+    k_min: int = Field(1, ge=1)
+    """Fewest candidates; 2 keeps positions active of which the base model was sure."""
+    keep_gold: bool = True
+    """False, an ablation: no position where the gold token is not among the candidates anyway."""
+    tail_samples: int = Field(1024, ge=0)
+    """Sampled tokens that stand for the mass outside the candidates, at most the vocabulary; 0 is
+    the paper's loss."""
+    anchor_weight: float = Field(1.0, ge=0)
+    """Weight of the KL to the base model on prompt positions; 0 is the paper."""
+    optimizer: Literal["moclip", "adamw", "adam_atan2", "c_adamw", "mofo"] = "moclip"
+    """``adam_atan2`` is MoClip without the cap, the others are baselines."""
+    lr: float = Field(3e-5, gt=0, lt=1)
+    """Peak learning rate."""
+    betas: Betas | None = None
+    """Decay of the moments; default (0.9, 0.99) for MoClip, (0.9, 0.999) for AdamW."""
+    weight_decay: float = Field(0.0, ge=0)
+    """Decoupled weight decay, multiplied by the learning rate."""
+    mofo_share: float = Field(0.15, gt=0, le=1)
+    """Share of each tensor that ``mofo`` moves in a step."""
+    l2_sp_weight: float = Field(0.0, ge=0)
+    """Weight of half the squared distance from the base's weights (L2-SP), in the loss."""
+    delta_max: float = Field(90.0, gt=0, le=180)
+    """Largest angle between gradient and momentum, in degrees; 180 switches the cap off, that of
+    weights, too."""
+    clip: Literal["scale", "cautious", "momentum", "project", "rotate", "none"] = "cautious"
+    """Reading of the cap, see ``method/moclip.py``. ``cautious`` is ``scale``, and leaves out of a
+    step the weights that would move against their gradient."""
+    angle: Literal["tensor", "global"] = "tensor"
+    """One angle per tensor, or one for the whole model."""
+    second_moment: Literal["raw", "capped"] = "raw"
+    """Whether the second moment sees the gradient before or after the cap."""
+    atan2_scale: float = Field(1.0, gt=0)
+    """Factor a of the step a * atan2(m, sqrt(v)). With 1 a learning rate means what it does to
+    AdamW, where the step is small; Adam-atan2 has 1.27, which is a larger learning rate."""
+    compile_optimizer: bool = False
+    """Compile the step of ``moclip`` and ``adam_atan2``: a third of its time, after some seconds at
+    the first; needs a C++ compiler on every node. Its rounding is its own."""
+    schedule: Literal["constant", "linear", "cosine"] = "constant"
+    """Learning rate after the warm-up; linear and cosine end at 0."""
+    warmup_steps: int = Field(0, ge=0)
+    """Steps over which the learning rate rises linearly."""
+    steps: int = Field(30, ge=1)
+    """Optimizer updates."""
+    epochs: float | None = Field(None, gt=0)
+    """Passes over the training data, rounded up to whole steps; replaces ``steps``."""
+    domain_weights: dict[str, Annotated[float, Field(ge=0)]] = Field(default_factory=dict)
+    """How often per epoch the samples of a domain are used (patterns allowed); by default 1."""
+    replay_share: float | None = Field(None, ge=0, lt=1)
+    """Share of the samples that are of the domain ``replay``: general text against forgetting.
+    By default it is a domain as any other."""
+    freeze: Patterns = ()
+    """Parameters that stay as they are, by pattern: ``model.layers.[0-9].*``."""
+    lora_rank: int = Field(0, ge=0)
+    """Rank of low-rank adapters that are trained in place of the weights; 0 trains the weights."""
+    lora_alpha: int = Field(16, ge=1)
+    """Adapters are scaled by lora_alpha / lora_rank."""
+    lora_targets: Patterns = ()
+    """Names of the linear layers that get an adapter; by default all but the output head."""
+    packing: bool = True
+    """Compute prefixes that samples of a micro-batch share once, without padding, where that is
+    cheaper; the loss is the same up to rounding."""
+    gradient_checkpointing: Literal["auto", False, "selective", "full"] = "auto"
+    """What the backward pass computes again, for less memory and the same result: ``selective``
+    what is cheap (norms, activation functions), ``full`` whole layers, about a third more time,
+    ``auto`` what is cheap in micro-batches of 2,048 tokens and more, and nothing in others."""
+    batch_size: int = Field(8, ge=1)
+    """Samples per step, over all workers."""
+    micro_batches: int = Field(4, ge=1)
+    """Fixed parts of a batch; at least the largest number of workers."""
+    max_grad_norm: float | None = Field(None, gt=0)
+    """Gradient clipping by norm; none by default."""
+    precision: Literal["fp32", "bf16"] = "fp32"
+    """``bf16`` runs the forward pass under autocast; weights stay float32."""
+    reduction: Literal["strict", "fast"] = "strict"
+    """``strict``: bit-identical for every number of workers; ``fast``: one all-reduce."""
+    seed: int = Field(0, ge=0, lt=2**32)
+    """Order of the samples, dropout and sampled tails."""
+    checkpoint_every: int = Field(10, ge=1)
+    """Steps between checkpoints."""
+    keep_checkpoints: int = Field(2, ge=1)
+    """Newest checkpoints that are kept; the best one is kept as well."""
+    evaluate_every: int = Field(0, ge=0)
+    """Steps between evaluations on held-out samples; 0 holds out none."""
+    holdout_share: float = Field(0.05, gt=0, lt=1)
+    """Share of the samples that is held out where ``evaluate_every`` is set; at least one."""
+    export: Literal["last", "best"] = "last"
+    """Which weights become the model: the last, or those with the least held-out loss."""
+    refresh_every: int = Field(0, ge=0)
+    """Steps after which the candidates of the coming samples are recorded again with the current
+    model; 0 keeps the base model's."""
+    probe_every: int = Field(10, ge=0)
+    """Steps between measurements of the outside mass; 0 switches them off."""
+    probe_positions: int = Field(64, ge=2)
+    """Positions per measurement, each over the full vocabulary."""
+    max_bad_steps: int = Field(5, ge=1)
+    """Consecutive steps without a finite gradient after which training fails."""
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        if self.micro_batches > self.batch_size:
+            raise ValueError(
+                f"micro_batches must not exceed batch_size, got {self.micro_batches} > "
+                f"{self.batch_size}; lower train.micro_batches"
+            )
+        if self.epochs is None and self.warmup_steps > self.steps:
+            raise ValueError(
+                f"warmup_steps must not exceed steps, got {self.warmup_steps} > {self.steps}; "
+                "lower train.warmup_steps"
+            )
+        if self.betas and not all(0 <= beta < 1 for beta in self.betas):
+            raise ValueError(f"betas must be in [0, 1), got {self.betas}")
+        if self.export == "best" and not self.evaluate_every:
+            raise ValueError(
+                "evaluate_every must be at least 1 with export = 'best', got 0: there is nothing "
+                "to choose by; set train.evaluate_every"
+            )
+        if self.freeze and self.lora_rank:
+            raise ValueError(
+                "freeze must be empty with adapters, which leave all weights as they are, got "
+                f"lora_rank = {self.lora_rank}; use train.lora_targets"
+            )
+        if self.refresh_every and self.loss == "soft":
+            raise ValueError(
+                "refresh_every must be 0 with loss = 'soft', whose targets are the base model's; "
+                "leave one of them out"
+            )
+        if self.refresh_every and not self.keep_gold:
+            raise ValueError(
+                "refresh_every must be 0 with keep_gold = false, which is about the recorded sets; "
+                "leave one of them out"
+            )
+        if self.l2_sp_weight and self.lora_rank:
+            raise ValueError(
+                "l2_sp_weight must be 0 with adapters, which leave all weights as they are, got "
+                f"lora_rank = {self.lora_rank}; leave one of them out"
+            )
+        if self.replay_share is not None and "replay" in self.domain_weights:
+            raise ValueError(
+                "domain_weights must not name the domain replay, whose share is replay_share, got "
+                f"{sorted(self.domain_weights)}; leave one of them out"
+            )
+        return self

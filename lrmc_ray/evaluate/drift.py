@@ -1,0 +1,107 @@
+"""How far a tuned model's next-token distribution is from the base's, on general text."""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from lrmc_ray.evaluate.request import ScoreResult
+
+
+import numpy as np
+
+from lrmc_ray.evaluate.statistics import Interval, bootstrap_means, percentile_interval
+
+DRIFT_TEXTS = "drift_texts.json"
+
+
+DRIFT_LOGPROBS = "drift_logprobs.npz"
+
+
+def drift_scores(
+    before: Mapping[str, Any], after: Mapping[str, Any], groups: Mapping[str, str]
+) -> dict[str, float]:
+    """KL(base || tuned) of each group, with the ends of its interval, under the metrics' names."""
+    import numpy as np
+
+    drift: dict[str, float] = {}
+    for group in ("domain", "general"):
+        labels = [label for label, own in groups.items() if own == group and label in before]
+        if not labels:
+            continue
+        divergence = mean_kl(
+            np.concatenate([before[label] for label in labels]),
+            np.concatenate([after[label] for label in labels]),
+        )
+        if divergence is not None:
+            name = f"eval/kl_base_{group}"
+            drift |= {
+                name: divergence.value,
+                f"{name}_low": divergence.low,
+                f"{name}_high": divergence.high,
+            }
+    return drift
+
+
+def write_arrays(path: Path, arrays: Mapping[str, Any]) -> None:
+    """Write the arrays of a drift measurement as one ``npz`` file."""
+    import numpy as np
+
+    # numpy's annotation takes every keyword for allow_pickle's type.
+    np.savez(path, **arrays)
+
+
+def read_drift(base: Path) -> "ScoreResult":
+    """The base model's texts and log-probabilities, which drift is measured against."""
+    import numpy as np
+
+    from lrmc_ray.evaluate.request import ScoreResult
+
+    texts = json.loads((base / DRIFT_TEXTS).read_text(encoding="utf-8"))
+    with np.load(base / DRIFT_LOGPROBS, allow_pickle=False) as logprobs:
+        return ScoreResult([], texts, {label: logprobs[label] for label in texts})
+
+
+DRIFT_POSITIONS = 8
+"""Positions of a text at which KL(base || tuned) is measured."""
+
+
+def texts_for_drift(samples: Mapping[str, list[dict[str, Any]]], tokenizer: Any) -> list[list[int]]:
+    """Token ids of the items' texts: context, and continuation where the task gives one."""
+    texts = []
+    for items in samples.values():
+        if items and items[0]["output_type"] == "generate_until":
+            continue  # no answer is given, and its prompts are those of the gold task
+        for item in items:
+            parts = [part for part in item["arguments"][0] if isinstance(part, str)]
+            ids = tokenizer("".join(parts), add_special_tokens=False)["input_ids"]
+            if len(ids) > DRIFT_POSITIONS:
+                texts.append(ids[:1024])
+    return texts
+
+
+def evenly_spread(texts: list[list[int]], count: int) -> list[list[int]]:
+    """``count`` of the texts, evenly spread."""
+    if len(texts) <= count:
+        return texts
+    return [texts[index * len(texts) // count] for index in range(count)]
+
+
+def mean_kl(base_PV: np.ndarray, tuned_PV: np.ndarray) -> Interval | None:
+    """Mean over positions of KL(base || tuned), in nats, over the whole vocabulary.
+
+    The interval is over the texts, which have ``DRIFT_POSITIONS`` positions each. None without
+    positions.
+    """
+    divergence_P = np.array(
+        [
+            np.sum(np.exp(base_V.astype(np.float64)) * (base_V - tuned_V.astype(np.float64)))
+            for base_V, tuned_V in zip(base_PV, tuned_PV, strict=True)
+        ]
+    )
+    if not len(divergence_P):
+        return None
+    of_text_N = divergence_P.reshape(-1, DRIFT_POSITIONS).mean(axis=1)
+    replicates_1B = bootstrap_means(of_text_N, resamples=2000, rng=np.random.default_rng(0))
+    return percentile_interval(float(of_text_N.mean()), replicates_1B[0])

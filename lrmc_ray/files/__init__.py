@@ -1,0 +1,1 @@
+"""The files that a run leaves and reads: manifests, JSON lines, metrics, object stores."""

@@ -1,0 +1,144 @@
+"""What one recording actor does, and what a record is in numbers. No Ray here."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from lrmc_ray.method.microbatch import Sample
+    from lrmc_ray.method.subsets import CandidateSets
+
+
+BATCH_TOKENS = 2048
+"""Tokens of one forward pass, were they padded."""
+
+
+LOGITS_ELEMENTS = 2**24
+"""Logits that exist at a time: 64 MiB in float32."""
+
+
+class CandidateRecorder:
+    """The base model, and what of its distribution is kept at every position.
+
+    Args:
+        model_directory: the base model.
+        tau: probability that the candidates of a position reach.
+        k_min: fewest candidates.
+        k_max: most candidates of a supervised position.
+        prompt_k_max: most candidates of a prompt position; 0 records none.
+        threads: torch threads of this process.
+    """
+
+    def __init__(
+        self,
+        model_directory: Path,
+        *,
+        tau: float,
+        k_min: int,
+        k_max: int,
+        prompt_k_max: int,
+        threads: int,
+    ) -> None:
+        import torch
+
+        from lrmc_ray.models import attention_cost, head_of, load_model
+
+        torch.set_num_threads(threads)
+        self._device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        self._model = load_model(model_directory).to(self._device)
+        self._head = head_of(self._model)
+        self._attention_cost = attention_cost(self._model)
+        self._tau, self._k_min, self._k_max = tau, k_min, k_max
+        self._prompt_k_max = prompt_k_max
+
+    def record(self, rows: Sequence[Mapping[str, Any]]) -> "list[Sample]":
+        """Every row (``sample_id``, ``domain``, ``input_ids``, ``is_target``) with its sets."""
+        return [sample for batch in batches(rows) for sample in self._forward(batch)]
+
+    def _forward(self, rows: Sequence[Mapping[str, Any]]) -> "list[Sample]":
+        """Candidate sets of one batch.
+
+        A prefix that rows share is computed once (see method/microbatch.py), and so are the
+        candidates of its positions: a set depends on the prefix, the gold token and the cap alone.
+        """
+        import torch
+
+        from lrmc_ray.method.microbatch import Sample, lay_out
+        from lrmc_ray.models import batch_hidden_states
+
+        ids = [torch.tensor(row["input_ids"], dtype=torch.int64) for row in rows]
+        positions, supervised, wanted = [], [], []
+        with torch.inference_mode():
+            layout = lay_out(ids, self._attention_cost)
+            hidden_BTD = batch_hidden_states(self._model, layout.to(self._device))
+            hidden_XD = hidden_BTD.flatten(0, 1)
+            for row, ids_T, line, columns_T in zip(
+                rows, ids, layout.rows, layout.columns, strict=True
+            ):
+                is_supervised_P = torch.tensor(row["is_target"][1:], dtype=torch.bool)
+                positions_P = torch.arange(len(ids_T) - 1)
+                if not self._prompt_k_max:
+                    positions_P = positions_P[is_supervised_P]
+                    is_supervised_P = is_supervised_P[is_supervised_P]
+                positions.append(positions_P)
+                supervised.append(is_supervised_P)
+                place_P = line * hidden_BTD.shape[1] + columns_T[positions_P]
+                k_max_P = torch.where(is_supervised_P, self._k_max, self._prompt_k_max)
+                wanted.append(torch.stack([place_P, ids_T[positions_P + 1], k_max_P]))
+            wanted_3N, row_of_P = torch.unique(torch.cat(wanted, dim=1), dim=1, return_inverse=True)
+            candidates_N = self._select(hidden_XD, *wanted_3N)
+        ends = torch.tensor([len(positions_P) for positions_P in positions]).cumsum(0).tolist()
+        return [
+            Sample(
+                sample_id=row["sample_id"],
+                input_ids_T=ids_T,
+                positions_P=positions_P,
+                is_supervised_P=is_supervised_P,
+                candidates=candidates_N.rows(row_of_P[end - len(positions_P) : end]),
+                domain=row["domain"],
+            )
+            for row, ids_T, positions_P, is_supervised_P, end in zip(
+                rows, ids, positions, supervised, ends, strict=True
+            )
+        ]
+
+    def _select(
+        self, hidden_XD: "Tensor", place_N: "Tensor", gold_N: "Tensor", k_max_N: "Tensor"
+    ) -> "CandidateSets":
+        """Candidate sets at the places ``place_N`` of ``hidden_XD``, on the CPU."""
+        import torch
+
+        from lrmc_ray.method.subsets import CandidateSets, select_candidates
+        from lrmc_ray.models import logits
+
+        size = max(1, LOGITS_ELEMENTS // self._head.weight_VD.shape[0])
+        return CandidateSets.concatenate(
+            [
+                select_candidates(
+                    logits(hidden_XD[place_n.to(self._device)], self._head),
+                    gold_n.to(self._device),
+                    tau=self._tau,
+                    k_min=self._k_min,
+                    k_max=k_max_n.to(self._device),
+                ).to("cpu")
+                for place_n, gold_n, k_max_n in zip(
+                    *(torch.split(of_N, size) for of_N in (place_N, gold_N, k_max_N)), strict=True
+                )
+            ]
+        )
+
+
+def batches(rows: Sequence[Mapping[str, Any]]) -> Iterator[list[Mapping[str, Any]]]:
+    """Consecutive rows, as many as fit into ``BATCH_TOKENS`` once padded; at least one."""
+    batch: list[Mapping[str, Any]] = []
+    longest = 0
+    for row in rows:
+        longest = max(longest, len(row["input_ids"]))
+        if batch and longest * (len(batch) + 1) > BATCH_TOKENS:
+            yield batch
+            batch, longest = [], len(row["input_ids"])
+        batch.append(row)
+    if batch:
+        yield batch

@@ -1,0 +1,56 @@
+"""Stage 0 from the command line: ``python -m lrmc_ray.record``."""
+
+import argparse
+import json
+import shlex
+from collections.abc import Sequence
+
+from lrmc_ray.cluster.session import RAY_LOG, ray_session
+from lrmc_ray.config.arguments import add_record_arguments, without_aliases
+from lrmc_ray.console import setup_logging
+from lrmc_ray.files.artifacts import (
+    is_finished,
+    read_manifest,
+)
+from lrmc_ray.files.storage import check_storage
+from lrmc_ray.record.describe import print_summary
+from lrmc_ray.record.identity import MADE_BY
+from lrmc_ray.record.prepare import prepare
+from lrmc_ray.record.run import record
+
+
+def main(argv: Sequence[str]) -> int:
+    """The command ``python -m lrmc_ray.record``."""
+    from lrmc_ray.config.arguments import add_run_arguments, settings_from
+
+    parser = argparse.ArgumentParser(
+        prog=MADE_BY,
+        description="Stage 0: record the candidate tokens of every position of the training data.",
+        allow_abbrev=False,
+    )
+    add_run_arguments(parser)
+    add_record_arguments(parser)
+    argv = without_aliases(argv)
+    arguments = parser.parse_intermixed_args(argv)
+    setup_logging(arguments.verbose)
+    settings = settings_from(arguments)
+    storage = settings.resources.storage
+    if storage is not None:
+        check_storage(storage)
+    # Bad rows are found before Ray starts.
+    directory = prepare(settings, arguments.output).final
+    if not is_finished(directory):
+        log = arguments.output / RAY_LOG
+        with ray_session(arguments.address, log=log, verbose=arguments.verbose, storage=storage):
+            record(settings, arguments.output)
+    elif storage is not None:
+        record(settings, arguments.output)  # which may not be in the storage yet
+    manifest = read_manifest(directory, made_by=MADE_BY)
+    if arguments.json:
+        print(json.dumps({"directory": str(directory), **manifest["summary"]}))
+    else:
+        print_summary(manifest["summary"])
+        where = f", its files in {storage}" if storage is not None else ""
+        print(f"The record is in {directory}{where}. Look into it: lrmc inspect {directory}")
+        print(f"Next: {shlex.join(['python', '-m', 'lrmc_ray.train', *argv])}")
+    return 0

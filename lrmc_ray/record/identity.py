@@ -1,0 +1,98 @@
+"""What a record was made with, and whether it fits the settings at hand."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from lrmc_ray.config import RunSettings
+from lrmc_ray.errors import DataError, IncompleteArtifactError
+from lrmc_ray.files.artifacts import (
+    file_digest,
+    fingerprint,
+    read_manifest,
+)
+from lrmc_ray.record.sources import Source, training_sources
+
+MADE_BY = "python -m lrmc_ray.record"
+
+_IDENTITY = {
+    "model": "model",
+    "chat_template": "chat template",
+    "tokenizer": "tokenizer",
+    "data": "training data",
+    "max_length": "data.max_length",
+    "on_long": "data.on_long",
+    "on_bad_row": "data.on_bad_row",
+    "tau": "tau",
+    "k_min": "k_min",
+    "k_max": "k_max",
+    "prompt_k_max": "prompt_k_max",
+    "schema": "schema version",
+}
+"""Fields of a record's identity, as messages call them. Paths, names and times are not in it."""
+
+
+def identify(
+    settings: RunSettings, model_directory: Path, sources: Sequence[Source]
+) -> tuple[dict[str, Any], list[Source]]:
+    """What makes a record the one it is, and the sources in the order of their content.
+
+    The order is that of domains and digests, so that names and places change nothing, not even
+    the order of the samples.
+    """
+    from lrmc_ray.models import model_fingerprint, template_fingerprint, tokenizer_fingerprint
+    from lrmc_ray.record.parts import SCHEMA_VERSION
+
+    by_content = sorted(
+        ((source.domain, file_digest(source.path), source) for source in sources),
+        key=lambda item: item[:2],
+    )
+    identity = {
+        "model": model_fingerprint(model_directory),
+        "chat_template": template_fingerprint(model_directory),
+        "tokenizer": tokenizer_fingerprint(model_directory),
+        "data": fingerprint([[domain, digest] for domain, digest, _ in by_content]),
+        "max_length": settings.data.max_length,
+        "on_long": settings.data.on_long,
+        "on_bad_row": settings.data.on_bad_row,
+        "tau": settings.recorded_tau(),
+        "k_min": settings.record.k_min,
+        "k_max": settings.record.k_max,
+        "prompt_k_max": settings.record.prompt_k_max,
+        "schema": SCHEMA_VERSION,
+    }
+    assert identity.keys() == _IDENTITY.keys()
+    return identity, [source for _, _, source in by_content]
+
+
+def check_fits(record: Path, settings: RunSettings, model_directory: Path) -> None:
+    """Refuse to train on a record that was made of something else than ``settings`` say.
+
+    A record may hold more than training asks for: a larger tau, k_min, k_max. The training data are
+    compared where they can be found: training itself reads the record alone, on any machine.
+
+    Raises:
+        DataError: a field differs; the first is named.
+        IncompleteArtifactError: ``record`` is not finished.
+    """
+    recorded = read_manifest(record, made_by=MADE_BY).get("identity", {})
+    names = ["model", "chat_template", "tokenizer", "data", "max_length", "on_long", "schema"]
+    sources: list[Source] = []
+    try:
+        sources = training_sources(settings)
+    except IncompleteArtifactError:
+        names.remove("data")
+    wanted, _ = identify(settings, model_directory, sources)
+    remedy = "record again with this one, or train with what was recorded"
+    for name in names:
+        if recorded.get(name) != wanted[name]:
+            raise DataError(
+                f"{record} was recorded with another {_IDENTITY[name]} ({recorded.get(name)}) than "
+                f"the one given ({wanted[name]}); {remedy}"
+            )
+    for name, least in (("tau", settings.train.tau), ("k_min", settings.train.k_min)):
+        if recorded[name] < least:
+            raise DataError(
+                f"{record} was recorded with {name} = {recorded[name]}, training asks for {least}: "
+                f"a set can be cut, not extended; lower train.{name}, or record again"
+            )

@@ -1,0 +1,259 @@
+"""Look into a record: its numbers, its samples token by token, and whether every file is whole.
+
+lrmc inspect runs/records --sample 3
+lrmc inspect runs/records --verify
+"""
+
+import argparse
+import json
+import sys
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from lrmc_ray.config import ModelSettings
+from lrmc_ray.console import progress, setup_logging
+from lrmc_ray.errors import ConfigError, DataError, IncompleteArtifactError, LrmcError
+from lrmc_ray.files.artifacts import MANIFEST, PARTIAL, is_finished
+from lrmc_ray.record.describe import print_summary
+from lrmc_ray.record.identity import MADE_BY
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from lrmc_ray.method.microbatch import Sample
+    from lrmc_ray.record.parts import Records
+
+
+TOP = 5
+"""Candidates of a position that are shown."""
+
+
+def find_record(directory: Path) -> Path:
+    """The record in ``directory``, which may also hold records, or be an output directory.
+
+    Raises:
+        IncompleteArtifactError: there is none, or none that is finished.
+        ConfigError: there are several.
+    """
+    if is_finished(directory):
+        return directory
+    for folder in (directory, directory / "records"):
+        found = sorted(path.parent for path in folder.glob(f"*/{MANIFEST}"))
+        found = [path for path in found if path.suffix != PARTIAL]
+        if len(found) == 1:
+            return found[0]
+        if found:
+            names = ", ".join(str(path) for path in found)
+            raise ConfigError(f"{folder} must hold one record, it holds {names}; give one of them")
+    raise IncompleteArtifactError(
+        f"{directory} holds no finished record; run `{MADE_BY}` (again: it goes on where it "
+        "stopped), or give another directory"
+    )
+
+
+def verify(records: "Records") -> dict[str, Any]:
+    """Read every file and every sample; what there is to say of it when all is well.
+
+    Raises:
+        DataError: a file is missing, damaged or another one, or a sample contradicts itself.
+    """
+    start = time.monotonic()
+    names = {part.name for part in records.parts}
+    num_bytes = 0
+    seen: set[str] = set()
+    with progress("Verifying", total=len(records.parts), unit="files") as bar:
+        for part, info in enumerate(records.parts):
+            for sample in records.samples_of_part(part):
+                if sample.sample_id in seen:
+                    raise DataError(
+                        f"{records.directory / info.name}: sample {sample.sample_id} is in the "
+                        f"record twice; remove {records.directory} and record again"
+                    )
+                seen.add(sample.sample_id)
+            num_bytes += (records.directory / info.name).stat().st_size
+            bar.advance()
+    seconds = time.monotonic() - start
+    if (index := records.index_path()) is not None:
+        names.add(index.name)
+    strays = sorted(
+        path.name for path in records.directory.glob("*.parquet") if path.name not in names
+    )
+    return {
+        "files": len(records.parts),
+        "samples": len(records),
+        "bytes": num_bytes,
+        "bytes_per_second": round(num_bytes / max(seconds, 1e-9)),
+        "stray_files": strays,
+    }
+
+
+def chosen(num_samples: int, number: int) -> list[int]:
+    """``number`` indices, evenly spread: the samples are sorted by length."""
+    number = min(number, num_samples)
+    return [(2 * i + 1) * num_samples // (2 * number) for i in range(number)]
+
+
+def described(sample: "Sample", tokenizer: Any) -> dict[str, Any]:
+    """A sample as plain values, one entry for every token."""
+    candidates = sample.candidates
+    rho = candidates.outside_mass().tolist()
+    bounds = candidates.offsets.tolist()
+    tokens: list[dict[str, Any]] = [
+        {"id": token, "text": _text(tokenizer, token), "role": "none"}
+        for token in sample.input_ids_T.tolist()
+    ]
+    for row, (position, is_supervised) in enumerate(
+        zip(sample.positions_P.tolist(), sample.is_supervised_P.tolist(), strict=True)
+    ):
+        entries = range(bounds[row], bounds[row + 1])
+        tokens[position + 1] |= {
+            "role": "supervised" if is_supervised else "prompt",
+            "k": len(entries),
+            "rho": rho[row],
+            "top": [
+                {
+                    "id": int(candidates.token_ids[entry]),
+                    "text": _text(tokenizer, int(candidates.token_ids[entry])),
+                    "probability": float(candidates.logprobs[entry].double().exp()),
+                }
+                for entry in entries[:TOP]
+            ],
+        }
+    return {"sample_id": sample.sample_id, "domain": sample.domain, "tokens": tokens}
+
+
+def _text(tokenizer: Any, token: int) -> str:
+    if tokenizer is None:
+        return str(token)
+    text: str = tokenizer.decode([token])
+    return text
+
+
+def show_sample(sample: Mapping[str, Any], console: "Console") -> None:
+    """The text in colours, then a line for every token: what the base model thought of it.
+
+    K, rho and candidates in a token's line are of the position before it, which predicts it.
+    """
+    from rich.table import Table
+    from rich.text import Text
+
+    styles = {"supervised": "green", "prompt": "dim", "none": "dim"}
+    domain = f", domain {sample['domain']}" if sample["domain"] else ""
+    console.print(Text(f"\nsample {sample['sample_id']}{domain}", style="bold"))
+    text = Text()
+    for token in sample["tokens"]:
+        text.append(token["text"], style=styles[token["role"]])
+    console.print(text)
+    table = Table(box=None, pad_edge=False)
+    for name in ("token", "", "K", "rho", "candidates"):
+        table.add_column(name, justify="right" if name in ("K", "rho") else "left")
+    for token in sample["tokens"]:
+        style = styles[token["role"]]
+        row = [Text(repr(token["text"])[1:-1], style=style), Text(token["role"], style=style)]
+        if "k" in token:
+            tops = Text(no_wrap=True, overflow="ellipsis")
+            for top in token["top"]:
+                is_gold = top["id"] == token["id"]
+                tops.append(repr(top["text"])[1:-1], style="bold" if is_gold else "")
+                tops.append(f" {top['probability']:.3f}  ", style="dim")
+            row += [Text(str(token["k"])), Text(f"{token['rho']:.3f}"), tops]
+        table.add_row(*row)
+    console.print(table)
+
+
+def _tokenizer(records: "Records", model: str | None) -> Any:
+    """The tokenizer that the record was made with.
+
+    Raises:
+        DataError: ``model`` has another one.
+    """
+    from lrmc_ray.models import load_tokenizer, local_directory, tokenizer_fingerprint
+
+    manifest = records.manifest
+    directory = local_directory(ModelSettings(name=model or manifest["model"]))
+    if tokenizer_fingerprint(directory) != manifest["identity"]["tokenizer"]:
+        raise DataError(
+            f"the record was made with another tokenizer than that of {model or manifest['model']}"
+            "; give the model that was recorded with --model"
+        )
+    return load_tokenizer(directory)
+
+
+def _samples(records: "Records", number: int, model: str | None) -> Iterator[dict[str, Any]]:
+    try:
+        tokenizer = _tokenizer(records, model)
+    except LrmcError as error:
+        if model is not None:
+            raise
+        tokenizer = None
+        print(f"token ids in place of text: {error}", file=sys.stderr)
+    for index in chosen(len(records), number):
+        yield described(records[index], tokenizer)
+
+
+def main(argv: Sequence[str]) -> int:
+    """The command ``lrmc inspect``."""
+    parser = argparse.ArgumentParser(
+        prog="lrmc inspect",
+        description="What a record holds. Green tokens are learned, dim ones are the prompt; K is "
+        "the number of candidates, rho the base model's probability outside of them, gold is bold.",
+    )
+    parser.add_argument(
+        "directory", type=Path, metavar="DIR", help="a record, or the directory that holds it"
+    )
+    parser.add_argument("--sample", type=int, default=0, metavar="N", help="show N samples")
+    parser.add_argument(
+        "--verify", action="store_true", help="read and check every file; exit code 4 if one is bad"
+    )
+    parser.add_argument(
+        "--model", metavar="M", help="model whose tokenizer made the record (default: as recorded)"
+    )
+    parser.add_argument("--json", action="store_true", help="as one JSON object on stdout")
+    arguments = parser.parse_args(argv)
+    import torch
+
+    from lrmc_ray.record.parts import Records
+
+    torch.set_num_threads(1)  # the tensors are small: more threads were fifteen times slower
+    setup_logging()
+    if arguments.sample < 0:
+        raise ConfigError(f"--sample must be at least 0, got {arguments.sample}")
+    records = Records(find_record(arguments.directory))
+    result: dict[str, Any] = {
+        "directory": str(records.directory),
+        "identity": records.manifest["identity"],
+        "summary": records.manifest["summary"],
+    }
+    if arguments.verify:
+        result["verified"] = verify(records)
+    if arguments.sample:
+        result["samples"] = list(_samples(records, arguments.sample, arguments.model))
+    if arguments.json:
+        print(json.dumps(result))
+    else:
+        _print(result)
+    return 0
+
+
+def _print(result: Mapping[str, Any]) -> None:
+    from rich.console import Console
+
+    print(f"The record in {result['directory']}")
+    for name, value in result["identity"].items():
+        print(f"{name:>30}  {value}")
+    print_summary(result["summary"])
+    if verified := result.get("verified"):
+        print(
+            f"All {verified['files']} files are as they were recorded: {verified['samples']} "
+            f"samples, {verified['bytes']} bytes, {verified['bytes_per_second'] / 1e6:.0f} MB/s."
+        )
+        if verified["stray_files"]:
+            print(f"Not of the record, never read: {', '.join(verified['stray_files'])}")
+    console = Console(highlight=False)
+    for sample in result.get("samples", ()):
+        show_sample(sample, console)
+    directory = result["directory"]
+    if "samples" not in result:
+        print(f"Next: lrmc inspect {directory} --sample 3, or --verify")

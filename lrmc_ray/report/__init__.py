@@ -1,0 +1,1 @@
+"""A study for people: table, figures, HTML page, model card, MLflow."""

@@ -1,0 +1,389 @@
+"""Forwards a study to MLflow: a parent run for the study, a child run per trial.
+
+The truth is on disk: ``study.json`` and each trial's metrics file (``metrics_log``). MLflow gets a
+copy, from the driver process only, and nothing waits for it: :class:`StudyTracker` works in a side
+thread, and what a dead or frozen server missed is made up for by a later pass of the same thread
+or by :func:`sync`. Both bring MLflow up to a *study description*, which is the content of
+``study.json``::
+
+    {"id": "demo-1f2e3d4c5b6a", "name": "demo",
+     "trials": [{"number": 0, "state": "FINISHED",
+                 "role": "search", "cause": null, "settings": {}, "params": {"tau": 0.95},
+                 "tags": {}, "metrics_file": "trials/0/metrics.jsonl",
+                 "results": {"eval/domain_gain": 0.12},
+                 "started": 1761200000.0, "ended": 1761200300.0}],
+     "state": "RUNNING", "cause": null, "settings": {}, "params": {}, "tags": {}, "results": {},
+     "datasets": [{"name": "nl2sql", "digest": "9a0c", "source": "/data/nl2sql.jsonl"}],
+     "artifacts": [{"path": "space.toml", "folder": "config"}]}
+
+Results are logged at step 0, MLflow's step of values that have no curve; those that are not
+numbers are left out. Only ``id``, ``name``, ``trials`` and a trial's ``number`` and ``state`` must
+be there. Times are seconds since 1970. Relative paths start at the study's directory.
+
+Sending is idempotent: runs are found again by their tags ``lrmc.study`` and ``lrmc.trial``, and of
+each metric only steps beyond the last one that MLflow has are sent. So of a step that had been sent
+and was redone after a crash MLflow keeps the first value, and the local file the last.
+"""
+
+import copy
+import json
+import logging
+import threading
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+from lrmc_ray.errors import DataError, IncompleteArtifactError, ResourceError
+from lrmc_ray.report.mlflow_mirror import (
+    ENDED_STATUSES,
+    STUDY_TAG,
+    TRIAL_TAG,
+    StudyMirror,
+    in_one_line,
+    mlflow_status,
+    prepare_mlflow,
+    root_cause,
+)
+
+STUDY = "study.json"
+
+
+EXPERIMENT = "lrmc_ray"
+"""Default name of the MLflow experiment."""
+
+
+_MAX_BACKOFF_SECONDS = 60.0
+
+
+_logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class Forwarded:
+    """What a pass added to MLflow."""
+
+    runs: int
+    """Runs created."""
+    points: int
+    """Metric values logged."""
+    trade_off_path: str
+    """Where MLflow's page shows the trade-off; see :attr:`StudyTracker.trade_off_path`."""
+
+
+class StudyTracker:
+    """Shows a running study in MLflow without ever holding it up; a context manager.
+
+    Every method only notes what should be seen and returns; a side thread brings MLflow up to it.
+    Leaving the ``with`` block closes it: FINISHED, KILLED (Ctrl-C, SIGTERM) or FAILED.
+
+    Args:
+        tracking_uri: where to; see :func:`default_tracking_uri`.
+        study_id: identifies the study when it goes on after a crash.
+        study_name: what people read.
+        directory: start of relative paths.
+        experiment: the MLflow experiment.
+        params: of the study.
+        tags: of the study.
+        datasets: ``name``, ``digest`` and ``source`` of each input; see the file's head.
+        catch_up: the command that a warning names as the remedy.
+        poll_seconds: time between looks at the metrics files.
+    """
+
+    def __init__(
+        self,
+        tracking_uri: str,
+        *,
+        study_id: str,
+        study_name: str,
+        directory: Path,
+        experiment: str = EXPERIMENT,
+        params: Mapping[str, Any] | None = None,
+        tags: Mapping[str, str] | None = None,
+        datasets: Sequence[Mapping[str, str]] = (),
+        catch_up: str = "lrmc mlflow-sync",
+        poll_seconds: float = 5.0,
+    ) -> None:
+        self._uri = tracking_uri
+        self._catch_up = catch_up
+        self._poll_seconds = poll_seconds
+        self._study: dict[str, Any] = {
+            "id": study_id,
+            "name": study_name,
+            "state": "RUNNING",
+            "params": dict(params or {}),
+            "tags": dict(tags or {}),
+            "datasets": [dict(dataset) for dataset in datasets],
+            "artifacts": [],
+            "started": time.time(),
+        }
+        self._trials: dict[int, dict[str, Any]] = {}
+        self._mirror = StudyMirror(tracking_uri, experiment, directory)
+        self._lock = threading.Lock()
+        self._wake = threading.Event()
+        self._closing = threading.Event()
+        self._warned: set[str] = set()
+        self._is_failing = False
+        self._is_complete = False
+        self._thread = threading.Thread(target=self._work, name="mlflow", daemon=True)
+        self._thread.start()
+
+    def child(
+        self,
+        number: int,
+        params: Mapping[str, Any],
+        *,
+        role: str = "search",
+        tags: Mapping[str, str] | None = None,
+    ) -> None:
+        """Show trial ``number`` as running; on resume the run that it had is used again."""
+        with self._lock:
+            self._trials[number] = {
+                "number": number,
+                "state": "RUNNING",
+                "role": role,
+                "params": dict(params),
+                "tags": dict(tags or {}),
+                "started": time.time(),
+            }
+        self._wake.set()
+
+    def forward(self, number: int, metrics_path: Path) -> None:
+        """From now on, forward what is appended to the metrics file of trial ``number``."""
+        with self._lock:
+            self._trial(number)["metrics_file"] = str(metrics_path)
+
+    def finish(
+        self,
+        number: int,
+        status: str,
+        metrics: Mapping[str, float] | None = None,
+        *,
+        cause: str | None = None,
+    ) -> None:
+        """End trial ``number`` as FINISHED, PRUNED, FAILED or KILLED, with its final scores."""
+        with self._lock:
+            self._trial(number).update(
+                {
+                    "state": status,
+                    "results": dict(metrics or {}),
+                    "cause": cause,
+                    "ended": time.time(),
+                }
+            )
+        self._wake.set()
+
+    def _trial(self, number: int) -> dict[str, Any]:
+        """What is known of a trial; one of an earlier process may end without having begun here."""
+        return self._trials.setdefault(number, {"number": number, "state": "RUNNING"})
+
+    def log_artifact(self, path: Path, folder: str = "") -> None:
+        """Copy a file to the study's run; logged again, it replaces the one before."""
+        with self._lock:
+            artifact = {"path": str(path), "folder": folder}
+            if artifact not in self._study["artifacts"]:
+                self._study["artifacts"].append(artifact)
+        self._wake.set()
+
+    def close(
+        self, status: str = "FINISHED", *, cause: str | None = None, timeout_seconds: float = 30.0
+    ) -> bool:
+        """End the study's run and wait for the last pass, but not for long.
+
+        Returns:
+            Whether MLflow has everything. If not, a warning says how to catch up.
+        """
+        with self._lock:
+            self._study |= {"state": status, "cause": cause, "ended": time.time()}
+        self._closing.set()
+        self._wake.set()
+        self._thread.join(timeout_seconds)
+        if not self._is_complete:
+            _logger.warning(
+                "MLflow at %s does not have everything. Nothing is lost; to catch up, run `%s`",
+                self._uri,
+                self._catch_up,
+            )
+        return self._is_complete
+
+    @property
+    def trade_off_path(self) -> str | None:
+        """Where MLflow's page shows forgetting against domain gain, one point per trial.
+
+        To be put behind the server's address, ``http://127.0.0.1:5000/`` for a plain ``mlflow ui``.
+        None as long as MLflow has not answered.
+        """
+        return self._mirror.trade_off_path
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        if self._closing.is_set():
+            return
+        if kind is None:
+            self.close()
+        elif issubclass(kind, Exception):
+            self.close("FAILED", cause=f"{kind.__name__}: {error}")
+        else:
+            self.close("KILLED", cause=kind.__name__)
+
+    def _work(self) -> None:
+        backoff = self._poll_seconds
+        while True:
+            # In this order: a wake-up after it is not lost.
+            self._wake.clear()
+            is_last = self._closing.is_set()
+            with self._lock:
+                study = copy.deepcopy(self._study | {"trials": list(self._trials.values())})
+            try:
+                self._mirror.update(study, warn=self._warn)
+            except Exception as error:
+                self._mirror.forget()
+                self._warn(error)
+                self._is_failing = True
+                if not is_last:
+                    self._closing.wait(backoff)
+                    backoff = min(2 * backoff, _MAX_BACKOFF_SECONDS)
+            else:
+                if self._is_failing:
+                    _logger.info("MLflow at %s is up to date again", self._uri)
+                self._is_failing = False
+                self._is_complete = is_last
+                backoff = self._poll_seconds
+                if not is_last:
+                    self._wake.wait(self._poll_seconds)
+            if is_last:
+                return
+
+    def _warn(self, error: Exception) -> None:
+        root = root_cause(error)
+        kind = f"{type(root).__name__} {getattr(error, 'error_code', '')}"
+        if kind in self._warned:
+            return
+        self._warned.add(kind)
+        _logger.warning(
+            "MLflow at %s misses data (%s). The run goes on and nothing is lost; "
+            "it is tried again, and `%s` catches up later",
+            self._uri,
+            in_one_line(root),
+            self._catch_up,
+        )
+
+
+def sync(study_dir: Path, tracking_uri: str, experiment: str | None = None) -> Forwarded:
+    """Bring MLflow up to ``study_dir``; a second call adds nothing.
+
+    Not to be called while a :class:`StudyTracker` forwards the same study: both would create the
+    runs that are missing. Hold the directory's lock.
+
+    Raises:
+        IncompleteArtifactError: there is no study in ``study_dir``.
+        DataError: its ``study.json`` or a metrics file is corrupt; all other trials are forwarded.
+        ResourceError: MLflow cannot be reached.
+    """
+    study = read_study(study_dir)
+    has_ended = all(mlflow_status(trial["state"]) in ENDED_STATUSES for trial in study["trials"])
+    study.setdefault("state", "FINISHED" if has_ended else "RUNNING")
+    prepare_mlflow()
+    from mlflow.exceptions import MlflowException
+
+    experiment = experiment or study.get("experiment") or EXPERIMENT
+    mirror = StudyMirror(tracking_uri, experiment, study_dir)
+    problems: list[Exception] = []
+    try:
+        mirror.update(study, warn=problems.append)
+    except (MlflowException, OSError) as error:  # requests' errors are OSErrors
+        raise ResourceError(
+            f"MLflow at {tracking_uri} must answer, but {in_one_line(root_cause(error))}; "
+            "start it, or give another --tracking-uri, and run this again"
+        ) from error
+    if problems:
+        raise DataError("; ".join(str(problem) for problem in problems))
+    assert mirror.trade_off_path is not None
+    return Forwarded(mirror.runs_created, mirror.points_sent, mirror.trade_off_path)
+
+
+def register_model(study_dir: Path, model: Path, name: str, tracking_uri: str) -> str:
+    """Put the study's best model into MLflow's registry; returns its version.
+
+    The version holds the Hugging Face directory as it is: ``mlflow.artifacts.download_artifacts(
+    "models:/NAME/VERSION")`` and ``from_pretrained`` open it. (MLflow 3.17's transformers flavour
+    cannot save what transformers 5 has written.) A second call for the same trial finds the first.
+
+    Raises:
+        IncompleteArtifactError: there is no study, or it is not in MLflow.
+        ResourceError: MLflow cannot be reached or refuses.
+    """
+    study = read_study(study_dir)
+    prepare_mlflow()
+    from mlflow import MlflowClient
+    from mlflow.exceptions import MlflowException
+
+    wanted = {STUDY_TAG: str(study["id"]), TRIAL_TAG: str(study.get("best"))}
+    try:
+        client = MlflowClient(tracking_uri)
+        for version in client.search_model_versions(f"name = '{name}'"):
+            if wanted.items() <= dict(version.tags).items():
+                return str(version.version)
+        found = client.get_experiment_by_name(study.get("experiment") or EXPERIMENT)
+        runs = (
+            []
+            if found is None
+            else client.search_runs([found.experiment_id], f"tags.`{STUDY_TAG}` = '{study['id']}'")
+        )
+        parents = [run for run in runs if TRIAL_TAG not in run.data.tags]
+        if not parents:
+            raise IncompleteArtifactError(
+                f"the study {study['id']} is not in MLflow at {tracking_uri}; run "
+                f"`lrmc mlflow-sync {study_dir}` first"
+            )
+        run_id = parents[0].info.run_id
+        client.log_artifacts(run_id, str(model), "best_model")
+        if not client.search_registered_models(f"name = '{name}'"):
+            client.create_registered_model(name)
+        source = f"{parents[0].info.artifact_uri.rstrip('/')}/best_model"
+        version = client.create_model_version(name, source, run_id, tags=wanted)
+    except (MlflowException, OSError) as error:
+        raise ResourceError(
+            f"MLflow at {tracking_uri} must take the model {name}, but "
+            f"{in_one_line(root_cause(error))}; start it, or choose another name"
+        ) from error
+    return str(version.version)
+
+
+def read_study(study_dir: Path) -> dict[str, Any]:
+    """The study description in ``study_dir``; the file's head says what is in it.
+
+    Raises:
+        IncompleteArtifactError: there is none.
+        DataError: it is not JSON, or a field is missing.
+    """
+    path = study_dir / STUDY
+    try:
+        study: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        for part, keys in (
+            (study, ("id", "name", "trials")),
+            *((trial, ("number", "state")) for trial in study["trials"]),
+        ):
+            for key in keys:
+                part[key]
+    except FileNotFoundError:
+        raise IncompleteArtifactError(
+            f"{study_dir} has no {STUDY}, so there is no study to forward; "
+            "give the directory that `lrmc tune` named"
+        ) from None
+    except (ValueError, AttributeError, TypeError, KeyError) as error:
+        raise DataError(
+            f"{path} must be a JSON object with id, name and trials, each with "
+            f"number and state, but {type(error).__name__}: {error}; "
+            "run `lrmc tune` again, it writes the file anew"
+        ) from None
+    return study

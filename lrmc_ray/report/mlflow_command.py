@@ -1,0 +1,33 @@
+"""The command ``lrmc mlflow-sync``."""
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+
+
+def main(argv: Sequence[str]) -> int:
+    """The command ``lrmc mlflow-sync``."""
+    from lrmc_ray.files.artifacts import lock_directory
+    from lrmc_ray.files.names import default_tracking_uri
+    from lrmc_ray.report.mlflow import read_study, sync
+
+    parser = argparse.ArgumentParser(
+        prog="lrmc mlflow-sync",
+        description="Send to MLflow what it lacks of a search; nothing is sent twice.",
+    )
+    parser.add_argument(
+        "directory", type=Path, metavar="DIR", help="directory of the search, as `tune` named it"
+    )
+    parser.add_argument(
+        "--tracking-uri",
+        metavar="URI",
+        help="MLflow server or database (default: sqlite in the search's output directory)",
+    )
+    arguments = parser.parse_args(argv)
+    directory = arguments.directory.resolve()
+    uri = arguments.tracking_uri or default_tracking_uri(directory.parent)
+    read_study(directory)  # before a lock is left where there is no search
+    with lock_directory(directory):
+        added = sync(directory, uri)
+    print(f"{added.runs} runs and {added.points} metric values were added to {uri}")
+    return 0

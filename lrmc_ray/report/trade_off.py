@@ -1,0 +1,119 @@
+"""A smooth surface through a search's trials: how the score changes over two parameters."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from lrmc_ray.evaluate.changes import Comparison
+from lrmc_ray.evaluate.statistics import (
+    HYPERVOLUME_REFERENCE,
+    FloatArray,
+    Interval,
+    front_probability,
+    hypervolume,
+    hypervolume_replicates,
+    knee,
+    knee_replicates,
+    pareto_front,
+    percentile_interval,
+)
+
+FEWEST_TRIALS = 6
+"""Fewer points than this say nothing about a surface."""
+
+
+_CELLS = 41
+
+
+_SMOOTHING = 1e-2  # in units of the scores' variance: scores are noisy, the surface is not
+
+
+@dataclass(frozen=True, eq=False)
+class Surface:
+    """Scores on a grid; NaN outside of the trials' convex hull, where nothing is known."""
+
+    x: FloatArray
+    y: FloatArray
+    z: FloatArray
+    """Shape [len(y), len(x)]."""
+
+
+def surface(x_T: Sequence[float], y_T: Sequence[float], z_T: Sequence[float]) -> Surface | None:
+    """A thin-plate spline through the points; None where they are too few or on one line."""
+    from scipy.interpolate import RBFInterpolator
+    from scipy.spatial import Delaunay, QhullError
+
+    points = np.column_stack([x_T, y_T]).astype(np.float64)
+    values = np.asarray(z_T, dtype=np.float64)
+    span = np.ptp(points, axis=0) if len(points) else np.zeros(2)
+    if len(np.unique(points, axis=0)) < FEWEST_TRIALS or (span == 0).any():
+        return None
+    low = points.min(axis=0)
+    unit = (points - low) / span
+    scale = float(values.std()) or 1.0
+    try:
+        hull = Delaunay(unit)
+        fit = RBFInterpolator(
+            unit, (values - values.mean()) / scale, kernel="thin_plate_spline", smoothing=_SMOOTHING
+        )
+    except (QhullError, np.linalg.LinAlgError):
+        return None
+    axis = np.linspace(0.0, 1.0, _CELLS)
+    grid = np.stack(np.meshgrid(axis, axis), axis=-1).reshape(-1, 2)
+    z = fit(grid) * scale + values.mean()
+    z[hull.find_simplex(grid, tol=1e-9) < 0] = np.nan
+    return Surface(
+        x=low[0] + axis * span[0], y=low[1] + axis * span[1], z=z.reshape(_CELLS, _CELLS)
+    )
+
+
+@dataclass(frozen=True)
+class TradeOff:
+    """The front of a study's trials; indices count the comparisons that it was made of."""
+
+    front: tuple[int, ...]
+    """The Pareto front, least forgetting first."""
+    front_probability: tuple[float, ...]
+    """Of each trial: share of the resamples in which it is on the front."""
+    knee: int
+    """The front's point farthest above the line between its ends."""
+    knee_probability: tuple[float, ...]
+    """Of each trial: share of the resamples in which it is the knee."""
+    knee_gain: Interval
+    """Domain gain at the knee, whichever trial that is in a resample."""
+    knee_forgetting: Interval
+    hypervolume: tuple[Interval, ...]
+    """Area between the front of the first 1, 2, ... trials and ``HYPERVOLUME_REFERENCE``."""
+    budget_probability: tuple[float, ...]
+    """Of each trial: share of the resamples in which it forgets at most what was allowed."""
+
+
+def trade_off(comparisons: Sequence[Comparison], *, max_forgetting: float) -> TradeOff:
+    """The trade-off of at least one comparison, all made with the same base, tasks and seed."""
+    points = [(one.domain_gain.value, one.forgetting.value) for one in comparisons]
+    gain_TB = np.stack([one.domain_gain_replicates for one in comparisons])
+    forgetting_TB = np.stack([one.forgetting_replicates for one in comparisons])
+    bend = knee(points)
+    assert bend is not None  # There is at least one point.
+    knee_B = knee_replicates(gain_TB, forgetting_TB)
+    columns_B = np.arange(len(knee_B))
+    area_TB = hypervolume_replicates(gain_TB, forgetting_TB, HYPERVOLUME_REFERENCE)
+    counts = range(1, len(points) + 1)
+    return TradeOff(
+        front=tuple(pareto_front(points)),
+        front_probability=tuple(map(float, front_probability(gain_TB, forgetting_TB))),
+        knee=bend,
+        knee_probability=tuple(float(np.mean(knee_B == t)) for t in range(len(points))),
+        knee_gain=percentile_interval(points[bend][0], gain_TB[knee_B, columns_B]),
+        knee_forgetting=percentile_interval(points[bend][1], forgetting_TB[knee_B, columns_B]),
+        hypervolume=tuple(
+            percentile_interval(
+                hypervolume(points[:count], HYPERVOLUME_REFERENCE), area_TB[count - 1]
+            )
+            for count in counts
+        ),
+        budget_probability=tuple(
+            float(np.mean(row_B <= max_forgetting)) for row_B in forgetting_TB
+        ),
+    )

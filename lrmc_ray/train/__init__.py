@@ -1,0 +1,1 @@
+"""Stage 1: fine-tune on the recorded candidates, on any number of workers."""

@@ -1,0 +1,125 @@
+"""Stage 1 from the command line: ``python -m lrmc_ray.train``."""
+
+import argparse
+import json
+import math
+import threading
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+from lrmc_ray.cluster.session import (
+    RAY_LOG,
+    ray_session,
+)
+from lrmc_ray.config.arguments import add_setting_flags, flag_overrides
+from lrmc_ray.console import progress, setup_logging
+from lrmc_ray.files.artifacts import (
+    fingerprint,
+    read_manifest,
+)
+from lrmc_ray.files.names import METRICS, MODEL
+from lrmc_ray.files.storage import check_storage
+from lrmc_ray.train.driver import MADE_BY, run_identity, train, with_steps
+
+
+@contextmanager
+def _shown_progress(directory: Path, steps: int) -> Iterator[None]:
+    """A bar that follows the metrics which rank 0 writes."""
+    from lrmc_ray.files.metrics_log import read_new_lines
+
+    stop = threading.Event()
+    path = directory / METRICS
+    lines, offset = read_new_lines(path, 0)
+    shown = lines[-1].step if lines else 0
+    with progress("Training", total=steps, unit="steps", completed=shown) as bar:
+
+        def follow() -> None:
+            nonlocal offset, shown
+            seen: dict[str, float] = {}
+            is_last = False
+            while not is_last:
+                is_last = stop.wait(0.5)
+                lines, offset = read_new_lines(path, offset)
+                for line in lines:
+                    seen |= line.metrics
+                    if line.step > shown:
+                        bar.advance(line.step - shown, note=progress_note(seen))
+                        shown = line.step
+
+        thread = threading.Thread(target=follow, daemon=True)
+        thread.start()
+        try:
+            yield
+        finally:
+            stop.set()
+            thread.join()
+
+
+_NOTES = (
+    ("loss", "train/loss", "{:.3f}"),
+    ("held-out NLL", "train/held_out_nll", "{:.3f}"),
+    ("tokens/s", "train/tokens_per_second", "{:.0f}"),
+    ("K", "subset/k_mean", "{:.0f}"),
+    ("active", "subset/active_share", "{:.0%}"),
+    ("rho", "subset/rho", "{:.4f}"),
+    ("angle", "moclip/angle_deg", "{:.0f}"),
+    ("clipped", "moclip/clipped_share", "{:.0%}"),
+    ("workers", "elastic/world_size", "{:.0f}"),
+)
+
+
+def progress_note(metrics: Mapping[str, float]) -> str:
+    """The metrics that say at a glance how training goes, in one line."""
+    return ", ".join(
+        f"{name} {form.format(metrics[key])}"
+        for name, key, form in _NOTES
+        if math.isfinite(metrics.get(key, math.nan))
+    )
+
+
+def main(argv: Sequence[str]) -> int:
+    """The command ``python -m lrmc_ray.train``."""
+    from lrmc_ray.config.arguments import add_run_arguments, settings_from
+
+    parser = argparse.ArgumentParser(
+        prog=MADE_BY,
+        description="Stage 1: fine-tune on the recorded candidates with MoClip. Records first "
+        "where that has not been done.",
+    )
+    add_run_arguments(parser)
+    add_setting_flags(parser)
+    arguments = parser.parse_intermixed_args(argv)
+    setup_logging(arguments.verbose)
+    arguments.overrides += flag_overrides(arguments)
+    settings = settings_from(arguments)
+    from lrmc_ray.record.prepare import prepare
+    from lrmc_ray.record.run import record
+
+    storage = settings.resources.storage
+    if storage is not None:
+        check_storage(storage)
+    prepare(settings, arguments.output)  # bad rows are found before Ray starts
+    with ray_session(
+        arguments.address,
+        log=arguments.output / RAY_LOG,
+        verbose=arguments.verbose,
+        storage=storage,
+    ):
+        recorded = record(settings, arguments.output)
+        settings = with_steps(settings, recorded)
+        identity = run_identity(settings, recorded)
+        directory = arguments.output / "training" / fingerprint(identity)
+        with _shown_progress(directory, settings.train.steps):
+            train(settings, recorded, directory)
+    manifest = read_manifest(directory, made_by=MADE_BY)
+    if arguments.json:
+        print(json.dumps({"directory": str(directory), **manifest}))
+    else:
+        print(
+            f"{manifest['steps']} steps in {manifest['train_seconds']:.0f} s, "
+            f"{manifest['processed_tokens']} of {manifest['original_tokens']} tokens processed."
+        )
+        print(f"The model is in {directory / MODEL}.")
+        print(f"Next: python -m lrmc_ray.evaluate --tuned {directory / MODEL}")
+    return 0

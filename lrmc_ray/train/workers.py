@@ -1,0 +1,112 @@
+"""What one training worker runs, and how many of them there may be."""
+
+import logging
+from pathlib import Path
+from typing import Any
+
+from lrmc_ray.cluster.resources import worker_slots
+from lrmc_ray.config import ResourceSettings, RunSettings, TrainSettings, validate
+from lrmc_ray.files.storage import Storage
+from lrmc_ray.record.stored import StoredRecord
+from lrmc_ray.train.stored import RESERVATION, StoredRun
+
+_log = logging.getLogger(__name__)
+
+
+def collective_backend(resources: ResourceSettings) -> str | None:
+    """How workers exchange tensors; None leaves it to Ray, which takes NCCL on GPUs, else Gloo.
+
+    NCCL refuses two workers on one GPU; Gloo takes their tensors through the host.
+    """
+    return "gloo" if 0 < resources.gpus_per_worker < 1 else None
+
+
+def worker_range(settings: RunSettings) -> tuple[int, int]:
+    """Fewest and most workers; the most that both the cluster and the micro-batches allow.
+
+    Raises:
+        ResourceError: fewer workers fit than the settings ask for.
+    """
+    least = settings.resources.workers[0] if settings.resources.workers else 1
+    fitting = worker_slots(settings.resources, least=least, what="training worker")
+    most = settings.resources.workers[1] if settings.resources.workers else fitting
+    return least, max(least, min(most, settings.train.micro_batches))
+
+
+def _note_reservation(directory: Path, stored: StoredRun | None) -> None:
+    """Write down under which name the controller of this run has reserved its workers."""
+    try:
+        from ray.train.v2._internal.execution.context import get_train_context
+
+        run_id = get_train_context().train_run_context.run_id
+    except (ImportError, AttributeError):  # not a public interface
+        return
+    if stored is None:
+        (directory / RESERVATION).write_text(f"train-{run_id}", encoding="utf-8")
+    else:
+        stored.storage.write(f"{stored.name}/{RESERVATION}", f"train-{run_id}".encode())
+
+
+def release_reservation(directory: Path, stored: StoredRun | None = None) -> None:
+    """Give back what a controller that was killed had reserved.
+
+    Ray holds it for three minutes, in which the next run on the same cluster would find no
+    resources; with a Ray of its own there is nothing to give back.
+    """
+    import ray
+    from ray.exceptions import RayError
+
+    path = directory / RESERVATION
+    noted = stored.storage.read(f"{stored.name}/{RESERVATION}") if stored else None
+    if noted is not None:
+        path.write_bytes(noted)
+    if not path.is_file():
+        return
+    try:
+        coordinator = ray.get_actor("AutoscalingCoordinator", namespace="AutoscalingCoordinator")
+        ray.get(coordinator.cancel_request.remote(path.read_text(encoding="utf-8")), timeout=10)
+    except (ValueError, AttributeError, TypeError, RayError) as error:
+        _log.debug("nothing was given back: %s", error)
+    path.unlink(missing_ok=True)
+
+
+def training_worker(config: dict[str, Any]) -> dict[str, Any]:
+    """The loop of one worker; returns, from rank 0, what goes into the manifest."""
+    import ray.train
+    import ray.train.torch
+    import torch
+
+    from lrmc_ray.method.training_loop import WorkerGroup
+    from lrmc_ray.train.loop import TrainingRun
+
+    torch.set_num_threads(config["threads"])
+    context = ray.train.get_context()
+    record, model = Path(config["record"]), Path(config["model"])
+    directory, stored = Path(config["directory"]), None
+    if (names := config["stored"]) is not None:
+        storage = Storage(names["uri"])
+        record = StoredRecord(storage, names["record"]).view_here()
+        model = storage.fetch(names["model"], storage.cache / names["model"])
+        directory = storage.cache / names["run"]
+        directory.mkdir(parents=True, exist_ok=True)
+        stored = StoredRun(storage, names["run"], directory)
+    if context.get_world_rank() == 0:
+        _note_reservation(directory, stored)
+    run = TrainingRun(
+        validate(TrainSettings, config["train"], "train"),
+        record=record,
+        model_directory=model,
+        directory=directory,
+        group=WorkerGroup(context.get_world_rank(), context.get_world_size()),
+        device=ray.train.torch.get_device(),
+        is_preempted=_is_preempted if config["may_be_preempted"] else lambda: False,
+        rung=config["rung"],
+        stored=stored,
+    )
+    return run.run()
+
+
+def _is_preempted() -> bool:
+    import ray.train
+
+    return ray.train.get_preemption_info() is not None

@@ -1,0 +1,229 @@
+"""What an actor does with its rows, and the numbers of a file, against plain counting."""
+
+import random
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from lrmc_ray.method.microbatch import Sample
+from lrmc_ray.method.subsets import cut, select_candidates
+from lrmc_ray.record import candidates as recording
+from lrmc_ray.record.candidates import batches
+from lrmc_ray.record.describe import describe, summarize
+from lrmc_ray.record.parts import write_part
+
+torch.set_num_threads(1)
+
+TAU, V = 0.9, 60
+
+
+def rows_of(lengths):
+    return [{"input_ids": [0] * length} for length in lengths]
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_batches_are_consecutive_full_and_within_the_budget(seed, monkeypatch):
+    rng = random.Random(seed)
+    budget = rng.randint(1, 200)
+    monkeypatch.setattr(recording, "BATCH_TOKENS", budget)
+    rows = rows_of(sorted(rng.randint(1, 60) for _ in range(rng.randint(1, 80))))
+    made = list(batches(rows))
+    assert [row for batch in made for row in batch] == rows
+    sizes = [(len(batch), max(len(row["input_ids"]) for row in batch)) for batch in made]
+    for (number, longest), following in zip(sizes, [*made[1:], None], strict=True):
+        assert number * longest <= budget or number == 1
+        if following is not None:  # the next row would not have fitted
+            widest = max(longest, len(following[0]["input_ids"]))
+            assert (number + 1) * widest > budget
+
+
+def make_sample(seed: int) -> Sample:
+    generator = torch.Generator().manual_seed(seed)
+    length = int(torch.randint(3, 20, (), generator=generator))
+    ids = torch.randint(V, (length,), generator=generator)
+    logits = 4 * torch.randn(length - 1, V, generator=generator)
+    logits[0, ids[1]] += 40  # one position of which the base model is sure
+    is_supervised = torch.arange(length - 1) >= length // 3
+    is_supervised[0] = True
+    caps = torch.where(is_supervised, 9, 4)
+    return Sample(
+        sample_id=str(seed),
+        input_ids_T=ids,
+        positions_P=torch.arange(length - 1),
+        is_supervised_P=is_supervised,
+        candidates=select_candidates(logits, ids[1:], tau=TAU, k_min=2, k_max=caps),
+        domain=("", "sql")[seed % 2],
+    )
+
+
+@pytest.fixture(scope="module")
+def samples():
+    return [make_sample(seed) for seed in range(150)]  # more than two row groups
+
+
+@pytest.fixture(scope="module")
+def part(samples, tmp_path_factory):
+    path = tmp_path_factory.mktemp("part") / "part.parquet"
+    write_part(path, samples, {"lrmc.tau": repr(TAU)})
+    return SimpleNamespace(path=path, **describe(path, tokenizer_size=50))
+
+
+def counted(samples):
+    """(sample, row, candidate ids, log-probabilities) of every position, one at a time."""
+    for sample in samples:
+        bounds = sample.candidates.offsets.tolist()
+        for row in range(sample.candidates.num_rows):
+            entries = slice(bounds[row], bounds[row + 1])
+            yield (
+                sample,
+                row,
+                sample.candidates.token_ids[entries].tolist(),
+                sample.candidates.logprobs[entries].double().exp(),
+            )
+
+
+def test_positions_and_candidates_are_counted_by_kind(samples, part):
+    counts = {"supervised": 0, "prompt": 0}
+    candidates = {"supervised": 0, "prompt": 0}
+    active = capped = padding = 0
+    sizes = []
+    for sample, row, ids, probabilities in counted(samples):
+        kind = "supervised" if sample.is_supervised_P[row] else "prompt"
+        counts[kind] += 1
+        candidates[kind] += len(ids)
+        padding += sum(token >= 50 for token in ids)
+        if kind == "supervised":
+            sizes.append(len(ids))
+            capped += float(probabilities.sum()) < TAU - 1e-6
+            own = cut(sample.candidates.rows(torch.tensor([row])), TAU)
+            active += int(own.sizes[0]) > 1
+    assert (part.supervised, part.prompt) == (counts["supervised"], counts["prompt"])
+    assert part.supervised_candidates == candidates["supervised"]
+    assert part.prompt_candidates == candidates["prompt"]
+    assert part.active == active < part.supervised
+    assert part.capped == capped > 0
+    assert part.padding_candidates == padding > 0
+    assert dict(zip(part.k_values, part.k_counts, strict=True)) == {
+        size: sizes.count(size) for size in sizes
+    }
+    assert part.rows == len(samples)
+
+
+def test_domains_are_counted(samples, part):
+    assert part.domains == {
+        name: [
+            sum(sample.domain == name for sample in samples),
+            sum(int(s.is_supervised_P.sum()) for s in samples if s.domain == name),
+        ]
+        for name in ("", "sql")
+    }
+
+
+def test_bytes_are_those_of_the_columns(part):
+    import pyarrow.parquet as pq
+
+    layout = pq.read_metadata(part.path)
+    assert layout.num_row_groups == 3
+    total = sum(
+        layout.row_group(group).column(column).total_compressed_size
+        for group in range(3)
+        for column in range(layout.num_columns)
+    )
+    assert 0 < part.position_bytes < part.candidate_bytes
+    assert part.candidate_bytes + part.position_bytes < total < part.bytes
+    assert part.bytes == part.path.stat().st_size
+
+
+def test_a_summary_adds_files_up(part):
+    plan = dict.fromkeys(("samples", "tokens", "dropped", "truncated"), 1)
+    plan |= {"rejected": 0, "endless_answers": 0}
+    fields = vars(part)
+    one, two = summarize(plan, [fields]), summarize(plan, [fields, fields])
+    for name in ("supervised_positions", "prompt_positions", "padding_candidates", "bytes"):
+        assert two[name] == 2 * one[name]
+    for name in ("k_mean", "k_median", "k_95", "active_share", "capped_share", "prompt_k_mean"):
+        assert two[name] == one[name]
+    assert two["domains"]["sql"]["samples"] == 2 * one["domains"]["sql"]["samples"]
+    assert one["supervised_bytes"] + one["prompt_bytes"] == (
+        part.candidate_bytes + part.position_bytes
+    )
+    assert one["bytes_per_supervised_position"] == pytest.approx(
+        one["supervised_bytes"] / part.supervised, abs=0.05
+    )
+
+
+def tree_of_rows(seed: int) -> list[dict[str, object]]:
+    """Rows with beginnings in common, some supervised there and some not, in shuffled order."""
+    rng = random.Random(seed)
+    trunk = [rng.randrange(512) for _ in range(12)]
+    rows = []
+    for number in range(14):
+        if number == 13:  # one that shares nothing
+            trunk = [(token + 7) % 512 for token in trunk]
+        ids = trunk[: rng.randint(1, 12)] + [rng.randrange(512) for _ in range(rng.randint(1, 9))]
+        start = rng.randint(1, len(ids) - 1)
+        target = [index >= start for index in range(len(ids))]
+        name = f"{number}"
+        rows.append({"sample_id": name, "domain": "", "input_ids": ids, "is_target": target})
+    rows += [{**rows[3], "sample_id": "twin"}]
+    rng.shuffle(rows)
+    return rows
+
+
+@pytest.mark.parametrize("packed", [True, False])
+@pytest.mark.parametrize("prompt_k_max", [0, 5])
+@pytest.mark.parametrize("seed", range(3))
+def test_shared_prefixes_change_no_set(tiny_model, seed, prompt_k_max, packed, monkeypatch):
+    """Against one forward pass of transformers per row, and one selection per position."""
+    from transformers import AutoModelForCausalLM
+
+    from lrmc_ray.record.candidates import CandidateRecorder
+
+    model = AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.float32).eval()
+    recorder = CandidateRecorder(
+        tiny_model, tau=TAU, k_min=2, k_max=9, prompt_k_max=prompt_k_max, threads=1
+    )
+    assert recorder._attention_cost < 1
+    recorder._attention_cost = 0.0 if packed else float("inf")
+    monkeypatch.setattr(recording, "BATCH_TOKENS", 150)  # several batches
+    monkeypatch.setattr(recording, "LOGITS_ELEMENTS", 512 * 10)  # of several pieces each
+    rows = tree_of_rows(seed)
+    run = 0
+    forward = type(recorder._model.base_model).forward
+
+    def counting(*arguments, **options):
+        nonlocal run
+        run += options["input_ids"].numel()
+        return forward(*arguments, **options)
+
+    monkeypatch.setattr(type(recorder._model.base_model), "forward", counting)
+    recorded = recorder.record(rows)
+    monkeypatch.undo()
+    lengths = [len(row["input_ids"]) for row in rows]
+    assert (run < sum(lengths)) if packed else (run >= sum(lengths))
+    assert [sample.sample_id for sample in recorded] == [row["sample_id"] for row in rows]
+    for row, sample in zip(rows, recorded, strict=True):
+        ids = torch.tensor(row["input_ids"])
+        with torch.no_grad():
+            logits_TV = model(input_ids=ids[None]).logits[0]
+        supervised = row["is_target"][1:]
+        chosen = [p for p in range(len(ids) - 1) if prompt_k_max or supervised[p]]
+        assert sample.input_ids_T.tolist() == ids.tolist()
+        assert sample.positions_P.tolist() == chosen
+        assert sample.is_supervised_P.tolist() == [supervised[p] for p in chosen]
+        for index, p in enumerate(chosen):
+            expected = select_candidates(
+                logits_TV[p : p + 1],
+                ids[p + 1 : p + 2],
+                tau=TAU,
+                k_min=2,
+                k_max=9 if supervised[p] else prompt_k_max,
+            )
+            actual = sample.candidates.rows(torch.tensor([index]))
+            assert actual.gold_ids.tolist() == [int(ids[p + 1])]
+            assert actual.token_ids.tolist() == expected.token_ids.tolist()
+            # float16, rounded down: two forward passes may fall on both sides of a step.
+            torch.testing.assert_close(
+                actual.logprobs.float(), expected.logprobs.float(), atol=1e-5, rtol=2e-3
+            )

@@ -1,0 +1,124 @@
+import json
+import re
+import shutil
+from pathlib import Path
+
+import pytest
+import yaml
+from synthetic_study import add_final, edit, make_study
+
+from lrmc_ray.errors import IncompleteArtifactError
+from lrmc_ray.report.model_card import write_model_card
+from lrmc_ray.report.numbers import percent, percent_range, points, points_range
+from lrmc_ray.report.study import load_study
+
+
+@pytest.fixture(scope="module")
+def study_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_study(tmp_path_factory.mktemp("runs") / "demo-0123")
+
+
+def card_of(directory: Path, study_dir: Path) -> str:
+    path = write_model_card(directory, study_dir)
+    assert path == directory / "README.md"
+    return path.read_text(encoding="utf-8")
+
+
+def code_of(card: str) -> str:
+    return re.search(r"```python\n(.*?)```", card, re.DOTALL)[1]
+
+
+def test_the_front_matter_is_what_the_hub_reads(study_dir, tmp_path):
+    from huggingface_hub import ModelCard
+
+    data = ModelCard(card_of(tmp_path, study_dir)).data
+    assert data.base_model == "HuggingFaceTB/SmolLM2-135M-Instruct"
+    assert data.library_name == "transformers"
+    assert data.pipeline_tag == "text-generation"
+    assert data.license == "apache-2.0"
+    assert {"logits-replay", "moclip"} <= set(data.tags)
+
+
+def test_any_base_models_name_stays_one_yaml_string(study_dir, tmp_path):
+    own = Path(shutil.copytree(study_dir, tmp_path / "study"))
+    edit(own, settings={"model": {"name": 'models/a: "b" # c'}, "data": {"train": ["x.jsonl"]}})
+    card = card_of(tmp_path, own)
+    front = yaml.safe_load(card.split("---\n")[1])
+    assert front["base_model"] == 'models/a: "b" # c'
+    assert "license" not in front
+    assert "- x.jsonl\n" in card
+
+
+def test_scores_are_those_of_the_verdict(study_dir, tmp_path):
+    own = add_final(Path(shutil.copytree(study_dir, tmp_path / "study")))
+    card = card_of(tmp_path, own)
+    verdict = load_study(own).verdict
+    accuracy = verdict.comparison.task("nl2sql").metric("accuracy")
+    assert (
+        f"| nl2sql (domain) | accuracy | 60 "
+        f"| {percent(accuracy.before.value)} ({percent_range(accuracy.before)}) "
+        f"| {percent(accuracy.after.value)} ({percent_range(accuracy.after)}) "
+        f"| {points(accuracy.delta.value)} ({points_range(accuracy.delta)}) |"
+    ) in card
+    entropy = verdict.comparison.task("plain_english").metric("cross_entropy")
+    assert f"| {entropy.delta.value:.3f} nats per token ({entropy.delta.low:.3f} to" in card
+    forgetting = verdict.comparison.forgetting
+    assert f"{points(forgetting.value)} ({points_range(forgetting)})" in card
+    rows = [line for line in card.splitlines() if line.startswith("| ") and "(domain)" in line]
+    assert len(rows) == 3
+
+
+def test_settings_limits_and_versions_are_told(study_dir, tmp_path):
+    card = card_of(tmp_path, study_dir)
+    params = load_study(study_dir).best.entry.params
+    assert f"| tau | {params['tau']} |" in card
+    assert "| optimizer | moclip |" in card
+    assert "| torch | 2.13.0 |" in card
+    assert "Forgetting was measured on wordnet, capitals, plain_english" in card
+    assert "chosen from 7 trials by scores that include nl2sql, wordnet" in card
+
+
+def test_fresh_items_need_no_caution(study_dir, tmp_path):
+    own = add_final(Path(shutil.copytree(study_dir, tmp_path / "study")))
+    assert "by scores that include wordnet, capitals, plain_english," in card_of(tmp_path, own)
+
+
+def test_no_scores_no_card(study_dir, tmp_path):
+    own = Path(shutil.copytree(study_dir, tmp_path / "study"))
+    edit(own, best=None, trials={n: {"state": "FAIL", "cause": "x"} for n in range(10)})
+    with pytest.raises(IncompleteArtifactError, match="no trial with scores"):
+        write_model_card(tmp_path, own)
+    assert not (tmp_path / "README.md").exists()
+
+
+@pytest.mark.parametrize("template", [None, "tokenizer_config.json", "chat_template.jinja"])
+def test_the_code_example_runs(study_dir, tmp_path, capsys, monkeypatch, template):
+    """On a model of a few thousand random weights, with and without a chat template."""
+    import torch
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+    words = ["<eos>", "Your", "question", "prompt", "user"]
+    tokenizer = Tokenizer(models.WordLevel({w: i for i, w in enumerate(words)}, unk_token="<eos>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<eos>")
+    fast.save_pretrained(tmp_path)
+    chat = "{% for m in messages %}{{ m['role'] }} {{ m['content'] }} {% endfor %}"
+    if template == "chat_template.jinja":
+        (tmp_path / template).write_text(chat)
+    elif template is not None:
+        config = json.loads((tmp_path / template).read_text())
+        (tmp_path / template).write_text(json.dumps(config | {"chat_template": chat}))
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=5, hidden_size=8, intermediate_size=8, num_hidden_layers=1,
+        num_attention_heads=1, eos_token_id=0, bos_token_id=None, max_position_embeddings=256,
+    )  # fmt: skip
+    LlamaForCausalLM(config).save_pretrained(tmp_path)
+
+    code = code_of(card_of(tmp_path, study_dir))
+    assert ("apply_chat_template" in code) == (template is not None)
+    monkeypatch.chdir(tmp_path)
+    exec(compile(code, "README.md", "exec"), {})
+    printed = capsys.readouterr().out
+    assert set(printed.split()) <= set(words)

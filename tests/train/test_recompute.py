@@ -1,0 +1,186 @@
+"""What is computed again in the backward pass: fewer bytes, the same bits."""
+
+import collections
+
+import pytest
+import torch
+from torch.profiler import ProfilerActivity, profile
+from torch.utils._python_dispatch import TorchDispatchMode
+from transformers import (
+    AutoModelForCausalLM,
+    Gemma2Config,
+    GPT2Config,
+    LlamaConfig,
+    Qwen2MoeConfig,
+    Qwen3Config,
+)
+
+from lrmc_ray.models import hidden_states
+from lrmc_ray.train.trainable import recompute_activations
+
+torch.set_num_threads(1)
+
+SHAPE = {
+    "vocab_size": 97,
+    "hidden_size": 32,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "intermediate_size": 64,
+}
+CONFIGS = {
+    "llama": LlamaConfig(**SHAPE, attention_dropout=0.3),
+    "qwen3": Qwen3Config(**SHAPE, attention_dropout=0.3),
+    "gemma2": Gemma2Config(**SHAPE, attention_dropout=0.3, sliding_window=8),
+    "gpt2": GPT2Config(vocab_size=97, n_embd=32, n_layer=3, n_head=4),
+    "qwen2_moe": Qwen2MoeConfig(
+        **SHAPE,
+        moe_intermediate_size=16,
+        shared_expert_intermediate_size=16,
+        num_experts=4,
+        num_experts_per_tok=2,
+        attention_dropout=0.3,
+    ),
+}
+"""Norms in other places, learned positions, dropout on layers, experts that tokens choose."""
+IDS_BT = torch.randint(97, (3, 20), generator=torch.Generator().manual_seed(1))
+
+
+def make_model(name, which, attention="sdpa"):
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(CONFIGS[name], attn_implementation=attention)
+    if which:
+        recompute_activations(model, which)
+    return model.train()
+
+
+def step(model, *, autocast=False):
+    """The hidden states and all gradients of one pass with dropout, and the number drawn next."""
+    torch.manual_seed(3)
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        hidden_BTD = hidden_states(model, IDS_BT)
+    hidden_BTD.float().pow(3).sum().backward()
+    gradients = {name: p.grad for name, p in model.base_model.named_parameters()}
+    return hidden_BTD.detach(), gradients, torch.rand(1)
+
+
+def assert_same(one, other):
+    assert torch.equal(one[0], other[0])
+    assert one[1].keys() == other[1].keys()
+    for name, gradient in one[1].items():
+        assert (gradient is None) == (other[1][name] is None), name
+        assert gradient is None or torch.equal(gradient, other[1][name]), name
+    assert torch.equal(one[2], other[2])
+
+
+@pytest.mark.parametrize("which", ["selective", "full"])
+@pytest.mark.parametrize(
+    ("name", "attention"), [("llama", "sdpa"), *((name, "eager") for name in CONFIGS)]
+)
+def test_the_same_bits_with_dropout(name, attention, which):
+    expected = step(make_model(name, False, attention))
+    assert_same(step(make_model(name, which, attention)), expected)
+    assert sum(g is not None and bool(g.any()) for g in expected[1].values()) > 20
+
+
+@pytest.mark.parametrize("which", ["selective", "full"])
+def test_the_same_bits_under_autocast(which):
+    assert_same(
+        step(make_model("llama", which), autocast=True),
+        step(make_model("llama", False), autocast=True),
+    )
+
+
+def test_dropout_does_something():
+    model = make_model("gpt2", False)
+    dropped = step(model)[0]
+    assert not torch.equal(step(model.eval())[0], dropped)
+
+
+class Counted(TorchDispatchMode):
+    """Counts the operators that run."""
+
+    def __init__(self):
+        super().__init__()
+        self.calls = collections.Counter()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.calls[func.overloadpacket.__name__] += 1
+        return func(*args, **(kwargs or {}))
+
+
+def count(which):
+    """Operators of one pass over the three layers of the Llama, forward and backward."""
+    model = make_model("llama", which)
+    with Counted() as counted:
+        step(model)
+    return counted.calls
+
+
+def test_selective_computes_the_activation_function_again_and_no_product():
+    """Of products a layer has seven, and two in attention with dropout; backward twice as many."""
+    plain, selective, full = count(False), count("selective"), count("full")
+    assert (plain["mm"], plain["bmm"]) == (3 * 7 * 3, 3 * 2 * 3)
+    assert (selective["mm"], selective["bmm"]) == (plain["mm"], plain["bmm"])
+    # Of a layer that is computed again, all but the last product, whose result nobody asks for.
+    assert (full["mm"], full["bmm"]) == (plain["mm"] + 3 * 6, plain["bmm"] + 3 * 2)
+    assert plain["silu"] == 3
+    assert selective["silu"] == full["silu"] == 6
+    # Two norms in a layer, one behind them.
+    assert plain["rsqrt"] == 3 * 2 + 1
+    assert selective["rsqrt"] == full["rsqrt"] == 2 * 3 * 2 + 1
+
+
+def kept_bytes(which, *, num_layers):
+    """What a forward pass has allocated and not freed at its end."""
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(
+        LlamaConfig(**{**SHAPE, "num_hidden_layers": num_layers})
+    )
+    if which:
+        recompute_activations(model, which)
+    hidden_states(model.train(), IDS_BT).sum().backward()  # what is made once is there now
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
+        hidden_BTD = hidden_states(model, IDS_BT)
+    assert hidden_BTD.requires_grad
+    return sum(event.self_cpu_memory_usage for event in recorded.events())
+
+
+def test_a_layer_keeps_what_it_should():
+    """Bytes of one layer more, counted by hand."""
+    hidden, intermediate, heads, keys = 32, 64, 4, 2 * 8
+    products = hidden + 2 * keys + hidden + 2 * intermediate + hidden  # q, k v, o, gate up, down
+    attention = hidden + heads  # log-sum-exp of every head
+    norms = 2 * (2 * hidden + 1)  # each: normalized, times the weight; one over the deviation
+    residuals = 2 * hidden
+    floats = {
+        # As inputs of what comes behind: o and down are gone into the sums.
+        False: products - 2 * hidden + attention + norms + residuals + 2 * intermediate,
+        "selective": hidden + products + attention,
+        "full": hidden,
+    }
+    for which, expected in floats.items():
+        per_layer = kept_bytes(which, num_layers=3) - kept_bytes(which, num_layers=2)
+        random_state = torch.get_rng_state().nbytes if which else 0
+        assert per_layer == 4 * expected * IDS_BT.numel() + random_state, which
+
+
+def test_a_model_that_transformers_cannot_do_it_with_is_left_alone_unless_it_was_asked_for():
+    model = make_model("llama", False)
+    model.supports_gradient_checkpointing = False
+    expected = step(make_model("llama", False))
+    recompute_activations(model, "auto")
+    assert_same(step(model), expected)
+    with pytest.raises(ValueError, match="does not support"):
+        recompute_activations(model, "selective")
+
+
+def test_a_model_that_computes_no_gradient_is_left_alone():
+    expected, model = make_model("llama", False), make_model("llama", "selective")
+    for one in (expected, model):
+        one.eval()
+    with Counted() as counted, torch.no_grad():
+        hidden = hidden_states(model, IDS_BT)
+    assert torch.equal(hidden, hidden_states(expected, IDS_BT))
+    assert counted.calls["silu"] == 3

@@ -1,0 +1,429 @@
+"""Scoring, searching and comparing on nodes without a shared disk.
+
+Models, base scores and the decisions of other trials cross through an S3-compatible server. In
+`tests/cluster` the nodes really share nothing; here what is asked for is where it must be.
+"""
+
+import dataclasses
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from lrmc_ray.cluster.session import ray_session
+from lrmc_ray.config import RunSettings, load_settings
+from lrmc_ray.console import run_command
+from lrmc_ray.errors import DataError, IncompleteArtifactError
+from lrmc_ray.evaluate import command as evaluate
+from lrmc_ray.evaluate.items import ITEMS_FILE, Scores
+from lrmc_ray.evaluate.run import _score_part, _Scoring
+from lrmc_ray.files.artifacts import read_manifest
+from lrmc_ray.files.names import LEDGER, MODEL, RUNG
+from lrmc_ray.files.storage import COMMITTED, Storage, files_below
+from lrmc_ray.models import model_fingerprint
+from lrmc_ray.train.early_stopping import read_decision, values_of_others
+from lrmc_ray.train.ledger import read_ledger
+from lrmc_ray.train.stored import StoredRun
+from lrmc_ray.tune import command as tune
+from tests.support.s3 import s3_server
+from tests.support.tiny import make_data, make_model
+from tests.train.test_early_stopping import RULE, base_scores, write_decision  # noqa: F401  # a fixture
+from tests.train.test_training_run import recorded, settings_of  # noqa: F401  # a fixture
+
+torch.set_num_threads(1)
+ROOT = Path(__file__).parents[2]
+NAME = "studies/one/trials/0007/training"
+REPORTED = ("study.json", "settings.json", "report.html", "gain_vs_forgetting.png")
+
+
+@pytest.fixture(scope="module")
+def server():
+    with s3_server() as made:
+        yield made
+
+
+@pytest.fixture
+def storage(server, tmp_path, monkeypatch):
+    monkeypatch.setenv("LRMC_CACHE", str(tmp_path / "cache"))
+    return Storage(server.uri(f"{tmp_path.name}/p"), retry_seconds=())
+
+
+def objects(server, storage):
+    return server.objects(storage.root.partition("/")[2])
+
+
+# A trial's decision
+
+
+def decision_of(storage, directory, number, value):
+    write_decision(directory, number, value)
+    place = f"studies/one/trials/{number:04d}/training/{RUNG}"
+    storage.put(directory / f"{number:04d}" / "training" / RUNG, place)
+
+
+def in_storage(number=7):
+    return dataclasses.replace(
+        RULE, number=number, trials="studies/one/trials", base_scores="studies/one/base_scores"
+    )
+
+
+def test_trials_compare_with_those_in_the_storage(storage, tmp_path):
+    assert values_of_others(in_storage(), storage) == {}
+    for number, value in {1: 0.25, 3: -0.5, 7: 9.0}.items():
+        decision_of(storage, tmp_path, number, value)
+    storage.write("studies/one/trials/0004/training/metrics.jsonl", b"{}")
+    storage.write("studies/other/trials/0005/training/rung.json", b"{}")
+    assert values_of_others(in_storage(), storage) == {1: 0.25, 3: -0.5}
+    storage.write("studies/one/trials/0003/training/rung.json", b"{")
+    with pytest.raises(DataError, match=r"trials/0003/training/rung\.json is damaged"):
+        values_of_others(in_storage(), storage)
+
+
+@pytest.mark.parametrize("others", [{1: 9.0, 2: 9.0}, {1: -9.0, 2: -9.0}], ids=["worse", "better"])
+def test_a_decision_reaches_the_storage_and_the_next_node(
+    others,
+    storage,
+    tmp_path,
+    tiny_model,
+    recorded,  # noqa: F811
+    base_scores,  # noqa: F811
+):
+    """The trial ends, or goes on, on another node without being scored again."""
+    from lrmc_ray.method.training_loop import WorkerGroup
+    from lrmc_ray.train.loop import TrainingRun
+
+    for number, value in others.items():
+        decision_of(storage, tmp_path / "trials", number, value)
+    storage.publish("studies/one/base_scores", {ITEMS_FILE: base_scores / ITEMS_FILE})
+
+    def run_on(node):
+        directory = tmp_path / node / "run"
+        directory.mkdir(parents=True)
+        return TrainingRun(
+            settings_of(),
+            record=recorded,
+            model_directory=tiny_model,
+            directory=directory,
+            group=WorkerGroup(),
+            device=torch.device("cpu"),
+            rung=dataclasses.replace(in_storage(), least=2),
+            stored=StoredRun(storage, NAME, directory),
+        )
+
+    first, stops = run_on("one"), others[1] > 0
+    decide = first.early_stopping.decide
+
+    def decide_and_die(model):
+        decide(model)
+        raise KeyboardInterrupt
+
+    first.early_stopping.decide = decide_and_die
+    with pytest.raises(KeyboardInterrupt):
+        first.run()
+    known = read_decision(first.directory)
+    assert (known.others, known.stop) == ({str(n): v for n, v in others.items()}, stops)
+    second = run_on("two")
+    second.early_stopping._own_rows = lambda model: pytest.fail("scored again")
+    outcome = second.run()
+    assert outcome["pruned"] is stops
+    driver = StoredRun(storage, NAME, tmp_path / "driver")
+    driver.directory.mkdir()
+    driver.fetch()
+    assert read_decision(driver.directory) == known
+    assert (driver.directory / MODEL).is_dir() is not stops
+    driver.commit({"kind": "training"})
+    driver.clear()
+    assert storage.children(NAME).keys() == {RUNG}
+
+
+def test_a_wish_in_the_drivers_directory_crosses_and_is_taken_back(storage, tmp_path, monkeypatch):
+    from lrmc_ray.files.names import CHECKPOINT_NOW
+    from lrmc_ray.train import stored as stored_run
+
+    monkeypatch.setattr(stored_run, "PACE_SECONDS", 0.02)
+    driver = StoredRun(storage, NAME, tmp_path)
+    wish = tmp_path / CHECKPOINT_NOW
+
+    def until(reached):
+        deadline = time.monotonic() + 20
+        while not reached() and time.monotonic() < deadline:
+            time.sleep(0.02)
+        assert reached()
+
+    with driver.shown():
+        for _ in range(2):
+            assert not driver.is_asked()
+            wish.touch()
+            until(driver.is_asked)
+            assert wish.exists()
+            driver.forget_wishes()  # as rank 0 does when the checkpoint is saved
+            until(lambda: not wish.exists())
+    assert not driver.is_asked()
+
+
+# Scoring
+
+
+def scoring_of(storage, directory, stored_as=None, *, is_base=False):
+    settings = RunSettings.model_validate({"resources": {"storage": storage.uri}})
+    return _Scoring(settings, directory, stored_as, is_base=is_base)
+
+
+def test_without_a_storage_the_model_is_where_it_is(tiny_model):
+    with _Scoring(RunSettings(), tiny_model, None, is_base=False).in_storage() as stored:
+        assert stored is None
+
+
+def test_a_base_stays_in_the_storage_and_a_tuned_model_does_not(server, storage, tiny_model):
+    with scoring_of(storage, tiny_model, is_base=True).in_storage() as stored:
+        assert storage.committed(stored["base"]).keys() == files_below(tiny_model).keys()
+    kept = objects(server, storage).keys()
+    assert kept
+    assert {name.partition("/")[0] for name in kept} == {"models"}
+    with scoring_of(storage, tiny_model).in_storage() as stored:
+        assert storage.committed(stored["tuned"]).keys() == files_below(tiny_model).keys()
+    assert objects(server, storage).keys() == kept
+    with (
+        pytest.raises(KeyboardInterrupt),
+        scoring_of(storage, tiny_model).in_storage(),
+    ):
+        raise KeyboardInterrupt
+    assert objects(server, storage).keys() == kept
+    # One that a run has left there is used, and left.
+    storage.publish(f"{NAME}/model", files_below(tiny_model))
+    with scoring_of(storage, tiny_model, f"{NAME}/model").in_storage() as stored:
+        assert stored["tuned"] == f"{NAME}/model"
+    assert storage.committed(f"{NAME}/model") is not None
+    storage.delete_all(f"{NAME}/model")
+    with scoring_of(storage, tiny_model, f"{NAME}/model").in_storage() as stored:
+        assert stored["tuned"].startswith("scoring/")
+
+
+@pytest.mark.parametrize("kind", ["base", "tuned"])
+def test_a_node_scores_what_it_fetched(storage, tiny_model, monkeypatch, kind):
+    import lrmc_ray.evaluate.harness
+
+    def score(directory, request):
+        return (model_fingerprint(directory), request)
+
+    monkeypatch.setattr(lrmc_ray.evaluate.harness, "score", score)
+    storage.publish("x/model", files_below(tiny_model))
+    stored = {"uri": storage.uri, kind: "x/model"}
+    expected = (model_fingerprint(tiny_model), "request")
+    assert _score_part("/not/here", "request", 1, stored) == expected
+    left = [path.name for path in storage.cache.rglob("*.safetensors")]
+    assert left == (["model.safetensors"] if kind == "base" else [])
+    assert not list(storage.cache.glob("scoring-*"))
+
+
+def test_a_task_file_that_a_node_lacks_is_refused(tmp_path, monkeypatch):
+    from lrmc_ray.cluster import checks
+    from lrmc_ray.evaluate.harness import own_files
+
+    data = tmp_path / "items.jsonl"
+    data.write_text("{}\n")
+    task = tmp_path / "mine.yaml"
+    task.write_text(f"task: mine\ndataset_kwargs:\n  data_files: {data}\n")
+    files = own_files(["capitals", str(task)])
+    assert set(files.values()) == {task, data}
+
+    def nodes_without(finds, path, sha256):
+        assert finds(path, sha256)
+        assert not finds(path, "0" * 64)
+        assert not finds(f"{path}.other", sha256)
+        return ["10.0.0.2"] if path == str(data) else []
+
+    monkeypatch.setattr(checks, "_nodes_without", nodes_without)
+    checks.check_files_shared({"task": task})
+    with pytest.raises(IncompleteArtifactError, match=r"items\.jsonl must be on every node"):
+        checks.check_files_shared(files)
+
+
+# The commands, with Ray
+
+
+@pytest.mark.ray
+@pytest.mark.timeout(600)
+def test_a_search_and_an_evaluation_by_way_of_the_storage(
+    server, storage, tiny_model, tmp_path, capsys
+):
+    data = make_data(tmp_path / "train.jsonl", num_rows=24)
+    runs = tmp_path / "runs"
+    common = [
+        *("--model", str(tiny_model), "--storage", storage.uri, "--output", str(runs), "--json"),
+        *("--domain-tasks", "capitals", "--general-tasks", "plain_english"),
+        *("evaluate.limit=6", "evaluate.drift_samples=2"),
+    ]
+    argv = [
+        *(*common, "--space", "smoke", "--train-data", str(data), "search.trials=4"),
+        *("search.early_stopping=median", "search.early_stopping_trials=2", "train.lr=1e-2"),
+        *("resources.max_concurrent=1", "search.early_stopping_items=4"),
+    ]
+    other = make_model(tmp_path / "other", seed=1)
+    with ray_session(log=tmp_path / "ray.log", num_cpus=2):
+        code = run_command(tune.main, argv)
+        shown = capsys.readouterr()
+        assert code == 0, shown.err
+        left = objects(server, storage)
+        code = run_command(evaluate.main, [*common, "--tuned", str(other), "--actors", "1"])
+        scored = capsys.readouterr()
+        assert code == 0, scored.err
+    (study,) = (json.loads(path.read_text()) for path in runs.glob("smoke-*/study.json"))
+    assert {name.partition("/")[0] for name in left} == {"records", "models", "reports"}
+    reported = {name: left[f"reports/{study['id']}/{name}"] for name in REPORTED}
+    assert reported == {name: (runs / study["id"] / name).read_bytes() for name in REPORTED}
+    assert study["state"] == "FINISHED"
+    assert study["stored_as"].startswith(f"studies/{study['id']}-")
+    rungs = [trial["rung"] for trial in study["trials"]]
+    for number, rung in enumerate(rungs):
+        assert rung["others"] == {str(n): rungs[n]["value"] for n in range(number)}
+    states = {trial["number"]: trial["state"] for trial in study["trials"]}
+    expected = {n: "PRUNED" if rungs[n]["stop"] else "COMPLETE" for n in range(4)}
+    assert states == expected
+    best = study["trials"][study["best"]]
+    directory = runs / study["id"] / best["directory"]
+    manifest = read_manifest(directory / "training", made_by="")
+    assert manifest["ledger"]["is_exact"]
+    assert (runs / study["id"] / "best_model" / "model.safetensors").read_bytes() == (
+        directory / "training" / MODEL / "model.safetensors"
+    ).read_bytes()
+    assert not (directory / "training" / MODEL / COMMITTED).exists()
+    # What a task on a node scored is what this process makes of the same files.
+    assert objects(server, storage).keys() == left.keys()
+    reported = json.loads(scored.out)
+    assert_scored_as_here(Path(reported["scores"][1]), other)
+
+
+def command_of(tmp_path, tiny_model, module, *more):
+    data = tmp_path / "train.jsonl"
+    if not data.exists():
+        make_data(data, num_rows=24)
+    return [
+        *(sys.executable, "-m", f"lrmc_ray.{module}", "--model", str(tiny_model)),
+        *("--train-data", str(data), "--domain-tasks", "capitals"),
+        *("--general-tasks", "plain_english", "--json", "evaluate.limit=6"),
+        *("evaluate.drift_samples=2", *more),
+    ]
+
+
+def run_to_its_end(command):
+    done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=ROOT)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+@pytest.mark.ray
+@pytest.mark.timeout(900)
+def test_a_killed_search_goes_on_by_way_of_the_storage(tiny_model, tmp_path):
+    """kill -9 to the command, its trial and its workers, once a checkpoint is in the storage."""
+    objects = tmp_path / "objects"
+    command = [
+        *command_of(tmp_path, tiny_model, "tune", "--space", "smoke", "search.trials=1"),
+        *("--storage", objects.as_uri(), "--output", str(tmp_path / "runs")),
+        *("train.steps=60", "train.checkpoint_every=5", "train.probe_every=0"),
+    ]
+    pattern = "studies/*/trials/0000/training/checkpoints/step_*/committed.json"
+    with (tmp_path / "log").open("wb") as log:
+        first = subprocess.Popen(command, stderr=log, start_new_session=True, cwd=ROOT)
+    deadline = time.monotonic() + 300
+    while not (found := list(objects.glob(pattern))) and time.monotonic() < deadline:
+        assert first.poll() is None, (tmp_path / "log").read_text()[-3000:]
+        time.sleep(0.05)
+    os.killpg(first.pid, signal.SIGKILL)
+    first.wait()
+    assert found
+    run_to_its_end(command)
+    (study,) = (json.loads(p.read_text()) for p in tmp_path.glob("runs/smoke-*/study.json"))
+    assert {trial["state"] for trial in study["trials"]} == {"COMPLETE"}
+    assert len(study["sessions"]) == 2
+    trial = study["trials"][0]
+    directory = tmp_path / "runs" / study["id"] / trial["directory"] / "training"
+    manifest = read_manifest(directory, made_by="")
+    assert manifest["ledger"]["is_exact"]
+    entries = read_ledger(directory / LEDGER)
+    assert {entry.attempt for entry in entries} == {1, 2}
+    assert min(entry.step for entry in entries if entry.attempt == 2) > 1
+    assert not list(objects.glob("studies/*/*"))
+
+
+@pytest.mark.ray
+@pytest.mark.timeout(900)
+def test_a_comparison_and_a_suggestion_are_the_same_by_way_of_the_storage(tiny_model, tmp_path):
+    compared, suggested = [], []
+    for name, more in (("here", []), ("stored", ["--storage", (tmp_path / "o").as_uri()])):
+        output = tmp_path / name
+        run_to_its_end(
+            [
+                *command_of(tmp_path, tiny_model, "compare", "--space", "compare_smoke", *more),
+                *("--output", str(output), "--methods", "lrmc", "compare.learning_rates=[1e-3]"),
+                *("compare.seeds=[0]", "compare.reference=lrmc"),
+            ]
+        )
+        (found,) = output.glob("compare-smoke-*/compare.json")
+        runs = json.loads(found.read_text())["runs"]
+        assert [run["state"] for run in runs] == ["COMPLETE", "COMPLETE"]
+        compared.append([(run["method"], run["split"], run["results"]) for run in runs])
+        suggestion = run_to_its_end(
+            [
+                *command_of(tmp_path, tiny_model, "suggest", "--space", "smoke", *more),
+                *("--output", str(output), "train.steps=6"),
+            ]
+        )
+        suggested.append(suggestion)
+    assert compared[0] == compared[1]
+    assert suggested[0] == suggested[1]
+    left = {p.relative_to(tmp_path / "o").parts[0] for p in (tmp_path / "o").rglob("*.*")}
+    assert left == {"records", "models", "reports"}
+
+
+def assert_scored_as_here(scores, model):
+    from lrmc_ray.evaluate.harness import score
+    from lrmc_ray.evaluate.request import ScoreRequest
+
+    request = ScoreRequest(
+        tasks=(("capitals", "domain"), ("plain_english", "general")),
+        **{"batch_tokens": 8192, "precision": "fp32", "limit": 6, "split": "test"},
+        drift_samples={"domain": 0, "general": 0},
+    )
+    here = Scores.from_rows(score(model, request).rows)
+    theirs = Scores.load(scores)
+    assert here.metrics.keys() == theirs.metrics.keys()
+    for key, items in here.metrics.items():
+        assert items.values.tolist() == theirs.metrics[key].values.tolist()
+
+
+def test_a_run_of_a_comparison_has_a_name_of_its_own(storage, tmp_path):
+    from lrmc_ray.compare.jobs import Job
+    from lrmc_ray.compare.run import Comparing
+    from lrmc_ray.config.compare import CompareSpace
+
+    values = load_settings(None, []).model_dump()
+    values["resources"]["storage"] = storage.uri
+    space = CompareSpace.model_validate(
+        {
+            **values,
+            "parameters": {},
+            "methods": {"sft": {"title": "sft", "train": {"loss": "full"}}},
+        }
+    )
+    made = []
+    for name in ("one", "two"):
+        comparing = Comparing(space, ["sft"], tmp_path / name)
+        comparing.open()
+        made.append(comparing._stored_as(Job("sft", 1e-5, 0, "dev")))
+        assert made[-1] == comparing._stored_as(Job("sft", 1e-5, 0, "test"))
+        again = Comparing(space, ["sft"], tmp_path / name)
+        again.open()
+        assert again._stored_as(Job("sft", 1e-5, 0, "dev")) == made[-1]
+        storage.write(f"{made[-1]}/training/metrics.jsonl", b"")
+    assert made[0] != made[1]
+    assert all(name.startswith(f"comparisons/{again.id}-") for name in made)
+    again.leave_storage()
+    assert storage.exists(f"{made[0]}/training/metrics.jsonl")
+    assert not storage.exists(f"{made[1]}/training/metrics.jsonl")

@@ -1,0 +1,131 @@
+"""Automatic ranges, against candidate sets and histograms made by hand."""
+
+import math
+
+import pytest
+import torch
+from safetensors import safe_open
+
+from lrmc_ray.config import RunSettings
+from lrmc_ray.errors import DataError
+from lrmc_ray.method.subsets import select_candidates
+from lrmc_ray.tune.suggest import (
+    STEPS,
+    WARM_UP_STEPS,
+    automatic,
+    measured_angles,
+    quantile_of_histogram,
+    suggest_delta_max,
+    suggest_tau,
+    tau_table,
+    with_ranges,
+)
+from tests.support.tiny import make_data
+from tests.train.test_training_run import record_of
+
+TAUS = (0.5, 0.7, 0.8, 0.9, 0.95, 0.99)
+
+
+def candidates(tops, *, vocabulary=64, k_max=32):
+    """Positions whose first token is gold and has probability ``top``, the others equal shares."""
+    tops_N = torch.tensor(tops, dtype=torch.float64)
+    rest_N = (1 - tops_N) / (vocabulary - 1)
+    probabilities_NV = rest_N[:, None].repeat(1, vocabulary)
+    probabilities_NV[:, 0] = tops_N
+    gold_N = torch.zeros(len(tops), dtype=torch.long)
+    return select_candidates(probabilities_NV.log(), gold_N, tau=0.99, k_min=2, k_max=k_max)
+
+
+def test_the_table_counts_active_and_capped_positions_by_hand():
+    """Tops 0.6 and 0.97: below a top the gold alone suffices; 31 tail tokens carry 31/63 of it."""
+    rows = {row.tau: row for row in tau_table(candidates([0.6, 0.6, 0.6, 0.97]), TAUS)}
+    assert [rows[tau].active_share for tau in TAUS] == [0.0, 0.75, 0.75, 0.75, 0.75, 1.0]
+    # 0.6 + 0.4 * 31/63 = 0.797 and 0.97 + 0.03 * 31/63 = 0.985 are all that 32 candidates hold.
+    assert [rows[tau].capped_share for tau in TAUS] == [0.0, 0.0, 0.75, 0.75, 0.75, 1.0]
+    # (0.7 - 0.6) / (0.4 / 63) = 15.75, so 16 tail tokens and the gold.
+    assert rows[0.7].k_median == 17
+
+
+def test_tau_reaches_from_half_active_to_hardly_capped():
+    sets = candidates([0.55] * 6 + [0.85] * 3 + [0.98], vocabulary=40, k_max=39)
+    rows = tau_table(sets, TAUS)
+    assert [row.active_share for row in rows] == [0.0, 0.6, 0.6, 0.9, 0.9, 1.0]
+    assert max(row.capped_share for row in rows[:-1]) == 0.0
+    found = suggest_tau(rows)
+    assert found.low == 0.7
+    assert found.high >= 0.95
+    assert "60% of the positions are active" in found.reason
+
+
+def test_a_small_cap_lowers_the_upper_end():
+    found = suggest_tau(tau_table(candidates([0.6] * 10), TAUS))
+    assert (found.low, found.high) == (0.5, 0.7)
+
+
+def test_the_range_is_never_empty():
+    for sets in (
+        candidates([0.999] * 4),  # hardly ever active
+        candidates([0.1] * 4, k_max=2),  # capped everywhere
+    ):
+        found = suggest_tau(tau_table(sets, TAUS))
+        assert found.low < found.high
+
+
+def histogram(**degrees):
+    counts = [0] * 36
+    for name, count in degrees.items():
+        counts[int(name.removeprefix("at_")) // 5] = count
+    return counts
+
+
+def test_quantiles_of_a_histogram_by_hand():
+    counts = histogram(at_80=50, at_90=50)  # bins 80-85 and 90-95
+    assert quantile_of_histogram(counts, 0.25) == pytest.approx(82.5)
+    assert quantile_of_histogram(counts, 0.5) == pytest.approx(85.0)
+    assert quantile_of_histogram(counts, 0.95) == pytest.approx(94.5)
+    assert quantile_of_histogram(counts, 0.0) == 0.0
+    assert quantile_of_histogram(counts, 1.0) == pytest.approx(95.0)
+    with pytest.raises(DataError, match="no angle"):
+        quantile_of_histogram([0] * 36, 0.5)
+
+
+def test_delta_max_reaches_from_a_quarter_of_the_median_to_the_95th_percentile():
+    found = suggest_delta_max(histogram(at_80=50, at_90=50))
+    assert (found.low, found.high) == (pytest.approx(21.2, abs=0.06), 94.5)
+    aligned = suggest_delta_max(histogram(at_0=100))
+    assert (aligned.low, aligned.high) == (1.0, pytest.approx(4.8, abs=0.06))
+    opposed = suggest_delta_max(histogram(at_175=100))
+    assert opposed.high <= 180
+    assert math.isclose(opposed.low, 0.25 * 177.5, abs_tol=0.1)
+
+
+def test_found_ranges_take_the_place_of_auto_and_keep_conditions():
+    settings = RunSettings.model_validate(
+        {
+            "parameters": {
+                "tau": {"range": "auto"},
+                "delta_max": {"range": "auto", "when": {"optimizer": "moclip"}},
+                "lr": {"low": 1e-6, "high": 1e-4},
+            }
+        }
+    )
+    assert automatic(settings) == ["tau", "delta_max"]
+    found = {"tau": {"low": 0.7, "high": 0.98}, "delta_max": {"low": 20.0, "high": 95.0}}
+    made = with_ranges(settings, found)
+    assert automatic(made) == []
+    assert (made.parameters["tau"].low, made.parameters["tau"].high) == (0.7, 0.98)
+    assert made.parameters["delta_max"].when == {"optimizer": "moclip"}
+    assert made.parameters["lr"] == settings.parameters["lr"]
+
+
+def test_angles_are_measured_on_every_tensor_after_the_warm_up(tiny_model, tmp_path):
+    record = record_of(tiny_model, make_data(tmp_path / "train.jsonl"), tmp_path / "record")
+    settings = RunSettings.model_validate(
+        {"model": {"name": str(tiny_model)}, "train": {"clip": "none", "steps": 2, "epochs": 1.0}}
+    )
+    histogram = measured_angles(settings, record)
+    with safe_open(tiny_model / "model.safetensors", "pt") as weights:
+        tensors = len(weights.keys())
+    assert sum(histogram) == (STEPS - WARM_UP_STEPS) * tensors
+    # With random weights and unlike samples, gradients neither follow the momentum nor oppose it.
+    assert 20 < quantile_of_histogram(histogram, 0.5) < 110

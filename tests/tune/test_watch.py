@@ -1,0 +1,79 @@
+"""What the terminal shows while trials run."""
+
+import io
+import time
+
+from rich.console import Console
+
+from lrmc_ray.files.metrics_log import MetricsLog
+from lrmc_ray.tune.watch import _line, _table
+
+
+def trial(number, state, **more):
+    return {
+        "number": number,
+        "role": "search",
+        "state": state,
+        "cause": None,
+        "params": {"lr": 3e-5},
+        "settings": {"steps": 10, "lr": 3e-5},
+        "metrics_file": "none.jsonl",
+        "results": {},
+        "cost": {},
+    } | more
+
+
+DONE = {
+    "results": {"eval/domain_gain": 0.3, "eval/forgetting": 0.01, "eval/combined": 0.29},
+    "cost": {
+        "train_seconds": 3600.0, "train_cores": 2, "evaluate_seconds": 1800.0, "evaluate_cores": 1
+    },
+}  # fmt: skip
+
+
+def shown(trials, directory):
+    now = time.time()
+    console = Console(width=200, record=True, file=io.StringIO())
+    console.print(_table(directory, trials, 4, now - 600))
+    return console.export_text()
+
+
+def test_the_table_marks_the_best_and_counts_core_hours(tmp_path):
+    ended = time.time() - 1
+    text = shown(
+        [
+            trial(0, "COMPLETE", ended=ended, **DONE),
+            trial(1, "COMPLETE", ended=ended, is_best=True, **DONE),
+            trial(2, "FAIL", cause="its process died", ended=ended),
+            trial(3, "RUNNING"),
+        ],
+        tmp_path,
+    )
+    lines = {line.strip("│┃ ")[:1]: line for line in text.splitlines()}
+    assert "best so far" in lines["1"]
+    assert "best so far" not in lines["0"]
+    assert "failed: its process died" in lines["2"]
+    assert "starting" in lines["3"]
+    assert "3 of 4 trials ended" in text
+    assert "3 min 20 s left" in text  # three in ten minutes
+    assert "5 core hours so far" in text  # twice 1 h on 2 cores and half an hour on 1
+
+
+def test_a_trial_that_stopped_early_is_told_from_one_that_failed(tmp_path):
+    cause = "after 3 of 6 steps its combined score was low"
+    early = trial(2, "PRUNED", cause=cause, ended=time.time() - 1)
+    assert "stopped early: after 3 of 6 steps" in shown([early], tmp_path)
+    assert _line(early, 4) == f"trial 2 of 4 (search) stopped early: {cause}"
+    with MetricsLog(tmp_path / "none.jsonl") as log:
+        log.log(3, {"train/loss": 0.5, "slice/combined": 0.125})
+        log.log(4, {"train/loss": 0.4, "train/step_seconds": 2.0})
+    assert "loss 0.400, +0.125 on the way, 12 s" in shown([trial(1, "RUNNING")], tmp_path)
+
+
+def test_without_costs_there_are_no_core_hours(tmp_path):
+    assert "core hours" not in shown([trial(0, "RUNNING")], tmp_path)
+
+
+def test_a_line_says_which_trial_is_the_best():
+    assert _line(trial(1, "COMPLETE", is_best=True, **DONE), 4).endswith("the best so far")
+    assert _line(trial(1, "COMPLETE", **DONE), 4).endswith("combined +0.290")
