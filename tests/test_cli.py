@@ -202,13 +202,13 @@ def test_tasks_that_have_to_be_built_are_named_before_anything_starts(
 
 
 def test_lrmc_gives_its_arguments_to_the_stage(tmp_path):
-    result = command("lrmc_ray.cli", "record", "train.tua=0.9", directory=tmp_path)
+    result = command("lrmc_ray", "record", "train.tua=0.9", directory=tmp_path)
     assert (result.returncode, result.stderr.count("\n")) == (2, 1)
     assert "Did you mean 'tau'?" in result.stderr
-    result = command("lrmc_ray.cli", "recrod", directory=tmp_path)
+    result = command("lrmc_ray", "recrod", directory=tmp_path)
     assert result.returncode == 2
     assert "invalid choice: 'recrod'" in result.stderr
-    result = command("lrmc_ray.cli", directory=tmp_path)
+    result = command("lrmc_ray", directory=tmp_path)
     assert result.returncode == 2
     assert "STAGE" in result.stderr
 

@@ -358,7 +358,7 @@ WITH_RAY = """
 import os, signal, sys, time
 from pathlib import Path
 from lrmc_ray.console import run_command
-from lrmc_ray.ray_session import ray_session
+from lrmc_ray.cluster.session import ray_session
 
 def main(argv):
     with ray_session(log=Path(argv[0]), num_cpus=1):

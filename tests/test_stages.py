@@ -200,7 +200,7 @@ def test_a_killed_training_goes_on_to_the_same_parameters(
         "from pathlib import Path\n"
         "from lrmc_ray.config import load_settings\n"
         "from lrmc_ray.cluster.session import ray_session\n"
-        "from lrmc_ray.train import train\n"
+        "from lrmc_ray.train.driver import train\n"
         f"settings = load_settings(None, {[*overrides, 'resources.workers=[1,1]']!r})\n"
         f"with ray_session(log=Path({str(tmp_path / 'ray.log')!r}), num_cpus=1):\n"
         f"    train(settings, Path({str(recorded)!r}), Path({str(directory)!r}))\n"

@@ -187,7 +187,7 @@ def test_publish_replaces_the_unfinished_and_never_the_finished(tmp_path):
 KILLED = """
 import os, signal, sys
 from pathlib import Path
-from lrmc_ray import artifacts
+from lrmc_ray.files import artifacts
 
 directory, function, count = Path(sys.argv[1]), sys.argv[2], int(sys.argv[3])
 original = getattr(os, function)
@@ -250,7 +250,7 @@ def test_kill_9_at_any_point_of_publishing_leaves_all_or_nothing(
 HOLDER = """
 import sys, time
 from pathlib import Path
-from lrmc_ray.artifacts import lock_directory
+from lrmc_ray.files.artifacts import lock_directory
 
 with lock_directory(Path(sys.argv[1])):
     print("held", flush=True)
@@ -260,7 +260,7 @@ with lock_directory(Path(sys.argv[1])):
 SECOND = """
 import sys
 from pathlib import Path
-from lrmc_ray.artifacts import lock_directory
+from lrmc_ray.files.artifacts import lock_directory
 from lrmc_ray.console import run_command
 
 def main(argv):

@@ -5,12 +5,12 @@ from pathlib import Path
 
 import pytest
 import yaml
-from synthetic_study import add_final, edit, make_study
 
 from lrmc_ray.errors import IncompleteArtifactError
 from lrmc_ray.report.model_card import write_model_card
 from lrmc_ray.report.numbers import percent, percent_range, points, points_range
 from lrmc_ray.report.study import load_study
+from tests.support.synthetic_study import add_final, edit, make_study
 
 
 @pytest.fixture(scope="module")

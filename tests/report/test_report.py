@@ -13,7 +13,6 @@ import numpy as np
 import pytest
 from rich.console import Console
 from scipy import stats
-from synthetic_study import SEED, TRIALS, add_final, edit, item_rows, make_study, save_scores
 
 from lrmc_ray.console import format_seconds, run_command
 from lrmc_ray.errors import ConfigError, DataError, IncompleteArtifactError
@@ -30,6 +29,15 @@ from lrmc_ray.report.page import write_report
 from lrmc_ray.report.study import Study, load_study
 from lrmc_ray.report.template import drawing, whisker
 from lrmc_ray.report.words import headline
+from tests.support.synthetic_study import (
+    SEED,
+    TRIALS,
+    add_final,
+    edit,
+    item_rows,
+    make_study,
+    save_scores,
+)
 
 CHROMIUM = shutil.which("chromium")
 FINISHED = [index for index, plan in enumerate(TRIALS) if plan["state"] == "COMPLETE"]
@@ -524,7 +532,7 @@ def test_errors_are_one_line_with_their_exit_code(tmp_path, capsys):
 
 def test_the_help_imports_nothing_heavy():
     code = (
-        "import sys; from lrmc_ray.report import main\n"
+        "import sys; from lrmc_ray.report.command import main\n"
         "try: main(['--help'])\n"
         "except SystemExit: pass\n"
         "print(sorted({'matplotlib', 'plotly', 'torch', 'ray', 'scipy', 'rich', 'jinja2'} "

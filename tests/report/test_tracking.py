@@ -125,7 +125,7 @@ def test_a_corrupt_line_inside_is_an_error_that_says_where(tmp_path, bad):
 WRITER = """
 import sys
 from pathlib import Path
-from lrmc_ray.metrics_log import MetricsLog
+from lrmc_ray.files.metrics_log import MetricsLog
 with MetricsLog(Path(sys.argv[1])) as log:
     for step in range(1, 10**7):
         log.log(step, {"train/loss": 1 / step, "subset/rho": step / 2})
@@ -150,7 +150,7 @@ def test_kill_leaves_a_gapless_beginning(tmp_path):
 FULL_DISK = """
 import resource, sys
 from pathlib import Path
-from lrmc_ray.metrics_log import MetricsLog
+from lrmc_ray.files.metrics_log import MetricsLog
 resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))
 with MetricsLog(Path(sys.argv[1])) as log:
     try:
@@ -684,7 +684,7 @@ def test_sync_to_a_dead_server_says_so(tmp_path, monkeypatch):
 PROGRAM = """
 import sys, time
 from pathlib import Path
-from lrmc_ray.tracking import StudyTracker
+from lrmc_ray.report.mlflow import StudyTracker
 with StudyTracker(sys.argv[1], study_id="s", study_name="s", directory=Path(sys.argv[2])) as t:
     t.child(0, {"tau": 0.9})
     while not Path(sys.argv[2], "connected").exists():

@@ -190,7 +190,7 @@ def test_a_loss_that_is_not_finite_is_written_and_read(tmp_path):
 FULL_DISK = """
 import resource, sys
 from pathlib import Path
-from lrmc_ray.ledger import Ledger
+from lrmc_ray.train.ledger import Ledger
 fill = dict(sample_ids=["a"] * 20, world_size=1, loss=0.5, applied=True)
 with Ledger(Path(sys.argv[1])) as ledger:
     resource.setrlimit(resource.RLIMIT_FSIZE, (1000, resource.RLIM_INFINITY))

@@ -353,8 +353,8 @@ ALL_FAULTS = """
 import json, os, sys, threading, time
 from pathlib import Path
 from lrmc_ray.config import load_settings
-from lrmc_ray.ray_session import ray_session
-from lrmc_ray.tune import Search
+from lrmc_ray.cluster.session import ray_session
+from lrmc_ray.tune.run import Search
 
 directory, data = Path(sys.argv[1]), sys.argv[2]
 settings = load_settings(None, [

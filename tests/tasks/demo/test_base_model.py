@@ -200,7 +200,7 @@ def test_a_hub_that_does_not_answer_costs_a_few_seconds(tmp_path, tiny_model):
         "else find(name, *a)\n"
         "from huggingface_hub import constants, model_info\n"
         "from transformers import AutoTokenizer, LlamaForCausalLM\n"
-        "from lrmc_ray.demo import base_model\n"
+        "from lrmc_ray.tasks.demo import base_model\n"
         "start = time.monotonic()\n"
         "try: base_model.demo_base_model()\n"
         "except base_model.IncompleteArtifactError: print(time.monotonic() - start)\n"
