@@ -3,10 +3,11 @@
     python benchmarks/scaling.py                         # 1B tokens, Qwen3-4B, 8, 64, 512 GPUs
     python benchmarks/scaling.py --memory 1000,10000,100000,1000000
 
-The first command multiplies: costs per token, candidate and file come from EXPERIMENTS.md, speeds
-of GPUs and of storage are assumptions and flags, since nothing here was measured on a GPU. The
-second one measures: the real code of the driver on synthetic samples, each size in a process of its
-own, once with short samples and once with samples of ten times as many tokens.
+The first command multiplies: costs per token, candidate and file are those of
+benchmarks/README.md, speeds of GPUs and of storage are assumptions and flags, since nothing here
+was measured on a GPU. The second one measures: the real code of the driver on synthetic samples,
+each size in a process of its own, once with short samples and once with samples of ten times as
+many tokens.
 """
 
 import argparse
@@ -26,7 +27,7 @@ sys.path[:0] = [str(ROOT)]
 from lrmc_ray.record.actors import MOST_BLOCKS  # noqa: E402
 from lrmc_ray.record.prepare import LARGEST_SHARD_TOKENS  # noqa: E402
 
-# Measured (EXPERIMENTS.md)
+# Measured (benchmarks/README.md)
 BYTES_PER_CANDIDATE = 2.42
 """On disk, of supervised positions at tau 0.99: ids and log-probabilities."""
 BYTES_PER_PROMPT_CANDIDATE = 1.89

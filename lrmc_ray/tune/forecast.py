@@ -40,7 +40,7 @@ TOKENS_PER_ITEM = 54
 
 
 START_SECONDS = 5.0
-"""Of one trial, beside training and scoring; 2 to 6 were measured (EXPERIMENTS, fixed cost)."""
+"""Of one trial, beside training and scoring; 4 to 8 were measured, see benchmarks/README.md."""
 
 
 @dataclass(frozen=True)
