@@ -1,0 +1,81 @@
+"""The documents speak of what there is: links, commands, flags, settings, tables."""
+
+import re
+import sys
+from pathlib import Path
+
+from lrmc_ray import cli, errors
+from lrmc_ray.config.compare import CompareSpace
+from scripts.build_settings_page import PAGE, page
+from tests.support.documents import (
+    DOCUMENTS,
+    ROOT,
+    all_markdown,
+    lrmc_commands,
+)
+
+DOCS = ROOT / "docs"
+FILES = ("py", "md", "json", "jsonl", "parquet", "html", "png", "csv", "toml", "yaml", "db", "txt")
+"""Endings that make ``compare.html`` no setting."""
+
+
+def rows(path: Path, heading: str) -> list[list[str]]:
+    """Cells of the first table below a heading, without its head."""
+    text = path.read_text("utf-8").partition(f"\n## {heading}\n")[2]
+    table = re.search(r"^(\|.*\n)+", text, flags=re.M)
+    assert table, f"{path} has no table below {heading}"
+    cells = [re.split(r"(?<!\\)\|", line.strip("|")) for line in table[0].splitlines()[2:]]
+    return [[cell.strip() for cell in row] for row in cells]
+
+
+def test_there_are_documents_to_look_at():
+    assert len(DOCUMENTS) > 12
+    assert {*DOCUMENTS, ROOT / "lrmc_ray" / "tasks" / "README.md"} <= set(all_markdown())
+
+
+def test_every_named_setting_exists():
+    fields = {name: field.annotation for name, field in CompareSpace.model_fields.items()}
+    sections = {n: t.model_fields for n, t in fields.items() if hasattr(t, "model_fields")}
+    pattern = re.compile(rf"(?<![\w./-])({'|'.join(sections)})\.([a-z][a-z0-9_]*)(?![\w/(]|\.\[)")
+    seen = set()
+    for path in DOCUMENTS:
+        for section, key in pattern.findall(path.read_text("utf-8")):
+            if key not in FILES:
+                assert key in sections[section], f"{path.name}: there is no {section}.{key}"
+                seen.add(f"{section}.{key}")
+    assert {"train.lr", "search.objective", "resources.gpus_per_worker"} <= seen
+
+
+def test_every_stage_and_flag_exists(monkeypatch, capsys):
+    commands = [
+        (path, words)
+        for path in DOCUMENTS
+        for words in lrmc_commands(path.read_text("utf-8"))
+        if words[0] not in ("test", "setup")  # of the script `lrmc`
+    ]
+    assert len(commands) > 30
+    known: dict[str, set[str]] = {}
+    for stage in {words[0] for _, words in commands}:
+        assert stage in cli.STAGES, stage
+        monkeypatch.setattr(sys, "argv", ["lrmc", stage, "--help"])
+        assert cli.main() == 0
+        known[stage] = set(re.findall(r"--[a-z0-9-]+", capsys.readouterr().out))
+    for path, words in commands:
+        flags = {word.partition("=")[0] for word in words[1:] if word.startswith("--")}
+        assert flags <= known[words[0]], f"{path.name}: lrmc {' '.join(words)}"
+
+
+def test_the_tables_are_complete():
+    listed = [row[0].strip("`") for row in rows(DOCS / "get_started.md", "The commands")]
+    assert {command.removeprefix("lrmc ") for command in listed} == set(cli.STAGES)
+    spaces = {row[0].strip("`") for row in rows(DOCS / "tuning.md", "What is searched")}
+    shipped = {path.stem for path in (ROOT / "tune_spaces").glob("*.toml")}
+    assert spaces == {name for name in shipped if not name.startswith("compare")}
+    listed = [row[0] for row in rows(DOCS / "footguns.md", "Exit codes")]
+    codes = {code for cell in listed for code in cell.split(", ")}
+    classes = [errors.LrmcError, *errors.LrmcError.__subclasses__()]
+    assert {str(kind.exit_code) for kind in classes} <= codes
+
+
+def test_the_settings_page_is_what_the_settings_say():
+    assert PAGE.read_text("utf-8") == page(), "run `python scripts/build_settings_page.py`"
