@@ -11,8 +11,6 @@ from lrmc_ray.files.storage import CHECK_SECONDS, Storage, check_storage
 
 PROBE_SECONDS = 20.0
 """How long a node may take to say whether it sees the output directory."""
-
-
 SHARED_SECONDS = 5.0
 """How long a file may take to be seen by another node."""
 

@@ -16,16 +16,9 @@ from lrmc_ray.errors import ConfigError, IncompleteArtifactError
 
 PLACEHOLDER = "CHANGE"
 """Marks what only the user can fill in."""
-
-
 TRIAL_SLOT = "lrmc_trial"
-
-
 LONGEST_IDLE_MINUTES = 60
-
-
 SSH_PORT = 22
-
 _SECRETS = (
     (r"\bAKIA[0-9A-Z]{16}\b", "an AWS access key"),
     (r"-----BEGIN [A-Z ]*PRIVATE KEY", "a private key"),
@@ -37,19 +30,13 @@ _SECRETS = (
         "a secret",
     ),
 )
-
-
 _NO_SECRET = re.compile(r"(?i)auth_?mode=token|auth_token")
-
-
 _CLOSED_PORTS = (
     "RAY_enable_metrics_collection=0",
     "AUTOSCALER_METRIC_PORT=-1",
     "DASHBOARD_METRIC_PORT=-1",
 )
 """What Ray's metrics are switched off by: they would answer whoever asks, without the token."""
-
-
 _LOOPBACK = ("127.0.0.1", "localhost", "::1")
 
 

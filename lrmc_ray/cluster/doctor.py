@@ -25,27 +25,21 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal
 
+from lrmc_ray.cluster.cluster_file import load_cluster, placeholders, problems
+from lrmc_ray.cluster.resources import check_trial_slots, cluster_nodes, local_cpus
+from lrmc_ray.cluster.session import RAY_LOG, ray_session
 from lrmc_ray.console import setup_logging
 from lrmc_ray.errors import LrmcError
+from lrmc_ray.files.artifacts import cache_directory
+from lrmc_ray.files.names import default_tracking_uri
 from lrmc_ray.files.storage import check_storage
 
 LEAST_FREE_GB = 10.0
-
-
 LEAST_MEMORY_GB = 6.0
-
-
 LEAST_OPEN_FILES = 4096
-
-
 MLFLOW_SECONDS = 3.0
-
-
 PORTS = {6379: "a Ray head", 8265: "Ray's dashboard", 5000: "the MLflow server"}
-
 Status = Literal["ok", "warning", "failed"]
-
-
 _MARKS = {"ok": "ok     ", "warning": "warning", "failed": "FAILED "}
 
 
@@ -109,8 +103,6 @@ def check_gpus() -> Finding:
 
 def check_threads() -> Finding:
     """Cores, and settings that would make every worker take all of them."""
-    from lrmc_ray.cluster.resources import local_cpus
-
     cores = local_cpus()
     asked = os.environ.get("OMP_NUM_THREADS", "")
     if asked.isdigit() and int(asked) > cores:
@@ -151,8 +143,6 @@ def check_memory() -> Iterator[Finding]:
 
 def check_disk(output: Path) -> Iterator[Finding]:
     """Whether results, models and temporary files can be written, and room for them."""
-    from lrmc_ray.files.artifacts import cache_directory
-
     places = {
         "output": output,
         "cache": cache_directory(),
@@ -261,8 +251,6 @@ def check_stored(uri: str) -> Finding:
 
 def check_cluster_file(path: Path) -> Iterator[Finding]:
     """Ray's validation of a cluster file, our rules, and what is still to be filled in."""
-    from lrmc_ray.cluster.cluster_file import load_cluster, placeholders, problems
-
     config = load_cluster(path)
     name = str(path)
     try:
@@ -289,9 +277,6 @@ def check_cluster(address: str, output: Path, storage: str | None = None) -> Ite
 
     That is the storage, or without one the output directory.
     """
-    from lrmc_ray.cluster.resources import check_trial_slots, cluster_nodes
-    from lrmc_ray.cluster.session import RAY_LOG, ray_session
-
     try:
         with ray_session(address, log=output / RAY_LOG, storage=storage):
             nodes = cluster_nodes()
@@ -357,7 +342,6 @@ def examine(arguments: argparse.Namespace) -> Iterator[Finding]:
         yield from check_cluster_file(arguments.cluster)
         yield from check_token()
         return
-    from lrmc_ray.files.names import default_tracking_uri
 
     single: tuple[Callable[[], Finding], ...] = (check_gpus, check_threads, check_ports)
     yield from check_versions()

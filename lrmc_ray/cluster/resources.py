@@ -92,18 +92,13 @@ def _remedy(resources: ResourceSettings, slots: int) -> str:
 
 
 _log = logging.getLogger(__name__)
-
 TRIAL_SLOT = "lrmc_trial"
 """Custom resource of the node where searches run: one unit per waiting trial driver.
 
 A trial's driver only waits for its workers. Were it to hold CPUs, the elastic policy, which counts
 all CPUs of a node, would ask for workers that can never start.
 """
-
-
 TRIAL_SLOTS = 64
-
-
 HELD_SECONDS = 60.0
 """How often a process that waits for cores says so."""
 

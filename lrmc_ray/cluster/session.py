@@ -16,14 +16,9 @@ from lrmc_ray.cluster.resources import TRIAL_SLOT, TRIAL_SLOTS, local_cpus
 from lrmc_ray.errors import ResourceError
 
 _log = logging.getLogger(__name__)
-
-
 RAY_LOG = "ray.log"
-
-
 ANSWER_SECONDS = 10.0
 """How long a cluster's head may take to accept a connection."""
-
 _ENVIRONMENT = {
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_DATA_DISABLE_PROGRESS_BARS": "1",  # the commands show their own
@@ -43,8 +38,6 @@ _ENVIRONMENT = {
     "HF_HUB_DISABLE_TELEMETRY": "1",
     "TOKENIZERS_PARALLELISM": "false",
 }
-
-
 _PREEMPTION_WATCHER = "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER"
 """Ray Train's switch for the process that tells workers that their node will be taken away."""
 

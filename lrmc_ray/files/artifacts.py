@@ -18,8 +18,6 @@ from typing import Any
 from lrmc_ray.errors import DataError, DirectoryInUseError, IncompleteArtifactError
 
 MANIFEST = "manifest.json"
-
-
 PARTIAL = ".partial"
 """Suffix of a directory that is still being written."""
 

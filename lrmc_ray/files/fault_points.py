@@ -24,17 +24,10 @@ POINTS = (
     "storage.files_put",  # the files of a directory are in the storage, its marker is not
     "storage.committed",  # the marker is
 )
-
 _IS_TESTING = os.environ.get("LRMC_TESTING") == "1"
-
-
 _FAULT = os.environ.get("LRMC_FAULT") if _IS_TESTING else None
-
-
 _LOG = os.environ.get("LRMC_FAULT_LOG") if _IS_TESTING else None
 """A file to which every pass is appended, for whoever counts what was done twice."""
-
-
 _passes: dict[str, int] = {}
 
 

@@ -3,21 +3,11 @@
 from pathlib import Path
 
 METRICS = "metrics.jsonl"
-
-
 LEDGER = "ledger.jsonl"
-
-
 MODEL = "model"
-
-
 CHECKPOINTS = "checkpoints"
-
-
 CHECKPOINT_NOW = "checkpoint_now"
 """A file of this name asks rank 0 for a checkpoint; it removes the file when that is saved."""
-
-
 RUNG = "rung.json"
 """A trial's score on the way and what follows from it: to go on, or to stop early."""
 

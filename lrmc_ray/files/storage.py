@@ -33,20 +33,12 @@ from lrmc_ray.files.artifacts import (
 from lrmc_ray.files.fault_points import passed
 
 _log = logging.getLogger(__name__)
-
 COMMITTED = "committed.json"
-
-
 CHECK_SECONDS = 20.0
 """How long the storage may take to answer at the start of a command."""
-
-
 RETRY_SECONDS = (1.0, 5.0, 15.0)
 """Pauses between attempts at what failed; the client of S3 tries three times in each."""
-
-
 CHUNK_BYTES = 8 << 20
-
 Result = TypeVar("Result")
 
 

@@ -21,8 +21,6 @@ COLOURS = {
     "base": "#111827",
     "front": "#0f766e",
 }
-
-
 MARKERS = {  # Plotly's name, Matplotlib's name
     "best": ("star", "*"),
     "yardstick": ("diamond", "D"),
@@ -30,20 +28,13 @@ MARKERS = {  # Plotly's name, Matplotlib's name
     "search": ("circle", "o"),
     "base": ("x", "X"),
 }
-
-
 GAIN_LABEL = "Domain gain (points of 100; up is better)"
-
-
 FORGETTING_LABEL = "Forgetting (points of 100; left is better)"
-
 _LABEL_POSITIONS = {
     "best": "top right",
     "yardstick": "bottom right",
     "defaults": "bottom left",
 }
-
-
 _FAINT_CURVE_POINTS = 300
 
 

@@ -4,13 +4,13 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
+from lrmc_ray.files.artifacts import lock_directory
+from lrmc_ray.files.names import default_tracking_uri
+from lrmc_ray.report.mlflow import read_study, sync
+
 
 def main(argv: Sequence[str]) -> int:
     """The command ``lrmc mlflow-sync``."""
-    from lrmc_ray.files.artifacts import lock_directory
-    from lrmc_ray.files.names import default_tracking_uri
-    from lrmc_ray.report.mlflow import read_study, sync
-
     parser = argparse.ArgumentParser(
         prog="lrmc mlflow-sync",
         description="Send to MLflow what it lacks of a search; nothing is sent twice.",

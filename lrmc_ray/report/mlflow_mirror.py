@@ -20,30 +20,17 @@ if TYPE_CHECKING:
 
 
 STUDY_TAG = "lrmc.study"
-
-
 TRIAL_TAG = "lrmc.trial"
-
-
 ROLE_TAG = "lrmc.role"
-
-
 CAUSE_TAG = "lrmc.cause"
-
-
 PRUNED_TAG = "lrmc.stopped_early"
 """Of a trial that stopped itself: MLflow has no state of its own for it, and shows it as KILLED."""
-
 _PARENT_TAG = "mlflow.parentRunId"
-
-
 _COLOR_TAG = "mlflow.runColor"
 
 
 # MLflow draws a run's colour by its id, so that of six trials three may look the same.
 _YARDSTICK_COLOR = "#c2410c"
-
-
 _TRIAL_COLORS = (
     "#0f766e",
     "#b45309",
@@ -72,9 +59,7 @@ _STATUSES = {
     "KILLED": "KILLED",
     "PRUNED": "KILLED",
 }
-
 ENDED_STATUSES = ("FINISHED", "FAILED", "KILLED")
-
 _Warn = Callable[[Exception], None]
 
 

@@ -48,8 +48,6 @@ from lrmc_ray.report.words import (
 )
 
 REPORT_FILE = "report.html"
-
-
 _MAX_EXAMPLES = 6
 
 

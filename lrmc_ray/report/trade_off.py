@@ -21,11 +21,7 @@ from lrmc_ray.evaluate.statistics import (
 
 FEWEST_TRIALS = 6
 """Fewer points than this say nothing about a surface."""
-
-
 _CELLS = 41
-
-
 _SMOOTHING = 1e-2  # in units of the scores' variance: scores are noisy, the surface is not
 
 

@@ -174,7 +174,7 @@ def test_a_cluster_that_does_not_answer_is_a_finding(tmp_path, monkeypatch):
     def refuse(*_args, **_options):
         raise ResourceError("no Ray cluster answers at nowhere")
 
-    monkeypatch.setattr("lrmc_ray.cluster.session.ray_session", refuse)
+    monkeypatch.setattr("lrmc_ray.cluster.doctor.ray_session", refuse)
     (found,) = doctor.check_cluster("nowhere", tmp_path)
     assert (found.check, found.status) == ("cluster", "failed")
 
@@ -182,8 +182,6 @@ def test_a_cluster_that_does_not_answer_is_a_finding(tmp_path, monkeypatch):
 def test_a_storage_is_tried_here_and_on_the_nodes_of_a_cluster(tmp_path, monkeypatch):
     import ray
 
-    from lrmc_ray.cluster import resources as resources_module
-    from lrmc_ray.cluster import session as session_module
 
     uri = (tmp_path / "files").as_uri()
     found = doctor.check_stored(uri)
@@ -199,9 +197,9 @@ def test_a_storage_is_tried_here_and_on_the_nodes_of_a_cluster(tmp_path, monkeyp
     def slots(storage):
         asked["slots"] = storage
 
-    monkeypatch.setattr(session_module, "ray_session", joined)
-    monkeypatch.setattr(resources_module, "check_trial_slots", slots)
-    monkeypatch.setattr(resources_module, "cluster_nodes", list)
+    monkeypatch.setattr(doctor, "ray_session", joined)
+    monkeypatch.setattr(doctor, "check_trial_slots", slots)
+    monkeypatch.setattr(doctor, "cluster_nodes", list)
     assert not ray.is_initialized()
     (seen,) = doctor.check_cluster("auto", tmp_path, uri)
     assert (seen.check, seen.seen) == ("shared storage", f"{uri} is read and written by every node")
