@@ -235,7 +235,7 @@ def test_mlflow_sync_forwards_the_search_while_no_other_command_works_there(
         asked.append((study_dir, tracking_uri))
         return tracking.Forwarded(runs=3, points=70, trade_off_path="/#/experiments/1")
 
-    monkeypatch.setattr(tracking, "sync", sync)
+    monkeypatch.setattr(mlflow_command_module, "sync", sync)
     with pytest.raises(IncompleteArtifactError, match=r"has no study\.json"):
         mlflow_command_module.main([str(directory)])
     assert not any(directory.iterdir())
