@@ -6,8 +6,8 @@ from contextlib import closing
 import pytest
 
 from lrmc_ray.errors import ConfigError
-from lrmc_ray.tasks.demo import questions
 from lrmc_ray.tasks.demo.countries import build_database, schema_text
+from lrmc_ray.tasks.demo.question_kinds import KINDS
 from lrmc_ray.tasks.demo.questions import make_examples
 
 SIZES = {"num_train": 620, "num_dev": 62, "num_test": 186}
@@ -127,8 +127,8 @@ def test_the_test_split_words_nothing_as_it_was_seen(examples):
 
 
 def test_no_wording_is_in_both_lists_and_none_repeats():
-    texts = [text for kind in questions.KINDS for text in kind.wordings + kind.unseen_wordings]
-    pairs = [(kind.name, text) for kind in questions.KINDS
+    texts = [text for kind in KINDS for text in kind.wordings + kind.unseen_wordings]
+    pairs = [(kind.name, text) for kind in KINDS
              for text in kind.wordings + kind.unseen_wordings]  # fmt: skip
     assert len(pairs) == len(set(pairs)) == 31 * 7
     assert all(text[0].isupper() or text.startswith("{") for text in texts)
@@ -164,7 +164,7 @@ def test_messages_hold_the_tables_the_question_and_the_query(examples):
     ],
 )
 def test_gold_queries_are_true(connection, kind, slots, answer):
-    sql = next(k.sql for k in questions.KINDS if k.name == kind)
+    sql = next(k.sql for k in KINDS if k.name == kind)
     assert sorted(connection.execute(sql.format(**slots)).fetchall()) == answer
 
 
