@@ -20,6 +20,7 @@ from lrmc_ray.files.artifacts import (
     file_digest,
     fingerprint,
 )
+from lrmc_ray.files.place import Place
 from lrmc_ray.files.storage import Storage, files_below
 
 if TYPE_CHECKING:
@@ -28,6 +29,19 @@ if TYPE_CHECKING:
 
     from lrmc_ray.method.microbatch import Layout, MicroBatch
     from lrmc_ray.method.training_loop import OutputHead
+
+
+def send_model(place: Place, directory: Path) -> str:
+    """Bring a base model to where all nodes see it; returns what ``place.here`` takes there.
+
+    Its name says what it is, so that a model is kept once, whoever sends it.
+    """
+
+    def name() -> str:
+        identity = fingerprint([model_fingerprint(directory), tokenizer_fingerprint(directory)])
+        return f"models/{identity}"
+
+    return place.send(directory, name)
 
 
 def publish_model(storage: Storage, directory: Path) -> str:

@@ -16,6 +16,7 @@ from typing import Any, Self
 from lrmc_ray.errors import DataError, IncompleteArtifactError
 from lrmc_ray.files.artifacts import MANIFEST, json_content, write_atomically, write_json
 from lrmc_ray.files.fault_points import passed
+from lrmc_ray.files.place import Place
 from lrmc_ray.files.storage import Storage
 
 VIEW = "storage.json"
@@ -160,3 +161,14 @@ class StoredRecord:
         if size is not None and size > free:
             raise OSError(28, "No space left on device", str(path))
         self.storage.get(self._key(path.name, sha256), path, sha256)
+
+
+def record_here(place: Place, record: Path) -> Path:
+    """The finished record ``record``, a path that the driver knows it by, as this node has it.
+
+    Raises:
+        IncompleteArtifactError: it is not in the storage.
+    """
+    return place.either(
+        lambda: record, lambda storage: StoredRecord(storage, record.name).view_here()
+    )
