@@ -4,9 +4,12 @@ All are narrow and upright, so that their text can be read on a phone as well.
 """
 
 import itertools
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
+
+import numpy as np
 
 from lrmc_ray.compare.measure import Estimate
 from lrmc_ray.compare.table import ComparisonTable, MethodRow
@@ -16,6 +19,7 @@ from lrmc_ray.report.figures_html import COLOURS, FORGETTING_LABEL, GAIN_LABEL
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
+    from matplotlib.lines import Line2D
 
 # Inches.
 WIDTH = 6.2
@@ -145,7 +149,10 @@ def _write_labels(
     places: Sequence[tuple[float, float]],
     labels: Sequence[tuple[float, float, str, str]],
 ) -> None:
-    """Write every label beside its point; ``places`` are the points that it should not cover."""
+    """Write every label beside its point; ``places`` are the points that it should not cover.
+
+    Nor should it cover the lines that are there, where another place is near.
+    """
     figure = axes.get_figure(root=True)
     assert figure is not None
     sizes = []
@@ -161,6 +168,7 @@ def _write_labels(
         anchors,
         sizes,
         _in_pixels(axes, places),
+        [point for line in axes.get_lines() for point in _along(axes, line, step=3 * unit)],
         (frame.x0, frame.y0, frame.x1, frame.y1),
         unit=unit,
     )
@@ -180,6 +188,19 @@ def _in_pixels(axes: "Axes", places: Sequence[tuple[float, float]]) -> list[tupl
     return [(float(x), float(y)) for x, y in moved]
 
 
+def _along(axes: "Axes", line: "Line2D", *, step: float) -> list[tuple[float, float]]:
+    """Points of a drawn line, ``step`` pixels apart; none of a line that is one point."""
+    vertices = np.asarray(line.get_path().vertices, dtype=np.float64)
+    corners = _in_pixels(axes, [(float(x), float(y)) for x, y in vertices])
+    found = []
+    for start, end in itertools.pairwise(corners):
+        parts = max(1, round(math.dist(start, end) / step))
+        for part in range(parts + 1):
+            x, y = (a + (b - a) * part / parts for a, b in zip(start, end, strict=True))
+            found.append((x, y))
+    return found
+
+
 def _gap(box: Box, point: tuple[float, float]) -> float:
     """How far ``point`` is from the box, in pixels; 0 inside of it."""
     x = max(box[0] - point[0], 0.0, point[0] - box[2])
@@ -191,6 +212,7 @@ def place_labels(
     anchors: Sequence[tuple[float, float]],
     sizes: Sequence[tuple[float, float]],
     obstacles: Sequence[tuple[float, float]],
+    lines: Sequence[tuple[float, float]],
     frame: Box,
     *,
     unit: float,
@@ -203,6 +225,7 @@ def place_labels(
         anchors: the points that are labelled, in pixels, as everything here.
         sizes: width and height of every label.
         obstacles: points that a label should not cover, the labelled ones included.
+        lines: points of lines that a label may cover, if there is no better place nearby.
         frame: what no label should leave.
         unit: pixels of a point of 1/72 inch.
     """
@@ -221,7 +244,9 @@ def place_labels(
             is_outside = (
                 box[0] < frame[0] or box[1] < frame[1] or (box[2] > frame[2] or box[3] > frame[3])
             )
-            found.append((distance + 40 * covered + 1e4 * (crossed + is_outside), box))
+            hidden = sum(_gap(box, point) == 0.0 for point in lines)
+            cost = distance + hidden + 40 * covered + 1e4 * (crossed + is_outside)
+            found.append((cost, box))
         boxes.append(min(found, key=lambda one: one[0])[1])
     return boxes
 

@@ -184,19 +184,23 @@ def test_labels_of_a_crowd_overlap_no_other_and_stay_inside(seed):
 
 def test_a_label_stands_beside_its_point_and_moves_where_another_is():
     frame = (0.0, 0.0, 400.0, 400.0)
-    alone = place_labels([(100, 100)], [(50, 10)], [(100, 100)], frame, unit=1.0)
+    alone = place_labels([(100, 100)], [(50, 10)], [(100, 100)], [], frame, unit=1.0)
     assert alone == [(108, 95, 158, 105)]  # to the right, in the middle
-    ((left, *_),) = place_labels([(390, 100)], [(50, 10)], [], frame, unit=1.0)
+    ((left, *_),) = place_labels([(390, 100)], [(50, 10)], [], [], frame, unit=1.0)
     assert left + 50 <= 390  # to the left, where the right has no room
-    first, second = place_labels([(100, 100), (102, 101)], [(50, 10)] * 2, [], frame, unit=1.0)
+    first, second = place_labels([(100, 100), (102, 101)], [(50, 10)] * 2, [], [], frame, unit=1.0)
     assert (
         first[2] <= second[0]
         or second[2] <= first[0]
         or (first[3] <= second[1] or second[3] <= first[1])
     )
     points = [(120.0, 100.0), (140.0, 100.0)]
-    (box,) = place_labels([(100, 100)], [(50, 10)], points, frame, unit=1.0)
+    (box,) = place_labels([(100, 100)], [(50, 10)], points, [], frame, unit=1.0)
     assert not any(box[0] <= x <= box[2] and box[1] <= y <= box[3] for x, y in points)
+    # A line to the right through the point: above or below it is as near.
+    line = [(float(x), 100.0) for x in range(100, 200, 3)]
+    (box,) = place_labels([(100, 100)], [(50, 10)], [], line, frame, unit=1.0)
+    assert not box[1] <= 100 <= box[3]
 
 
 # Rows of intervals
