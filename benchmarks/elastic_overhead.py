@@ -54,6 +54,7 @@ def main() -> None:
     from lrmc_ray.record.run import record
     from lrmc_ray.train.driver import train
     from lrmc_ray.train.loop import TrainingRun
+    from lrmc_ray.train.run_files import LocalRun
 
     torch.set_num_threads(1)
 
@@ -83,7 +84,7 @@ def main() -> None:
                 settings(1, "strict").train,
                 record=recorded,
                 model_directory=local_directory(settings(1, "strict").model),
-                directory=bare,
+                files=LocalRun(bare),
                 group=WorkerGroup(),
                 device=torch.device("cpu"),
             ).run()

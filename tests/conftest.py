@@ -15,3 +15,34 @@ def tiny_model(tmp_path_factory) -> Path:
     from tests.support.tiny import make_model
 
     return make_model(tmp_path_factory.mktemp("tiny_model"))
+
+
+@pytest.fixture(scope="session")
+def recorded(tiny_model, tmp_path_factory) -> Path:
+    """A record of 20 samples, made with the small model; do not write there."""
+    from tests.support.tiny import make_data
+    from tests.support.training import record_of
+
+    base = tmp_path_factory.mktemp("recorded")
+    return record_of(tiny_model, make_data(base / "train.jsonl", num_rows=20), base / "record")
+
+
+@pytest.fixture(scope="session")
+def base_scores(tiny_model, tmp_path_factory) -> Path:
+    """The small model's scores on the tasks of ``RULE``, made by the evaluation's own code."""
+    from lrmc_ray.evaluate.harness import score
+    from lrmc_ray.evaluate.items import Scores
+    from lrmc_ray.evaluate.request import ScoreRequest
+    from tests.support.rung import RULE
+
+    directory = tmp_path_factory.mktemp("base_scores")
+    request = ScoreRequest(
+        tasks=RULE.tasks,
+        batch_tokens=512,
+        precision="fp32",
+        limit=6,
+        split="dev",
+        drift_samples={"domain": 0, "general": 0},
+    )
+    Scores.from_rows(score(tiny_model, request).rows).save(directory)
+    return directory

@@ -152,7 +152,7 @@ class LocalPlace:
         """The content of the file ``name``, a path; None if there is none."""
         try:
             return Path(name).read_bytes()
-        except FileNotFoundError:
+        except (FileNotFoundError, NotADirectoryError):
             return None
 
     def children(self, name: str) -> list[str]:

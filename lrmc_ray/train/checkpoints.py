@@ -62,7 +62,7 @@ def discard_after(directory: Path, step: int) -> None:
     """
     _remove_partial(directory)
     for path in list_checkpoints(directory):
-        if _step(path) > step:
+        if step_of(path) > step:
             shutil.rmtree(path, ignore_errors=True)
 
 
@@ -76,7 +76,8 @@ def checkpoint_path(directory: Path, step: int) -> Path:
     return directory / f"step_{step:08d}"
 
 
-def _step(path: Path) -> int:
+def step_of(path: Path) -> int:
+    """Steps done at the checkpoint ``path``."""
     return int(path.name.removeprefix("step_"))
 
 
@@ -98,7 +99,7 @@ def load_newest(directory: Path) -> dict[str, Any] | None:
     checkpoints = list_checkpoints(directory)
     for path in reversed(checkpoints):
         try:
-            return load_checkpoint(directory, _step(path))
+            return load_checkpoint(directory, step_of(path))
         except DataError as error:
             _log.warning("%s; using the one before", error)
     if checkpoints:

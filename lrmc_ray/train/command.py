@@ -8,26 +8,26 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
-from lrmc_ray.cluster.session import (
-    RAY_LOG,
-    ray_session,
+from lrmc_ray.cluster.session import RAY_LOG, ray_session
+from lrmc_ray.config.arguments import (
+    add_run_arguments,
+    add_setting_flags,
+    flag_overrides,
+    settings_from,
 )
-from lrmc_ray.config.arguments import add_setting_flags, flag_overrides
 from lrmc_ray.console import progress, setup_logging
-from lrmc_ray.files.artifacts import (
-    fingerprint,
-    read_manifest,
-)
+from lrmc_ray.files.artifacts import fingerprint, read_manifest
+from lrmc_ray.files.metrics_log import read_new_lines
 from lrmc_ray.files.names import METRICS, MODEL
-from lrmc_ray.files.storage import check_storage
+from lrmc_ray.files.place import place_of
+from lrmc_ray.record.prepare import prepare
+from lrmc_ray.record.run import record
 from lrmc_ray.train.driver import MADE_BY, run_identity, train, with_steps
 
 
 @contextmanager
 def _shown_progress(directory: Path, steps: int) -> Iterator[None]:
     """A bar that follows the metrics which rank 0 writes."""
-    from lrmc_ray.files.metrics_log import read_new_lines
-
     stop = threading.Event()
     path = directory / METRICS
     lines, offset = read_new_lines(path, 0)
@@ -80,8 +80,6 @@ def progress_note(metrics: Mapping[str, float]) -> str:
 
 def main(argv: Sequence[str]) -> int:
     """The command ``python -m lrmc_ray.train``."""
-    from lrmc_ray.config.arguments import add_run_arguments, settings_from
-
     parser = argparse.ArgumentParser(
         prog=MADE_BY,
         description="Stage 1: fine-tune on the recorded candidates with MoClip. Records first "
@@ -93,12 +91,8 @@ def main(argv: Sequence[str]) -> int:
     setup_logging(arguments.verbose)
     arguments.overrides += flag_overrides(arguments)
     settings = settings_from(arguments)
-    from lrmc_ray.record.prepare import prepare
-    from lrmc_ray.record.run import record
-
     storage = settings.resources.storage
-    if storage is not None:
-        check_storage(storage)
+    place_of(storage).check()
     prepare(settings, arguments.output)  # bad rows are found before Ray starts
     with ray_session(
         arguments.address,

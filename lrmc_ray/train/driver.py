@@ -16,16 +16,12 @@ import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import Future
-from contextlib import nullcontext, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
-from lrmc_ray.cluster.session import (
-    release_orphaned_groups,
-    watches_preemption,
-)
+from lrmc_ray.cluster.session import release_orphaned_groups, watches_preemption
 from lrmc_ray.config import RunSettings
-from lrmc_ray.errors import DataError, DiskError, LrmcError
+from lrmc_ray.errors import DataError, LrmcError, TrainingError
 from lrmc_ray.files.artifacts import (
     fingerprint,
     is_finished,
@@ -33,22 +29,22 @@ from lrmc_ray.files.artifacts import (
     write_json,
     write_manifest,
 )
-from lrmc_ray.files.names import CHECKPOINT_NOW, CHECKPOINTS, LEDGER
-from lrmc_ray.files.storage import open_storage
-from lrmc_ray.models import publish_model
-from lrmc_ray.train.stored import RAY, StoredRun
-
-if TYPE_CHECKING:
-    from lrmc_ray.train.early_stopping import Rung
-
-from lrmc_ray.errors import TrainingError
+from lrmc_ray.files.names import CHECKPOINTS, LEDGER
+from lrmc_ray.files.place import place_of
+from lrmc_ray.models import local_directory, send_model
+from lrmc_ray.record.identity import check_fits
 from lrmc_ray.train.failures import cause_text, is_worker_loss, telling_cause
+from lrmc_ray.train.ledger import audit_ledger
+from lrmc_ray.train.run_files import RunFiles, run_files
 from lrmc_ray.train.workers import (
     collective_backend,
     release_reservation,
     training_worker,
     worker_range,
 )
+
+if TYPE_CHECKING:
+    from lrmc_ray.train.early_stopping import Rung
 
 _log = logging.getLogger(__name__)
 
@@ -63,6 +59,20 @@ STOP_SECONDS = 20.0
 """How long a command that is told to stop waits for a last checkpoint."""
 
 
+@dataclasses.dataclass(frozen=True)
+class TrainingJob:
+    """What the workers of one run are to do."""
+
+    settings: RunSettings
+    """Of the run, ``epochs`` already turned into ``steps``."""
+    record: Path
+    """The finished record to train on."""
+    model_directory: Path
+    """The base model."""
+    rung: "Rung | None" = None
+    """Where a trial is scored on the way, and perhaps ends."""
+
+
 def train(
     settings: RunSettings,
     record: Path,
@@ -74,66 +84,61 @@ def train(
     """Train as ``settings.train`` says and leave the model in ``directory / "model"``.
 
     Needs a running Ray session. A call that was interrupted goes on from the newest checkpoint; a
-    finished one returns at once. A run that ends at its ``rung`` leaves no model, and its manifest
-    says ``pruned``. With a storage the run is kept there, too, under the name ``stored_as``, by
-    default one that says what it was made with; ``directory`` is on this node.
+    finished one returns at once.
+
+    Args:
+        settings: ``train`` says how, ``resources`` with how many workers and, with a storage, by
+            way of what they exchange files.
+        record: the finished record to train on.
+        directory: of the run, on this node; one command at a time may use it.
+        rung: where a trial is scored on the way. A run that ends there leaves no model, and its
+            manifest says ``pruned``.
+        stored_as: name of the run in the storage; by default one that says what it is made with.
+
+    Returns:
+        ``directory``.
 
     Raises:
         TrainingError: the workers failed; the message has the cause.
         DataError: ``directory`` holds a run with other settings, or ``record`` belongs to another
             model, tokenizer, chat template or training data.
+        DirectoryInUseError: another command is working in ``directory``.
+        ResourceError: fewer workers fit into the cluster than the settings ask for.
     """
-    from lrmc_ray.models import local_directory
-    from lrmc_ray.record.identity import check_fits
-
     model_directory = local_directory(settings.model)
     check_fits(record, settings, model_directory)
     settings = with_steps(settings, record)
+    identity = run_identity(settings, record)
     with lock_directory(directory):
-        _claim(directory, run_identity(settings, record))
+        claim(directory, identity)
         if is_finished(directory):
             return directory
-        stored = _stored_run(settings, record, directory, stored_as)
-        if stored is not None and stored.is_finished():
-            stored.fetch_finished()
+        place = place_of(settings.resources.storage)
+        files = run_files(place, directory, stored_as or f"training/{fingerprint(identity)}")
+        if files.is_finished():
+            files.fetch_finished()
             return directory
         start = time.monotonic()
-        # Of now: a node that is lost in between may come back, and its place is kept for it.
-        workers = settings.resources.model_copy(update={"workers": worker_range(settings)})
-        with stored.shown() if stored is not None else nullcontext():
-            outcome = _fit(
-                settings.model_copy(update={"resources": workers}),
-                record,
-                model_directory,
-                directory,
-                rung,
-                stored,
-            )
-        if stored is not None:
-            stored.fetch()
+        # The number of workers is that of now. A node that is lost later may come back, so its
+        # place is kept for it.
+        resources = settings.resources.model_copy(update={"workers": worker_range(settings)})
+        job = TrainingJob(
+            settings.model_copy(update={"resources": resources}), record, model_directory, rung
+        )
+        with files.shown():
+            outcome = run_workers(job, files)
+        files.fetch()
         manifest = {
             "kind": "training",
-            "identity": run_identity(settings, record),
+            "identity": identity,
             "seconds": round(time.monotonic() - start, 2),
             "ledger": _audit(settings, record, directory, steps=outcome["steps"]),
             **outcome,
         }
-        if stored is not None:
-            stored.commit(manifest)
+        files.commit(manifest)
         write_manifest(directory, manifest)
         shutil.rmtree(directory / CHECKPOINTS, ignore_errors=True)
     return directory
-
-
-def _stored_run(
-    settings: RunSettings, record: Path, directory: Path, name: str | None
-) -> StoredRun | None:
-    """The run in the storage; None where all nodes share the disk."""
-    storage = open_storage(settings.resources.storage)
-    if storage is None:
-        return None
-    name = name or f"training/{fingerprint(run_identity(settings, record))}"
-    return StoredRun(storage, name, directory)
 
 
 def with_steps(settings: RunSettings, record: Path) -> RunSettings:
@@ -157,7 +162,6 @@ def run_identity(settings: RunSettings, record: Path) -> dict[str, Any]:
 def _audit(settings: RunSettings, record: Path, directory: Path, *, steps: int) -> dict[str, Any]:
     """Whether every sample was used as it should, as the ledger has it."""
     from lrmc_ray.record.parts import Records
-    from lrmc_ray.train.ledger import audit_ledger
     from lrmc_ray.train.samples import TrainingSamples
 
     samples = TrainingSamples(Records(record), settings.train)
@@ -169,8 +173,12 @@ def _audit(settings: RunSettings, record: Path, directory: Path, *, steps: int) 
     return {**dataclasses.asdict(audit), "is_exact": audit.is_exact}
 
 
-def _claim(directory: Path, identity: dict[str, Any]) -> None:
-    """Remember what ``directory`` is for, or refuse it if it is for something else."""
+def claim(directory: Path, identity: dict[str, Any]) -> None:
+    """Remember what ``directory`` is for, or refuse it if it is for something else.
+
+    Raises:
+        DataError: it holds a run with another ``identity``, or its own cannot be read.
+    """
     path = directory / "identity.json"
     if not path.is_file():
         write_json(path, identity)
@@ -192,88 +200,70 @@ def _claim(directory: Path, identity: dict[str, Any]) -> None:
         )
 
 
-def _fit(
-    settings: RunSettings,
-    record: Path,
-    model_directory: Path,
-    directory: Path,
-    rung: "Rung | None",
-    stored: StoredRun | None = None,
-) -> dict[str, Any]:
-    """Run the workers to the end and return what rank 0 reports."""
-    from lrmc_ray.train.checkpoints import list_checkpoints
+def run_workers(job: TrainingJob, files: RunFiles) -> dict[str, Any]:
+    """Run the workers to the end, with others in place of those that are lost.
 
-    scratch = directory / "ray"
-    (directory / CHECKPOINT_NOW).unlink(missing_ok=True)
-    if stored is not None:
-        stored.forget_wishes()
+    Args:
+        job: what they do.
+        files: of the run; a checkpoint there is how far they came.
+
+    Returns:
+        What rank 0 reports.
+
+    Raises:
+        TrainingError: the loop failed, or too many workers were lost without a new checkpoint.
+        LrmcError: the loop refused something; the error is its own.
+    """
+    files.forget_wishes()
     failures = 0
-    reached: object = None
+    reached: int | None = None
     while True:
         try:
-            release_reservation(directory, stored)
-            trainer = _trainer(settings, record, model_directory, directory, scratch, rung, stored)
-            return _interruptible(trainer.fit, directory, stored)
+            release_reservation(files)
+            trainer = make_trainer(job, files)
+            return interruptible(trainer.fit, files)
         except Exception as error:
             cause = telling_cause(error)
             if isinstance(cause, LrmcError):
                 raise cause from error
-            saved = stored.steps() if stored else list_checkpoints(directory / CHECKPOINTS)
-            newest = next(reversed(saved), None)
+            newest = next(reversed(files.steps()), None)
             failures = failures + 1 if newest == reached else 1
             reached = newest
             if not is_worker_loss(cause) or failures > MAX_WORKER_FAILURES:
                 raise TrainingError(
-                    f"training in {directory} failed: {cause_text(cause)}"
+                    f"training in {files.directory} failed: {cause_text(cause)}"
                 ) from error
             _log.warning("a worker was lost (%s); going on from the checkpoint", cause_text(cause))
         finally:
-            shutil.rmtree(scratch, ignore_errors=True)
-            if stored is not None:
-                with suppress(DiskError):
-                    stored.storage.delete_all(f"{stored.name}/{RAY}")
+            files.clear_ray()
 
 
-def _trainer(
-    settings: RunSettings,
-    record: Path,
-    model_directory: Path,
-    directory: Path,
-    scratch: Path,
-    rung: "Rung | None",
-    stored: StoredRun | None,
-) -> Any:
+def make_trainer(job: TrainingJob, files: RunFiles) -> Any:
+    """Ray's trainer for one attempt: its ``fit`` runs :func:`training_worker` on every worker.
+
+    Args:
+        job: what the workers do; ``settings.resources.workers`` says how many there may be.
+        files: of the run.
+    """
     from ray.train import FailureConfig, RunConfig, ScalingConfig
     from ray.train.torch import TorchConfig
 
     release_orphaned_groups()
-    resources = settings.resources
-    where: dict[str, Any] = {"storage_path": str(scratch.resolve())}
-    if stored is not None:
-        path = f"{stored.storage.root}/{stored.name}/{RAY}"
-        where = {"storage_path": path, "storage_filesystem": stored.storage.filesystem}
+    resources = job.settings.resources
     return _trainer_class()(
         training_worker,
         train_loop_config={
-            "train": settings.train.model_dump(mode="json"),
-            "record": str(record.resolve()),
-            "model": str(model_directory),
-            "directory": str(directory.resolve()),
+            "train": job.settings.train.model_dump(mode="json"),
+            "record": str(job.record.resolve()),
+            "model": send_model(files.place, job.model_directory),
+            "files": files.for_workers(),
             "threads": resources.cpus_per_worker,
-            "rung": rung,
+            "rung": job.rung,
             "may_be_preempted": watches_preemption(),
-            "stored": None
-            if stored is None
-            else {
-                "uri": stored.storage.uri,
-                "run": stored.name,
-                "record": record.name,
-                "model": publish_model(stored.storage, model_directory),
-            },
         },
         torch_config=TorchConfig(backend=collective_backend(resources)),
         scaling_config=ScalingConfig(
-            num_workers=worker_range(settings),
+            num_workers=worker_range(job.settings),
             use_gpu=resources.gpus_per_worker > 0,
             resources_per_worker=resources.of_worker(),
             label_selector=dict(resources.labels) or None,
@@ -282,7 +272,7 @@ def _trainer(
         # A new name each time: Ray would go on from its own snapshot, we from our checkpoints.
         run_config=RunConfig(
             name=f"run-{time.time_ns()}",
-            **where,
+            **files.ray_storage(),
             failure_config=FailureConfig(max_failures=0),
         ),
     )
@@ -326,12 +316,15 @@ def _trainer_class() -> Any:
     return LeanTrainer
 
 
-def _interruptible(
-    fit: Callable[[], Any], directory: Path, stored: StoredRun | None = None
-) -> dict[str, Any]:
+def interruptible(fit: Callable[[], Any], files: RunFiles) -> dict[str, Any]:
     """What ``fit`` returns; a signal that ends this process asks for a checkpoint first.
 
-    Ray's own handler of Ctrl-C, which aborts the workers, is set in the main thread alone.
+    Ray's own handler of Ctrl-C, which aborts the workers, is set in the main thread alone. So
+    ``fit`` runs in a side thread if this is the main one.
+
+    Args:
+        fit: of Ray's trainer; its result has what rank 0 reports as ``return_value``.
+        files: of the run, where the wish for a checkpoint is left and seen to be fulfilled.
     """
     if threading.current_thread() is not threading.main_thread():
         return cast(dict[str, Any], fit().return_value)
@@ -349,16 +342,8 @@ def _interruptible(
     except (KeyboardInterrupt, SystemExit):
         if not future.done():
             _log.warning("stopping; waiting up to %.0f s for a checkpoint", STOP_SECONDS)
-            asked = directory / CHECKPOINT_NOW
-            if stored is not None:
-                stored.ask()
-            else:
-                asked.touch()
+            files.ask()
             deadline = time.monotonic() + STOP_SECONDS
-            while (
-                (stored.is_asked() if stored else asked.exists())
-                and not future.done()
-                and time.monotonic() < deadline
-            ):
+            while files.is_asked() and not future.done() and time.monotonic() < deadline:
                 time.sleep(0.05)
         raise

@@ -25,12 +25,14 @@ import numpy as np
 
 from lrmc_ray.config import RunSettings
 from lrmc_ray.errors import DataError
+from lrmc_ray.evaluate.harness import slice_rows
 from lrmc_ray.evaluate.items import Scores
 from lrmc_ray.files.artifacts import write_json
 from lrmc_ray.files.names import RUNG
-from lrmc_ray.files.storage import Storage
+from lrmc_ray.files.place import Place
+from lrmc_ray.models import load_tokenizer
 from lrmc_ray.tasks.registry import expand
-from lrmc_ray.train.stored import StoredRun
+from lrmc_ray.train.run_files import RunFiles
 
 if TYPE_CHECKING:
     from lrmc_ray.method.training_loop import WorkerGroup
@@ -269,50 +271,40 @@ def decide(
     )
 
 
-def values_of_others(rung: Rung, storage: Storage | None = None) -> dict[int, float]:
+def values_of_others(rung: Rung, place: Place) -> dict[int, float]:
     """What the other trials of the study have scored here so far, by their numbers.
 
     Args:
         rung: says where the trials are.
-        storage: that they are in; None where they are in a directory.
+        place: where this node finds what ``rung`` names.
+
+    Raises:
+        DataError: a decision is damaged.
     """
-    if storage is None:
-        files = Path(rung.trials).glob(f"*/training/{RUNG}")
-        decisions = [read_decision(path.parent) for path in files]
-    else:
-        decisions = []
-        for trial in storage.children(rung.trials):
-            name = f"{rung.trials}/{trial}/training/{RUNG}"
-            if (content := storage.read(name)) is not None:
-                decisions.append(_decision_in(content, storage.place(name)))
-    return {d.number: d.value for d in decisions if d is not None and d.number != rung.number}
-
-
-def _base_scores(rung: Rung, storage: Storage | None) -> Scores:
-    if storage is None:
-        return Scores.load(Path(rung.base_scores))
-    return Scores.load(storage.fetch(rung.base_scores, storage.cache / rung.base_scores))
+    decisions = []
+    for trial in place.children(rung.trials):
+        name = f"{rung.trials}/{trial}/training/{RUNG}"
+        if (content := place.read(name)) is not None:
+            decisions.append(_decision_in(content, place.where(name)))
+    return {d.number: d.value for d in decisions if d.number != rung.number}
 
 
 class EarlyStopping:
     """One worker's part in the decision about its trial."""
 
     def __init__(
-        self,
-        rung: Rung,
-        *,
-        directory: Path,
-        model_directory: Path,
-        group: "WorkerGroup",
-        stored: StoredRun | None = None,
+        self, rung: Rung, *, files: RunFiles, model_directory: Path, group: "WorkerGroup"
     ) -> None:
-        """Decide about the training run in ``directory`` together with the others of ``group``.
+        """Decide about a trial together with the other workers of ``group``.
 
-        ``stored`` is the run in the storage, where there is one and trials share no disk.
+        Args:
+            rung: where the trial is scored, and on what.
+            files: of the trial's training run.
+            model_directory: the base model, whose tokenizer is used.
+            group: this worker and the others.
         """
         self.rung = rung
-        self._stored = stored
-        self._directory = directory
+        self._files = files
         self._model_directory = model_directory
         self._group = group
 
@@ -323,35 +315,29 @@ class EarlyStopping:
         """
         is_writer = self._group.rank == 0
         # One file that all see, but not at the same moment: the first rank says what is in it.
-        known = self._group.gather(read_decision(self._directory) if is_writer else None)[0]
+        known = self._group.gather(read_decision(self._files.directory) if is_writer else None)[0]
         if known is not None:
             return _as_decision(known)
         start = time.monotonic()
-        rows = [row for share in self._group.gather(self._own_rows(model)) for row in share]
+        rows = [row for share in self._group.gather(self.own_rows(model)) for row in share]
         made = None
         if is_writer:
-            rung = self.rung
-            storage = self._stored.storage if self._stored is not None else None
-            change = slice_change(
-                _base_scores(rung, storage), rows, forgetting_weight=rung.forgetting_weight
-            )
-            others = values_of_others(rung, storage)
+            rung, place = self.rung, self._files.place
+            base = Scores.load(place.here(rung.base_scores))
+            change = slice_change(base, rows, forgetting_weight=rung.forgetting_weight)
+            others = values_of_others(rung, place)
             made = decide(change, others, rung, seconds=time.monotonic() - start)
-            write_json(self._directory / RUNG, dataclasses.asdict(made))
-            if self._stored is not None:
-                self._stored.push_decision()
+            write_json(self._files.directory / RUNG, dataclasses.asdict(made))
+            self._files.push_decision()
         return _as_decision(self._group.gather(made)[0])
 
-    def _own_rows(self, model: Any) -> list[dict[str, Any]]:
+    def own_rows(self, model: Any) -> list[dict[str, Any]]:
         """This worker's share of the slice: whole tasks, so that the scores do not depend on W."""
         tasks: Sequence[tuple[str, Group]] = self.rung.tasks[
             self._group.rank :: self._group.world_size
         ]
         if not tasks:
             return []
-        from lrmc_ray.evaluate.harness import slice_rows
-        from lrmc_ray.models import load_tokenizer
-
         return slice_rows(
             model,
             load_tokenizer(self._model_directory),

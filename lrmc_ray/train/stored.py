@@ -12,12 +12,14 @@ import shutil
 import threading
 import uuid
 from collections.abc import Callable, Collection, Iterator, Mapping
+from functools import cached_property, partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 from lrmc_ray.errors import DataError, DirectoryInUseError, DiskError
 from lrmc_ray.files.artifacts import MANIFEST, json_content, write_json
 from lrmc_ray.files.names import CHECKPOINT_NOW, CHECKPOINTS, LEDGER, METRICS, MODEL, RUNG
+from lrmc_ray.files.place import StoredPlace
 from lrmc_ray.files.storage import COMMITTED, Storage, files_below
 from lrmc_ray.train.checkpoints import checkpoint_path, discard_after
 
@@ -47,7 +49,10 @@ HISTORY = (METRICS, LEDGER, RUNG)
 
 
 class StoredRun:
-    """One run in a storage, seen from a worker or from the driver."""
+    """One run in a storage, seen from a worker or from the driver.
+
+    What each method is for is said where the interface is, in :mod:`lrmc_ray.train.run_files`.
+    """
 
     def __init__(self, storage: Storage, name: str, directory: Path) -> None:
         """The run ``name``, whose files this node has in ``directory``."""
@@ -57,6 +62,19 @@ class StoredRun:
         self._token = uuid.uuid4().hex
         self._is_asked = False
         self._sent = -1
+
+    @classmethod
+    def on_this_node(cls, uri: str, name: str) -> Self:
+        """The run ``name``, as a worker sees it that knows nothing but the storage's address."""
+        storage = Storage(uri)
+        directory = storage.cache / name
+        directory.mkdir(parents=True, exist_ok=True)
+        return cls(storage, name, directory)
+
+    @cached_property
+    def place(self) -> StoredPlace:
+        """The storage, for what is not the run's own."""
+        return StoredPlace(self.storage.uri)
 
     # Rank 0
 
@@ -151,6 +169,10 @@ class StoredRun:
                 "later one has taken over; this one ends"
             )
 
+    def note_reservation(self, name: str) -> None:
+        """Write ``name`` where the driver finds it."""
+        self.storage.write(f"{self.name}/{RESERVATION}", name.encode())
+
     # Any rank
 
     def pull(self, step: int) -> None:
@@ -187,6 +209,22 @@ class StoredRun:
         return f"{self.name}/{CHECKPOINTS}/{checkpoint_path(Path(), step).name}"
 
     # The driver
+
+    def for_workers(self) -> Callable[[], "StoredRun"]:
+        """The run in a directory that a worker's node has for it."""
+        return partial(StoredRun.on_this_node, self.storage.uri, self.name)
+
+    def ray_storage(self) -> dict[str, Any]:
+        """A prefix of the storage, and how Ray reaches it."""
+        return {
+            "storage_path": f"{self.storage.root}/{self.name}/{RAY}",
+            "storage_filesystem": self.storage.filesystem,
+        }
+
+    def clear_ray(self) -> None:
+        """Remove what Ray Train wrote; what cannot be removed now is when the run is committed."""
+        with contextlib.suppress(DiskError):
+            self.storage.delete_all(f"{self.name}/{RAY}")
 
     def is_finished(self) -> bool:
         """Whether the run has its manifest."""
@@ -233,8 +271,18 @@ class StoredRun:
         return self.storage.exists(f"{self.name}/{CHECKPOINT_NOW}")
 
     def forget_wishes(self) -> None:
-        """Take back what an earlier command asked for."""
+        """Take back what an earlier command asked for, in the storage or on this node."""
+        (self.directory / CHECKPOINT_NOW).unlink(missing_ok=True)
         self.storage.delete(f"{self.name}/{CHECKPOINT_NOW}")
+
+    def reservation(self) -> str | None:
+        """The name that rank 0 noted; None if there is none."""
+        noted = self.storage.read(f"{self.name}/{RESERVATION}")
+        return None if noted is None else noted.decode()
+
+    def forget_reservation(self) -> None:
+        """Remove the note."""
+        self.storage.delete(f"{self.name}/{RESERVATION}")
 
     @contextlib.contextmanager
     def shown(self) -> Iterator[None]:

@@ -6,9 +6,8 @@ from typing import Any
 
 from lrmc_ray.cluster.resources import worker_slots
 from lrmc_ray.config import ResourceSettings, RunSettings, TrainSettings, validate
-from lrmc_ray.files.storage import Storage
-from lrmc_ray.record.stored import StoredRecord
-from lrmc_ray.train.stored import RESERVATION, StoredRun
+from lrmc_ray.record.stored import record_here
+from lrmc_ray.train.run_files import RunFiles
 
 _log = logging.getLogger(__name__)
 
@@ -33,7 +32,7 @@ def worker_range(settings: RunSettings) -> tuple[int, int]:
     return least, max(least, min(most, settings.train.micro_batches))
 
 
-def _note_reservation(directory: Path, stored: StoredRun | None) -> None:
+def _note_reservation(files: RunFiles) -> None:
     """Write down under which name the controller of this run has reserved its workers."""
     try:
         from ray.train.v2._internal.execution.context import get_train_context
@@ -41,13 +40,10 @@ def _note_reservation(directory: Path, stored: StoredRun | None) -> None:
         run_id = get_train_context().train_run_context.run_id
     except (ImportError, AttributeError):  # not a public interface
         return
-    if stored is None:
-        (directory / RESERVATION).write_text(f"train-{run_id}", encoding="utf-8")
-    else:
-        stored.storage.write(f"{stored.name}/{RESERVATION}", f"train-{run_id}".encode())
+    files.note_reservation(f"train-{run_id}")
 
 
-def release_reservation(directory: Path, stored: StoredRun | None = None) -> None:
+def release_reservation(files: RunFiles) -> None:
     """Give back what a controller that was killed had reserved.
 
     Ray holds it for three minutes, in which the next run on the same cluster would find no
@@ -56,22 +52,23 @@ def release_reservation(directory: Path, stored: StoredRun | None = None) -> Non
     import ray
     from ray.exceptions import RayError
 
-    path = directory / RESERVATION
-    noted = stored.storage.read(f"{stored.name}/{RESERVATION}") if stored else None
-    if noted is not None:
-        path.write_bytes(noted)
-    if not path.is_file():
+    name = files.reservation()
+    if name is None:
         return
     try:
         coordinator = ray.get_actor("AutoscalingCoordinator", namespace="AutoscalingCoordinator")
-        ray.get(coordinator.cancel_request.remote(path.read_text(encoding="utf-8")), timeout=10)
+        ray.get(coordinator.cancel_request.remote(name), timeout=10)
     except (ValueError, AttributeError, TypeError, RayError) as error:
         _log.debug("nothing was given back: %s", error)
-    path.unlink(missing_ok=True)
+    files.forget_reservation()
 
 
 def training_worker(config: dict[str, Any]) -> dict[str, Any]:
-    """The loop of one worker; returns, from rank 0, what goes into the manifest."""
+    """The loop of one worker; returns, from rank 0, what goes into the manifest.
+
+    Args:
+        config: what :func:`lrmc_ray.train.driver.make_trainer` gives Ray for its workers.
+    """
     import ray.train
     import ray.train.torch
     import torch
@@ -81,27 +78,18 @@ def training_worker(config: dict[str, Any]) -> dict[str, Any]:
 
     torch.set_num_threads(config["threads"])
     context = ray.train.get_context()
-    record, model = Path(config["record"]), Path(config["model"])
-    directory, stored = Path(config["directory"]), None
-    if (names := config["stored"]) is not None:
-        storage = Storage(names["uri"])
-        record = StoredRecord(storage, names["record"]).view_here()
-        model = storage.fetch(names["model"], storage.cache / names["model"])
-        directory = storage.cache / names["run"]
-        directory.mkdir(parents=True, exist_ok=True)
-        stored = StoredRun(storage, names["run"], directory)
+    files: RunFiles = config["files"]()
     if context.get_world_rank() == 0:
-        _note_reservation(directory, stored)
+        _note_reservation(files)
     run = TrainingRun(
         validate(TrainSettings, config["train"], "train"),
-        record=record,
-        model_directory=model,
-        directory=directory,
+        record=record_here(files.place, Path(config["record"])),
+        model_directory=files.place.here(config["model"]),
+        files=files,
         group=WorkerGroup(context.get_world_rank(), context.get_world_size()),
         device=ray.train.torch.get_device(),
         is_preempted=_is_preempted if config["may_be_preempted"] else lambda: False,
         rung=config["rung"],
-        stored=stored,
     )
     return run.run()
 

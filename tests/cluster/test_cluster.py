@@ -18,14 +18,13 @@ from lrmc_ray.config import TrainSettings, find_space, load_settings, validate
 from lrmc_ray.files.artifacts import read_manifest
 from lrmc_ray.files.metrics_log import read_metrics
 from lrmc_ray.files.names import LEDGER, METRICS, MODEL
-from lrmc_ray.method.training_loop import WorkerGroup
 from lrmc_ray.record import run as run_module
 from lrmc_ray.record.actors import Recorder, recorder_options
 from lrmc_ray.train.ledger import read_ledger
-from lrmc_ray.train.loop import TrainingRun
 from tests.cluster.lab import ROOT, lab, missing
 from tests.cluster.launch import write_config
 from tests.support.tiny import make_data, make_model
+from tests.support.training import run_alone
 from tests.test_readme import block
 
 pytestmark = [
@@ -277,15 +276,7 @@ def record_alone(shared: Path, directory: Path) -> Path:
 
 
 def train_alone(settings: TrainSettings, recorded: Path, model: Path, directory: Path) -> Path:
-    directory.mkdir()
-    TrainingRun(
-        settings,
-        record=recorded,
-        model_directory=model,
-        directory=directory,
-        group=WorkerGroup(0, 1),
-        device=torch.device("cpu"),
-    ).run()
+    run_alone(settings, record=recorded, model=model, directory=directory).run()
     return directory
 
 

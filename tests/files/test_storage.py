@@ -42,6 +42,7 @@ from lrmc_ray.train.samples import sample_names
 from lrmc_ray.tune import command as tune
 from lrmc_ray.tune import run as tune_run
 from lrmc_ray.tune import suggest
+from tests.support.faults import Killed, kill_at
 from tests.support.s3 import BUCKET, KEY, SECRET, s3_server
 from tests.support.tiny import make_data
 
@@ -76,22 +77,6 @@ def actors_here(prepared, shards, tokenizer_size):
     recorder = Recorder(**recorder_options(prepared, tokenizer_size))
     for shard in shards:
         yield recorder.record(shard)
-
-
-class Killed(BaseException):
-    """Stands for kill -9: nothing catches it."""
-
-
-def kill_at(monkeypatch, module, point, number=1):
-    """Die when ``point`` is passed for the ``number``-th time."""
-    seen = []
-
-    def passed(name, note=""):
-        seen.append(name)
-        if seen.count(point) == number:
-            raise Killed
-
-    monkeypatch.setattr(module, "passed", passed)
 
 
 # Objects and directories

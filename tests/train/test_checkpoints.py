@@ -12,6 +12,7 @@ import torch
 from lrmc_ray.errors import DataError
 from lrmc_ray.files.artifacts import MANIFEST, file_digest
 from lrmc_ray.train.checkpoints import STATE, list_checkpoints, load_newest, save_checkpoint
+from tests.support.faults import DAMAGES, flip_a_bit
 
 torch.set_num_threads(1)
 
@@ -73,31 +74,6 @@ def test_saving_a_step_again_replaces_it(saved):
     save_checkpoint(saved, 20, state_of(21))
     assert same(load_newest(saved), state_of(21))
     assert len(list_checkpoints(saved)) == 2
-
-
-def delete(path, _rng):
-    path.unlink()
-
-
-def empty(path, _rng):
-    path.write_bytes(b"")
-
-
-def halve(path, _rng):
-    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
-
-
-def lose_the_end(path, _rng):
-    path.write_bytes(path.read_bytes()[:-2])
-
-
-def flip_a_bit(path, rng):
-    content = bytearray(path.read_bytes())
-    content[rng.randrange(len(content))] ^= 1 << rng.randrange(8)
-    path.write_bytes(content)
-
-
-DAMAGES = [delete, empty, halve, lose_the_end]
 
 
 def check_fallback(directory, caplog):

@@ -16,12 +16,10 @@ from lrmc_ray.evaluate.items import Scores
 from lrmc_ray.files.artifacts import write_json
 from lrmc_ray.files.metrics_log import read_metrics
 from lrmc_ray.files.names import METRICS, MODEL, RUNG
-from lrmc_ray.method.training_loop import WorkerGroup
+from lrmc_ray.files.place import LocalPlace
 from lrmc_ray.train.early_stopping import (
     Decision,
     EarlyStopping,
-    Rung,
-    SliceChange,
     comparable,
     decide,
     read_decision,
@@ -29,29 +27,12 @@ from lrmc_ray.train.early_stopping import (
     slice_change,
     values_of_others,
 )
-from lrmc_ray.train.loop import TrainingRun
+from lrmc_ray.train.run_files import LocalRun
+from tests.support.rung import RULE, change, write_decision
 from tests.support.synthetic_study import item_rows
-from tests.train.test_training_run import kill_after, recorded, settings_of  # noqa: F401
+from tests.support.training import kill_after, run_alone, settings_of
 
-RULE = Rung(
-    step=3,
-    tasks=(("capitals", "domain"), ("wordnet", "general"), ("plain_english", "general")),
-    items=4,
-    batch_tokens=512,
-    base_scores="",
-    trials="",
-    number=7,
-    may_stop=True,
-    least=4,
-    objective="combined",
-    forgetting_weight=2.0,
-    max_forgetting=0.01,
-)
 OTHERS = {0: 0.1, 1: 0.2, 2: 0.3, 5: 0.6}
-
-
-def change(gain=0.2, forgetting=0.0, error=0.0, combined=None):
-    return SliceChange(gain, forgetting, error, gain - forgetting if combined is None else combined)
 
 
 # The score
@@ -207,20 +188,12 @@ def test_the_shipped_spaces_stop_early_where_there_are_many_trials():
 # What is on disk
 
 
-def write_decision(trials, number, value):
-    training = trials / f"{number:04d}" / "training"
-    training.mkdir(parents=True)
-    made = decide(change(combined=value), {}, dataclasses.replace(RULE, number=number), seconds=0.1)
-    write_json(training / RUNG, dataclasses.asdict(made))
-    return training
-
-
 def test_all_other_trials_of_the_study_are_compared_with(tmp_path):
     for number, value in OTHERS.items():
         write_decision(tmp_path, number, value)
     own = write_decision(tmp_path, 7, -1.0)
     (tmp_path / "0009" / "training").mkdir(parents=True)  # has not come so far
-    assert values_of_others(dataclasses.replace(RULE, trials=str(tmp_path))) == OTHERS
+    assert values_of_others(dataclasses.replace(RULE, trials=str(tmp_path)), LocalPlace()) == OTHERS
     assert read_decision(own).value == -1.0
     assert read_decision(tmp_path / "0009" / "training") is None
 
@@ -235,27 +208,8 @@ def test_a_damaged_decision_is_an_error(tmp_path, content):
 # Training that stops itself
 
 
-@pytest.fixture(scope="module")
-def base_scores(tiny_model, tmp_path_factory):
-    """The base model's scores, made by the evaluation's own code."""
-    from lrmc_ray.evaluate.harness import score
-    from lrmc_ray.evaluate.request import ScoreRequest
-
-    directory = tmp_path_factory.mktemp("base")
-    request = ScoreRequest(
-        tasks=RULE.tasks,
-        batch_tokens=512,
-        precision="fp32",
-        limit=6,
-        split="dev",
-        drift_samples={"domain": 0, "general": 0},
-    )
-    Scores.from_rows(score(tiny_model, request).rows).save(directory)
-    return directory
-
-
 @pytest.fixture
-def start(tiny_model, recorded, tmp_path, base_scores):  # noqa: F811
+def start(tiny_model, recorded, tmp_path, base_scores):
     def make(number=7, *, is_scored=True, others=None, **changes):
         trials = tmp_path / "trials"
         for other, value in (others or {}).items():
@@ -266,13 +220,11 @@ def start(tiny_model, recorded, tmp_path, base_scores):  # noqa: F811
         rung = dataclasses.replace(
             RULE, number=number, trials=str(trials), base_scores=str(base_scores)
         )
-        return TrainingRun(
+        return run_alone(
             settings_of(**changes),
             record=recorded,
-            model_directory=tiny_model,
+            model=tiny_model,
             directory=directory,
-            group=WorkerGroup(),
-            device=torch.device("cpu"),
             rung=rung if is_scored else None,
         )
 
@@ -292,7 +244,7 @@ def test_scoring_on_the_way_does_not_change_what_is_trained(start):
     ]
     # And of the machine at every step.
     assert all(line.metrics["system/process_memory_usage_megabytes"] > 50 for line in lines[1])
-    assert scored.model.training
+    assert scored.learner.model.training
     on_the_way = [line.step for line in lines[1] if "slice/combined" in line.metrics]
     assert on_the_way == [3]
     decision = read_decision(scored.directory)
@@ -368,7 +320,7 @@ def test_a_killed_run_comes_to_the_decision_that_was_written_down(start, others,
     def nothing(*args, **kwargs):
         raise AssertionError("scored again")
 
-    monkeypatch.setattr("lrmc_ray.evaluate.harness.slice_rows", nothing)
+    monkeypatch.setattr("lrmc_ray.train.early_stopping.slice_rows", nothing)
     again = start()
     assert again.run()["pruned"] is is_stopped
     assert (again.directory / RUNG).read_bytes() == before
@@ -426,7 +378,7 @@ def test_all_workers_share_the_tasks_and_agree(tmp_path, tiny_model, monkeypatch
         asked.extend(tasks)
         return [r for r in rows if r["task"] in {name for name, _ in tasks}]
 
-    monkeypatch.setattr("lrmc_ray.evaluate.harness.slice_rows", slice_rows)
+    monkeypatch.setattr("lrmc_ray.train.early_stopping.slice_rows", slice_rows)
     Scores.from_rows(item_rows(0, 0.1, 0.0)).save(tmp_path / "base")
     for number, value in OTHERS.items():
         write_decision(tmp_path / "trials", number, value)
@@ -440,7 +392,7 @@ def test_all_workers_share_the_tasks_and_agree(tmp_path, tiny_model, monkeypatch
 
     def work(rank):
         worker = EarlyStopping(
-            rung, directory=directory, model_directory=tiny_model, group=group.member(rank)
+            rung, files=LocalRun(directory), model_directory=tiny_model, group=group.member(rank)
         )
         made[rank] = worker.decide(None)
 

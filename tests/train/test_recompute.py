@@ -1,11 +1,8 @@
 """What is computed again in the backward pass: fewer bytes, the same bits."""
 
-import collections
-
 import pytest
 import torch
 from torch.profiler import ProfilerActivity, profile
-from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import (
     AutoModelForCausalLM,
     Gemma2Config,
@@ -17,6 +14,7 @@ from transformers import (
 
 from lrmc_ray.models import hidden_states
 from lrmc_ray.train.trainable import recompute_activations
+from tests.support.operators import Counted
 
 torch.set_num_threads(1)
 
@@ -96,18 +94,6 @@ def test_dropout_does_something():
     model = make_model("gpt2", False)
     dropped = step(model)[0]
     assert not torch.equal(step(model.eval())[0], dropped)
-
-
-class Counted(TorchDispatchMode):
-    """Counts the operators that run."""
-
-    def __init__(self):
-        super().__init__()
-        self.calls = collections.Counter()
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        self.calls[func.overloadpacket.__name__] += 1
-        return func(*args, **(kwargs or {}))
 
 
 def count(which):

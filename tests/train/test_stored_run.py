@@ -21,19 +21,17 @@ from lrmc_ray.files.artifacts import read_manifest
 from lrmc_ray.files.metrics_log import read_metrics
 from lrmc_ray.files.names import CHECKPOINT_NOW, CHECKPOINTS, LEDGER, METRICS, MODEL
 from lrmc_ray.files.storage import COMMITTED, Storage
-from lrmc_ray.method.training_loop import WorkerGroup
 from lrmc_ray.record.parts import Records
 from lrmc_ray.record.stored import VIEW
 from lrmc_ray.train import stored as stored_run
 from lrmc_ray.train.checkpoints import list_checkpoints
 from lrmc_ray.train.ledger import audit_ledger, read_ledger
-from lrmc_ray.train.loop import TrainingRun
 from lrmc_ray.train.samples import TrainingSamples
 from lrmc_ray.train.stored import StoredRun
-from tests.files.test_storage import Killed, kill_at
+from tests.support.faults import Killed, kill_at
 from tests.support.s3 import s3_server
 from tests.support.tiny import make_data
-from tests.train.test_training_run import record_of
+from tests.support.training import die_behind, run_alone
 
 torch.set_num_threads(1)
 STEPS = 7
@@ -44,12 +42,6 @@ NAME = "training/abc"
 def server():
     with s3_server() as made:
         yield made
-
-
-@pytest.fixture(scope="module")
-def recorded(tiny_model, tmp_path_factory):
-    base = tmp_path_factory.mktemp("record")
-    return record_of(tiny_model, make_data(base / "train.jsonl", num_rows=20), base / "record")
 
 
 def settings_of(**changes):
@@ -70,14 +62,11 @@ class Cluster:
         """A run that is about to start on ``node``."""
         directory = self.directory / node / "run"
         directory.mkdir(parents=True, exist_ok=True)
-        return TrainingRun(
+        return run_alone(
             settings_of(**changes),
             record=self.recorded,
-            model_directory=self.model,
-            directory=directory,
-            group=WorkerGroup(),
-            device=torch.device("cpu"),
-            stored=StoredRun(Storage(self.uri, retry_seconds=()), NAME, directory),
+            model=self.model,
+            files=StoredRun(Storage(self.uri, retry_seconds=()), NAME, directory),
         )
 
     def driver(self, name="driver"):
@@ -94,29 +83,9 @@ def cluster(server, tmp_path, tiny_model, recorded):
 def alone(tiny_model, recorded, tmp_path_factory):
     """What a run that keeps everything in one directory comes to."""
     directory = tmp_path_factory.mktemp("alone") / "run"
-    directory.mkdir()
-    run = TrainingRun(
-        settings_of(),
-        record=recorded,
-        model_directory=tiny_model,
-        directory=directory,
-        group=WorkerGroup(),
-        device=torch.device("cpu"),
-    )
+    run = run_alone(settings_of(), record=recorded, model=tiny_model, directory=directory)
     run.run()
     return directory
-
-
-def kill_behind(run, step):
-    """Let ``run`` die behind its step ``step``, before anything of the next one."""
-    samples_of_step = run._samples_of_step
-
-    def samples_or_death(asked):
-        if asked > step:
-            raise Killed
-        return samples_of_step(asked)
-
-    run._samples_of_step = samples_or_death
 
 
 def assert_same_model(one, other):
@@ -169,7 +138,7 @@ def test_the_model_is_that_of_a_local_run_and_no_node_keeps_anything(cluster, al
 )
 def test_a_run_that_was_killed_goes_on_there_or_elsewhere(cluster, alone, node, step):
     run = cluster.run_on("one")
-    kill_behind(run, step)
+    die_behind(run, step)
     with pytest.raises(Killed):
         run.run()
     saved = (step + 1) // 2 * 2
@@ -229,7 +198,7 @@ DAMAGES = [
 @pytest.mark.parametrize(("name", "how"), DAMAGES)
 def test_a_damaged_newest_checkpoint_is_passed_over(cluster, server, alone, name, how, caplog):
     run = cluster.run_on("one")
-    kill_behind(run, 4)
+    die_behind(run, 4)
     with pytest.raises(Killed):
         run.run()
     place = f"{cluster.directory.name}/p/{NAME}/{CHECKPOINTS}"
@@ -244,7 +213,7 @@ def test_a_damaged_newest_checkpoint_is_passed_over(cluster, server, alone, name
 
 def test_when_all_are_damaged_training_does_not_start_again(cluster, server):
     run = cluster.run_on("one")
-    kill_behind(run, 4)
+    die_behind(run, 4)
     with pytest.raises(Killed):
         run.run()
     place = f"{cluster.directory.name}/p/{NAME}/{CHECKPOINTS}"
@@ -259,7 +228,7 @@ def test_when_all_are_damaged_training_does_not_start_again(cluster, server):
 def test_an_attempt_that_was_cut_off_ends_when_another_has_taken_over(cluster, alone):
     """The first one lives on, and comes to its next checkpoint when the second one has finished."""
     first = cluster.run_on("one")
-    samples_of_step = first._samples_of_step
+    samples_of_step = first.fresh.samples_of_step
     others = []
 
     def taken_over(step):
@@ -268,7 +237,7 @@ def test_an_attempt_that_was_cut_off_ends_when_another_has_taken_over(cluster, a
             others[0].run()
         return samples_of_step(step)
 
-    first._samples_of_step = taken_over
+    first.fresh.samples_of_step = taken_over
     with pytest.raises(DirectoryInUseError, match="a later one has taken over"):
         first.run()
     assert others[0].first_step == 4
@@ -280,28 +249,27 @@ def test_the_best_weights_may_have_been_saved_on_another_node(cluster, tiny_mode
     best = {"evaluate_every": 2, "holdout_share": 0.2, "export": "best", "keep_checkpoints": 1}
     run = cluster.run_on("one", **best)
     nll = iter([1.0, 2.0, 3.0, 4.0])
-    evaluate = run._evaluate
 
-    def worse_and_worse(self, done, metrics):
-        if done % 2 and done < STEPS:
-            return False
-        value = next(nll)
-        is_best = value < self.best.get("held_out_nll", 9.0)
-        if is_best:
-            self.best = {"held_out_nll": value, "step": done}
-        return is_best
+    def worse_and_worse(held_out):
+        def score(done):
+            if done % 2 == 0 or done == STEPS:
+                value = next(nll)
+                if value < held_out.best.get("held_out_nll", 9.0):
+                    held_out.best = {"held_out_nll": value, "step": done}
+            return {}
 
-    assert evaluate is not None
-    run._evaluate = worse_and_worse.__get__(run)
-    kill_behind(run, 4)
+        return score
+
+    run.held_out.score = worse_and_worse(run.held_out)
+    die_behind(run, 4)
     with pytest.raises(Killed):
         run.run()
     assert cluster.driver().steps() == [2, 4]
-    state = run.storage_state = Storage(cluster.uri).fetch(
+    state = Storage(cluster.uri).fetch(
         f"{NAME}/{CHECKPOINTS}/step_00000002", cluster.directory / "two_steps"
     )
     again = cluster.run_on("two", **best)
-    again._evaluate = worse_and_worse.__get__(again)
+    again.held_out.score = worse_and_worse(again.held_out)
     again.run()
     driver = cluster.driver()
     driver.fetch()
@@ -315,7 +283,7 @@ def test_a_wish_of_the_driver_reaches_rank_0_and_metrics_reach_the_driver(cluste
     monkeypatch.setattr(stored_run, "PACE_SECONDS", 0.05)
     driver = cluster.driver()
     run = cluster.run_on("one", steps=200, checkpoint_every=1000)
-    original = run._samples_of_step
+    original = run.fresh.samples_of_step
     stop = threading.Event()
 
     def slow(step):
@@ -324,7 +292,7 @@ def test_a_wish_of_the_driver_reaches_rank_0_and_metrics_reach_the_driver(cluste
         time.sleep(0.02)
         return original(step)
 
-    run._samples_of_step = slow
+    run.fresh.samples_of_step = slow
     errors = []
 
     def work():
@@ -361,7 +329,7 @@ def test_a_wish_of_the_driver_reaches_rank_0_and_metrics_reach_the_driver(cluste
 
 def test_what_another_node_fetched_is_cleared_unless_rank_0_works_there(cluster):
     run = cluster.run_on("one")
-    kill_behind(run, 3)
+    die_behind(run, 3)
     with pytest.raises(Killed):
         run.run()
     other = cluster.driver("other")
@@ -413,16 +381,9 @@ def test_record_and_train_by_way_of_the_storage(server, tiny_model, tmp_path, mo
         shutil.copy(Records(record).part_path(number), copy)
     (copy / VIEW).unlink()
     alone = tmp_path / "alone"
-    alone.mkdir()
     identity = {k: v for k, v in manifest["identity"].items() if k != "record"}
-    TrainingRun(
-        validate(TrainSettings, identity, "test"),
-        record=copy,
-        model_directory=tiny_model,
-        directory=alone,
-        group=WorkerGroup(),
-        device=torch.device("cpu"),
-    ).run()
+    settings = validate(TrainSettings, identity, "test")
+    run_alone(settings, record=copy, model=tiny_model, directory=alone).run()
     assert_same_model(directory, alone)
     names = server.objects(f"{tmp_path.name}/p/training/{directory.name}")
     assert {name.partition("/")[0] for name in names} == {

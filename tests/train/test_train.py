@@ -23,13 +23,19 @@ from lrmc_ray.config.arguments import (
 from lrmc_ray.errors import DataError, TrainingError
 from lrmc_ray.files.names import CHECKPOINT_NOW, CHECKPOINTS
 from lrmc_ray.train import driver as driver_module
-from lrmc_ray.train import workers as workers_module
 from lrmc_ray.train.checkpoints import save_checkpoint
 from lrmc_ray.train.command import progress_note
-from lrmc_ray.train.driver import MAX_WORKER_FAILURES, _fit, _interruptible
+from lrmc_ray.train.driver import (
+    MAX_WORKER_FAILURES,
+    TrainingJob,
+    claim,
+    interruptible,
+    run_workers,
+)
 from lrmc_ray.train.failures import is_worker_loss, telling_cause
+from lrmc_ray.train.run_files import LocalRun
 from lrmc_ray.train.stored import RESERVATION
-from lrmc_ray.train.workers import collective_backend
+from lrmc_ray.train.workers import collective_backend, release_reservation
 
 
 def settings_of(*argv):
@@ -170,10 +176,11 @@ class Trainers:
 def fit(tmp_path, monkeypatch):
     def run(endings):
         trainers = Trainers(endings)
-        monkeypatch.setattr(driver_module, "_trainer", trainers)
+        monkeypatch.setattr(driver_module, "make_trainer", trainers)
         monkeypatch.setattr(driver_module, "release_reservation", lambda *_: None)
         try:
-            return _fit(RunSettings(), tmp_path, tmp_path, tmp_path, None), trainers.starts
+            job = TrainingJob(RunSettings(), tmp_path, tmp_path)
+            return run_workers(job, LocalRun(tmp_path)), trainers.starts
         except BaseException as error:
             error.starts = trainers.starts
             raise
@@ -245,7 +252,7 @@ def test_a_signal_waits_for_a_checkpoint(tmp_path, monkeypatch, number, is_answe
     start = time.monotonic()
     try:
         with pytest.raises(KeyboardInterrupt if number == signal.SIGINT else SystemExit):
-            _interruptible(lambda: release.wait(30), tmp_path)
+            interruptible(lambda: release.wait(30), LocalRun(tmp_path))
         elapsed = time.monotonic() - start
     finally:
         release.set()
@@ -263,7 +270,7 @@ def test_in_a_thread_of_a_trial_training_runs_as_it_is(tmp_path):
         names.append(threading.current_thread().name)
         return argparse.Namespace(return_value={"steps": 1})
 
-    thread = threading.Thread(target=lambda: _interruptible(fit, tmp_path), name="trial")
+    thread = threading.Thread(target=lambda: interruptible(fit, LocalRun(tmp_path)), name="trial")
     thread.start()
     thread.join()
     assert names == ["trial"]
@@ -274,15 +281,15 @@ def test_errors_come_out_of_the_thread(tmp_path):
         raise worker_died()
 
     with pytest.raises(WorkerGroupError):
-        _interruptible(fit, tmp_path)
+        interruptible(fit, LocalRun(tmp_path))
 
 
 def test_a_damaged_identity_is_an_error_of_the_data(tmp_path):
     (tmp_path / "identity.json").write_text('{"lr": 1')
     with pytest.raises(DataError, match="is damaged"):
-        driver_module._claim(tmp_path, {"lr": 1})
+        claim(tmp_path, {"lr": 1})
     (tmp_path / "identity.json").write_text(json.dumps({"lr": 1}))
-    driver_module._claim(tmp_path, {"lr": 1})
+    claim(tmp_path, {"lr": 1})
 
 
 # What Ray keeps for a run that was killed
@@ -306,7 +313,7 @@ def test_the_reservation_of_a_killed_run_is_given_back_once(tmp_path, monkeypatc
     monkeypatch.setattr("ray.get", lambda reference, timeout: None)
     (tmp_path / RESERVATION).write_text("train-1234")
     for _ in range(2):
-        workers_module.release_reservation(tmp_path)
+        release_reservation(LocalRun(tmp_path))
     assert coordinator.cancelled == ["train-1234"]
     assert not (tmp_path / RESERVATION).exists()
 
@@ -320,5 +327,5 @@ def test_where_nothing_answers_training_starts_all_the_same(tmp_path, monkeypatc
 
     monkeypatch.setattr("ray.get_actor", fail)
     (tmp_path / RESERVATION).write_text("train-1234")
-    workers_module.release_reservation(tmp_path)
+    release_reservation(LocalRun(tmp_path))
     assert not (tmp_path / RESERVATION).exists()

@@ -12,149 +12,45 @@ from safetensors.torch import load_file
 from torch._inductor.utils import fresh_cache
 from transformers import AutoModelForCausalLM
 
-from lrmc_ray.config import TrainSettings
 from lrmc_ray.errors import ConfigError, DataError
-from lrmc_ray.files.artifacts import write_manifest
 from lrmc_ray.files.metrics_log import read_metrics
 from lrmc_ray.files.names import CHECKPOINT_NOW, CHECKPOINTS, LEDGER, METRICS, MODEL
-from lrmc_ray.method.microbatch import Sample
 from lrmc_ray.method.probe import outside_mass
 from lrmc_ray.method.subsets import CandidateSets, select_candidates
-from lrmc_ray.method.training_loop import WorkerGroup
-from lrmc_ray.models import load_model, load_tokenizer
-from lrmc_ray.record.encode import encode_row
-from lrmc_ray.record.parts import Records, write_part
-from lrmc_ray.record.rows import Row
+from lrmc_ray.models import load_model
+from lrmc_ray.record.parts import Records
 from lrmc_ray.train import trainable as recompute
 from lrmc_ray.train.checkpoints import list_checkpoints
 from lrmc_ray.train.ledger import audit_ledger
-from lrmc_ray.train.loop import TrainingRun
 from lrmc_ray.train.samples import TrainingSamples, number_of_steps, sample_names
+from tests.support.faults import DAMAGES, flip_a_bit
+from tests.support.operators import Counted
 from tests.support.tiny import make_data
-from tests.train.test_checkpoints import DAMAGES, flip_a_bit
-from tests.train.test_recompute import Counted
+from tests.support.training import (
+    STEPS,
+    assert_same,
+    kill_after,
+    model_of,
+    record_of,
+    run_alone,
+    settings_of,
+)
 
 torch.set_num_threads(1)
-
-STEPS = 6
-
-
-def record_of(model_directory, data, directory, *, domain_of=lambda number: "", k_min=2, tau=0.95):
-    """What Stage 0 writes, position by position, without Ray."""
-    model, tokenizer = load_model(model_directory), load_tokenizer(model_directory)
-    samples = []
-    for number, line in enumerate(data.read_text().splitlines()):
-        example = encode_row(Row(f"line {number}", json.loads(line)), tokenizer)
-        ids_T = torch.tensor(example.input_ids)
-        is_supervised_P = torch.tensor(example.is_target[1:])
-        with torch.no_grad():
-            logits_TV = model(input_ids=ids_T[None]).logits[0, :-1]
-        candidates = select_candidates(
-            logits_TV,
-            ids_T[1:],
-            tau=tau,
-            k_min=k_min,
-            k_max=torch.where(is_supervised_P, 1024, 64),
-        )
-        samples.append(
-            Sample(
-                example.sample_id,
-                ids_T,
-                torch.arange(len(ids_T) - 1),
-                is_supervised_P,
-                candidates,
-                domain_of(number),
-            )
-        )
-    directory.mkdir()
-    provenance = {"lrmc.record": "by-hand"}
-    write_part(directory / "part-00000.parquet", samples, provenance)
-    from lrmc_ray.files.artifacts import file_digest
-
-    write_manifest(
-        directory,
-        {
-            "kind": "records",
-            "identity": {"k_max": 1024},
-            "provenance": provenance,
-            "vocabulary_size": 512,
-            "files": [
-                {
-                    "name": "part-00000.parquet",
-                    "rows": len(samples),
-                    "sha256": file_digest(directory / "part-00000.parquet"),
-                }
-            ],
-        },
-    )
-    return directory
-
-
-@pytest.fixture(scope="module")
-def recorded(tiny_model, tmp_path_factory):
-    base = tmp_path_factory.mktemp("record")
-    data = make_data(base / "train.jsonl", num_rows=20)
-    return record_of(tiny_model, data, base / "record")
-
-
-def settings_of(**changes):
-    values = {
-        "steps": STEPS,
-        "batch_size": 4,
-        "micro_batches": 2,
-        "checkpoint_every": 2,
-        "lr": 1e-3,
-        "tau": 0.9,
-        "anchor_weight": 0.5,
-        "tail_samples": 16,
-    }
-    return TrainSettings(**(values | changes))
 
 
 @pytest.fixture
 def start(tiny_model, recorded, tmp_path):
     def make(directory=None, *, is_preempted=lambda: False, **changes):
-        directory = directory or tmp_path / "training"
-        directory.mkdir(exist_ok=True)
-        return TrainingRun(
+        return run_alone(
             settings_of(**changes),
             record=recorded,
-            model_directory=tiny_model,
-            directory=directory,
-            group=WorkerGroup(),
-            device=torch.device("cpu"),
+            model=tiny_model,
+            directory=directory or tmp_path / "training",
             is_preempted=is_preempted,
         )
 
     return make
-
-
-class Killed(BaseException):
-    """Stands for kill -9: nothing catches it."""
-
-
-def kill_after(run, step):
-    """Let ``run`` die behind its step ``step``, before anything of the next one."""
-    samples_of_step = run._samples_of_step
-
-    def samples_or_death(asked):
-        if asked > step:
-            raise Killed
-        return samples_of_step(asked)
-
-    run._samples_of_step = samples_or_death
-    with pytest.raises(Killed):
-        run.run()
-
-
-def model_of(directory):
-    return load_file(directory / MODEL / "model.safetensors")
-
-
-def assert_same(one, other):
-    assert one.keys() == other.keys()
-    for name, tensor in one.items():
-        assert torch.equal(tensor, other[name]), name
 
 
 def steps_of(directory):
@@ -214,14 +110,14 @@ def test_killed_and_resumed_ends_in_the_same_bits(start, tmp_path, name):
     assert audit.is_exact
     assert (audit.steps_replayed, audit.replays_that_differ) == (1, 0)
     # Training did something.
-    base = load_file(again.model_directory / "model.safetensors")
+    base = load_file(again.learner.model_directory / "model.safetensors")
     assert any(not torch.equal(base[k], v) for k, v in model_of(tmp_path / "whole").items())
 
 
 def test_a_compiled_step_is_the_same_but_for_rounding(start, tmp_path, undisturbed):
     run = start(compile_optimizer=True)
     run.run()
-    assert run.optimizer.compiled
+    assert run.learner.optimizer.compiled
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] >= 2
     plain, compiled = model_of(undisturbed.whole), model_of(tmp_path / "training")
     assert any(not torch.equal(plain[name], compiled[name]) for name in plain)
@@ -330,8 +226,8 @@ def test_bad_steps_are_counted_across_a_kill(start, tmp_path):
 
     def poisoned():
         run = start(directory, **options)
-        hidden = run._hidden
-        run._hidden = lambda batch: hidden(batch) * math.nan
+        hidden = run.learner.hidden_states
+        run.learner.hidden_states = lambda batch: hidden(batch) * math.nan
         return run
 
     kill_after(poisoned(), 2)
@@ -352,13 +248,8 @@ def undisturbed(tiny_model, recorded, tmp_path_factory):
     runs = {}
     for name in ("whole", "killed"):
         (base / name).mkdir()
-        runs[name] = TrainingRun(
-            settings_of(),
-            record=recorded,
-            model_directory=tiny_model,
-            directory=base / name,
-            group=WorkerGroup(),
-            device=torch.device("cpu"),
+        runs[name] = run_alone(
+            settings_of(), record=recorded, model=tiny_model, directory=base / name
         )
     runs["whole"].run()
     kill_after(runs["killed"], 4)
@@ -379,14 +270,21 @@ def test_a_notice_brings_a_checkpoint_at_once(start, tmp_path):
 
 def test_after_a_notice_checkpoints_cost_at_most_a_tenth_of_the_time(start):
     run = start(checkpoint_every=100)
-    run._save_seconds, run._saved_at = 2.0, 1000.0
-    clock = {"now": 1000.0}
+    clock = {"now": 998.0}
+    saved = run.files.push
+
+    def two_seconds_long(*args, **options):
+        clock["now"] += 2.0
+        return saved(*args, **options)
+
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("lrmc_ray.train.loop.time.monotonic", lambda: clock["now"])
+        patch.setattr("lrmc_ray.train.resume.time.monotonic", lambda: clock["now"])
+        patch.setattr(type(run.files), "push", lambda self, *a, **o: two_seconds_long(*a, **o))
+        run.checkpoints.save(1, {}, best=None)
         for now, is_due in ((1019.9, False), (1020.1, True)):
             clock["now"] = now
-            assert run._is_due(1, True) == is_due
-            assert not run._is_due(1, False)
+            assert run.checkpoints.is_due(1, True) == is_due
+            assert not run.checkpoints.is_due(1, False)
 
 
 def test_a_checkpoint_that_is_asked_for_is_made_and_the_question_removed(start):
@@ -402,7 +300,7 @@ def test_a_checkpoint_that_is_asked_for_is_made_and_the_question_removed(start):
 def test_two_writers_wait_for_each_other(start, tmp_path, monkeypatch):
     import fcntl
 
-    monkeypatch.setattr("lrmc_ray.train.loop.WRITER_SECONDS", 0.3)
+    monkeypatch.setattr("lrmc_ray.train.resume.WRITER_SECONDS", 0.3)
     run = start()
     with (run.directory / ".writer").open("a") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
@@ -430,14 +328,14 @@ def test_the_best_and_the_last_checkpoints_are_kept(start, tmp_path):
         optimizer="adamw",
     )
     by_step = {}
-    evaluate = run._evaluate
+    score = run.held_out.score
 
-    def remember(done, metrics):
-        is_best = evaluate(done, metrics)
-        by_step[done] = {k: v.clone() for k, v in run.trainable.state().items()}
-        return is_best
+    def remember(done):
+        metrics = score(done)
+        by_step[done] = {k: v.clone() for k, v in run.learner.trainable.state().items()}
+        return metrics
 
-    run._evaluate = remember
+    run.held_out.score = remember
     outcome = run.run()
     measured = {
         line.step: line.metrics["train/held_out_nll"] for line in read_metrics(directory / METRICS)
@@ -482,15 +380,15 @@ def test_the_exported_model_gives_the_trainers_logits(start, tmp_path, name):
     run = start(**VARIANTS[name])
     ids = torch.arange(2, 40)[None]
     seen = {}
-    merged = run.trainable.merged
+    merged = run.learner.trainable.merged
 
     def look_first():
-        run.model.eval()
+        run.learner.model.eval()
         with torch.no_grad():
-            seen["logits"] = run.model(input_ids=ids).logits
+            seen["logits"] = run.learner.model(input_ids=ids).logits
         return merged()
 
-    run.trainable.merged = look_first
+    run.learner.trainable.merged = look_first
     run.run()
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "training" / MODEL)
     with torch.no_grad():
@@ -503,10 +401,10 @@ def test_the_exported_model_gives_the_trainers_logits(start, tmp_path, name):
 
 def test_adapters_change_the_layers_they_are_on_and_only_these(start, tmp_path):
     run = start(lora_rank=2, lora_targets=("q_proj", "down_proj"), lora_alpha=8)
-    assert {name.split(".lora_")[1][0] for name in run.trainable.parameters} == {"A", "B"}
-    assert len(run.trainable.parameters) == 2 * 2 * 2
+    assert {name.split(".lora_")[1][0] for name in run.learner.trainable.parameters} == {"A", "B"}
+    assert len(run.learner.trainable.parameters) == 2 * 2 * 2
     run.run()
-    base = load_file(run.model_directory / "model.safetensors")
+    base = load_file(run.learner.model_directory / "model.safetensors")
     changed = {k for k, v in model_of(tmp_path / "training").items() if not torch.equal(v, base[k])}
     assert changed == {
         f"model.layers.{layer}.{part}.weight"
@@ -522,9 +420,9 @@ def test_adapters_scale_by_alpha_over_rank(start, tmp_path):
     """W' - W = alpha / rank * B A, from the checkpoint's B and A."""
     run = start(lora_rank=2, lora_targets=("q_proj",), lora_alpha=6, checkpoint_every=1)
     run.run()
-    base = load_file(run.model_directory / "model.safetensors")
+    base = load_file(run.learner.model_directory / "model.safetensors")
     final = model_of(tmp_path / "training")
-    state = run.trainable.state()
+    state = run.learner.trainable.state()
     name = "model.layers.1.self_attn.q_proj"
     a, b = (next(v for k, v in state.items() if name in k and f"lora_{x}" in k) for x in "AB")
     torch.testing.assert_close(
@@ -535,7 +433,7 @@ def test_adapters_scale_by_alpha_over_rank(start, tmp_path):
 def test_frozen_parts_do_not_change_and_the_others_do(start, tmp_path):
     run = start(freeze=("model.layers.0.*", "model.embed*"))
     run.run()
-    base = load_file(run.model_directory / "model.safetensors")
+    base = load_file(run.learner.model_directory / "model.safetensors")
     for name, tensor in model_of(tmp_path / "training").items():
         is_frozen = name.startswith(("model.layers.0.", "model.embed"))
         assert torch.equal(tensor, base[name]) == is_frozen, name
@@ -568,7 +466,7 @@ def test_the_setting_says_what_is_computed_again(start, monkeypatch):
     for which in (False, "selective", "full", "auto"):
         run = start(gradient_checkpointing=which, evaluate_every=1)
         with Counted() as counted:
-            run._hidden(run.held_out[0]).sum().backward()
+            run.learner.hidden_states(run.held_out.batches[0]).sum().backward()
         calls[which] = [counted.calls[name] for name in ("mm", "silu")]
     products, activations = calls[False]
     assert activations == 2
@@ -576,11 +474,11 @@ def test_the_setting_says_what_is_computed_again(start, monkeypatch):
     assert calls["full"] == [products + 2 * 6, 4]
     assert calls["auto"] == calls[False]
     # The same model, once a batch has as many tokens as count for many.
-    tokens = run.held_out[0].input_ids_BT.numel()
+    tokens = run.held_out.batches[0].input_ids_BT.numel()
     for many, expected in ((tokens + 1, False), (tokens, "selective")):
         monkeypatch.setattr(recompute, "MANY_TOKENS", many)
         with Counted() as counted:
-            run._hidden(run.held_out[0]).sum().backward()
+            run.learner.hidden_states(run.held_out.batches[0]).sum().backward()
         assert [counted.calls[name] for name in ("mm", "silu")] == calls[expected]
 
 
@@ -599,14 +497,14 @@ def test_fresh_subsets_are_those_of_the_model_at_the_time(start, recorded):
     run = start(refresh_every=3, steps=5)
     seen = {}
     weights = {}
-    samples_of_step = run._samples_of_step
+    samples_of_step = run.fresh.samples_of_step
 
     def look(step):
-        weights[step] = {k: v.clone() for k, v in run.model.state_dict().items()}
+        weights[step] = {k: v.clone() for k, v in run.learner.model.state_dict().items()}
         seen[step] = samples_of_step(step)
         return seen[step]
 
-    run._samples_of_step = look
+    run.fresh.samples_of_step = look
     run.run()
     for step, model_at in ((0, None), (2, None), (3, 3), (4, 3)):
         old = [run.samples[index] for index in run.samples.indices_of_step(step)]
@@ -618,7 +516,7 @@ def test_fresh_subsets_are_those_of_the_model_at_the_time(start, recorded):
             if model_at is None:
                 assert torch.equal(sample.candidates.token_ids, before.candidates.token_ids)
                 continue
-            model = load_model(run.model_directory)
+            model = load_model(run.learner.model_directory)
             model.load_state_dict(weights[model_at])
             with torch.no_grad():
                 logits_TV = model(input_ids=sample.input_ids_T[None]).logits[0]
@@ -644,7 +542,7 @@ def test_fresh_subsets_are_those_of_the_model_at_the_time(start, recorded):
 def test_rho_is_measured_where_the_first_part_is_empty(start, tmp_path):
     """With parts of one sample, the shortest first; the first ones may have no active position."""
     run = start(probe_every=2, steps=3, micro_batches=4)
-    samples_of_step = run._samples_of_step
+    samples_of_step = run.fresh.samples_of_step
 
     def with_an_empty_one(step):
         first, *others = samples_of_step(step)
@@ -654,8 +552,8 @@ def test_rho_is_measured_where_the_first_part_is_empty(start, tmp_path):
         )
         return [dataclasses.replace(first, candidates=empty), *others]
 
-    run._samples_of_step = with_an_empty_one
-    run.loss = dataclasses.replace(run.loss, anchor_weight=0.0, tail_samples=0)
+    run.fresh.samples_of_step = with_an_empty_one
+    run.learner.loss = dataclasses.replace(run.learner.loss, anchor_weight=0.0, tail_samples=0)
     run.run()
     lines = read_metrics(tmp_path / "training" / METRICS)
     assert ["subset/rho" in line.metrics for line in lines] == [True, False, True]
@@ -817,13 +715,11 @@ def test_every_method_of_the_shipped_comparison_trains(tiny_model, tmp_path):
         folder = tmp_path / name
         folder.mkdir()
         train = space.train_of(name, lr=space.learning_rates_of(name)[-1], seed=0)
-        run = TrainingRun(
+        run = run_alone(
             train.model_copy(update={"steps": 2, "tail_samples": min(train.tail_samples, 64)}),
             record=directory,
-            model_directory=tiny_model,
+            model=tiny_model,
             directory=folder,
-            group=WorkerGroup(),
-            device=torch.device("cpu"),
         )
         assert math.isfinite(run.run()["final_loss"]), name
         weights = b"".join(v.numpy().tobytes() for v in model_of(folder).values())

@@ -222,7 +222,7 @@ def test_epochs_are_those_of_the_record_where_there_is_one(settings, tmp_path):
     from lrmc_ray.models import local_directory
     from lrmc_ray.record.identity import identify
     from lrmc_ray.record.sources import training_sources
-    from tests.train.test_training_run import record_of
+    from tests.support.training import record_of
 
     train = settings.train.model_copy(update={"epochs": 2.5})
     epochs = settings.model_copy(update={"train": train})

@@ -25,16 +25,17 @@ from lrmc_ray.evaluate.items import ITEMS_FILE, Scores
 from lrmc_ray.evaluate.run import _score_part, _Scoring
 from lrmc_ray.files.artifacts import read_manifest
 from lrmc_ray.files.names import LEDGER, MODEL, RUNG
+from lrmc_ray.files.place import StoredPlace
 from lrmc_ray.files.storage import COMMITTED, Storage, files_below
 from lrmc_ray.models import model_fingerprint
 from lrmc_ray.train.early_stopping import read_decision, values_of_others
 from lrmc_ray.train.ledger import read_ledger
 from lrmc_ray.train.stored import StoredRun
 from lrmc_ray.tune import command as tune
+from tests.support.rung import RULE, write_decision
 from tests.support.s3 import s3_server
 from tests.support.tiny import make_data, make_model
-from tests.train.test_early_stopping import RULE, base_scores, write_decision  # noqa: F401  # a fixture
-from tests.train.test_training_run import recorded, settings_of  # noqa: F401  # a fixture
+from tests.support.training import run_alone, settings_of
 
 torch.set_num_threads(1)
 ROOT = Path(__file__).parents[2]
@@ -74,15 +75,15 @@ def in_storage(number=7):
 
 
 def test_trials_compare_with_those_in_the_storage(storage, tmp_path):
-    assert values_of_others(in_storage(), storage) == {}
+    assert values_of_others(in_storage(), StoredPlace(storage.uri)) == {}
     for number, value in {1: 0.25, 3: -0.5, 7: 9.0}.items():
         decision_of(storage, tmp_path, number, value)
     storage.write("studies/one/trials/0004/training/metrics.jsonl", b"{}")
     storage.write("studies/other/trials/0005/training/rung.json", b"{}")
-    assert values_of_others(in_storage(), storage) == {1: 0.25, 3: -0.5}
+    assert values_of_others(in_storage(), StoredPlace(storage.uri)) == {1: 0.25, 3: -0.5}
     storage.write("studies/one/trials/0003/training/rung.json", b"{")
     with pytest.raises(DataError, match=r"trials/0003/training/rung\.json is damaged"):
-        values_of_others(in_storage(), storage)
+        values_of_others(in_storage(), StoredPlace(storage.uri))
 
 
 @pytest.mark.parametrize("others", [{1: 9.0, 2: 9.0}, {1: -9.0, 2: -9.0}], ids=["worse", "better"])
@@ -91,13 +92,10 @@ def test_a_decision_reaches_the_storage_and_the_next_node(
     storage,
     tmp_path,
     tiny_model,
-    recorded,  # noqa: F811
-    base_scores,  # noqa: F811
+    recorded,
+    base_scores,
 ):
     """The trial ends, or goes on, on another node without being scored again."""
-    from lrmc_ray.method.training_loop import WorkerGroup
-    from lrmc_ray.train.loop import TrainingRun
-
     for number, value in others.items():
         decision_of(storage, tmp_path / "trials", number, value)
     storage.publish("studies/one/base_scores", {ITEMS_FILE: base_scores / ITEMS_FILE})
@@ -105,15 +103,12 @@ def test_a_decision_reaches_the_storage_and_the_next_node(
     def run_on(node):
         directory = tmp_path / node / "run"
         directory.mkdir(parents=True)
-        return TrainingRun(
+        return run_alone(
             settings_of(),
             record=recorded,
-            model_directory=tiny_model,
-            directory=directory,
-            group=WorkerGroup(),
-            device=torch.device("cpu"),
+            model=tiny_model,
+            files=StoredRun(storage, NAME, directory),
             rung=dataclasses.replace(in_storage(), least=2),
-            stored=StoredRun(storage, NAME, directory),
         )
 
     first, stops = run_on("one"), others[1] > 0
@@ -129,7 +124,7 @@ def test_a_decision_reaches_the_storage_and_the_next_node(
     known = read_decision(first.directory)
     assert (known.others, known.stop) == ({str(n): v for n, v in others.items()}, stops)
     second = run_on("two")
-    second.early_stopping._own_rows = lambda model: pytest.fail("scored again")
+    second.early_stopping.own_rows = lambda model: pytest.fail("scored again")
     outcome = second.run()
     assert outcome["pruned"] is stops
     driver = StoredRun(storage, NAME, tmp_path / "driver")
@@ -162,7 +157,7 @@ def test_a_wish_in_the_drivers_directory_crosses_and_is_taken_back(storage, tmp_
             wish.touch()
             until(driver.is_asked)
             assert wish.exists()
-            driver.forget_wishes()  # as rank 0 does when the checkpoint is saved
+            driver.storage.delete(f"{NAME}/{CHECKPOINT_NOW}")  # the checkpoint is saved
             until(lambda: not wish.exists())
     assert not driver.is_asked()
 

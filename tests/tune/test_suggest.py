@@ -21,7 +21,7 @@ from lrmc_ray.tune.suggest import (
     with_ranges,
 )
 from tests.support.tiny import make_data
-from tests.train.test_training_run import record_of
+from tests.support.training import record_of
 
 TAUS = (0.5, 0.7, 0.8, 0.9, 0.95, 0.99)
 

@@ -199,7 +199,7 @@ def test_a_trial_that_stopped_early_is_described_and_never_the_best(tmp_path):
 
 def test_epochs_of_a_trial_are_described_as_its_steps(tmp_path, tiny_model):
     """8 samples: 3 epochs in batches of 4 are 6 steps; what a trial cannot have is left to it."""
-    from tests.train.test_training_run import record_of
+    from tests.support.training import record_of
 
     data = make_data(tmp_path / "train.jsonl", num_rows=8)
     search = make_search(tmp_path, POINTS[:1])

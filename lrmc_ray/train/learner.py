@@ -1,0 +1,134 @@
+"""What one worker trains and by which rules: the weights, their optimizer, the loss."""
+
+import math
+import shutil
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lrmc_ray.config import TrainSettings
+from lrmc_ray.errors import ConfigError
+from lrmc_ray.files.artifacts import PARTIAL
+from lrmc_ray.method.l2_sp import StartingPoint
+from lrmc_ray.method.microbatch import MicroBatch
+from lrmc_ray.method.moclip import MoClip
+from lrmc_ray.method.optimizers import make_optimizer
+from lrmc_ray.method.training_loop import FrozenBase, LossSettings
+from lrmc_ray.models import attention_cost, batch_hidden_states, head_of, load_model, save_model
+from lrmc_ray.train.trainable import TrainableModel
+
+
+class Learner:
+    """A model with all that a step needs besides samples; the same on every worker."""
+
+    def __init__(
+        self, settings: TrainSettings, model_directory: Path, device: torch.device
+    ) -> None:
+        """Load the base model.
+
+        Args:
+            settings: of the run.
+            model_directory: the base model.
+            device: where to compute.
+
+        Raises:
+            ConfigError: a setting fits nothing in the model.
+            DataError: the model cannot be loaded, or its head is not supported.
+        """
+        self.settings = settings
+        self.model_directory = model_directory
+        self.trainable = TrainableModel(load_model(model_directory).to(device), settings)
+        self.model = self.trainable.model
+        self.head = head_of(self.model)
+        parameters = list(self.trainable.parameters.values())
+        self.optimizer = _optimizer(settings, parameters)
+        # Before a checkpoint is loaded: these are the base's weights.
+        self.penalty = None
+        if settings.l2_sp_weight:
+            self.penalty = StartingPoint(parameters, settings.l2_sp_weight)
+        self.base = _frozen_base(settings, model_directory, device)
+        self.loss = LossSettings(
+            loss=settings.loss,
+            tail_samples=settings.tail_samples,
+            anchor_weight=settings.anchor_weight,
+            seed=settings.seed,
+            base_kl_weight=settings.base_kl_weight,
+        )
+        self.autocast = torch.bfloat16 if settings.precision == "bf16" else None
+        self.attention_cost = attention_cost(self.model) if settings.packing else math.inf
+
+    def hidden_states(self, batch: MicroBatch) -> Tensor:
+        """Final hidden states [B, T, D] of the model that is trained."""
+        return batch_hidden_states(self.model, batch)
+
+    def check_compiled(self) -> None:
+        """Refuse to go on uncompiled: other workers, or this one later, would round otherwise.
+
+        Raises:
+            ConfigError: the setting asks for it, and this node cannot compile.
+        """
+        optimizer = self.optimizer
+        if self.settings.compile_optimizer and isinstance(optimizer, MoClip):
+            if optimizer.compiled:
+                return
+            raise ConfigError(
+                "train.compile_optimizer = true needs a C++ compiler on every node, and there is "
+                "none that works on this one; install one (apt install g++), or set it to false"
+            )
+
+    def state(self) -> dict[str, Any]:
+        """What a checkpoint keeps."""
+        return {"model": self.trainable.state(), "optimizer": self.optimizer.state_dict()}
+
+    def load(self, state: Mapping[str, Any]) -> None:
+        """Go on from what :meth:`state` returned."""
+        self.trainable.load(state["model"])
+        self.optimizer.load_state_dict(state["optimizer"])
+
+    def save(self, directory: Path) -> None:
+        """Save the model, adapters merged into it, with the base's tokenizer; whole or not."""
+        unfinished = directory.with_name(directory.name + PARTIAL)
+        shutil.rmtree(unfinished, ignore_errors=True)
+        save_model(self.trainable.merged(), self.model_directory, unfinished)
+        shutil.rmtree(directory, ignore_errors=True)
+        unfinished.rename(directory)
+
+
+def _optimizer(settings: TrainSettings, parameters: Sequence[Tensor]) -> torch.optim.Optimizer:
+    return make_optimizer(
+        settings.optimizer,
+        parameters,
+        lr=settings.lr,
+        betas=settings.betas,
+        weight_decay=settings.weight_decay,
+        **_optimizer_options(settings),
+    )
+
+
+def _frozen_base(
+    settings: TrainSettings, model_directory: Path, device: torch.device
+) -> FrozenBase | None:
+    """The base model beside the one that is trained, for the loss that compares the two."""
+    if settings.loss != "kl_to_base":
+        return None
+    base = load_model(model_directory).to(device).requires_grad_(False)
+    return FrozenBase(lambda batch: batch_hidden_states(base, batch), head_of(base))
+
+
+def _optimizer_options(settings: TrainSettings) -> dict[str, Any]:
+    if settings.optimizer == "mofo":
+        return {"mofo_share": settings.mofo_share}
+    if settings.optimizer not in ("moclip", "adam_atan2"):
+        return {}
+    options: dict[str, Any] = {
+        "angle": settings.angle,
+        "second_moment": settings.second_moment,
+        "atan2_scale": settings.atan2_scale,
+        "compiled": settings.compile_optimizer,
+    }
+    if settings.optimizer == "moclip":
+        options |= {"delta_max": settings.delta_max, "clip": settings.clip}
+    return options

@@ -1,0 +1,175 @@
+"""When a run saves a checkpoint, what it goes on from, and who may write.
+
+Rank 0 saves; all workers hold the same state, so what it saves is everybody's. A run never starts
+again from step 0 where there were checkpoints.
+"""
+
+import contextlib
+import fcntl
+import math
+import time
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from lrmc_ray.config import TrainSettings
+from lrmc_ray.errors import DataError, DirectoryInUseError
+from lrmc_ray.files.names import CHECKPOINT_NOW, CHECKPOINTS, LEDGER
+from lrmc_ray.method.training_loop import WorkerGroup
+from lrmc_ray.train.checkpoints import load_checkpoint, load_newest, save_checkpoint
+from lrmc_ray.train.ledger import read_ledger
+from lrmc_ray.train.run_files import RunFiles
+
+WRITER_SECONDS = 120.0
+"""How long rank 0 waits for one of an earlier attempt to end."""
+
+
+NOTICE_SHARE = 0.1
+"""Share of the time that may go into checkpoints while a node is about to be taken away."""
+
+
+@contextlib.contextmanager
+def only_writer(directory: Path) -> Iterator[None]:
+    """Hold the run in ``directory``: a worker whose driver was killed may live on for a while.
+
+    Raises:
+        DirectoryInUseError: it still does after ``WRITER_SECONDS``.
+    """
+    with (directory / ".writer").open("a") as file:
+        deadline = time.monotonic() + WRITER_SECONDS
+        while True:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                if time.monotonic() > deadline:
+                    raise DirectoryInUseError(
+                        f"a worker of an earlier attempt still writes to {directory}; stop it"
+                    ) from None
+                time.sleep(0.2)
+        yield
+
+
+class Checkpoints:
+    """The checkpoints of one run, as one of its workers sees them."""
+
+    def __init__(
+        self,
+        settings: TrainSettings,
+        files: RunFiles,
+        *,
+        record: str,
+        group: WorkerGroup,
+        device: torch.device,
+    ) -> None:
+        """Look at nothing yet.
+
+        Args:
+            settings: of the run.
+            files: of the run.
+            record: name of the record that it trains on.
+            group: this worker and the others.
+            device: where tensors are that workers exchange.
+        """
+        self._settings = settings
+        self._files = files
+        self._directory = files.directory / CHECKPOINTS
+        self._group = group
+        self._device = device
+        # What a checkpoint must agree with; nothing of the number of workers.
+        self._claims: dict[str, Any] = {
+            "seed": settings.seed,
+            "batch_size": settings.batch_size,
+            "micro_batches": settings.micro_batches,
+            "record": record,
+        }
+        self._asked = files.directory / CHECKPOINT_NOW
+        self._saved_at = -math.inf
+        self._save_seconds = 0.0
+
+    def is_due(self, done: int, is_preempted: bool) -> bool:
+        """Whether rank 0 saves a checkpoint behind step ``done``."""
+        if done % self._settings.checkpoint_every == 0 or self._asked.exists():
+            return True
+        pause = self._save_seconds / NOTICE_SHARE
+        return is_preempted and time.monotonic() - self._saved_at > pause
+
+    def save(self, step: int, state: Mapping[str, Any], *, best: int | None) -> None:
+        """Save ``state`` as the checkpoint behind ``step`` steps; rank 0 alone.
+
+        Args:
+            step: steps done.
+            state: of the run; it gets back what it gives.
+            best: step of the best model so far, whose checkpoint stays; None if there is none.
+
+        Raises:
+            DirectoryInUseError: another rank 0 has taken over.
+        """
+        start = time.monotonic()
+        keep, also = self._settings.keep_checkpoints, [] if best is None else [best]
+        save_checkpoint(
+            self._directory,
+            step,
+            {"step": step, "claims": self._claims, **state},
+            keep=keep,
+            also=also,
+        )
+        self._files.push(step, keep=keep, also=also)
+        self._saved_at = time.monotonic()
+        self._save_seconds = self._saved_at - start
+        self._asked.unlink(missing_ok=True)
+
+    def newest(self) -> dict[str, Any] | None:
+        """The state of the newest good checkpoint, and ``step``; None at the very beginning.
+
+        All workers ask together; rank 0 says which checkpoint that is, and what is newer is
+        removed.
+
+        Raises:
+            DataError: there were checkpoints and none is good, or it is that of another run.
+        """
+        state = self._newest_of_rank_0() if self._group.rank == 0 else None
+        chosen = torch.tensor([state["step"] if state else 0], device=self._device)
+        self._group.broadcast_(chosen, source=0)
+        step = int(chosen)
+        if self._group.rank != 0 and step:
+            self._files.pull(step)
+            state = load_checkpoint(self._directory, step)
+        if state is not None and state["claims"] != self._claims:
+            raise DataError(
+                f"the checkpoint behind step {step} in {self._directory} is that of another "
+                f"run ({state['claims']}, this one {self._claims}); remove {self._files.directory}"
+            )
+        return state
+
+    def weights(self, step: int) -> dict[str, Any]:
+        """The model's weights behind ``step`` steps.
+
+        Raises:
+            DataError: the checkpoint is missing, or not what was written.
+        """
+        self._files.pull(step)
+        weights: dict[str, Any] = load_checkpoint(self._directory, step)["model"]
+        return weights
+
+    def _newest_of_rank_0(self) -> dict[str, Any] | None:
+        self._files.begin()
+        state = load_newest(self._directory)
+        if state is None:
+            self._refuse_lost_checkpoints()
+        self._files.discard_after(state["step"] if state else 0)
+        return state
+
+    def _refuse_lost_checkpoints(self) -> None:
+        """Never start again from step 0 where the ledger shows that there were checkpoints."""
+        ledger = self._files.directory / LEDGER
+        last = max((line.step for line in read_ledger(ledger)), default=-1)
+        # The line of a step is written before its checkpoint, that of the next one after it.
+        if last >= self._settings.checkpoint_every:
+            raise DataError(
+                f"{ledger} shows {last + 1} steps, but there is no checkpoint in "
+                f"{self._directory}; restore them from a backup, or remove "
+                f"{self._files.directory} to train from the start"
+            )
