@@ -51,7 +51,7 @@ def forward_loop(model: Any, rows: Sequence[Mapping[str, Any]]) -> tuple[float, 
 def shares(recorder: Any, rows: Sequence[Mapping[str, Any]], directory: Path) -> dict[str, float]:
     """What the time of an actor goes into, as shares; ``tokens_per_second`` beside them."""
     from lrmc_ray import models
-    from lrmc_ray.method import subsets
+    from lrmc_ray.method import head, subsets
     from lrmc_ray.record.describe import describe
     from lrmc_ray.record.parts import write_part
 
@@ -68,7 +68,7 @@ def shares(recorder: Any, rows: Sequence[Mapping[str, Any]], directory: Path) ->
 
     places = (
         ("forward", models, "batch_hidden_states"),
-        ("logits", models, "logits"),
+        ("logits", head, "head_logits"),
         ("selection", subsets, "select_candidates"),
     )
     originals = [getattr(module, attribute) for _, module, attribute in places]

@@ -28,9 +28,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from lrmc_ray.method.baselines.vocabulary_loss import full_cross_entropy
+from lrmc_ray.method.head import OutputHead
 from lrmc_ray.method.restricted_loss import draw_tail, restricted_cross_entropy
 from lrmc_ray.method.subsets import CandidateSets
-from lrmc_ray.method.vocabulary_loss import full_cross_entropy
 
 SIZES = ("1024,576,49152,24", "2048,576,49152,24", "1024,640,262144,24", "512,2560,151936,32")
 BASELINE = "logits + cross_entropy"
@@ -63,17 +64,13 @@ def zipf_candidates(
 
 
 def methods(device: torch.device, vocabulary_size: int) -> dict[str, Method]:
-    tail_ids, tail_logweights = (
-        x.to(device) for x in draw_tail(1024, vocabulary_size, seed=0, step=0)
-    )
+    tail = draw_tail(1024, vocabulary_size, seed=0, step=0).to(device)
 
     def plain(h: Tensor, w: Tensor, c: CandidateSets) -> Tensor:
         return F.cross_entropy(F.linear(h, w).float(), c.gold_ids.long(), reduction="sum")
 
-    def tail(h: Tensor, w: Tensor, c: CandidateSets) -> Tensor:
-        return restricted_cross_entropy(
-            h, w, c, tail_ids=tail_ids, tail_logweights=tail_logweights, backend="sparse"
-        )
+    def with_tail(h: Tensor, w: Tensor, c: CandidateSets) -> Tensor:
+        return restricted_cross_entropy(h, OutputHead(w), c, tail=tail, backend="sparse")
 
     found: dict[str, Method] = {BASELINE: plain}
     if hasattr(F, "linear_cross_entropy"):
@@ -82,14 +79,16 @@ def methods(device: torch.device, vocabulary_size: int) -> dict[str, Method]:
         )
     if device.type == "cuda":
         found |= cuda_peers()
-    found["full_cross_entropy (ours)"] = lambda h, w, c: full_cross_entropy(h, w, c.gold_ids)
+    found["full_cross_entropy (ours)"] = lambda h, w, c: full_cross_entropy(
+        h, OutputHead(w), c.gold_ids
+    )
     found["restricted, gather"] = lambda h, w, c: restricted_cross_entropy(
-        h, w, c, backend="gather"
+        h, OutputHead(w), c, backend="gather"
     )
     found["restricted, sparse"] = lambda h, w, c: restricted_cross_entropy(
-        h, w, c, backend="sparse"
+        h, OutputHead(w), c, backend="sparse"
     )
-    found["restricted, sparse, tail 1024"] = tail
+    found["restricted, sparse, tail 1024"] = with_tail
     return found
 
 

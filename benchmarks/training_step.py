@@ -121,8 +121,10 @@ def make_samples(args: argparse.Namespace) -> list[Any]:
 def run_ours(args: argparse.Namespace, samples: Sequence[Any], name: str) -> list[float]:
     """Seconds of every step of our loop."""
     from lrmc_ray.config import ModelSettings
+    from lrmc_ray.method.losses import LanguageModel, LossSettings
     from lrmc_ray.method.optimizers import make_optimizer
-    from lrmc_ray.method.training_loop import LossSettings, WorkerGroup, train
+    from lrmc_ray.method.training_loop import StepOptions, train
+    from lrmc_ray.method.workers import WorkerGroup
     from lrmc_ray.models import (
         attention_cost,
         batch_hidden_states,
@@ -137,8 +139,7 @@ def run_ours(args: argparse.Namespace, samples: Sequence[Any], name: str) -> lis
     if name in RECOMPUTE:
         recompute_activations(model, RECOMPUTE[name])
     steps = train(
-        lambda batch: batch_hidden_states(model, batch),
-        head_of(model),
+        LanguageModel(lambda batch: batch_hidden_states(model, batch), head_of(model)),
         make_optimizer(
             "adamw" if is_full else "moclip",
             model.parameters(),
@@ -152,13 +153,14 @@ def run_ours(args: argparse.Namespace, samples: Sequence[Any], name: str) -> lis
             1.0 if name in ("anchored", "tail", "default") else 0.0,
             seed=0,
         ),
+        StepOptions(
+            num_micro_batches=4 if name == "default" else 1,
+            autocast=torch.bfloat16 if args.precision == "bf16" else None,
+            attention_cost=math.inf if name == "full, padded" else attention_cost(model),
+        ),
         WorkerGroup(),
-        first_step=0,
-        steps=args.steps + 1,
-        num_micro_batches=4 if name == "default" else 1,
+        steps=range(args.steps + 1),
         lr_of_step=lambda step: LR,
-        autocast=torch.bfloat16 if args.precision == "bf16" else None,
-        attention_cost=math.inf if name == "full, padded" else attention_cost(model),
     )
     clock = clock_of(args)
     seconds, last = [], clock()

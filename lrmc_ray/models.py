@@ -27,8 +27,9 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
-    from lrmc_ray.method.microbatch import Layout, MicroBatch
-    from lrmc_ray.method.training_loop import OutputHead
+    from lrmc_ray.method.head import OutputHead
+    from lrmc_ray.method.layout import Layout
+    from lrmc_ray.method.microbatch import MicroBatch
 
 
 def send_model(place: Place, directory: Path) -> str:
@@ -230,7 +231,7 @@ def head_of(model: Any) -> "OutputHead":
     """
     import torch
 
-    from lrmc_ray.method.training_loop import OutputHead
+    from lrmc_ray.method.head import OutputHead, head_logits
 
     config = model.config.get_text_config()
     layer = model.get_output_embeddings()
@@ -249,7 +250,7 @@ def head_of(model: Any) -> "OutputHead":
     model.eval()  # dropout would make two forward passes differ
     with torch.no_grad():
         expected_TV = model(input_ids=ids_BT, use_cache=False).logits[0].float()
-        actual_TV = logits(hidden_states(model, ids_BT)[0], head).float()
+        actual_TV = head_logits(hidden_states(model, ids_BT)[0], head).float()
     model.train(was_training)
     if not torch.allclose(expected_TV, actual_TV, atol=1e-2, rtol=1e-2):
         difference = (expected_TV - actual_TV).abs().max().item()
@@ -338,17 +339,6 @@ def attention_cost(model: Any) -> float:
     embeddings = {id(model.get_input_embeddings().weight), id(model.get_output_embeddings().weight)}
     weights = sum(p.numel() for p in model.parameters() if id(p) not in embeddings)
     return float(2 * config.num_hidden_layers * config.hidden_size / weights)
-
-
-def logits(hidden_ND: "Tensor", head: "OutputHead") -> "Tensor":
-    """Logits over the whole vocabulary, [N, V]."""
-    import torch
-    import torch.nn.functional as F
-
-    logits_NV = F.linear(hidden_ND, head.weight_VD, head.bias_V) * head.logit_scale
-    if head.softcap is not None:
-        logits_NV = head.softcap * torch.tanh(logits_NV / head.softcap)
-    return logits_NV
 
 
 def save_model(model: Any, tokenizer_directory: Path, directory: Path) -> None:

@@ -10,6 +10,7 @@ from safetensors.torch import load_file, save_file
 
 from lrmc_ray.config import ModelSettings
 from lrmc_ray.errors import DataError, IncompleteArtifactError
+from lrmc_ray.method.head import head_logits
 from lrmc_ray.models import (
     cache_directory,
     head_of,
@@ -17,7 +18,6 @@ from lrmc_ray.models import (
     load_model,
     load_tokenizer,
     local_directory,
-    logits,
     model_fingerprint,
     save_model,
     tokenizer_fingerprint,
@@ -91,7 +91,7 @@ def test_head_of_gives_the_models_own_logits(name):
     ids_BT = torch.randint(128, (3, 20), generator=torch.Generator().manual_seed(1))
     with torch.no_grad():
         expected_BTV = model(input_ids=ids_BT).logits
-        actual_BTV = logits(hidden_states(model, ids_BT), head)
+        actual_BTV = head_logits(hidden_states(model, ids_BT), head)
         plain_BTV = hidden_states(model, ids_BT) @ head.weight_VD.T
     torch.testing.assert_close(actual_BTV, expected_BTV, rtol=1e-5, atol=1e-5)
     # What makes the model special matters.

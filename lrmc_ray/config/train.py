@@ -8,12 +8,21 @@ from pydantic import (
 )
 
 from lrmc_ray.config.base import Betas, Patterns, Settings
+from lrmc_ray.method.names import (
+    Angle,
+    Clip,
+    Loss,
+    OptimizerName,
+    Reduction,
+    Schedule,
+    SecondMoment,
+)
 
 
 class TrainSettings(Settings):
     """Stage 1: the loss, the optimizer and the budget."""
 
-    loss: Literal["restricted", "full", "soft", "active_only", "dft", "kl_to_base"] = "restricted"
+    loss: Loss = "restricted"
     """``restricted`` is the paper's, ``full`` ordinary fine-tuning, the others baselines."""
     base_kl_weight: float = Field(1.0, ge=0)
     """Weight of KL(base || model) with ``kl_to_base``, which holds the base model beside."""
@@ -28,7 +37,7 @@ class TrainSettings(Settings):
     the paper's loss."""
     anchor_weight: float = Field(1.0, ge=0)
     """Weight of the KL to the base model on prompt positions; 0 is the paper."""
-    optimizer: Literal["moclip", "adamw", "adam_atan2", "c_adamw", "mofo"] = "moclip"
+    optimizer: OptimizerName = "moclip"
     """``adam_atan2`` is MoClip without the cap, the others are baselines."""
     lr: float = Field(3e-5, gt=0, lt=1)
     """Peak learning rate."""
@@ -43,12 +52,12 @@ class TrainSettings(Settings):
     delta_max: float = Field(90.0, gt=0, le=180)
     """Largest angle between gradient and momentum, in degrees; 180 switches the cap off, that of
     weights, too."""
-    clip: Literal["scale", "cautious", "momentum", "project", "rotate", "none"] = "cautious"
+    clip: Clip = "cautious"
     """Reading of the cap, see ``method/moclip.py``. ``cautious`` is ``scale``, and leaves out of a
     step the weights that would move against their gradient."""
-    angle: Literal["tensor", "global"] = "tensor"
+    angle: Angle = "tensor"
     """One angle per tensor, or one for the whole model."""
-    second_moment: Literal["raw", "capped"] = "raw"
+    second_moment: SecondMoment = "raw"
     """Whether the second moment sees the gradient before or after the cap."""
     atan2_scale: float = Field(1.0, gt=0)
     """Factor a of the step a * atan2(m, sqrt(v)). With 1 a learning rate means what it does to
@@ -56,7 +65,7 @@ class TrainSettings(Settings):
     compile_optimizer: bool = False
     """Compile the step of ``moclip`` and ``adam_atan2``: a third of its time, after some seconds at
     the first; needs a C++ compiler on every node. Its rounding is its own."""
-    schedule: Literal["constant", "linear", "cosine"] = "constant"
+    schedule: Schedule = "constant"
     """Learning rate after the warm-up; linear and cosine end at 0."""
     warmup_steps: int = Field(0, ge=0)
     """Steps over which the learning rate rises linearly."""
@@ -92,7 +101,7 @@ class TrainSettings(Settings):
     """Gradient clipping by norm; none by default."""
     precision: Literal["fp32", "bf16"] = "fp32"
     """``bf16`` runs the forward pass under autocast; weights stay float32."""
-    reduction: Literal["strict", "fast"] = "strict"
+    reduction: Reduction = "strict"
     """``strict``: bit-identical for every number of workers; ``fast``: one all-reduce."""
     seed: int = Field(0, ge=0, lt=2**32)
     """Order of the samples, dropout and sampled tails."""

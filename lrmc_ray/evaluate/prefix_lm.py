@@ -13,8 +13,7 @@ with the same question. lm-eval's own ``HFLM`` runs every request from its first
 What is scored stays the same, and so do the scores, up to rounding. Sampled generation, and models
 whose cache or head does not fit (:func:`supports`), are left to ``HFLM`` itself.
 
-Shape suffixes: B = sequences of a batch, T = positions, D = hidden, N = scored positions,
-V = vocabulary, Q = scored tokens, P = positions of the shared prefix.
+Shape suffixes: those of :mod:`lrmc_ray.method`; O = the last ``OVERLAP + 1`` tokens of a context.
 """
 
 import copy
@@ -44,7 +43,8 @@ from lrmc_ray.evaluate.prefix_batches import (
     context_rows,
     prefix_families,
 )
-from lrmc_ray.models import head_of, logits
+from lrmc_ray.method.head import head_logits
+from lrmc_ray.models import head_of
 
 _log = logging.getLogger(__name__)
 
@@ -345,7 +345,7 @@ class PrefixLM(HFLM):  # type: ignore[misc]  # lm-eval ships no types
 
     def _logits(self, hidden_ND: torch.Tensor) -> torch.Tensor:
         assert self._head is not None
-        return logits(hidden_ND, self._head).float()
+        return head_logits(hidden_ND, self._head)
 
     def _run_prefix(self, prefix: Tokens) -> Any:
         if not prefix:

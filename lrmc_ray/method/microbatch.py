@@ -6,15 +6,8 @@ the model is causal, a sequence can then be cut behind its last active position,
 without one can be left out of the forward pass; the gradient stays exactly the same (point 4).
 The divisors do not change: they count every supervised and every prompt position.
 
-For the same reason the hidden states of a prefix that sequences share are the same in all of them,
-so it is enough to compute them once. *Packed*, the sequences are one row: a tree of tokens, in
-which each sees its ancestors alone. There is no padding, and a prompt that all samples begin with
-is there once. The loss and its gradient are the same up to rounding. *Padded*, each sequence has a
-row of its own; long sequences without a common prefix are cheaper that way, since attention within
-one row costs the square of its length.
-
-Shape suffixes: B = sequences, T = tokens (padded), P = recorded positions of one sequence,
-N = positions of a micro-batch at which a loss is taken.
+A batch is *padded*, each sequence in a row of its own, or *packed* into one row, where what they
+have in common at their beginnings is computed once: see ``fast.packing``.
 """
 
 import dataclasses
@@ -25,6 +18,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from lrmc_ray.method.fast.packing import lay_out
+from lrmc_ray.method.layout import Layout, moved
 from lrmc_ray.method.subsets import CandidateSets, cut
 
 _NO_CANDIDATES = CandidateSets(
@@ -98,15 +93,11 @@ class MicroBatch:
         return dataclasses.replace(
             self,
             input_ids_BT=self.input_ids_BT.to(device),
-            position_ids_BT=_to(self.position_ids_BT, device),
-            is_visible_TT=_to(self.is_visible_TT, device),
+            position_ids_BT=moved(self.position_ids_BT, device),
+            is_visible_TT=moved(self.is_visible_TT, device),
             supervised=self.supervised.to(device),
             anchored=self.anchored.to(device),
         )
-
-
-def _to(tensor: Tensor | None, device: torch.device) -> Tensor | None:
-    return None if tensor is None else tensor.to(device)
 
 
 @dataclass(frozen=True)
@@ -172,96 +163,6 @@ def collate(
     )
 
 
-@dataclass(frozen=True)
-class Layout:
-    """Some sequences as one batch of tokens, padded or packed, and where to find each token."""
-
-    input_ids_BT: Tensor
-    """Packed: one row."""
-    position_ids_BT: Tensor | None
-    """Packed: each token's place in its sequence."""
-    is_visible_TT: Tensor | None
-    """Packed: boolean, whether the token of the row sees that of the column."""
-    rows: list[int]
-    """Of each sequence."""
-    columns: list[Tensor]
-    """Of each token of each sequence."""
-    num_shared: int
-    """Tokens of a prefix that another sequence brings along."""
-
-    def to(self, device: torch.device) -> "Layout":
-        """The same with its batch on another device; the places stay where they are."""
-        return dataclasses.replace(
-            self,
-            input_ids_BT=self.input_ids_BT.to(device),
-            position_ids_BT=_to(self.position_ids_BT, device),
-            is_visible_TT=_to(self.is_visible_TT, device),
-        )
-
-
-def lay_out(sequences: Sequence[Tensor], attention_cost: float) -> Layout:
-    """The cheaper of the two layouts.
-
-    Args:
-        sequences: token ids of each, int64 [T].
-        attention_cost: see :func:`collate`.
-    """
-    padded = _pad(sequences)
-    if not math.isfinite(attention_cost):
-        return padded
-    packed = _pack(sequences)
-    cheaper = _cost(packed, attention_cost) < _cost(padded, attention_cost)
-    return packed if cheaper else padded
-
-
-def _cost(layout: Layout, attention_cost: float) -> float:
-    rows, length = layout.input_ids_BT.shape
-    return rows * length * (1 + attention_cost * length)
-
-
-def _pad(sequences: Sequence[Tensor]) -> Layout:
-    input_ids_BT = torch.zeros(
-        len(sequences), max((len(ids_T) for ids_T in sequences), default=0), dtype=torch.int64
-    )
-    for row, ids_T in enumerate(sequences):
-        input_ids_BT[row, : len(ids_T)] = ids_T
-    columns = [torch.arange(len(ids_T)) for ids_T in sequences]
-    return Layout(input_ids_BT, None, None, list(range(len(sequences))), columns, 0)
-
-
-def _pack(sequences: Sequence[Tensor]) -> Layout:
-    """A tree: in lexicographic order, a sequence shares most with the one before it."""
-    ids = [ids_T.tolist() for ids_T in sequences]
-    columns: list[list[int]] = [[] for _ in ids]
-    tokens: list[int] = []
-    depths: list[int] = []
-    before: list[int] = []
-    path: list[int] = []
-    for index in sorted(range(len(ids)), key=lambda i: (ids[i], i)):
-        common = 0
-        for ours, theirs in zip(ids[index], before, strict=False):
-            if ours != theirs:
-                break
-            common += 1
-        new = ids[index][common:]
-        path = path[:common] + list(range(len(tokens), len(tokens) + len(new)))
-        depths += range(common, len(ids[index]))
-        tokens += new
-        before, columns[index] = ids[index], path
-    is_visible_TT = torch.zeros(len(tokens), len(tokens), dtype=torch.bool)
-    places = [torch.tensor(path) for path in columns]
-    for path_T in places:
-        is_visible_TT[path_T[:, None], path_T[None, :]] |= path_T[:, None] >= path_T[None, :]
-    return Layout(
-        torch.tensor([tokens], dtype=torch.int64),
-        torch.tensor([depths], dtype=torch.int64),
-        is_visible_TT,
-        [0] * len(ids),
-        places,
-        sum(map(len, ids)) - len(tokens),
-    )
-
-
 def _loss_positions(chosen: Sequence[tuple[Sample, Tensor]], layout: Layout) -> LossPositions:
     rows, columns, candidates = [], [], [_NO_CANDIDATES]
     for (sample, chosen_P), row, columns_T in zip(chosen, layout.rows, layout.columns, strict=True):
@@ -291,6 +192,21 @@ def deal(samples: Sequence[Sample], num_micro_batches: int, activity: Activity) 
         parts.append(order[start:stop])
         start = stop
     return parts
+
+
+def divide(
+    samples: Sequence[Sample],
+    num_micro_batches: int,
+    activity: Activity,
+    *,
+    trim: bool = True,
+    attention_cost: float = math.inf,
+) -> list[MicroBatch]:
+    """The fixed micro-batches of a global batch; see ``deal`` and ``collate``."""
+    return [
+        collate([samples[i] for i in part], activity, trim=trim, attention_cost=attention_cost)
+        for part in deal(samples, num_micro_batches, activity)
+    ]
 
 
 def cut_sample(sample: Sample, tau: float, *, k_min: int) -> Sample:

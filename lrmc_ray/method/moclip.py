@@ -10,8 +10,9 @@ parameter tensor, with gradient g, first moment m (``exp_avg`` *before* the step
     v     = beta2 v + (1 - beta2) g^2              g'^2 with second_moment="capped"
     w     = w (1 - lr weight_decay) - lr a atan2(m / (1 - beta1^t), sqrt(v / (1 - beta2^t)))
 
-The arctan2 step is that of Adam-atan2 (arXiv 2407.05872; a = 1.27, b = 1). It needs no epsilon,
-does not change when all gradients are scaled, and bounds what is added to the decayed weight:
+The arctan2 step is that of Adam-atan2 (arXiv 2407.05872, where a = 1.27 and b = 1; here a = 1 by
+default, since another a is no more than another learning rate). It needs no epsilon, does not
+change when all gradients are scaled, and bounds what is added to the decayed weight:
 |dw_i| <= lr a pi / 2.
 
 That the angle is capped is the paper's; its formula could not be read. Each reading is a value of
@@ -57,17 +58,16 @@ import warnings
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple, TypeVar, get_args
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from lrmc_ray.method.names import Angle, Clip, SecondMoment, check_choice
+
 # Shape suffix (this file): P = parameters, or vectors in general.
 
-Clip = Literal["scale", "cautious", "momentum", "project", "rotate", "none"]
-Angle = Literal["tensor", "global"]
-SecondMoment = Literal["raw", "capped"]
 _Item = TypeVar("_Item")
 
 NUM_ANGLE_BINS = 36
@@ -380,7 +380,7 @@ class MoClip(Optimizer):
         clip: Clip = "cautious",
         angle: Angle = "tensor",
         second_moment: SecondMoment = "raw",
-        atan2_scale: float = 1.27,
+        atan2_scale: float = 1.0,
         *,
         reduce_dots: Callable[[Tensor], object] | None = None,
         compiled: bool = False,
@@ -704,11 +704,6 @@ def _check_settings(
     for name, number in numbers.items():
         if not 0.0 <= number < math.inf:
             raise ValueError(f"{name} must be finite and not negative, got {number}")
-    choices = {
-        "clip": (clip, Clip),
-        "angle": (angle, Angle),
-        "second_moment": (second_moment, SecondMoment),
-    }
-    for name, (choice, known) in choices.items():
-        if choice not in get_args(known):
-            raise ValueError(f"{name} must be one of {', '.join(get_args(known))}, got {choice!r}")
+    check_choice("clip", clip, Clip)
+    check_choice("angle", angle, Angle)
+    check_choice("second_moment", second_moment, SecondMoment)

@@ -1,19 +1,22 @@
-"""Optimizers by name: MoClip, the two that take its step apart, and baselines from elsewhere."""
+"""Optimizers by name: MoClip, the two that take its step apart, and baselines from elsewhere.
 
+And the learning rate of their steps.
+"""
+
+import math
 from collections.abc import Iterable
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from lrmc_ray.method.masked_adamw import MaskedAdamW
+from lrmc_ray.method.baselines.masked_adamw import MaskedAdamW
 from lrmc_ray.method.moclip import MoClip
-
-NAMES = ("moclip", "adamw", "adam_atan2", "c_adamw", "mofo")
+from lrmc_ray.method.names import OptimizerName, Schedule, check_choice
 
 
 def make_optimizer(
-    name: str,
+    name: OptimizerName,
     params: Iterable[Tensor],
     *,
     lr: float,
@@ -38,6 +41,7 @@ def make_optimizer(
     Raises:
         ValueError: The name is unknown, or an option is out of range.
     """
+    check_choice("optimizer", name, OptimizerName)
     adamw_betas = betas or (0.9, 0.999)
     if name == "adamw":
         return torch.optim.AdamW(
@@ -58,8 +62,30 @@ def make_optimizer(
         )
     if name == "adam_atan2":
         moclip_options = {**moclip_options, "clip": "none"}
-    elif name != "moclip":
-        raise ValueError(f"optimizer must be one of {', '.join(NAMES)}, got {name!r}")
     return MoClip(
         params, lr, betas=betas or (0.9, 0.99), weight_decay=weight_decay, **moclip_options
     )
+
+
+def learning_rate(
+    step: int,
+    *,
+    peak: float,
+    warmup_steps: int,
+    steps: int,
+    schedule: Schedule,
+) -> float:
+    """The learning rate of ``step`` (from 0): a linear warm-up, then the schedule.
+
+    Linear and cosine reach 0 at ``steps``, one after the last.
+    """
+    if step < warmup_steps:
+        return peak * ((step + 1) / warmup_steps)  # in this order never above the peak
+    progress = (step - warmup_steps) / max(1, steps - warmup_steps)
+    match schedule:
+        case "constant":
+            return peak
+        case "linear":
+            return peak * (1 - progress)
+        case "cosine":
+            return peak * 0.5 * (1 + math.cos(math.pi * progress))

@@ -6,13 +6,13 @@ softmax p over all V tokens, q over S, and the outside mass rho = 1 - p(S)::
     restricted    L_S = logsumexp_{i in S} z_i - z_g            the paper's
     soft          KL(b || q), b = recorded probabilities renormalized over S
 
-Those over all tokens are in ``vocabulary_loss``, the full loss L among them.
+Those over all tokens, the full loss L among them, are in ``baselines.vocabulary_loss``.
 
 What follows for the restricted loss:
 
 1. dL_S/dz = q - onehot(g), zero outside S. Its bias against the full loss, q - p, has L1 norm
    exactly 2 rho.
-2. L - L_S = -log(1 - rho): nothing pushes mass back into S once it has left. ``probe`` measures it.
+2. L - L_S = -log(1 - rho): nothing pushes mass back into S once it has left; see ``measure``.
 3. |S| = 1 gives loss 0 and gradient 0, exactly.
 
 **Sampled tail.** R tokens r, shared by all positions, with weights w_r (inverse sampling
@@ -34,126 +34,106 @@ tail, the anchor and the soft loss are this project's.
 from __future__ import annotations
 
 import math
-from typing import Literal, Unpack
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from lrmc_ray.method.candidate_logits import (
-    Backend,
-    HeadOptions,
-    candidate_logits,
-    segment_logsumexp,
-    token_logits,
-)
-from lrmc_ray.method.subsets import CandidateSets
+from lrmc_ray.method.candidate_sets import CandidateSets, row_logsumexp
+from lrmc_ray.method.fast.candidate_logits import candidate_logits, token_logits
+from lrmc_ray.method.head import OutputHead
+from lrmc_ray.method.names import Backend, LossReduction, check_choice
 
-# Shape suffixes (this file):
-#   N = positions, D = hidden size, V = vocabulary size, R = sampled tail tokens. Entries of
-#   candidate sets are flat, [nnz].
 
-Reduction = Literal["sum", "mean", "none"]
+class Tail(NamedTuple):
+    """One step's sampled tail; a token may be there more than once."""
+
+    ids_R: Tensor
+    """Token ids."""
+    logweights_R: Tensor
+    """Logarithms of their weights."""
+
+    def to(self, device: torch.device) -> Tail:
+        """The same on another device."""
+        return Tail(self.ids_R.to(device), self.logweights_R.to(device))
 
 
 def restricted_cross_entropy(
     hidden_ND: Tensor,
-    weight_VD: Tensor,
+    head: OutputHead,
     candidates: CandidateSets,
     *,
-    bias_V: Tensor | None = None,
-    tail_ids: Tensor | None = None,
-    tail_logweights: Tensor | None = None,
-    logit_scale: float = 1.0,
-    softcap: float | None = None,
-    reduction: Reduction = "sum",
+    tail: Tail | None = None,
+    reduction: LossReduction = "sum",
     backend: Backend = "auto",
 ) -> Tensor:
     """Cross-entropy of the gold token over its candidate set, in nats.
 
     Args:
         hidden_ND: [N, D] last hidden states at the positions of ``candidates``.
-        weight_VD: [V, D] weight of the output head; where its gradient goes, see
-            ``candidate_logits``.
+        head: The output head; where its weight's gradient goes, see ``fast.candidate_logits``.
         candidates: N candidate sets, on the same device.
-        bias_V: see ``HeadOptions``.
-        tail_ids: [R] sampled token ids of ``draw_tail``; None for the paper's loss.
-        tail_logweights: [R] logarithms of their weights.
-        logit_scale: see ``HeadOptions``.
-        softcap: see ``HeadOptions``.
+        tail: What ``draw_tail`` gives; None for the paper's loss.
         reduction: ``"sum"``, ``"mean"`` (over all N rows), or ``"none"`` for [N].
-        backend: see ``candidate_logits``.
+        backend: See ``fast.candidate_logits``.
 
     Returns:
         float32, or float64 if an input is.
 
     Raises:
-        ValueError: an unknown reduction or backend, sizes that do not agree, or a tail without
-            its weights.
+        ValueError: An unknown reduction or backend, or sizes that do not agree.
     """
-    head: HeadOptions = {"bias_V": bias_V, "logit_scale": logit_scale, "softcap": softcap}
-    logits = candidate_logits(hidden_ND, weight_VD, candidates, backend=backend, **head)
-    normalizer_N = segment_logsumexp(logits, candidates)
-    if tail_ids is not None:
-        tail_N = _tail_logsumexp(
-            hidden_ND, weight_VD, candidates, tail_ids, tail_logweights, **head
-        )
+    check_choice("reduction", reduction, LossReduction)
+    logits_E = candidate_logits(hidden_ND, head, candidates, backend=backend)
+    normalizer_N = row_logsumexp(logits_E, candidates)
+    if tail is not None:
+        tail_N = _tail_logsumexp(hidden_ND, head, candidates, tail)
         normalizer_N = torch.logaddexp(normalizer_N, tail_N)
-    loss_N = normalizer_N - logits[candidates.is_gold]
+    loss_N = normalizer_N - logits_E[candidates.is_gold]
     if reduction == "none":
         return loss_N
-    if reduction == "mean":
-        return loss_N.mean()
-    if reduction == "sum":
-        return loss_N.sum()
-    raise ValueError(f"reduction must be sum, mean or none, got {reduction!r}")
+    return loss_N.mean() if reduction == "mean" else loss_N.sum()
 
 
 def soft_cross_entropy(
-    hidden_ND: Tensor,
-    weight_VD: Tensor,
-    candidates: CandidateSets,
-    *,
-    backend: Backend = "auto",
-    **head: Unpack[HeadOptions],
+    hidden_ND: Tensor, head: OutputHead, candidates: CandidateSets, *, backend: Backend = "auto"
 ) -> Tensor:
     """Sum of KL(recorded || model), both renormalized over S; arguments as above."""
-    return anchor_kl(hidden_ND, weight_VD, candidates, backend=backend, **head)
+    return anchor_kl(hidden_ND, head, candidates, backend=backend)
 
 
 def anchor_kl(
     hidden_ND: Tensor,
-    weight_VD: Tensor,
+    head: OutputHead,
     candidates: CandidateSets,
     *,
-    tail_ids: Tensor | None = None,
-    tail_logweights: Tensor | None = None,
+    tail: Tail | None = None,
     backend: Backend = "auto",
-    **head: Unpack[HeadOptions],
 ) -> Tensor:
     """Sum of KL(base || model) on the recorded candidates, in nats; arguments as above.
 
     A row whose candidates include every sampled token has no estimate of its outside mass: it
     counts as without a tail.
     """
-    logits = candidate_logits(hidden_ND, weight_VD, candidates, backend=backend, **head)
-    inside_N = segment_logsumexp(logits, candidates)
-    rows = candidates.row_ids
-    base = candidates.logprobs.to(logits.dtype)
-    base_inside_N = segment_logsumexp(base, candidates)
-    if tail_ids is None:
-        base = base - base_inside_N[rows]
-        return (base.exp() * (base - logits + inside_N[rows])).sum()
+    logits_E = candidate_logits(hidden_ND, head, candidates, backend=backend)
+    inside_N = row_logsumexp(logits_E, candidates)
+    rows_E = candidates.row_ids
+    base_E = candidates.logprobs.to(logits_E.dtype)
+    base_inside_N = row_logsumexp(base_E, candidates)
+    if tail is None:
+        base_E = base_E - base_inside_N[rows_E]
+        return (base_E.exp() * (base_E - logits_E + inside_N[rows_E])).sum()
 
-    tail_N = _tail_logsumexp(hidden_ND, weight_VD, candidates, tail_ids, tail_logweights, **head)
+    tail_N = _tail_logsumexp(hidden_ND, head, candidates, tail)
     has_tail_N = tail_N > -math.inf
     # Without a sampled token outside S there is no such outcome: the base is renormalized over S.
-    base_outside_N = candidates.outside_mass().to(logits.dtype) * has_tail_N
-    base = base - torch.where(has_tail_N, 0.0, base_inside_N)[rows]
+    base_outside_N = candidates.outside_mass().to(logits_E.dtype) * has_tail_N
+    base_E = base_E - torch.where(has_tail_N, 0.0, base_inside_N)[rows_E]
     normalizer_N = torch.logaddexp(inside_N, tail_N)
-    inside_kl = (base.exp() * (base - logits + normalizer_N[rows])).sum()
+    inside_kl = (base_E.exp() * (base_E - logits_E + normalizer_N[rows_E])).sum()
     outside_logprob_N = torch.where(has_tail_N, tail_N, 0.0) - normalizer_N
-    outside_kl = torch.xlogy(base_outside_N, base_outside_N) - base_outside_N * outside_logprob_N
-    return inside_kl + outside_kl.sum()
+    outside_kl_N = torch.xlogy(base_outside_N, base_outside_N) - base_outside_N * outside_logprob_N
+    return inside_kl + outside_kl_N.sum()
 
 
 def draw_tail(
@@ -163,14 +143,14 @@ def draw_tail(
     seed: int,
     step: int,
     probabilities: Tensor | None = None,
-) -> tuple[Tensor, Tensor]:
-    """Token ids [R] and log weights [R] of one step's sampled tail, on the CPU.
+) -> Tail:
+    """The sampled tail of one step, on the CPU.
 
     Args:
         num_samples: R.
         vocabulary_size: V.
-        seed: the run's seed.
-        step: the optimizer step; the same (seed, step) always draws the same.
+        seed: The run's seed.
+        step: The optimizer step; the same (seed, step) always draws the same.
         probabilities: [V] sampling probabilities, up to a factor. Samples are then drawn with
             replacement and weigh 1 / (R p). A token of probability 0 is never seen, so give one
             only to tokens without outside mass. None: uniform, without replacement, V / R each.
@@ -188,41 +168,40 @@ def draw_tail(
         )
     generator = torch.Generator().manual_seed((seed * 0x9E3779B97F4A7C15 + step) % 2**63)
     if probabilities is None:
-        ids = torch.randperm(vocabulary_size, generator=generator)[:num_samples].sort().values
-        return ids, torch.full((num_samples,), math.log(vocabulary_size / num_samples))
-    weights = probabilities.detach().cpu().double()
-    is_valid = weights.isfinite().all() and (weights >= 0).all() and weights.sum() > 0
-    if weights.shape != (vocabulary_size,) or not is_valid:
+        ids_R = torch.randperm(vocabulary_size, generator=generator)[:num_samples].sort().values
+        logweight = math.log(vocabulary_size / num_samples)
+        return Tail(ids_R, torch.full((num_samples,), logweight))
+    weights_V = probabilities.detach().cpu().double()
+    is_valid = weights_V.isfinite().all() and (weights_V >= 0).all() and weights_V.sum() > 0
+    if weights_V.shape != (vocabulary_size,) or not is_valid:
         raise ValueError(
             f"probabilities must be [{vocabulary_size}], finite, at least 0 and not all 0, got "
-            f"shape {tuple(weights.shape)} and sum {float(weights.sum())}"
+            f"shape {tuple(weights_V.shape)} and sum {float(weights_V.sum())}"
         )
-    ids = torch.multinomial(weights, num_samples, replacement=True, generator=generator)
-    ids = ids.sort().values
-    return ids, -((weights / weights.sum())[ids] * num_samples).log().float()
+    ids_R = torch.multinomial(weights_V, num_samples, replacement=True, generator=generator)
+    ids_R = ids_R.sort().values
+    return Tail(ids_R, -((weights_V / weights_V.sum())[ids_R] * num_samples).log().float())
 
 
 def _tail_logsumexp(
-    hidden_ND: Tensor,
-    weight_VD: Tensor,
-    candidates: CandidateSets,
-    tail_ids: Tensor,
-    tail_logweights: Tensor | None,
-    **head: Unpack[HeadOptions],
+    hidden_ND: Tensor, head: OutputHead, candidates: CandidateSets, tail: Tail
 ) -> Tensor:
     """[N], ``log sum_{r not in S} w_r exp(z_r)``; -inf where S holds the whole tail."""
-    if tail_logweights is None or tail_logweights.shape != tail_ids.shape:
-        raise ValueError("tail_ids need tail_logweights of the same length; see draw_tail")
+    if tail.ids_R.shape != tail.logweights_R.shape:
+        raise ValueError(
+            "a tail must have one weight per token, got "
+            f"{len(tail.logweights_R)} weights of {len(tail.ids_R)} tokens; see draw_tail"
+        )
     # A token drawn twice is one token with both weights.
-    ids_R, drawn = torch.unique(tail_ids, return_inverse=True)
+    ids_R, drawn = torch.unique(tail.ids_R, return_inverse=True)
     weights_R = torch.zeros(ids_R.shape, dtype=torch.float64, device=ids_R.device)
-    weights_R.index_add_(0, drawn, tail_logweights.double().exp())
+    weights_R.index_add_(0, drawn, tail.logweights_R.double().exp())
 
-    logits_NR = token_logits(hidden_ND, weight_VD, ids_R, **head)
-    token_ids = candidates.token_ids.to(ids_R.dtype)
-    place = torch.searchsorted(ids_R, token_ids).clamp_max(len(ids_R) - 1)
-    is_drawn = ids_R[place] == token_ids
+    logits_NR = token_logits(hidden_ND, head, ids_R)
+    token_ids_E = candidates.token_ids.to(ids_R.dtype)
+    place_E = torch.searchsorted(ids_R, token_ids_E).clamp_max(len(ids_R) - 1)
+    is_drawn_E = ids_R[place_E] == token_ids_E
     is_inside_NR = torch.zeros_like(logits_NR, dtype=torch.bool)
-    is_inside_NR[candidates.row_ids[is_drawn], place[is_drawn]] = True
+    is_inside_NR[candidates.row_ids[is_drawn_E], place_E[is_drawn_E]] = True
     logits_NR = logits_NR + weights_R.log().to(logits_NR.dtype)
     return logits_NR.masked_fill(is_inside_NR, -math.inf).logsumexp(-1)

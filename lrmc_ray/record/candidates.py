@@ -60,12 +60,13 @@ class CandidateRecorder:
     def _forward(self, rows: Sequence[Mapping[str, Any]]) -> "list[Sample]":
         """Candidate sets of one batch.
 
-        A prefix that rows share is computed once (see method/microbatch.py), and so are the
+        A prefix that rows share is computed once (see method/fast/packing.py), and so are the
         candidates of its positions: a set depends on the prefix, the gold token and the cap alone.
         """
         import torch
 
-        from lrmc_ray.method.microbatch import Sample, lay_out
+        from lrmc_ray.method.fast.packing import lay_out
+        from lrmc_ray.method.microbatch import Sample
         from lrmc_ray.models import batch_hidden_states
 
         ids = [torch.tensor(row["input_ids"], dtype=torch.int64) for row in rows]
@@ -110,14 +111,14 @@ class CandidateRecorder:
         """Candidate sets at the places ``place_N`` of ``hidden_XD``, on the CPU."""
         import torch
 
+        from lrmc_ray.method.head import head_logits
         from lrmc_ray.method.subsets import CandidateSets, select_candidates
-        from lrmc_ray.models import logits
 
         size = max(1, LOGITS_ELEMENTS // self._head.weight_VD.shape[0])
         return CandidateSets.concatenate(
             [
                 select_candidates(
-                    logits(hidden_XD[place_n.to(self._device)], self._head),
+                    head_logits(hidden_XD[place_n.to(self._device)], self._head),
                     gold_n.to(self._device),
                     tau=self._tau,
                     k_min=self._k_min,

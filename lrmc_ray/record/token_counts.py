@@ -1,7 +1,7 @@
 """How many tokens training will compute, from a part of its data; without Ray.
 
 What the samples of a micro-batch begin with is computed once where that is cheaper
-(:mod:`lrmc_ray.method.microbatch`), and data whose prompts begin alike cost half of what their
+(:mod:`lrmc_ray.method.fast.packing`), and data whose prompts begin alike cost half of what their
 length says, or less. So tokens are counted as a step computes them, in random batches of real rows.
 """
 

@@ -35,7 +35,7 @@ from lrmc_ray.tasks.registry import expand
 from lrmc_ray.train.run_files import RunFiles
 
 if TYPE_CHECKING:
-    from lrmc_ray.method.training_loop import WorkerGroup
+    from lrmc_ray.method.workers import WorkerGroup
 
 
 Group = Literal["domain", "general"]

@@ -12,11 +12,11 @@ from torch import Tensor
 from lrmc_ray.config import TrainSettings
 from lrmc_ray.errors import ConfigError
 from lrmc_ray.files.artifacts import PARTIAL
-from lrmc_ray.method.l2_sp import StartingPoint
+from lrmc_ray.method.baselines.l2_sp import StartingPoint
+from lrmc_ray.method.losses import LanguageModel, LossSettings
 from lrmc_ray.method.microbatch import MicroBatch
 from lrmc_ray.method.moclip import MoClip
 from lrmc_ray.method.optimizers import make_optimizer
-from lrmc_ray.method.training_loop import FrozenBase, LossSettings
 from lrmc_ray.models import attention_cost, batch_hidden_states, head_of, load_model, save_model
 from lrmc_ray.train.trainable import TrainableModel
 
@@ -110,12 +110,12 @@ def _optimizer(settings: TrainSettings, parameters: Sequence[Tensor]) -> torch.o
 
 def _frozen_base(
     settings: TrainSettings, model_directory: Path, device: torch.device
-) -> FrozenBase | None:
+) -> LanguageModel | None:
     """The base model beside the one that is trained, for the loss that compares the two."""
     if settings.loss != "kl_to_base":
         return None
     base = load_model(model_directory).to(device).requires_grad_(False)
-    return FrozenBase(lambda batch: batch_hidden_states(base, batch), head_of(base))
+    return LanguageModel(lambda batch: batch_hidden_states(base, batch), head_of(base))
 
 
 def _optimizer_options(settings: TrainSettings) -> dict[str, Any]:

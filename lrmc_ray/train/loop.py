@@ -22,8 +22,11 @@ import torch
 
 from lrmc_ray.config import TrainSettings
 from lrmc_ray.files.names import MODEL
-from lrmc_ray.method.training_loop import StepResult, WorkerGroup, learning_rate
+from lrmc_ray.method.losses import LanguageModel
+from lrmc_ray.method.optimizers import learning_rate
+from lrmc_ray.method.training_loop import StepOptions, StepResult
 from lrmc_ray.method.training_loop import train as training_steps
+from lrmc_ray.method.workers import WorkerGroup
 from lrmc_ray.record.parts import Records
 from lrmc_ray.train.early_stopping import EarlyStopping, Rung
 from lrmc_ray.train.learner import Learner
@@ -171,15 +174,23 @@ class TrainingRun:
     def _steps(self) -> Iterator[StepResult]:
         settings, learner = self.settings, self.learner
         return training_steps(
-            learner.hidden_states,
-            learner.head,
+            LanguageModel(learner.hidden_states, learner.head),
             learner.optimizer,
             self.fresh.samples_of_step,
             learner.loss,
+            StepOptions(
+                num_micro_batches=settings.micro_batches,
+                reduction=settings.reduction,
+                autocast=learner.autocast,
+                attention_cost=learner.attention_cost,
+                max_grad_norm=settings.max_grad_norm,
+                max_bad_steps=settings.max_bad_steps,
+                base=learner.base,
+                probe=self.probe.measure,
+                penalize=learner.penalty.add_gradient if learner.penalty else None,
+            ),
             self.group,
-            first_step=self.first_step,
-            steps=settings.steps,
-            num_micro_batches=settings.micro_batches,
+            steps=range(self.first_step, settings.steps),
             lr_of_step=lambda step: learning_rate(
                 step,
                 peak=settings.lr,
@@ -187,15 +198,7 @@ class TrainingRun:
                 steps=settings.steps,
                 schedule=settings.schedule,
             ),
-            reduction=settings.reduction,
-            max_grad_norm=settings.max_grad_norm,
-            max_bad_steps=settings.max_bad_steps,
-            autocast=learner.autocast,
-            attention_cost=learner.attention_cost,
-            probe=self.probe.measure,
             bad_steps=self.bad_steps,
-            base=learner.base,
-            penalize=learner.penalty.add_gradient if learner.penalty else None,
         )
 
     def _measure(self, result: StepResult, seconds: float) -> dict[str, float]:

@@ -17,10 +17,12 @@ from torch import Tensor
 from lrmc_ray.config import TrainSettings
 from lrmc_ray.files.metrics_log import MetricsLog
 from lrmc_ray.files.names import LEDGER, METRICS
-from lrmc_ray.method.held_out import held_out_batches, held_out_nll
+from lrmc_ray.method.head import OutputHead
+from lrmc_ray.method.losses import LanguageModel
+from lrmc_ray.method.measure import held_out_batches, held_out_nll, outside_mass
 from lrmc_ray.method.microbatch import MicroBatch, Sample
-from lrmc_ray.method.probe import outside_mass
-from lrmc_ray.method.training_loop import OutputHead, StepResult, WorkerGroup
+from lrmc_ray.method.training_loop import StepResult
+from lrmc_ray.method.workers import WorkerGroup
 from lrmc_ray.models import batch_hidden_states
 from lrmc_ray.train.ledger import Ledger
 
@@ -132,11 +134,8 @@ class Probe:
         where = batch.supervised
         self._own = outside_mass(
             hidden_BTD[where.row_N, where.column_N],
-            self._head.weight_VD,
+            self._head,
             where.candidates,
-            bias_V=self._head.bias_V,
-            logit_scale=self._head.logit_scale,
-            softcap=self._head.softcap,
             num_positions=self._settings.probe_positions,
             seed=step,
         )
@@ -208,8 +207,7 @@ class HeldOut:
             return {}
         self._model.eval()
         nll = held_out_nll(
-            lambda batch: batch_hidden_states(self._model, batch),
-            self._head,
+            LanguageModel(lambda batch: batch_hidden_states(self._model, batch), self._head),
             self.batches,
             self._group,
             autocast=self._autocast,

@@ -10,10 +10,11 @@ from typing import Any
 import torch
 
 from lrmc_ray.config import TrainSettings
+from lrmc_ray.method.head import OutputHead, head_logits
 from lrmc_ray.method.microbatch import Activity, Sample, collate, deal
 from lrmc_ray.method.subsets import CandidateSets, select_candidates
-from lrmc_ray.method.training_loop import OutputHead, WorkerGroup, waves
-from lrmc_ray.models import batch_hidden_states, logits
+from lrmc_ray.method.workers import WorkerGroup, waves
+from lrmc_ray.models import batch_hidden_states
 from lrmc_ray.train.samples import TrainingSamples, with_supervised_candidates
 
 _LOGIT_ELEMENTS = 2**22
@@ -123,14 +124,12 @@ class FreshCandidates:
         fresh = []
         for row, sample in enumerate(samples):
             positions = sample.positions_P[sample.is_supervised_P].to(device)
-            chunks = torch.split(positions, max(1, _LOGIT_ELEMENTS // len(self._head.weight_VD)))
+            chunks = torch.split(positions, max(1, _LOGIT_ELEMENTS // self._head.vocabulary_size))
             fresh.append(
                 CandidateSets.concatenate(
                     [
                         select_candidates(
-                            logits(
-                                hidden_BTD[row, chunk].to(self._head.weight_VD.dtype), self._head
-                            ),
+                            head_logits(hidden_BTD[row, chunk], self._head),
                             batch.input_ids_BT[row, chunk + 1],
                             tau=self._settings.tau,
                             k_min=self._settings.k_min,

@@ -17,7 +17,7 @@ import torch
 from lrmc_ray.config import TrainSettings
 from lrmc_ray.errors import DataError, DirectoryInUseError
 from lrmc_ray.files.names import CHECKPOINT_NOW, CHECKPOINTS, LEDGER
-from lrmc_ray.method.training_loop import WorkerGroup
+from lrmc_ray.method.workers import WorkerGroup
 from lrmc_ray.train.checkpoints import load_checkpoint, load_newest, save_checkpoint
 from lrmc_ray.train.ledger import read_ledger
 from lrmc_ray.train.run_files import RunFiles

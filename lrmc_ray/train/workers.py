@@ -73,7 +73,7 @@ def training_worker(config: dict[str, Any]) -> dict[str, Any]:
     import ray.train.torch
     import torch
 
-    from lrmc_ray.method.training_loop import WorkerGroup
+    from lrmc_ray.method.workers import WorkerGroup
     from lrmc_ray.train.loop import TrainingRun
 
     torch.set_num_threads(config["threads"])

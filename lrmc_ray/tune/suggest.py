@@ -181,7 +181,7 @@ def measured_angles(settings: RunSettings, record: Path) -> list[int]:
     import torch
 
     from lrmc_ray.method.moclip import NUM_ANGLE_BINS, MoClip
-    from lrmc_ray.method.training_loop import WorkerGroup
+    from lrmc_ray.method.workers import WorkerGroup
     from lrmc_ray.models import local_directory
     from lrmc_ray.train.loop import TrainingRun
 

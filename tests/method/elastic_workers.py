@@ -12,13 +12,15 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from lrmc_ray.method import training_loop
-from lrmc_ray.method.l2_sp import StartingPoint
+from lrmc_ray.method import workers
+from lrmc_ray.method.baselines.l2_sp import StartingPoint
+from lrmc_ray.method.losses import LanguageModel, LossSettings
 from lrmc_ray.method.microbatch import Sample, active_length
 from lrmc_ray.method.optimizers import make_optimizer
-from lrmc_ray.method.training_loop import FrozenBase, LossSettings, StepResult, WorkerGroup, train
+from lrmc_ray.method.training_loop import StepOptions, StepResult, train
+from lrmc_ray.method.workers import WorkerGroup
 from lrmc_ray.models import batch_hidden_states, head_of
-from tests.method.plain_training import base_llama, random_sample, random_samples, tiny_llama
+from tests.support.plain_training import base_llama, random_sample, random_samples, tiny_llama
 
 WORLD_SIZES = (1, 2, 3, 4)
 STEPS = 3
@@ -95,23 +97,23 @@ def run(case: Case, group: WorkerGroup) -> Outcome:
     parameters = list(model.parameters())
     penalty = StartingPoint(parameters, case.l2_sp_weight)
     frozen = base_llama(torch.float32)
-    base = FrozenBase(lambda batch: batch_hidden_states(frozen, batch), head_of(frozen))
+    base = LanguageModel(lambda batch: batch_hidden_states(frozen, batch), head_of(frozen))
     results = train(
-        lambda batch: batch_hidden_states(model, batch),
-        head_of(model),
+        LanguageModel(lambda batch: batch_hidden_states(model, batch), head_of(model)),
         make_optimizer(case.optimizer, parameters, lr=LR, weight_decay=WEIGHT_DECAY),
         lambda step: samples_of_step(case, step),
         case.loss,
+        StepOptions(
+            num_micro_batches=MICRO_BATCHES,
+            reduction=case.reduction,
+            max_grad_norm=1.0,
+            attention_cost=case.attention_cost,
+            base=base if case.loss.loss == "kl_to_base" else None,
+            penalize=penalty.add_gradient if case.l2_sp_weight else None,
+        ),
         group,
-        first_step=0,
-        steps=STEPS,
-        num_micro_batches=MICRO_BATCHES,
+        steps=range(STEPS),
         lr_of_step=lambda step: LR,
-        reduction=case.reduction,
-        max_grad_norm=1.0,
-        attention_cost=case.attention_cost,
-        base=base if case.loss.loss == "kl_to_base" else None,
-        penalize=penalty.add_gradient if case.l2_sp_weight else None,
     )
     steps = list(results)
     return Outcome([parameter.detach() for parameter in parameters], steps)
@@ -120,7 +122,7 @@ def run(case: Case, group: WorkerGroup) -> Outcome:
 def worker(rank: int, directory: Path) -> None:
     """Run all cases in every group that ``rank`` belongs to; see ``outcomes``."""
     torch.set_num_threads(1)
-    training_loop._BUCKET_ELEMENTS = 5000  # so that even a tiny model takes several collectives
+    workers.BUCKET_ELEMENTS = 5000  # so that even a tiny model takes several collectives
     for world_size in WORLD_SIZES:
         if rank >= world_size:
             continue
@@ -130,7 +132,7 @@ def worker(rank: int, directory: Path) -> None:
                 init_method=f"file://{directory}/group-of-{world_size}",
                 rank=rank,
                 world_size=world_size,
-                timeout=timedelta(seconds=120),
+                timeout=timedelta(minutes=10),
             )
         outcomes = {name: run(case, WorkerGroup(rank, world_size)) for name, case in CASES.items()}
         if world_size > 1:

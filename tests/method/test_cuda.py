@@ -9,24 +9,21 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lrmc_ray.method import moclip
-from lrmc_ray.method.l2_sp import StartingPoint
-from lrmc_ray.method.microbatch import collate, deal
+from lrmc_ray.method.baselines.l2_sp import StartingPoint
+from lrmc_ray.method.baselines.vocabulary_loss import full_cross_entropy
+from lrmc_ray.method.head import OutputHead
+from lrmc_ray.method.losses import LanguageModel, LossSettings
+from lrmc_ray.method.measure import outside_mass
+from lrmc_ray.method.microbatch import divide
 from lrmc_ray.method.moclip import MoClip
 from lrmc_ray.method.optimizers import make_optimizer
-from lrmc_ray.method.probe import outside_mass
 from lrmc_ray.method.restricted_loss import draw_tail, restricted_cross_entropy
 from lrmc_ray.method.subsets import CandidateSets, select_candidates
-from lrmc_ray.method.training_loop import (
-    FrozenBase,
-    LossSettings,
-    WorkerGroup,
-    compute_gradients,
-    train,
-)
-from lrmc_ray.method.vocabulary_loss import full_cross_entropy
+from lrmc_ray.method.training_loop import StepOptions, compute_gradients, train
+from lrmc_ray.method.workers import WorkerGroup
 from lrmc_ray.models import batch_hidden_states, head_of
 from lrmc_ray.record.candidates import CandidateRecorder
-from tests.method.plain_training import (
+from tests.support.plain_training import (
     branching_samples,
     largest_difference,
     plain_gradients,
@@ -92,7 +89,8 @@ def test_restricted_loss_and_gradients_equal_the_cpus_in_float64(backend, dtype)
     truth.backward()
 
     ours = leaves(hidden.to(CUDA), weight.to(CUDA))
-    loss = restricted_cross_entropy(*ours, sets.to(CUDA), backend=backend)
+    head = OutputHead(ours[1])
+    loss = restricted_cross_entropy(ours[0], head, sets.to(CUDA), backend=backend)
     loss.backward()
     assert error(loss, truth) < 1e-6
     for our, true in zip(ours, truths, strict=True):
@@ -104,11 +102,9 @@ def test_restricted_loss_and_gradients_equal_the_cpus_in_float64(backend, dtype)
 
 def test_restricted_loss_with_a_tail_of_all_tokens_is_the_full_loss():
     hidden, weight, sets = (x.to(CUDA) for x in problem())
-    ids, logweights = draw_tail(V, V, seed=0, step=0)
+    tail = draw_tail(V, V, seed=0, step=0).to(CUDA)
     ours, full = leaves(hidden, weight), leaves(hidden, weight)
-    loss = restricted_cross_entropy(
-        *ours, sets, tail_ids=ids.to(CUDA), tail_logweights=logweights.to(CUDA)
-    )
+    loss = restricted_cross_entropy(ours[0], OutputHead(ours[1]), sets, tail=tail)
     truth = F.cross_entropy(full[0] @ full[1].T, sets.gold_ids.long(), reduction="sum")
     loss.backward()
     truth.backward()
@@ -128,7 +124,7 @@ def test_full_loss_and_gradients_are_no_worse_than_torchs(dtype):
     their_loss = F.cross_entropy(
         (theirs[0] @ theirs[1].T).float(), gold_N.to(CUDA), reduction="sum"
     )
-    our_loss = full_cross_entropy(*ours, gold_N.to(CUDA))
+    our_loss = full_cross_entropy(ours[0], OutputHead(ours[1]), gold_N.to(CUDA))
     for loss in (truth, their_loss, our_loss):
         loss.backward()
     assert error(our_loss, truth) <= error(their_loss, truth) + 1e-5
@@ -140,9 +136,8 @@ def test_outside_mass_equals_the_cpus():
     hidden, weight, sets = problem()
     logits = hidden.double() @ weight.double().T
     truth = 1 - masked_logits(logits, sets).logsumexp(1).sub(logits.logsumexp(1)).exp()
-    mean, _, count = outside_mass(
-        hidden.to(CUDA), weight.to(CUDA), sets.to(CUDA), num_positions=N, seed=0
-    )
+    head = OutputHead(weight.to(CUDA))
+    mean, _, count = outside_mass(hidden.to(CUDA), head, sets.to(CUDA), num_positions=N, seed=0)
     assert count == N
     assert mean == pytest.approx(truth.mean().item(), abs=1e-5)
 
@@ -235,22 +230,16 @@ def gradients_on(device, samples, loss, *, dtype, attention_cost=math.inf, autoc
     base = None
     if loss.loss == "kl_to_base":
         frozen = llama_on(device, dtype=dtype, seed=1).eval().requires_grad_(False)
-        base = FrozenBase(lambda batch: batch_hidden_states(frozen, batch), head_of(frozen))
+        base = LanguageModel(lambda batch: batch_hidden_states(frozen, batch), head_of(frozen))
     parameters = list(model.parameters())
     compute_gradients(
-        lambda batch: batch_hidden_states(model, batch),
-        head_of(model),
+        LanguageModel(lambda batch: batch_hidden_states(model, batch), head_of(model)),
         parameters,
-        [
-            collate([samples[i] for i in part], loss.activity, attention_cost=attention_cost)
-            for part in deal(samples, 2, loss.activity)
-        ],
+        divide(samples, 2, loss.activity, attention_cost=attention_cost),
         loss,
+        StepOptions(base=base, autocast=autocast),
         WorkerGroup(),
         step=2,
-        reduction="strict",
-        base=base,
-        autocast=autocast,
     )
     return [parameter.grad.cpu() for parameter in parameters]
 
@@ -286,20 +275,20 @@ def steps_on(device, *, optimizer="moclip", dtype=torch.float32, autocast=None, 
     parameters = list(model.parameters())
     penalty = StartingPoint(parameters, 0.1)
     results = train(
-        lambda batch: batch_hidden_states(model, batch),
-        head_of(model),
+        LanguageModel(lambda batch: batch_hidden_states(model, batch), head_of(model)),
         make_optimizer(optimizer, parameters, lr=1e-2, weight_decay=0.1),
         lambda step: [*branching_samples(5, seed=step), *random_samples(3, seed=step)],
         LOSSES["restricted + tail + anchor"],
+        StepOptions(
+            num_micro_batches=2,
+            max_grad_norm=1.0,
+            attention_cost=0.0,
+            autocast=autocast,
+            penalize=penalty.add_gradient,
+        ),
         WorkerGroup(),
-        first_step=0,
-        steps=4,
-        num_micro_batches=2,
+        steps=range(4),
         lr_of_step=lambda step: 1e-2,
-        max_grad_norm=1.0,
-        attention_cost=0.0,
-        autocast=autocast,
-        penalize=penalty.add_gradient,
     )
     losses = [result.loss for result in results]
     return [parameter.detach().cpu() for parameter in parameters], losses

@@ -3,22 +3,21 @@ import itertools
 import math
 
 import hypothesis.strategies as st
-import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 
 from lrmc_ray.method.microbatch import (
     Activity,
-    Sample,
     active_length,
     collate,
     cut_sample,
     deal,
+    divide,
 )
-from lrmc_ray.method.subsets import CandidateSets
-from tests.method.plain_training import branching_samples, random_sample, random_samples
 from tests.support import reference
+from tests.support.method_inputs import reference_rows
+from tests.support.plain_training import random_sample, random_samples, sample_by_hand
 
 PAPER = Activity(supervised=2, prompt=math.inf)
 ANCHORED = Activity(supervised=2, prompt=2)
@@ -27,30 +26,10 @@ ALL = Activity(supervised=1, prompt=1)
 ACTIVITIES = [PAPER, ANCHORED, FULL, ALL]
 
 
-def by_hand(name: str, ids: str, positions: str, supervised: str, sizes: str) -> Sample:
-    """A sample from strings of digits; the candidates of a position are gold, gold + 10, ..."""
-    input_ids_T = torch.tensor([int(c) for c in ids])
-    positions_P = torch.tensor([int(c) for c in positions], dtype=torch.int64)
-    gold = [int(ids[int(c) + 1]) for c in positions]
-    tokens = [g + 10 * k for g, size in zip(gold, sizes, strict=True) for k in range(int(size))]
-    return Sample(
-        name,
-        input_ids_T,
-        positions_P,
-        torch.tensor([c == "y" for c in supervised], dtype=torch.bool),
-        CandidateSets(
-            torch.tensor([0, *np.cumsum([int(c) for c in sizes])], dtype=torch.int64),
-            torch.tensor(tokens, dtype=torch.int32),
-            torch.full((len(tokens),), -3.0, dtype=torch.float16),
-            torch.tensor(gold, dtype=torch.int32),
-        ),
-    )
-
-
 # Three samples of 6, 5 and 4 tokens. "n" is a prompt position, "y" a supervised one.
-LONG = by_hand("long", ids="345678", positions="0124", supervised="nyyy", sizes="2131")
-MIDDLE = by_hand("middle", ids="12345", positions="0123", supervised="nnyy", sizes="1411")
-SHORT = by_hand("short", ids="9876", positions="012", supervised="yyy", sizes="111")
+LONG = sample_by_hand("long", ids="345678", positions="0124", supervised="nyyy", sizes="2131")
+MIDDLE = sample_by_hand("middle", ids="12345", positions="0123", supervised="nnyy", sizes="1411")
+SHORT = sample_by_hand("short", ids="9876", positions="012", supervised="yyy", sizes="111")
 SAMPLES = [LONG, MIDDLE, SHORT]
 
 
@@ -104,83 +83,6 @@ def test_trimmed_micro_batch_by_hand():
     # The divisors and the token counts include what was cut away.
     assert (batch.num_supervised, batch.num_prompt) == (3 + 2 + 3, 1 + 2)
     assert (batch.num_tokens, batch.num_processed) == (6 + 5 + 4, 3 + 2 + 0)
-
-
-def test_packed_micro_batch_by_hand():
-    """123 45, 123 46 and 129: a tree of 7 tokens, each seeing its ancestors and itself."""
-    samples = [
-        by_hand("b", ids="1234608", positions="012345", supervised="nnyyyy", sizes="222222"),
-        by_hand("c", ids="12908", positions="0123", supervised="nyyy", sizes="2222"),
-        by_hand("a", ids="1234508", positions="012345", supervised="nnyyyy", sizes="222221"),
-    ]
-    batch = collate(samples, FULL, attention_cost=0.0)
-    #  lexicographic: 12345 0, 12346 0, 129 0
-    assert batch.input_ids_BT.tolist() == [[1, 2, 3, 4, 5, 0, 6, 0, 9, 0]]
-    assert batch.position_ids_BT.tolist() == [[0, 1, 2, 3, 4, 5, 4, 5, 2, 3]]
-    seen = ["".join("x" if v else "." for v in row) for row in batch.is_visible_TT.tolist()]
-    assert seen == [
-        "x.........",
-        "xx........",
-        "xxx.......",
-        "xxxx......",
-        "xxxxx.....",
-        "xxxxxx....",
-        "xxxx..x...",
-        "xxxx..xx..",
-        "xx......x.",
-        "xx......xx",
-    ]
-    assert batch.supervised.row_N.tolist() == [0] * 11
-    assert batch.supervised.column_N.tolist() == [2, 3, 6, 7, 1, 8, 9, 2, 3, 4, 5]
-    assert (batch.num_processed, batch.num_shared) == (6 + 4 + 6, 16 - 10)
-
-
-@given(seed=st.integers(0, 2**31 - 1), num=st.integers(0, 8))
-@settings(deadline=None, max_examples=40, derandomize=True)
-def test_a_packed_batch_holds_every_sequence(seed, num):
-    samples = branching_samples(num, seed=seed)
-    batch = collate(samples, ALL, attention_cost=0.0, trim=False)
-    if batch.is_visible_TT is None:
-        assert num <= 1  # one sequence alone is as cheap either way
-        return
-    sees = batch.is_visible_TT
-    assert sees.diagonal().all()
-    assert not sees.triu(1).any()
-    # The ancestors of a token, in order, are the beginning of a sequence that ends with it.
-    tokens, depths = batch.input_ids_BT[0], batch.position_ids_BT[0]
-    assert torch.equal(sees.sum(1), depths + 1)
-    branches = {tuple(tokens[sees[i]].tolist()) for i in range(len(tokens))}
-    assert len(branches) == len(tokens)  # nothing is there twice
-    wanted = {
-        tuple(s.input_ids_T[: n + 1].tolist()) for s in samples for n in range(len(s.input_ids_T))
-    }
-    assert branches == wanted
-    assert batch.num_shared == sum(len(s.input_ids_T) for s in samples) - len(wanted)
-
-
-def test_the_cheaper_layout_is_taken():
-    """Two rows of 12 against one of 24 - common: seeing costs the square of the length."""
-
-    def samples(common):
-        start = torch.arange(1, common + 1)
-        made = []
-        for number in (1, 2):
-            ids = torch.cat([start, 100 * number + torch.arange(12 - common)])
-            digits = by_hand("x", ids="1" * 12, positions="0", supervised="y", sizes="2")
-            candidates = dataclasses.replace(digits.candidates, gold_ids=ids[1:2].int())
-            made.append(dataclasses.replace(digits, input_ids_T=ids, candidates=candidates))
-        return made
-
-    def is_packed(common, cost):
-        batch = collate(samples(common), FULL, attention_cost=cost, trim=False)
-        return batch.is_visible_TT is not None
-
-    # 24 (1 + 12 c) against (24 - common) (1 + (24 - common) c)
-    assert is_packed(6, 0.0)
-    assert not is_packed(0, 0.0)
-    assert is_packed(6, 0.13)  # 61.44 against 60.12
-    assert not is_packed(6, 0.18)  # 75.84 against 76.32
-    assert not is_packed(6, math.inf)
 
 
 def test_untrimmed_micro_batch_by_hand():
@@ -304,6 +206,15 @@ def test_deal_covers_all_samples_evenly_and_groups_lengths(seed, num, parts, act
         assert max(shorter) <= min(longer)
 
 
+def test_divided_is_dealt_and_collated():
+    divided = divide(SAMPLES, 2, ANCHORED, trim=False)
+    expected = [collate(part, ANCHORED, trim=False) for part in ([SHORT, MIDDLE], [LONG])]
+    assert [b.input_ids_BT.tolist() for b in divided] == [b.input_ids_BT.tolist() for b in expected]
+    assert [b.num_supervised for b in divided] == [5, 3]
+    trimmed = divide(SAMPLES, 2, ANCHORED)
+    assert [b.input_ids_BT.shape[1] for b in trimmed] == [2, 3]
+
+
 # Cutting
 
 
@@ -312,19 +223,7 @@ def test_cut_sample_cuts_supervised_positions_alone_and_keeps_their_order(tau, k
     """Prompt and supervised positions alternate; the cut itself is the slow NumPy one."""
     sample = random_sample(seeded(3), sizes=[5, 8, 2, 7, 6, 3, 4, 8, 2, 5])
     sample = dataclasses.replace(sample, is_supervised_P=torch.tensor([False, True] * 5))
-    rows = [
-        reference.Row(
-            sample.candidates.token_ids[start:stop].numpy(),
-            sample.candidates.logprobs[start:stop].numpy(),
-            int(gold),
-        )
-        for start, stop, gold in zip(
-            sample.candidates.offsets[:-1],
-            sample.candidates.offsets[1:],
-            sample.candidates.gold_ids,
-            strict=True,
-        )
-    ]
+    rows = reference_rows(sample.candidates)
     trimmed = reference.cut(rows, tau, k_min=k_min)
     expected = [
         (new if is_supervised else old)

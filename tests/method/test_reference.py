@@ -160,6 +160,7 @@ def test_momentum_reading_is_the_largest_scale_of_its_definition(delta_max):
 
 def test_moclip_two_steps_by_hand():
     settings = {"lr": 0.1, "betas": (0.5, 0.75), "weight_decay": 0.5, "delta_max": 30.0}
+    settings["atan2_scale"] = 1.27
     gradients = [[3.0, 0.0], [0.0, 4.0]]
     # Step 1: both averages are g and g^2 after correction, so the first element turns 45 degrees.
     first = 2.0 * 0.95 - 0.1 * 1.27 * np.pi / 4

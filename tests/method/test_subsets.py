@@ -1,4 +1,4 @@
-"""Candidate sets against the NumPy reference and the definitions; cuts are exact."""
+"""The choice of candidates against the NumPy reference and the definitions; cuts are exact."""
 
 import math
 
@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from lrmc_ray.method import subsets
+from lrmc_ray.method.fast import top_tokens
 from lrmc_ray.method.subsets import (
     CandidateSets,
     cut,
@@ -17,34 +18,11 @@ from lrmc_ray.method.subsets import (
     without_added_gold,
 )
 from tests.support import reference
-
-# Shape suffixes: N = positions, V = vocabulary size.
+from tests.support.method_inputs import assert_same_sets, random_logits, rng
 
 torch.set_num_threads(1)
 
-FIELDS = ("offsets", "token_ids", "logprobs", "gold_ids")
 fast = settings(deadline=None, max_examples=60, derandomize=True)
-
-
-def rng(seed: int) -> torch.Generator:
-    return torch.Generator().manual_seed(seed)
-
-
-def random_logits(seed: int, num_rows: int, vocabulary_size: int, *, tied: bool = False):
-    """Peaked and flat rows; with ``tied``, few distinct values, so that every cut meets ties."""
-    generator = rng(seed)
-    scale = torch.rand(num_rows, 1, generator=generator) * 4
-    logits_NV = scale * torch.randn(num_rows, vocabulary_size, generator=generator)
-    if tied:
-        logits_NV = logits_NV.round()
-    return logits_NV, torch.randint(vocabulary_size, (num_rows,), generator=generator)
-
-
-def assert_equal(actual: CandidateSets, expected: CandidateSets) -> None:
-    for field in FIELDS:
-        a, e = getattr(actual, field), getattr(expected, field)
-        assert a.dtype == e.dtype
-        assert torch.equal(a, e), field
 
 
 def assert_same_as_reference(actual: CandidateSets, expected: list[reference.Row]) -> None:
@@ -63,37 +41,28 @@ def assert_same_as_reference(actual: CandidateSets, expected: list[reference.Row
     k_min=st.integers(1, 8),
     more=st.integers(0, 60),
     tied=st.booleans(),
+    plain=st.booleans(),
 )
 @fast
-def test_selection_follows_the_reference(seed, tau, k_min, more, tied):
+def test_selection_follows_the_reference(seed, tau, k_min, more, tied, plain):
     logits_NV, gold_N = random_logits(seed, 6, 50, tied=tied)
-    actual = select_candidates(logits_NV, gold_N, tau=tau, k_min=k_min, k_max=k_min + more)
+    actual = select_candidates(
+        logits_NV, gold_N, tau=tau, k_min=k_min, k_max=k_min + more, plain=plain
+    )
     expected = reference.select_candidates(
         logits_NV.numpy(), gold_N.numpy(), tau=tau, k_min=k_min, k_max=k_min + more
     )
     assert_same_as_reference(actual, expected)
 
 
+@pytest.mark.parametrize("plain", [False, True])
 @pytest.mark.parametrize("tied", [False, True])
 @pytest.mark.parametrize(("tau", "k_max"), [(0.5, 1024), (0.97, 1024), (0.999, 300), (0.9, 64)])
-def test_selection_in_a_large_vocabulary_follows_the_reference(tau, k_max, tied):
-    """Large enough that the search goes through maxima of blocks, with a remainder."""
+def test_selection_in_a_large_vocabulary_follows_the_reference(tau, k_max, tied, plain):
     logits_NV, gold_N = random_logits(1, 12, 40_003, tied=tied)
-    actual = select_candidates(logits_NV, gold_N, tau=tau, k_max=k_max)
+    actual = select_candidates(logits_NV, gold_N, tau=tau, k_max=k_max, plain=plain)
     expected = reference.select_candidates(logits_NV.numpy(), gold_N.numpy(), tau=tau, k_max=k_max)
     assert_same_as_reference(actual, expected)
-
-
-@pytest.mark.parametrize("top_ids", [range(0, 40_000, 2_500), range(40_000, 40_003)])
-def test_likely_tokens_are_found_wherever_they_stand(top_ids):
-    """All in one block of the search, or all in the remainder behind the last block."""
-    logits_NV, gold_N = random_logits(2, 4, 40_003)
-    logits_NV[:, list(top_ids)] += 12
-    for tau in (0.3, 0.9, 0.9999):
-        assert_same_as_reference(
-            select_candidates(logits_NV, gold_N, tau=tau, k_max=500),
-            reference.select_candidates(logits_NV.numpy(), gold_N.numpy(), tau=tau, k_max=500),
-        )
 
 
 @given(
@@ -111,7 +80,7 @@ def test_the_cut_of_a_record_is_the_record_of_the_cut(seed, high, share, k_min, 
     k_max = k_min + spare + more
     recorded = select_candidates(logits_NV, gold_N, tau=high, k_min=k_min + spare, k_max=k_max)
     low = high * share
-    assert_equal(
+    assert_same_sets(
         cut(recorded, low, k_min=k_min),
         select_candidates(logits_NV, gold_N, tau=low, k_min=k_min, k_max=k_max),
     )
@@ -123,7 +92,7 @@ def test_cuts_are_exact_with_a_cap_of_its_own_for_every_row(seed, high, share):
     logits_NV, gold_N = random_logits(seed, 8, 40)
     k_max_N = torch.randint(1, 30, (8,), generator=rng(seed))
     recorded = select_candidates(logits_NV, gold_N, tau=high, k_max=k_max_N)
-    assert_equal(
+    assert_same_sets(
         cut(recorded, high * share),
         select_candidates(logits_NV, gold_N, tau=high * share, k_max=k_max_N),
     )
@@ -140,7 +109,7 @@ def test_cuts_are_exact_at_the_recorded_masses_themselves():
             kept = cut(recorded, tau)
             appended = int(gold_N[0]) not in recorded.token_ids[:size].tolist()
             assert int(kept.sizes[0]) == size + appended
-            assert_equal(kept, select_candidates(logits_NV, gold_N, tau=tau))
+            assert_same_sets(kept, select_candidates(logits_NV, gold_N, tau=tau))
 
 
 @given(seed=st.integers(0, 2**31 - 1), tau=st.floats(0.05, 0.99), k_max=st.integers(1, 40))
@@ -228,7 +197,7 @@ def test_a_gold_token_of_vanishing_probability_is_stored_finite():
 def test_half_precision_logits_are_taken_at_their_values(dtype):
     logits_NV, gold_N = random_logits(6, 10, 3000)
     logits_NV = logits_NV.to(dtype)
-    assert_equal(
+    assert_same_sets(
         select_candidates(logits_NV, gold_N, tau=0.9),
         select_candidates(logits_NV.double(), gold_N, tau=0.9),
     )
@@ -251,7 +220,7 @@ def test_a_cap_for_every_row_is_the_rows_one_by_one():
         select_candidates(logits_NV[i : i + 1], gold_N[i : i + 1], tau=0.99, k_max=int(k_max_N[i]))
         for i in range(6)
     ]
-    assert_equal(together, CandidateSets.concatenate(alone))
+    assert_same_sets(together, CandidateSets.concatenate(alone))
 
 
 class LargestTensor(TorchDispatchMode):
@@ -273,22 +242,13 @@ class LargestTensor(TorchDispatchMode):
 def test_chunks_bound_the_temporaries_and_change_nothing(monkeypatch, cached_rows):
     logits_NV, gold_N = random_logits(9, 60, 1000)
     whole = select_candidates(logits_NV, gold_N, tau=0.9, k_max=50)
-    monkeypatch.setattr(subsets, "_CHUNK_ELEMENTS", 7 * 1000)
-    monkeypatch.setattr(subsets, "_CACHED_ELEMENTS", cached_rows * 1000 + 500)
+    monkeypatch.setattr(subsets, "CHUNK_ELEMENTS", 7 * 1000)
+    monkeypatch.setattr(top_tokens, "CACHED_ELEMENTS", cached_rows * 1000 + 500)
     with LargestTensor() as largest:
         chunked = select_candidates(logits_NV, gold_N, tau=0.9, k_max=50)
-    assert_equal(chunked, whole)
+    assert_same_sets(chunked, whole)
     # The logits themselves have 60,000 elements, the result at most 60 * 51.
     assert largest.numel <= 7 * 1000 + 8
-
-
-def test_rows_of_very_different_levels_do_not_disturb_each_other(monkeypatch):
-    monkeypatch.setattr(subsets, "_CACHED_ELEMENTS", 2 * 50)
-    logits_NV, gold_N = random_logits(12, 9, 50)
-    logits_NV += torch.tensor([0.0, 3e4, -3e4]).repeat(3)[:, None]
-    together = select_candidates(logits_NV, gold_N, tau=0.9)
-    alone = [select_candidates(logits_NV[i : i + 1], gold_N[i : i + 1], tau=0.9) for i in range(9)]
-    assert_equal(together, CandidateSets.concatenate(alone))
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
@@ -334,112 +294,9 @@ def test_cut_refuses_what_was_not_recorded():
 def test_no_positions_are_no_rows():
     empty = select_candidates(torch.zeros(0, 20), torch.zeros(0, dtype=torch.int64), tau=0.9)
     assert (empty.num_rows, empty.token_ids.numel(), empty.offsets.tolist()) == (0, 0, [0])
-    assert_equal(cut(empty, 0.5), empty)
-    assert_equal(empty.rows(torch.zeros(0, dtype=torch.int64)), empty)
+    assert_same_sets(cut(empty, 0.5), empty)
+    assert_same_sets(empty.rows(torch.zeros(0, dtype=torch.int64)), empty)
     empty.check(20)
-
-
-def test_sets_recorded_in_inference_mode_can_be_cut_outside():
-    subsets._mass_table.cache_clear()
-    logits_NV, gold_N = random_logits(12, 4, 50)
-    with torch.inference_mode():
-        recorded = select_candidates(logits_NV, gold_N, tau=0.9)
-    assert_equal(cut(recorded, 0.5), select_candidates(logits_NV, gold_N, tau=0.5))
-
-
-def test_rows_and_concatenate_take_sets_apart_and_together():
-    logits_NV, gold_N = random_logits(13, 9, 60)
-    sets = select_candidates(logits_NV, gold_N, tau=0.9)
-    index = torch.tensor([8, 0, 3, 3])
-    assert_equal(sets.rows(index), select_candidates(logits_NV[index], gold_N[index], tau=0.9))
-    mask = gold_N % 2 == 0
-    assert_equal(sets.rows(mask), select_candidates(logits_NV[mask], gold_N[mask], tau=0.9))
-    parts = [sets.rows(torch.arange(a, b)) for a, b in ((0, 4), (4, 4), (4, 9))]
-    assert_equal(CandidateSets.concatenate(parts), sets)
-    assert_equal(sets.to("cpu"), sets)
-    assert sets.to("meta").token_ids.device.type == "meta"
-
-
-def test_row_quantities_follow_their_definitions():
-    sets = CandidateSets(
-        offsets=torch.tensor([0, 1, 3, 6]),
-        token_ids=torch.tensor([4, 2, 4, 0, 1, 2], dtype=torch.int32),
-        logprobs=torch.tensor([0.0, -0.5, -3.0, -1.0, -1.5, -9.0], dtype=torch.float16),
-        gold_ids=torch.tensor([4, 4, 1], dtype=torch.int32),
-    )
-    sets.check(5)
-    assert sets.sizes.tolist() == [1, 2, 3]
-    assert sets.row_ids.tolist() == [0, 1, 1, 2, 2, 2]
-    assert sets.is_gold.tolist() == [True, False, True, False, True, False]
-    assert sets.active().tolist() == [False, True, True]
-    mass = [1.0, math.exp(-0.5) + math.exp(-3.0), math.exp(-1) + math.exp(-1.5) + math.exp(-9)]
-    torch.testing.assert_close(
-        sets.outside_mass(), 1 - torch.tensor(mass, dtype=torch.float64), atol=1e-11, rtol=0
-    )
-    assert sets.capped(mass[1] - 1e-9).tolist() == [False, False, True]
-    assert sets.capped(mass[1] + 1e-9).tolist() == [False, True, True]
-
-
-def test_outside_mass_is_never_negative():
-    """Two tokens of stored probability one cannot be recorded, but must not break a report."""
-    sets = CandidateSets(
-        torch.tensor([0, 2]),
-        torch.tensor([0, 1], dtype=torch.int32),
-        torch.zeros(2, dtype=torch.float16),
-        torch.tensor([0], dtype=torch.int32),
-    )
-    assert sets.outside_mass().tolist() == [0.0]
-
-
-VALID = {
-    "offsets": torch.tensor([0, 2, 3]),
-    "token_ids": torch.tensor([5, 1, 3], dtype=torch.int32),
-    "logprobs": torch.tensor([-0.5, -2.0, -0.1], dtype=torch.float16),
-    "gold_ids": torch.tensor([1, 3], dtype=torch.int32),
-}
-
-
-def test_check_accepts_valid_sets():
-    CandidateSets(**VALID).check(6)
-
-
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [
-        ({"offsets": torch.tensor([0, 2, 3], dtype=torch.int32)}, "offsets must be a torch.int64"),
-        ({"logprobs": torch.tensor([-0.5, -2.0, -0.1])}, "logprobs must be a torch.float16"),
-        ({"token_ids": torch.tensor([[5, 1, 3]], dtype=torch.int32)}, r"shape \(1, 3\)"),
-        ({"offsets": torch.tensor([0, 3])}, "offsets must be one longer than gold_ids"),
-        ({"logprobs": torch.tensor([-0.5, -2.0], dtype=torch.float16)}, "as long as token_ids"),
-        ({"offsets": torch.tensor([1, 2, 3])}, "offsets must rise from 0"),
-        ({"offsets": torch.tensor([0, 4, 3])}, "offsets must rise from 0"),
-        ({"offsets": torch.tensor([0, 1, 2])}, "offsets must rise from 0"),
-        ({"token_ids": torch.tensor([6, 1, 3], dtype=torch.int32)}, r"\[0, 6\), got 6"),
-        ({"token_ids": torch.tensor([-1, 1, 3], dtype=torch.int32)}, r"\[0, 6\), got -1"),
-        ({"gold_ids": torch.tensor([1, 9], dtype=torch.int32)}, r"gold_ids must .*got 9"),
-        ({"gold_ids": torch.tensor([3, 3], dtype=torch.int32)}, "row 0 lacks 3"),
-        ({"token_ids": torch.tensor([1, 1, 3], dtype=torch.int32)}, "distinct within a row"),
-        (
-            {"logprobs": torch.tensor([-0.5, math.nan, -1], dtype=torch.float16)},
-            "finite and at most 0, got nan",
-        ),
-        (
-            {"logprobs": torch.tensor([-0.5, -math.inf, -1], dtype=torch.float16)},
-            "finite and at most 0, got -inf",
-        ),
-        (
-            {"logprobs": torch.tensor([0.5, -1, -1], dtype=torch.float16)},
-            "finite and at most 0, got 0.5",
-        ),
-        (
-            {"logprobs": torch.tensor([-2, -0.5, -0.1], dtype=torch.float16)},
-            "descend within a row",
-        ),
-    ],
-)
-def test_check_names_what_is_wrong(changes, message):
-    with pytest.raises(ValueError, match=message):
-        CandidateSets(**{**VALID, **changes}).check(6)
 
 
 # The ablation without gold

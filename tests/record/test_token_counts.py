@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from lrmc_ray.errors import DataError
-from lrmc_ray.method.microbatch import lay_out
+from lrmc_ray.method.fast.packing import lay_out
 from lrmc_ray.models import attention_cost as measured_attention_cost
 from lrmc_ray.models import load_model, load_tokenizer
 from lrmc_ray.record.encode import encode_row

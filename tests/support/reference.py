@@ -270,7 +270,7 @@ def moclip(
     delta_max: float = 45.0,
     clip: str = "cautious",
     second_moment: str = "raw",
-    atan2_scale: float = 1.27,
+    atan2_scale: float = 1.0,
 ) -> MoClipResult:
     """One tensor after one step per gradient; ``cap_gradient`` states the rules at the edges.
 

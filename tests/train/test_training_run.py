@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM
 from lrmc_ray.errors import ConfigError, DataError
 from lrmc_ray.files.metrics_log import read_metrics
 from lrmc_ray.files.names import CHECKPOINT_NOW, CHECKPOINTS, LEDGER, METRICS, MODEL
-from lrmc_ray.method.probe import outside_mass
+from lrmc_ray.method.measure import outside_mass
 from lrmc_ray.method.subsets import CandidateSets, select_candidates
 from lrmc_ray.models import load_model
 from lrmc_ray.record.parts import Records

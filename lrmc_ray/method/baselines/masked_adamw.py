@@ -15,13 +15,13 @@ times as long as an AdamW step.
 """
 
 from collections.abc import Callable, Iterable
-from typing import Any, Literal, get_args
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-Mask = Literal["cautious", "momentum"]
+from lrmc_ray.method.names import Mask, check_choice
 
 _LEAST_MEAN = 1e-3
 
@@ -53,8 +53,7 @@ class MaskedAdamW(Optimizer):
         weight_decay: float = 0.0,
         share: float = 0.15,
     ) -> None:
-        if mask not in get_args(Mask):
-            raise ValueError(f"mask must be one of {', '.join(get_args(Mask))}, got {mask!r}")
+        check_choice("mask", mask, Mask)
         if not 0.0 < share <= 1.0:
             raise ValueError(f"share must be in (0, 1], got {share}")
         if not all(0.0 <= beta < 1.0 for beta in betas):

@@ -11,16 +11,17 @@ import functools
 import math
 from collections.abc import Sequence
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
+from lrmc_ray.method.losses import LossSettings
 from lrmc_ray.method.microbatch import Sample
 from lrmc_ray.method.restricted_loss import draw_tail
 from lrmc_ray.method.subsets import CandidateSets
-from lrmc_ray.method.training_loop import LossSettings
 
 VOCABULARY = 256
 
@@ -108,6 +109,26 @@ def random_sample(
         positions_P=positions_P,
         is_supervised_P=positions_P >= integer(1, length - 1),
         candidates=random_candidates(generator, input_ids_T[positions_P + 1], sizes_P),
+    )
+
+
+def sample_by_hand(name: str, ids: str, positions: str, supervised: str, sizes: str) -> Sample:
+    """A sample from strings of digits; the candidates of a position are gold, gold + 10, ..."""
+    input_ids_T = torch.tensor([int(c) for c in ids])
+    positions_P = torch.tensor([int(c) for c in positions], dtype=torch.int64)
+    gold = [int(ids[int(c) + 1]) for c in positions]
+    tokens = [g + 10 * k for g, size in zip(gold, sizes, strict=True) for k in range(int(size))]
+    return Sample(
+        name,
+        input_ids_T,
+        positions_P,
+        torch.tensor([c == "y" for c in supervised], dtype=torch.bool),
+        CandidateSets(
+            torch.tensor([0, *np.cumsum([int(c) for c in sizes])], dtype=torch.int64),
+            torch.tensor(tokens, dtype=torch.int32),
+            torch.full((len(tokens),), -3.0, dtype=torch.float16),
+            torch.tensor(gold, dtype=torch.int32),
+        ),
     )
 
 

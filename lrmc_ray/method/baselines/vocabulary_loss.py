@@ -23,37 +23,32 @@ positions; ``active_only`` is this project's control.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
-from typing import Any, Unpack
+from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from lrmc_ray.method.candidate_logits import HeadOptions, shape_logits
+from lrmc_ray.method.head import OutputHead, head_logits
 from lrmc_ray.method.subsets import CandidateSets
 
-# Shape suffixes (this file):
-#   N = positions, D = hidden size, V = vocabulary size, n = positions of one chunk.
-
-_CHUNK_ELEMENTS = 2**24  # of the [n, V] logits: 64 MiB in float32
+CHUNK_ELEMENTS = 2**24
+"""Of the [n, V] logits that exist at a time: 64 MiB in float32."""
 
 Rule = Callable[[Tensor, slice], tuple[Tensor, Callable[[], Tensor]]]
 """From log-probabilities [n, V] and the chunk's place among the N: the summed loss, and what makes
 dL/dz [n, V]. That is called after the loss, once or never, and may overwrite the former."""
 
 
-def full_cross_entropy(
-    hidden_ND: Tensor, weight_VD: Tensor, gold_N: Tensor, **head: Unpack[HeadOptions]
-) -> Tensor:
+def full_cross_entropy(hidden_ND: Tensor, head: OutputHead, gold_N: Tensor) -> Tensor:
     """Sum of the gold tokens' cross-entropy over the whole vocabulary.
 
     Args:
         hidden_ND: [N, D] last hidden states.
-        weight_VD: [V, D] weight of the output head; its gradient is an ordinary dense one.
+        head: The output head; its weight's gradient is an ordinary dense one.
         gold_N: [N] gold token ids, any integer dtype.
-        **head: see ``HeadOptions``.
 
     Returns:
         float32, or float64 if an input is.
@@ -66,26 +61,21 @@ def full_cross_entropy(
             lambda: _less_onehot_(logprobs_nV.exp_(), gold_n1),
         )
 
-    return _vocabulary_loss(hidden_ND, weight_VD, rule, **head)
+    return _vocabulary_loss(hidden_ND, head, rule)
 
 
 def active_only_cross_entropy(
-    hidden_ND: Tensor,
-    weight_VD: Tensor,
-    candidates: CandidateSets,
-    **head: Unpack[HeadOptions],
+    hidden_ND: Tensor, head: OutputHead, candidates: CandidateSets
 ) -> Tensor:
     """``full_cross_entropy`` of the rows with more than one candidate.
 
     The control that separates fewer positions from a smaller softmax.
     """
     active_N = candidates.active()
-    return full_cross_entropy(hidden_ND[active_N], weight_VD, candidates.gold_ids[active_N], **head)
+    return full_cross_entropy(hidden_ND[active_N], head, candidates.gold_ids[active_N])
 
 
-def dft_cross_entropy(
-    hidden_ND: Tensor, weight_VD: Tensor, gold_N: Tensor, **head: Unpack[HeadOptions]
-) -> Tensor:
+def dft_cross_entropy(hidden_ND: Tensor, head: OutputHead, gold_N: Tensor) -> Tensor:
     """``full_cross_entropy``, each position weighted by the probability that its gold token has.
 
     The weight is a constant to the gradient: what the model finds unlikely is hardly learned.
@@ -100,27 +90,25 @@ def dft_cross_entropy(
             lambda: _less_onehot_(logprobs_nV.exp_(), gold_n1).mul_(weight_n1),
         )
 
-    return _vocabulary_loss(hidden_ND, weight_VD, rule, **head)
+    return _vocabulary_loss(hidden_ND, head, rule)
 
 
 def kl_regularized_cross_entropy(
     hidden_ND: Tensor,
-    weight_VD: Tensor,
+    head: OutputHead,
     gold_N: Tensor,
     base_logits: Callable[[slice], Tensor],
     *,
     kl_weight: float,
-    **head: Unpack[HeadOptions],
 ) -> Tensor:
     """``full_cross_entropy`` + ``kl_weight`` times the sum of KL(base || model).
 
     Args:
-        hidden_ND: as there.
-        weight_VD: as there.
-        gold_N: as there.
-        base_logits: the base model's logits [n, V] at the positions of a slice of the N.
-        kl_weight: weight of the KL.
-        **head: as there.
+        hidden_ND: As there.
+        head: As there.
+        gold_N: As there.
+        base_logits: The base model's logits [n, V] at the positions of a slice of the N.
+        kl_weight: Weight of the KL.
     """
 
     def rule(logprobs_nV: Tensor, chunk: slice) -> tuple[Tensor, Callable[[], Tensor]]:
@@ -135,47 +123,26 @@ def kl_regularized_cross_entropy(
 
         return kl - logprobs_nV.gather(1, gold_n1).sum(), gradient
 
-    return _vocabulary_loss(hidden_ND, weight_VD, rule, **head)
-
-
-def head_logits(
-    hidden_ND: Tensor,
-    weight_VD: Tensor,
-    *,
-    bias_V: Tensor | None = None,
-    logit_scale: float = 1.0,
-    softcap: float | None = None,
-) -> Tensor:
-    """All logits [N, V], in float32 or float64: for a few positions at a time."""
-    dtype = torch.promote_types(hidden_ND.dtype, weight_VD.dtype)
-    logits_NV = F.linear(hidden_ND.to(dtype), weight_VD.to(dtype))
-    logits_NV = logits_NV.to(torch.promote_types(dtype, torch.float32))
-    if bias_V is not None:
-        logits_NV += bias_V
-    return shape_logits(logits_NV, logit_scale, softcap)
+    return _vocabulary_loss(hidden_ND, head, rule)
 
 
 def _less_onehot_(gradient_nV: Tensor, gold_n1: Tensor) -> Tensor:
     return gradient_nV.scatter_add_(1, gold_n1, gradient_nV.new_full(gold_n1.shape, -1.0))
 
 
-def _vocabulary_loss(
-    hidden_ND: Tensor,
-    weight_VD: Tensor,
-    rule: Rule,
-    *,
-    bias_V: Tensor | None = None,
-    logit_scale: float = 1.0,
-    softcap: float | None = None,
-) -> Tensor:
+def _vocabulary_loss(hidden_ND: Tensor, head: OutputHead, rule: Rule) -> Tensor:
     total: Tensor = _VocabularyLoss.apply(  # type: ignore[no-untyped-call]
-        hidden_ND, weight_VD, bias_V, rule, logit_scale, softcap, torch.is_grad_enabled()
+        hidden_ND, head.weight_VD, head.bias_V, head, rule, torch.is_grad_enabled()
     )
     return total
 
 
 class _VocabularyLoss(torch.autograd.Function):
-    """A chunked loss whose forward pass leaves the gradients of the sum."""
+    """A chunked loss whose forward pass leaves the gradients of the sum.
+
+    The weight and the bias stand beside the head that holds them, because autograd follows the
+    tensors among the arguments.
+    """
 
     @staticmethod
     def forward(
@@ -183,33 +150,31 @@ class _VocabularyLoss(torch.autograd.Function):
         hidden_ND: Tensor,
         weight_VD: Tensor,
         bias_V: Tensor | None,
+        head: OutputHead,
         rule: Rule,
-        logit_scale: float,
-        softcap: float | None,
         wants_gradient: bool,
     ) -> Tensor:
         wants_ND, wants_VD, wants_V = (wants_gradient and w for w in ctx.needs_input_grad[:3])
         dtype = torch.promote_types(hidden_ND.dtype, weight_VD.dtype)
         hidden_ND, weight_VD = hidden_ND.to(dtype), weight_VD.to(dtype)
+        head = dataclasses.replace(head, weight_VD=weight_VD)
         gradient_ND = torch.empty_like(hidden_ND) if wants_ND else None
         gradient_VD = torch.zeros_like(weight_VD) if wants_VD else None
         gradient_V = torch.zeros_like(bias_V) if bias_V is not None and wants_V else None
         total = hidden_ND.new_zeros((), dtype=torch.promote_types(dtype, torch.float32))
-        step = max(1, _CHUNK_ELEMENTS // len(weight_VD))
+        step = max(1, CHUNK_ELEMENTS // head.vocabulary_size)
         for start in range(0, len(hidden_ND), step):
             chunk = slice(start, start + step)
             hidden_nD = hidden_ND[chunk]
-            logits_nV = head_logits(
-                hidden_nD, weight_VD, bias_V=bias_V, logit_scale=logit_scale, softcap=softcap
-            )
+            logits_nV = head_logits(hidden_nD, head)
             loss, make_gradient = rule(logits_nV.log_softmax(-1), chunk)
             total += loss
             if not (wants_ND or wants_VD or wants_V):
                 continue
             gradient_nV = make_gradient()
-            if softcap is not None:
-                gradient_nV *= 1 - (logits_nV / softcap).square()
-            gradient_nV *= logit_scale
+            if head.softcap is not None:
+                gradient_nV *= 1 - (logits_nV / head.softcap).square()
+            gradient_nV *= head.logit_scale
             if gradient_V is not None:
                 gradient_V += gradient_nV.sum(0)
             gradient_nV = gradient_nV.to(dtype)
@@ -224,4 +189,4 @@ class _VocabularyLoss(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, scale: Tensor) -> tuple[Tensor | None, ...]:
         gradients = (None if g is None else g * scale.to(g.dtype) for g in ctx.saved_tensors)
-        return (*gradients, None, None, None, None)
+        return (*gradients, None, None, None)

@@ -2,11 +2,11 @@ r"""The operator under the losses: logits of the candidates alone, gradients of 
 
 With hidden states H [N, D], the head's weight W [V, D] and the candidate sets as a CSR pattern::
 
-    z[e] = H[row(e)] . W[token(e)]             a sampled dense-dense product, nnz dot products
+    z[e] = H[row(e)] . W[token(e)]             a sampled dense-dense product, E dot products
     dH   = sum over a row's entries  of dz[e] W[token(e)]
     dW   = sum over a token's entries of dz[e] H[row(e)]
 
-Neither the logits [N, V] nor a dense gradient [V, D] is made. Time and memory follow nnz, the
+Neither the logits [N, V] nor a dense gradient [V, D] is made. Time and memory follow E, the
 number of entries, instead of N V. Both sums are bags of weighted rows, which
 ``torch.nn.functional.embedding_bag`` computes; for dW the entries are sorted by token first, and
 the finished rows are added to the weight's gradient block by block.
@@ -22,7 +22,7 @@ reads ``grad`` once all parts have arrived. There is no double backward.
 from __future__ import annotations
 
 import warnings
-from typing import Any, Literal, TypedDict
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -30,26 +30,12 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.autograd.graph import get_gradient_edge
 
-from lrmc_ray.method.subsets import CandidateSets
+from lrmc_ray.method.candidate_sets import CandidateSets
+from lrmc_ray.method.head import OutputHead, head_logits
+from lrmc_ray.method.names import Backend, check_choice
 
-# Shape suffixes (this file):
-#   N = positions, D = hidden size, V = vocabulary size, R = given tokens; nnz entries in all.
-
-Backend = Literal["auto", "sparse", "gather", "dense"]
-
-
-class HeadOptions(TypedDict, total=False):
-    """How the output head makes logits: ``softcap tanh(logit_scale (H W' + b) / softcap)``."""
-
-    bias_V: Tensor | None
-    """[V] bias, None for none."""
-    logit_scale: float
-    """Factor on the logits, 1.0 for none (Cohere; Granite divides by its logits_scaling)."""
-    softcap: float | None
-    """Bound on the logits, None for none (Gemma)."""
-
-
-_CHUNK_ELEMENTS = 2**19  # of a block of weight rows' gradients: 2 MiB in float32, fits a cache
+BLOCK_ELEMENTS = 2**19
+"""Of a block of weight rows' gradients: 2 MiB in float32, which fits a cache."""
 # From this many times more logits than candidates on, the candidates alone are computed. CPU: as
 # many multiplications does a dense product in the time of one here (one thread, float32). CUDA: on
 # an H100 it does 200, but it takes the memory of all logits.
@@ -62,90 +48,59 @@ with warnings.catch_warnings():
 
 
 def candidate_logits(
-    hidden_ND: Tensor,
-    weight_VD: Tensor,
-    candidates: CandidateSets,
-    *,
-    bias_V: Tensor | None = None,
-    logit_scale: float = 1.0,
-    softcap: float | None = None,
-    backend: Backend = "auto",
+    hidden_ND: Tensor, head: OutputHead, candidates: CandidateSets, *, backend: Backend = "auto"
 ) -> Tensor:
     """Logits of every candidate.
 
     Args:
         hidden_ND: [N, D] last hidden states, one row per row of ``candidates``.
-        weight_VD: [V, D] weight of the output head, maybe tied to the embedding.
+        head: The output head; its weight may be tied to the embedding.
         candidates: N candidate sets, on the same device.
-        bias_V: see ``HeadOptions``.
-        logit_scale: see ``HeadOptions``.
-        softcap: see ``HeadOptions``.
         backend: ``"sparse"``: the operator of this module. ``"gather"``: the same by a gathered
-            [nnz, D] copy of the weight, the plain reference. ``"dense"``: all [N, V] logits, then
+            [E, D] copy of the weight, the plain reference. ``"dense"``: all [N, V] logits, then
             the candidates' are picked out. ``"auto"``: sparse, but dense where the candidates are
             more than a sixth (CUDA: a 64th) of all logits, and gather on other devices.
 
     Returns:
-        [nnz], float32 (float64 if an input is float64), in the order of ``candidates.token_ids``.
+        [E], float32 (float64 if an input is float64), in the order of ``candidates.token_ids``.
 
     Raises:
-        ValueError: unknown backend, or hidden states and candidate sets of different number.
+        ValueError: Unknown backend, or hidden states and candidate sets of different number.
     """
+    check_choice("backend", backend, Backend)
     if len(hidden_ND) != candidates.num_rows:
         raise ValueError(
             "hidden_ND must have one row per candidate set, got "
             f"{len(hidden_ND)} rows and {candidates.num_rows} sets"
         )
     if backend == "auto":
-        backend = _choose_backend(hidden_ND, weight_VD, candidates)
-    dtype = _compute_dtype(hidden_ND, weight_VD)
-    if backend == "sparse":
-        logits: Tensor = _SampledProduct.apply(  # type: ignore[no-untyped-call]
-            hidden_ND, weight_VD, candidates.offsets, candidates.token_ids
+        backend = _choose_backend(hidden_ND, head.weight_VD, candidates)
+    dtype = _compute_dtype(hidden_ND, head.weight_VD)
+    logits_E: Tensor
+    if backend == "dense":
+        # Bias, scale and bound come below, as for the others: to the candidates alone.
+        products_NV = head_logits(hidden_ND, OutputHead(head.weight_VD), dtype=dtype)
+        logits_E = products_NV[candidates.row_ids, candidates.token_ids]
+    elif backend == "sparse":
+        logits_E = _SampledProduct.apply(  # type: ignore[no-untyped-call]
+            hidden_ND, head.weight_VD, candidates.offsets, candidates.token_ids
         )
-    elif backend == "gather":
-        hidden = hidden_ND[candidates.row_ids].to(dtype)
-        logits = (hidden * weight_VD[candidates.token_ids].to(dtype)).sum(-1)
-    elif backend == "dense":
-        logits_NV = hidden_ND.to(dtype) @ weight_VD.to(dtype).T
-        logits = logits_NV[candidates.row_ids, candidates.token_ids]
     else:
-        raise ValueError(f"backend must be auto, sparse, gather or dense, got {backend!r}")
-    if bias_V is not None:
-        logits = logits + bias_V[candidates.token_ids]
-    return shape_logits(logits, logit_scale, softcap)
+        hidden_ED = hidden_ND[candidates.row_ids].to(dtype)
+        logits_E = (hidden_ED * head.weight_VD[candidates.token_ids].to(dtype)).sum(-1)
+    if head.bias_V is not None:
+        logits_E = logits_E + head.bias_V[candidates.token_ids]
+    return head.shape_logits(logits_E)
 
 
-def token_logits(
-    hidden_ND: Tensor,
-    weight_VD: Tensor,
-    token_ids_R: Tensor,
-    *,
-    bias_V: Tensor | None = None,
-    logit_scale: float = 1.0,
-    softcap: float | None = None,
-) -> Tensor:
+def token_logits(hidden_ND: Tensor, head: OutputHead, token_ids_R: Tensor) -> Tensor:
     """[N, R] logits of the same R distinct tokens at every position; else as above."""
-    dtype = _compute_dtype(hidden_ND, weight_VD)
-    rows_RD = _TakeRows.apply(weight_VD, token_ids_R)  # type: ignore[no-untyped-call]
+    dtype = _compute_dtype(hidden_ND, head.weight_VD)
+    rows_RD = _TakeRows.apply(head.weight_VD, token_ids_R)  # type: ignore[no-untyped-call]
     logits_NR = hidden_ND.to(dtype) @ rows_RD.to(dtype).T
-    if bias_V is not None:
-        logits_NR = logits_NR + bias_V[token_ids_R]
-    return shape_logits(logits_NR, logit_scale, softcap)
-
-
-def shape_logits(logits: Tensor, logit_scale: float, softcap: float | None) -> Tensor:
-    """``softcap tanh(logit_scale x / softcap)``, or ``logit_scale x`` without a softcap."""
-    if logit_scale != 1.0:
-        logits = logits * logit_scale
-    return logits if softcap is None else softcap * torch.tanh(logits / softcap)
-
-
-def segment_logsumexp(values: Tensor, candidates: CandidateSets) -> Tensor:
-    """[N], the log-sum-exp over each row's entries of ``values`` [nnz]."""
-    highest_N = torch.segment_reduce(values.detach(), "max", offsets=candidates.offsets)
-    shifted = values - highest_N[candidates.row_ids]
-    return torch.segment_reduce(shifted.exp(), "sum", offsets=candidates.offsets).log() + highest_N
+    if head.bias_V is not None:
+        logits_NR = logits_NR + head.bias_V[token_ids_R]
+    return head.shape_logits(logits_NR)
 
 
 def _compute_dtype(hidden_ND: Tensor, weight_VD: Tensor) -> torch.dtype:
@@ -246,7 +201,7 @@ def _add_weight_gradient(
     tokens, counts = torch.unique_consecutive(token_ids, return_counts=True)
     positions, gradient = positions[order], gradient[order]
     bounds = F.pad(counts.cumsum(0), (1, 0)).int()
-    step = max(1, _CHUNK_ELEMENTS // hidden_ND.shape[1])
+    step = max(1, BLOCK_ELEMENTS // hidden_ND.shape[1])
     edges = [*bounds[::step].tolist(), len(token_ids)]
     for chunk in range((len(tokens) + step - 1) // step):
         first, last = edges[chunk], edges[chunk + 1]

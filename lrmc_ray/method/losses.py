@@ -1,0 +1,119 @@
+"""The losses by name, and what each of them needs: the sampled tail, the anchor, the base model."""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from lrmc_ray.method.baselines.vocabulary_loss import (
+    active_only_cross_entropy,
+    dft_cross_entropy,
+    full_cross_entropy,
+    kl_regularized_cross_entropy,
+)
+from lrmc_ray.method.head import OutputHead, head_logits
+from lrmc_ray.method.microbatch import Activity, MicroBatch
+from lrmc_ray.method.names import Loss
+from lrmc_ray.method.restricted_loss import (
+    Tail,
+    anchor_kl,
+    draw_tail,
+    restricted_cross_entropy,
+    soft_cross_entropy,
+)
+
+
+@dataclass(frozen=True)
+class LossSettings:
+    """Which loss is taken; names as in the settings of ``train``."""
+
+    loss: Loss
+    tail_samples: int
+    """R; of a smaller vocabulary every token is taken, once."""
+    anchor_weight: float
+    seed: int
+    base_kl_weight: float = 1.0
+
+    @property
+    def activity(self) -> Activity:
+        """Which positions can have a loss other than zero."""
+        sees_outside = self.loss in ("full", "dft", "kl_to_base") or (
+            self.loss == "restricted" and self.tail_samples > 0
+        )
+        anchor = math.inf if self.anchor_weight == 0 else 1 if self.tail_samples else 2
+        return Activity(supervised=1 if sees_outside else 2, prompt=anchor)
+
+    def tail_of_step(self, step: int, head: OutputHead) -> Tail | None:
+        """The sampled tail of an optimizer step, on the device of ``head``; None without one."""
+        if not self.tail_samples:
+            return None
+        num_samples = min(self.tail_samples, head.vocabulary_size)
+        tail = draw_tail(num_samples, head.vocabulary_size, seed=self.seed, step=step)
+        return tail.to(head.weight_VD.device)
+
+
+@dataclass(frozen=True)
+class LanguageModel:
+    """A causal language model as the method sees it: hidden states, and a head on top of them."""
+
+    forward: Callable[[MicroBatch], Tensor]
+    """Last hidden states [B, T, D] of a micro-batch."""
+    head: OutputHead
+
+    @torch.no_grad()
+    def frozen_logits(self, batch: MicroBatch) -> Callable[[slice], Tensor]:
+        """Its logits at the supervised positions of ``batch``, some of them at a time."""
+        where = batch.supervised
+        hidden_ND = self.forward(batch)[where.row_N, where.column_N]
+        return lambda chunk: head_logits(hidden_ND[chunk], self.head)
+
+
+def loss_sums(
+    hidden_BTD: Tensor,
+    head: OutputHead,
+    batch: MicroBatch,
+    settings: LossSettings,
+    tail: Tail | None,
+    base_logits: Callable[[slice], Tensor] | None = None,
+) -> tuple[Tensor, Tensor]:
+    """The summed loss over supervised and the summed KL over prompt positions, in nats.
+
+    Args:
+        hidden_BTD: Last hidden states of the micro-batch.
+        head: The output head.
+        batch: The micro-batch.
+        settings: Which loss.
+        tail: The sampled tail of this step.
+        base_logits: The base model's logits [n, V] at a slice of the supervised positions, which
+            ``kl_to_base`` needs.
+
+    Raises:
+        ValueError: ``kl_to_base`` without the base model.
+    """
+    where = batch.supervised
+    hidden_ND = hidden_BTD[where.row_N, where.column_N]
+    sets = where.candidates
+    match settings.loss:
+        case "restricted":
+            main = restricted_cross_entropy(hidden_ND, head, sets, tail=tail)
+        case "soft":
+            main = soft_cross_entropy(hidden_ND, head, sets)
+        case "full":
+            main = full_cross_entropy(hidden_ND, head, sets.gold_ids)
+        case "active_only":
+            main = active_only_cross_entropy(hidden_ND, head, sets)
+        case "dft":
+            main = dft_cross_entropy(hidden_ND, head, sets.gold_ids)
+        case "kl_to_base":
+            if base_logits is None:
+                raise ValueError("the loss kl_to_base needs the base model, got none")
+            main = kl_regularized_cross_entropy(
+                hidden_ND, head, sets.gold_ids, base_logits, kl_weight=settings.base_kl_weight
+            )
+    if settings.anchor_weight == 0 or not len(batch.anchored.row_N):
+        return main, main.new_zeros(())
+    where = batch.anchored
+    hidden_ND = hidden_BTD[where.row_N, where.column_N]
+    return main, anchor_kl(hidden_ND, head, where.candidates, tail=tail)

@@ -1,0 +1,126 @@
+"""What is only measured: held-out loss, outside mass of the current model, MoClip's angles.
+
+- The training loss is not comparable with full cross-entropy; the negative log-likelihood of
+  samples that are not trained on, over the whole vocabulary, is.
+- The restricted loss never pushes probability back into S, so rho = 1 - p(S) of the model in
+  training can grow past the 1 - tau it started below, unseen by the loss: the recorded sets get
+  stale. It takes the whole vocabulary to see it; some positions every few steps are enough.
+"""
+
+import math
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from lrmc_ray.method.baselines.vocabulary_loss import full_cross_entropy
+from lrmc_ray.method.candidate_sets import CandidateSets, row_logsumexp
+from lrmc_ray.method.head import OutputHead, head_logits
+from lrmc_ray.method.losses import LanguageModel
+from lrmc_ray.method.microbatch import Activity, MicroBatch, Sample, collate
+from lrmc_ray.method.workers import WorkerGroup
+
+BATCH_TOKENS = 2048
+"""Padded tokens of one forward pass over held-out samples."""
+CHUNK_ELEMENTS = 2**22
+"""Of the [n, V] logits that the outside mass is taken from: 16 MiB in float32."""
+_EVERY_SUPERVISED_POSITION = Activity(supervised=1, prompt=math.inf)
+
+
+def held_out_batches(samples: Sequence[Sample]) -> list[MicroBatch]:
+    """``samples`` in batches of similar length, the same whoever computes them."""
+    order = sorted(range(len(samples)), key=lambda i: (len(samples[i].input_ids_T), i))
+    groups: list[list[Sample]] = []
+    for index in order:
+        sample = samples[index]
+        # The longest of a group is its last.
+        if groups and len(sample.input_ids_T) * (len(groups[-1]) + 1) <= BATCH_TOKENS:
+            groups[-1].append(sample)
+        else:
+            groups.append([sample])
+    return [collate(group, _EVERY_SUPERVISED_POSITION) for group in groups]
+
+
+@torch.no_grad()
+def held_out_nll(
+    model: LanguageModel,
+    batches: Sequence[MicroBatch],
+    group: WorkerGroup,
+    *,
+    autocast: torch.dtype | None = None,
+) -> float:
+    """Mean negative log-likelihood per supervised position, in nats.
+
+    The same bits for every number of workers: each batch's sum has a place of its own.
+
+    Args:
+        model: The model, without dropout.
+        batches: What ``held_out_batches`` makes, the same on every worker.
+        group: This worker and the others.
+        autocast: Type of the forward pass, None for that of the weights.
+    """
+    device = model.head.weight_VD.device
+    sums_X = torch.zeros(len(batches), dtype=torch.float64, device=device)
+    for index in range(group.rank, len(batches), group.world_size):
+        batch = batches[index].to(device)
+        where = batch.supervised
+        if not len(where.row_N):
+            continue
+        with torch.autocast(device.type, dtype=autocast, enabled=autocast is not None):
+            hidden_BTD = model.forward(batch)
+        sums_X[index] = full_cross_entropy(
+            hidden_BTD[where.row_N, where.column_N], model.head, where.candidates.gold_ids
+        )
+    group.sum_(sums_X)
+    return float(sums_X.sum()) / max(1, sum(batch.num_supervised for batch in batches))
+
+
+class OutsideMass(NamedTuple):
+    """Mean outside mass over a sample of positions, with its standard error."""
+
+    mean: float
+    stderr: float
+    """Sample standard deviation / sqrt(positions), the finite population not counted; NaN for one
+    position."""
+    num_positions: int
+
+
+@torch.no_grad()
+def outside_mass(
+    hidden_ND: Tensor,
+    head: OutputHead,
+    candidates: CandidateSets,
+    *,
+    num_positions: int,
+    seed: int,
+) -> OutsideMass:
+    """Mean of rho = 1 - p(S) of the current model over sampled positions.
+
+    Args:
+        hidden_ND: [N, D] last hidden states of the current model.
+        head: Its output head.
+        candidates: N candidate sets, on the same device.
+        num_positions: How many of the N positions to look at; all of them if there are no more.
+        seed: Which ones, drawn without replacement.
+
+    Raises:
+        ValueError: No positions.
+    """
+    if num_positions < 1 or not len(hidden_ND):
+        raise ValueError(
+            f"num_positions must be at least 1 of at least 1, got {num_positions} of "
+            f"{len(hidden_ND)}"
+        )
+    generator = torch.Generator().manual_seed(seed)
+    sample = torch.randperm(len(hidden_ND), generator=generator)[:num_positions]
+    step = max(1, CHUNK_ELEMENTS // head.vocabulary_size)
+    rho = []
+    for index in torch.split(sample.to(hidden_ND.device), step):
+        sets = candidates.rows(index)
+        logits_nV = head_logits(hidden_ND[index], head)
+        inside_n = row_logsumexp(logits_nV[sets.row_ids, sets.token_ids], sets)
+        rho.append(-torch.expm1(inside_n - logits_nV.logsumexp(-1)))
+    rho_n = torch.cat(rho).double().clamp(0.0, 1.0)
+    spread = float(rho_n.std()) if len(rho_n) > 1 else math.nan
+    return OutsideMass(float(rho_n.mean()), spread / math.sqrt(len(rho_n)), len(rho_n))

@@ -1,0 +1,36 @@
+"""Every choice that goes by a name, said once. No torch here, so the settings load at once."""
+
+from collections.abc import Sequence
+from typing import Literal, get_args
+
+Loss = Literal["restricted", "full", "soft", "active_only", "dft", "kl_to_base"]
+"""``restricted`` is the paper's, ``full`` ordinary fine-tuning, the others baselines."""
+OptimizerName = Literal["moclip", "adamw", "adam_atan2", "c_adamw", "mofo"]
+"""``moclip`` is the paper's, ``adam_atan2`` the same without the cap, the others baselines."""
+Clip = Literal["scale", "cautious", "momentum", "project", "rotate", "none"]
+"""Readings of MoClip's cap on the angle; :mod:`lrmc_ray.method.moclip` has their formulas."""
+Angle = Literal["tensor", "global"]
+"""One angle per tensor, or one for the whole model."""
+SecondMoment = Literal["raw", "capped"]
+"""Whether the second moment sees the gradient before or after the cap."""
+Schedule = Literal["constant", "linear", "cosine"]
+"""The learning rate after the warm-up."""
+Reduction = Literal["strict", "fast"]
+"""How workers add their gradients; :mod:`lrmc_ray.method.training_loop` says what each is for."""
+LossReduction = Literal["sum", "mean", "none"]
+"""What becomes of the losses of the positions."""
+Backend = Literal["auto", "sparse", "gather", "dense"]
+"""How the logits of candidates are computed, see :mod:`lrmc_ray.method.fast.candidate_logits`."""
+Mask = Literal["cautious", "momentum"]
+"""Which elements :class:`lrmc_ray.method.baselines.masked_adamw.MaskedAdamW` moves."""
+
+
+def choices(names: object) -> Sequence[str]:
+    """The names of one of the above, in order."""
+    return get_args(names)
+
+
+def check_choice(setting: str, value: str, names: object) -> None:
+    """Raise ``ValueError`` unless ``value`` is one of ``names``."""
+    if value not in choices(names):
+        raise ValueError(f"{setting} must be one of {', '.join(choices(names))}, got {value!r}")

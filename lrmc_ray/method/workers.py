@@ -1,0 +1,91 @@
+"""Several workers that compute one global batch, and what they tell each other."""
+
+import functools
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+BUCKET_ELEMENTS = 2**22
+"""Of one collective: 16 MiB in float32."""
+
+
+@dataclass(frozen=True)
+class WorkerGroup:
+    """Who computes what; W = 1 needs no process group."""
+
+    rank: int = 0
+    world_size: int = 1
+
+    def sum_(self, *tensors: Tensor) -> None:
+        """Add every tensor over the workers, in place."""
+        if self.world_size > 1:
+            _as_one_vector(tensors, dist.all_reduce)
+
+    def gather(self, own: Any) -> list[Any]:
+        """What every worker has of some picklable kind, by rank."""
+        if self.world_size == 1:
+            return [own]
+        together: list[Any] = [None] * self.world_size
+        dist.all_gather_object(together, own)
+        return together
+
+    def broadcast_(self, *tensors: Tensor, source: int) -> None:
+        """Give every worker the tensors of worker ``source``, in place."""
+        if self.world_size > 1:
+            _as_one_vector(tensors, functools.partial(dist.broadcast, src=source))
+
+
+def _as_one_vector(tensors: Sequence[Tensor], collective: Callable[[Tensor], object]) -> None:
+    """Run ``collective`` once, in place: to start it costs more than to copy small tensors."""
+    flat = torch.cat([tensor.reshape(-1) for tensor in tensors])
+    collective(flat)
+    for tensor, part in zip(tensors, torch.split(flat, [t.numel() for t in tensors]), strict=True):
+        tensor.copy_(part.view_as(tensor))
+
+
+def buckets(tensors: Sequence[Tensor]) -> Iterator[list[Tensor]]:
+    """The tensors in order, divided where more than ``BUCKET_ELEMENTS`` would come together."""
+    bucket: list[Tensor] = []
+    for tensor in tensors:
+        if bucket and sum(t.numel() for t in [*bucket, tensor]) > BUCKET_ELEMENTS:
+            yield bucket
+            bucket = []
+        bucket.append(tensor)
+    if bucket:
+        yield bucket
+
+
+def sum_gradients(parameters: Sequence[Tensor], group: WorkerGroup) -> None:
+    """Add the gradients of ``parameters`` over the workers, in place."""
+    for bucket in buckets([p.grad for p in parameters if p.grad is not None]):
+        group.sum_(*bucket)
+
+
+def waves(parts: Sequence[int], world_size: int) -> list[Sequence[int]]:
+    """``parts`` in rounds: in each, the worker of rank r computes the one at place r, if any."""
+    return [parts[first : first + world_size] for first in range(0, len(parts), world_size)]
+
+
+def add_in_order(
+    total: dict[Tensor, Tensor], tensors: Sequence[Tensor], group: WorkerGroup, *, sources: int
+) -> None:
+    """Add the gradients of the first ``sources`` workers to ``total``, in turn, and clear them."""
+    for bucket in buckets(tensors):
+        for source in range(sources):
+            own = [tensor.grad if source == group.rank else None for tensor in bucket]
+            gradients = [
+                torch.zeros_like(tensor) if gradient is None else gradient
+                for tensor, gradient in zip(bucket, own, strict=True)
+            ]
+            group.broadcast_(*gradients, source=source)
+            for tensor, gradient in zip(bucket, gradients, strict=True):
+                if tensor in total:
+                    total[tensor].add_(gradient)
+                else:
+                    total[tensor] = gradient
+        for tensor in bucket:
+            tensor.grad = None
