@@ -1,4 +1,5 @@
 import argparse
+import json
 import os
 import re
 import subprocess
@@ -239,7 +240,8 @@ def test_mlflow_sync_forwards_the_search_while_no_other_command_works_there(
     with pytest.raises(IncompleteArtifactError, match=r"has no study\.json"):
         mlflow_command_module.main([str(directory)])
     assert not any(directory.iterdir())
-    (directory / "study.json").write_text('{"id": "1", "name": "study", "trials": []}')
+    study = {"schema": 1, "id": "1", "name": "study", "created": "now", "state": "RUNNING"}
+    (directory / "study.json").write_text(json.dumps({**study, "forgetting_weight": 1.0}))
     assert mlflow_command_module.main([str(directory)]) == 0
     database = f"sqlite:///{tmp_path / 'runs' / 'mlflow.db'}"
     assert f"3 runs and 70 metric values were added to {database}" in capsys.readouterr().out

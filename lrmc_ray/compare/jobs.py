@@ -7,6 +7,7 @@ from typing import Any, Literal
 
 from lrmc_ray.config import TrainSettings
 from lrmc_ray.config.compare import CompareSpace
+from lrmc_ray.evaluate.run import Split
 
 State = Literal["COMPLETE", "FAIL"]
 
@@ -18,7 +19,7 @@ class Job:
     method: str
     lr: float
     seed: int
-    split: Literal["dev", "test"]
+    split: Split
 
     @property
     def run(self) -> str:
@@ -109,6 +110,6 @@ def result_file(job: Job) -> str:
     return f"{job.split}.json"
 
 
-def job_of(entry: Mapping[str, Any]) -> Job:
+def job_of_entry(entry: Mapping[str, Any]) -> Job:
     """The job that an entry of the comparison's file describes."""
     return Job(entry["method"], entry["lr"], entry["seed"], entry["split"])

@@ -3,12 +3,12 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
 import numpy as np
 
 from lrmc_ray.evaluate.changes import compare
 from lrmc_ray.evaluate.items import Scores
+from lrmc_ray.evaluate.run import Split
 from lrmc_ray.evaluate.statistics import (
     FloatArray,
     Interval,
@@ -18,21 +18,16 @@ from lrmc_ray.evaluate.statistics import (
 
 SPIKE_WINDOW = 10
 
-
 SPIKE_FEWEST = 5
-
 
 SPIKE_DEVIATIONS = 3.0
 """A step is a loss spike if its loss is above the mean of the ``SPIKE_WINDOW`` steps before it
 (at least ``SPIKE_FEWEST``) by more than this many of their standard deviations."""
 
-Half = Literal["dev", "test"]
-
-
 # Scores
 
 
-def general_half(scores: Scores, half: Half) -> Scores:
+def general_half(scores: Scores, half: Split) -> Scores:
     """``scores`` with half of the items of every general task, and all of the domain's."""
     rows = scores.items.to_pylist()
     ids: dict[str, set[str]] = {}

@@ -22,10 +22,10 @@ from typing import Any
 
 import numpy as np
 
+from lrmc_ray.compare.description import COMPARISON_FILE
 from lrmc_ray.compare.measure import (
     Cost,
     Estimate,
-    Half,
     Trade,
     estimate,
     excess_forgetting,
@@ -35,6 +35,7 @@ from lrmc_ray.compare.measure import (
 from lrmc_ray.errors import DataError, IncompleteArtifactError
 from lrmc_ray.evaluate.changes import Comparison, compare
 from lrmc_ray.evaluate.items import Scores
+from lrmc_ray.evaluate.run import Split
 from lrmc_ray.evaluate.statistics import (
     FloatArray,
     Interval,
@@ -42,9 +43,6 @@ from lrmc_ray.evaluate.statistics import (
 )
 from lrmc_ray.files.metrics_log import read_metrics
 from lrmc_ray.files.names import METRICS
-
-COMPARISON_FILE = "compare.json"
-
 
 RESAMPLES = 2000
 
@@ -207,9 +205,9 @@ class _Reader:
     def __init__(self, directory: Path, description: Mapping[str, Any]) -> None:
         self.directory = directory
         self.description = description
-        self._base: dict[Half, Scores] = {}
+        self._base: dict[Split, Scores] = {}
 
-    def entry(self, method: str, lr: float, seed: int, split: Half) -> Mapping[str, Any] | None:
+    def entry(self, method: str, lr: float, seed: int, split: Split) -> Mapping[str, Any] | None:
         """The run, as ``compare.json`` describes it."""
         key = (method, lr, seed, split)
         for run in self.description["runs"]:
@@ -220,7 +218,7 @@ class _Reader:
 
     def compared(self, entry: Mapping[str, Any]) -> Comparison:
         """A run's scores against the base's, on the items of its split."""
-        split: Half = entry["split"]
+        split: Split = entry["split"]
         if split not in self._base:
             path = self.directory / self.description["base_scores"][split]
             self._base[split] = general_half(Scores.load(path), split)
@@ -232,7 +230,7 @@ class _Reader:
             resamples=RESAMPLES,
         )
 
-    def comparisons(self, method: str, lr: float | None, split: Half) -> dict[int, Comparison]:
+    def comparisons(self, method: str, lr: float | None, split: Split) -> dict[int, Comparison]:
         """By seed, of the runs that are scored."""
         if lr is None:
             return {}

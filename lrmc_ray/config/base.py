@@ -1,5 +1,6 @@
 """What all settings share: strict types, frozen values, the names of the embedded data."""
 
+from collections.abc import Mapping
 from typing import Annotated, Any
 
 from pydantic import (
@@ -12,10 +13,8 @@ from pydantic import (
 DEMO = "demo"
 """Names the embedded model and the embedded data."""
 
-
 CT = "ct"
 """Names the task of radio exam questions, and its training data."""
-
 
 ENGLISH = "english"
 """Names general text to be replayed: sentences that no task of ours asks about."""
@@ -30,12 +29,9 @@ def as_tuple(value: Any) -> Any:
 
 Strings = Annotated[tuple[str, ...], Field(min_length=1), BeforeValidator(as_tuple)]
 
-
 Range = Annotated[tuple[int, int], BeforeValidator(as_tuple)]
 
-
 Patterns = Annotated[tuple[str, ...], BeforeValidator(as_tuple)]
-
 
 Betas = Annotated[tuple[float, float], BeforeValidator(as_tuple)]
 
@@ -46,3 +42,12 @@ class Settings(BaseModel):
     model_config = ConfigDict(
         frozen=True, extra="forbid", strict=True, allow_inf_nan=False, use_attribute_docstrings=True
     )
+
+
+def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested settings under their dotted names: ``{"train": {"lr": 1}}`` is ``{"train.lr": 1}``."""
+    flat: dict[str, Any] = {}
+    for key, value in values.items():
+        name = f"{prefix}{key}"
+        flat |= flatten(value, f"{name}.") if isinstance(value, Mapping) else {name: value}
+    return flat

@@ -16,15 +16,12 @@ from lrmc_ray.errors import ConfigError
 
 NAME = r"^[a-z0-9][a-z0-9_]{0,31}$"
 
-
 LEAST_ITEMS = 4
 """Of a general task: half of them choose the learning rate, half are reported."""
 
 LearningRate = Annotated[float, Field(gt=0, lt=1)]
 
-
 LearningRates = Annotated[tuple[LearningRate, ...], Field(min_length=1), BeforeValidator(as_tuple)]
-
 
 Seeds = Annotated[
     tuple[Annotated[int, Field(ge=0, lt=2**32)], ...],

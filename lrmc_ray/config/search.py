@@ -13,6 +13,9 @@ from lrmc_ray.config.base import Settings, as_tuple
 from lrmc_ray.config.train import TrainSettings
 from lrmc_ray.config.validation import validate
 
+Objective = Literal["combined", "budget", "pareto"]
+"""What a search looks for; see ``SearchSettings.objective``."""
+
 AUTOMATIC = {"tau": 0.999, "delta_max": 180.0}
 """Settings of ``train`` whose range can be found automatically, and the largest that it may be."""
 
@@ -61,7 +64,7 @@ class SearchSettings(Settings):
     """Names the study in MLflow and on disk."""
     trials: int = Field(10, ge=1)
     """Trials in all, the defaults and the yardstick included."""
-    objective: Literal["combined", "budget", "pareto"] = "combined"
+    objective: Objective = "combined"
     """``combined``: the largest combined score. ``budget``: the largest domain gain with at most
     ``max_forgetting``. ``pareto``: the whole front, of which the knee is taken."""
     forgetting_weight: float = Field(1.0, ge=0)
@@ -121,8 +124,3 @@ def trial_settings(base: TrainSettings, params: Mapping[str, Any]) -> TrainSetti
         # Ranges and choices are read as floats, whatever they are of.
         values[name] = int(value) if field and field.annotation is int and is_whole else value
     return validate(TrainSettings, values, "trial")
-
-
-# What a search looks for, and what its trials say about the trade-off.
-
-Objective = Literal["combined", "budget", "pareto"]

@@ -127,8 +127,7 @@ class ResourceSettings(Settings):
     ``{"ray.io/accelerator-type" = "L4"}``."""
     storage: str | None = None
     """Where nodes that share no disk keep what they exchange: ``s3://BUCKET/PREFIX``,
-    ``gs://BUCKET/PREFIX``, with the parameters that pyarrow knows, or ``file:///DIR``. For
-    ``record`` and ``train``."""
+    ``gs://BUCKET/PREFIX``, with the parameters that pyarrow knows, or ``file:///DIR``."""
 
     @field_validator("storage")
     @classmethod

@@ -25,7 +25,6 @@ _RULES = {
 }
 """What pydantic says in Python's terms, in TOML's."""
 
-
 _SHOULD = re.compile("^[A-Z][a-z]+ should")
 
 

@@ -39,6 +39,11 @@ def file_digest(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def relative_path(path: Path, directory: Path) -> str:
+    """``path`` as seen from ``directory``, both with their links resolved."""
+    return os.path.relpath(path.resolve(), directory.resolve())
+
+
 def write_atomically(path: Path, content: bytes) -> None:
     """Write ``path`` so that a reader, or a crash, sees all of it or none."""
     partial = path.with_name(f".{path.name}{PARTIAL}")

@@ -1,6 +1,9 @@
-"""Names of the files that a training run's directory holds."""
+"""Names of files that more than one room knows."""
 
 from pathlib import Path
+
+SETTINGS_FILE = "settings.json"
+"""The settings of a search or a comparison, beside what it has found."""
 
 METRICS = "metrics.jsonl"
 LEDGER = "ledger.jsonl"

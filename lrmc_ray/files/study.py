@@ -1,5 +1,6 @@
 """``study.json``: what a search is and has found. ``tune`` writes it, everybody else reads it."""
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -7,65 +8,129 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from lrmc_ray.config.search import Objective
 from lrmc_ray.errors import ConfigError, DataError, IncompleteArtifactError
+from lrmc_ray.files.artifacts import write_json
 
 STUDY_FILE = "study.json"
+TRIALS = "trials"
+"""The folder of the trials' directories, here and in a storage."""
+
+Role = Literal["defaults", "yardstick", "search"]
+"""What a trial is there for; ``yardstick`` is plain fine-tuning."""
+TrialState = Literal["COMPLETE", "FAIL", "RUNNING", "PRUNED"]
+Number = int | float
+"""Stays what it is, so that a file that is read and written again does not change."""
 
 
-# study.json
+class _Part(BaseModel):
+    """A part of the file; keys that a newer version added are kept, and nobody looks at them."""
+
+    model_config = ConfigDict(extra="allow")
 
 
-class _Entry(BaseModel):
-    """Frozen; keys that a newer version added are ignored."""
+@dataclass(frozen=True)
+class FoundRange:
+    """The range of a searched setting that was found automatically, and why it is that one."""
 
-    model_config = ConfigDict(frozen=True, extra="ignore")
+    low: float
+    high: float
+    reason: str
 
 
-class TrialEntry(_Entry):
-    """One trial, as ``study.json`` tells it."""
+class TrainingFile(_Part):
+    """A file of training data."""
+
+    name: str
+    digest: str
+    """The first 32 hex digits of the SHA-256 of its content."""
+    source: str
+    """Its path."""
+
+
+class Artifact(_Part):
+    """A file that MLflow gets a copy of."""
+
+    path: str
+    folder: str = ""
+    """Where it is in MLflow's run."""
+
+
+class TrialEntry(_Part):
+    """One trial. Paths are relative to the study's directory."""
 
     number: int = Field(ge=0)
-    role: Literal["defaults", "yardstick", "search"]
-    """``yardstick`` is plain fine-tuning."""
-    state: Literal["COMPLETE", "FAIL", "RUNNING", "PRUNED"]
+    role: Role
+    state: TrialState
     cause: str | None = None
     """Why it failed or was stopped."""
     params: dict[str, Any] = {}
+    """What the search chose for it."""
     settings: dict[str, Any] = {}
+    """All of its settings of ``train``."""
     directory: str | None = None
     scores: str | None = None
     metrics_file: str | None = None
     results: dict[str, Any] = {}
     rung: dict[str, Any] | None = None
     """What it was scored on the way, and the decision: see ``early_stopping.Decision``."""
-    cost: dict[str, float] = {}
+    cost: dict[str, Number] = {}
     """``train_seconds``, ``evaluate_seconds``, ``processed_tokens``, ``original_tokens``."""
+    started: float | None = None
+    """In seconds since 1970."""
+    ended: float | None = None
 
 
-class StudyFile(_Entry):
+class StudyFile(_Part):
     """``study.json``. Paths are relative to its directory."""
 
     schema_version: Literal[1] = Field(alias="schema")
+    id: str
+    """The name and the fingerprint of the settings; also the directory's name."""
     name: str
     created: str
+    state: Literal["RUNNING", "FINISHED"]
     objective: Objective = "combined"
     forgetting_weight: float = Field(ge=0, allow_inf_nan=False)
     max_forgetting: float = Field(0.01, allow_inf_nan=False)
     """What the objective ``budget`` allows, as a fraction."""
     space: dict[str, Any] = {}
+    """The searched settings, with automatic ranges once they are found."""
+    ranges: dict[str, FoundRange] | None = None
+    """Ranges that were found automatically."""
     settings: dict[str, Any] = {}
+    """All others, by section."""
     versions: dict[str, str] = {}
-    base_scores: str | None = None
-    stage_seconds: dict[str, float] = {}
-    sessions: tuple[tuple[float, float], ...] = ()
+    datasets: list[TrainingFile] = []
+    experiment: str | None = None
+    """MLflow's."""
+    artifacts: list[Artifact] = []
+    trade_off_path: str | None = None
+    """Where MLflow's page shows forgetting against gain."""
+    stored_as: str | None = None
+    """The study's name in the storage, where there is one."""
+    stage_seconds: dict[str, Number] = {}
+    sessions: list[tuple[float, float]] = []
     """Begin and end of every sitting, in seconds since 1970."""
     forecast: dict[str, Any] | None = None
+    """What it was expected to take: see ``forecast.Forecast``."""
     importance: dict[str, dict[str, float]] = {}
     """Of each parameter, for ``eval/domain_gain`` and the others: shares that add up to one."""
     record: dict[str, Any] = {}
-    trials: tuple[TrialEntry, ...] = ()
+    """What the manifest of Stage 0 sums up."""
+    base_scores: str | None = None
+    trials: list[TrialEntry] = []
     best: int | None = None
+    """Number of the trial that the search chose."""
+    closest: int | None = None
+    """Where no trial keeps the budget: the one that comes closest to it."""
     final: dict[str, str] = {}
     """Scores of ``base``, ``best`` and ``yardstick`` on items that no choice was made on."""
+    final_limit: int | None = None
+    """Items per task of these; None for all."""
+    ended: float | None = None
+
+    def trial(self, number: int) -> TrialEntry | None:
+        """The entry of trial ``number``; None if there is none."""
+        return next((entry for entry in self.trials if entry.number == number), None)
 
 
 def find_study(directory: Path) -> Path:
@@ -92,19 +157,19 @@ def find_study(directory: Path) -> Path:
     return found[0]
 
 
-def read_study_file(study_dir: Path) -> StudyFile:
-    """The study that ``study_dir`` holds.
+def read_study(directory: Path) -> StudyFile:
+    """The study that ``directory`` holds.
 
     Raises:
         IncompleteArtifactError: no search has started there.
         DataError: the file is damaged.
     """
-    path = study_dir / STUDY_FILE
+    path = directory / STUDY_FILE
     try:
         return StudyFile.model_validate_json(path.read_bytes())
     except FileNotFoundError:
         raise IncompleteArtifactError(
-            f"{study_dir} has no {STUDY_FILE}: no search has started there; "
+            f"{directory} has no {STUDY_FILE}: no search has started there; "
             "run `python -m lrmc_ray.tune` first"
         ) from None
     except ValidationError as error:
@@ -116,7 +181,9 @@ def read_study_file(study_dir: Path) -> StudyFile:
         ) from None
 
 
-TRIALS = "trials"
+def write_study(directory: Path, study: StudyFile) -> None:
+    """Write ``study`` into its directory, atomically; a field that nobody set is left out."""
+    write_json(directory / STUDY_FILE, study.model_dump(by_alias=True, exclude_unset=True))
 
 
 def trial_directory(study_directory: Path, number: int) -> Path:

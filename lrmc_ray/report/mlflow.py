@@ -3,60 +3,32 @@
 The truth is on disk: ``study.json`` and each trial's metrics file (``metrics_log``). MLflow gets a
 copy, from the driver process only, and nothing waits for it: :class:`StudyTracker` works in a side
 thread, and what a dead or frozen server missed is made up for by a later pass of the same thread
-or by :func:`sync`. Both bring MLflow up to a *study description*, which is the content of
-``study.json``::
-
-    {"id": "demo-1f2e3d4c5b6a", "name": "demo",
-     "trials": [{"number": 0, "state": "FINISHED",
-                 "role": "search", "cause": null, "settings": {}, "params": {"tau": 0.95},
-                 "tags": {}, "metrics_file": "trials/0/metrics.jsonl",
-                 "results": {"eval/domain_gain": 0.12},
-                 "started": 1761200000.0, "ended": 1761200300.0}],
-     "state": "RUNNING", "cause": null, "settings": {}, "params": {}, "tags": {}, "results": {},
-     "datasets": [{"name": "nl2sql", "digest": "9a0c", "source": "/data/nl2sql.jsonl"}],
-     "artifacts": [{"path": "space.toml", "folder": "config"}]}
-
-Results are logged at step 0, MLflow's step of values that have no curve; those that are not
-numbers are left out. Only ``id``, ``name``, ``trials`` and a trial's ``number`` and ``state`` must
-be there. Times are seconds since 1970. Relative paths start at the study's directory.
-
-Sending is idempotent: runs are found again by their tags ``lrmc.study`` and ``lrmc.trial``, and of
-each metric only steps beyond the last one that MLflow has are sent. So of a step that had been sent
-and was redone after a crash MLflow keeps the first value, and the local file the last.
+or by :func:`sync`. Both bring MLflow up to a :class:`~lrmc_ray.report.mlflow_shown.ShownStudy`.
 """
 
-import copy
-import json
 import logging
 import threading
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
 from lrmc_ray.errors import DataError, IncompleteArtifactError, ResourceError
+from lrmc_ray.files.study import STUDY_FILE, Artifact, StudyFile, TrainingFile, read_study
 from lrmc_ray.report.mlflow_mirror import (
-    ENDED_STATUSES,
-    STUDY_TAG,
-    TRIAL_TAG,
     StudyMirror,
     in_one_line,
-    mlflow_status,
     prepare_mlflow,
     root_cause,
 )
-
-STUDY = "study.json"
-
+from lrmc_ray.report.mlflow_shown import STUDY_TAG, TRIAL_TAG, ShownRun, ShownStudy
 
 EXPERIMENT = "lrmc_ray"
 """Default name of the MLflow experiment."""
 
-
 _MAX_BACKOFF_SECONDS = 60.0
-
 
 _logger = logging.getLogger(__name__)
 
@@ -87,7 +59,7 @@ class StudyTracker:
         experiment: the MLflow experiment.
         params: of the study.
         tags: of the study.
-        datasets: ``name``, ``digest`` and ``source`` of each input; see the file's head.
+        datasets: the training data.
         catch_up: the command that a warning names as the remedy.
         poll_seconds: time between looks at the metrics files.
     """
@@ -102,24 +74,15 @@ class StudyTracker:
         experiment: str = EXPERIMENT,
         params: Mapping[str, Any] | None = None,
         tags: Mapping[str, str] | None = None,
-        datasets: Sequence[Mapping[str, str]] = (),
+        datasets: Sequence[TrainingFile] = (),
         catch_up: str = "lrmc mlflow-sync",
         poll_seconds: float = 5.0,
     ) -> None:
         self._uri = tracking_uri
         self._catch_up = catch_up
         self._poll_seconds = poll_seconds
-        self._study: dict[str, Any] = {
-            "id": study_id,
-            "name": study_name,
-            "state": "RUNNING",
-            "params": dict(params or {}),
-            "tags": dict(tags or {}),
-            "datasets": [dict(dataset) for dataset in datasets],
-            "artifacts": [],
-            "started": time.time(),
-        }
-        self._trials: dict[int, dict[str, Any]] = {}
+        run = ShownRun(params=dict(params or {}), tags=dict(tags or {}), started=time.time())
+        self._study = ShownStudy(study_id, study_name, run, datasets=tuple(datasets))
         self._mirror = StudyMirror(tracking_uri, experiment, directory)
         self._lock = threading.Lock()
         self._wake = threading.Event()
@@ -139,21 +102,15 @@ class StudyTracker:
         tags: Mapping[str, str] | None = None,
     ) -> None:
         """Show trial ``number`` as running; on resume the run that it had is used again."""
+        run = ShownRun(role=role, params=dict(params), tags=dict(tags or {}), started=time.time())
         with self._lock:
-            self._trials[number] = {
-                "number": number,
-                "state": "RUNNING",
-                "role": role,
-                "params": dict(params),
-                "tags": dict(tags or {}),
-                "started": time.time(),
-            }
+            self._show(number, run)
         self._wake.set()
 
     def forward(self, number: int, metrics_path: Path) -> None:
         """From now on, forward what is appended to the metrics file of trial ``number``."""
         with self._lock:
-            self._trial(number)["metrics_file"] = str(metrics_path)
+            self._show(number, replace(self._trial(number), metrics_file=str(metrics_path)))
 
     def finish(
         self,
@@ -165,26 +122,30 @@ class StudyTracker:
     ) -> None:
         """End trial ``number`` as FINISHED, PRUNED, FAILED or KILLED, with its final scores."""
         with self._lock:
-            self._trial(number).update(
-                {
-                    "state": status,
-                    "results": dict(metrics or {}),
-                    "cause": cause,
-                    "ended": time.time(),
-                }
+            run = replace(
+                self._trial(number),
+                state=status,
+                results=dict(metrics or {}),
+                cause=cause,
+                ended=time.time(),
             )
+            self._show(number, run)
         self._wake.set()
 
-    def _trial(self, number: int) -> dict[str, Any]:
+    def _trial(self, number: int) -> ShownRun:
         """What is known of a trial; one of an earlier process may end without having begun here."""
-        return self._trials.setdefault(number, {"number": number, "state": "RUNNING"})
+        return self._study.trials.get(number, ShownRun())
+
+    def _show(self, number: int, run: ShownRun) -> None:
+        self._study = replace(self._study, trials={**self._study.trials, number: run})
 
     def log_artifact(self, path: Path, folder: str = "") -> None:
         """Copy a file to the study's run; logged again, it replaces the one before."""
         with self._lock:
-            artifact = {"path": str(path), "folder": folder}
-            if artifact not in self._study["artifacts"]:
-                self._study["artifacts"].append(artifact)
+            artifact = Artifact(path=str(path), folder=folder)
+            if artifact not in self._study.artifacts:
+                artifacts = (*self._study.artifacts, artifact)
+                self._study = replace(self._study, artifacts=artifacts)
         self._wake.set()
 
     def close(
@@ -196,7 +157,8 @@ class StudyTracker:
             Whether MLflow has everything. If not, a warning says how to catch up.
         """
         with self._lock:
-            self._study |= {"state": status, "cause": cause, "ended": time.time()}
+            run = replace(self._study.run, state=status, cause=cause, ended=time.time())
+            self._study = replace(self._study, run=run)
         self._closing.set()
         self._wake.set()
         self._thread.join(timeout_seconds)
@@ -242,7 +204,7 @@ class StudyTracker:
             self._wake.clear()
             is_last = self._closing.is_set()
             with self._lock:
-                study = copy.deepcopy(self._study | {"trials": list(self._trials.values())})
+                study = self._study  # never changed, only replaced
             try:
                 self._mirror.update(study, warn=self._warn)
             except Exception as error:
@@ -289,17 +251,15 @@ def sync(study_dir: Path, tracking_uri: str, experiment: str | None = None) -> F
         DataError: its ``study.json`` or a metrics file is corrupt; all other trials are forwarded.
         ResourceError: MLflow cannot be reached.
     """
-    study = read_study(study_dir)
-    has_ended = all(mlflow_status(trial["state"]) in ENDED_STATUSES for trial in study["trials"])
-    study.setdefault("state", "FINISHED" if has_ended else "RUNNING")
+    study = read_forwarded(study_dir)
     prepare_mlflow()
     from mlflow.exceptions import MlflowException
 
-    experiment = experiment or study.get("experiment") or EXPERIMENT
+    experiment = experiment or study.experiment or EXPERIMENT
     mirror = StudyMirror(tracking_uri, experiment, study_dir)
     problems: list[Exception] = []
     try:
-        mirror.update(study, warn=problems.append)
+        mirror.update(shown(study), warn=problems.append)
     except (MlflowException, OSError) as error:  # requests' errors are OSErrors
         raise ResourceError(
             f"MLflow at {tracking_uri} must answer, but {in_one_line(root_cause(error))}; "
@@ -322,27 +282,27 @@ def register_model(study_dir: Path, model: Path, name: str, tracking_uri: str) -
         IncompleteArtifactError: there is no study, or it is not in MLflow.
         ResourceError: MLflow cannot be reached or refuses.
     """
-    study = read_study(study_dir)
+    study = read_forwarded(study_dir)
     prepare_mlflow()
     from mlflow import MlflowClient
     from mlflow.exceptions import MlflowException
 
-    wanted = {STUDY_TAG: str(study["id"]), TRIAL_TAG: str(study.get("best"))}
+    wanted = {STUDY_TAG: study.id, TRIAL_TAG: str(study.best)}
     try:
         client = MlflowClient(tracking_uri)
         for version in client.search_model_versions(f"name = '{name}'"):
             if wanted.items() <= dict(version.tags).items():
                 return str(version.version)
-        found = client.get_experiment_by_name(study.get("experiment") or EXPERIMENT)
+        found = client.get_experiment_by_name(study.experiment or EXPERIMENT)
         runs = (
             []
             if found is None
-            else client.search_runs([found.experiment_id], f"tags.`{STUDY_TAG}` = '{study['id']}'")
+            else client.search_runs([found.experiment_id], f"tags.`{STUDY_TAG}` = '{study.id}'")
         )
         parents = [run for run in runs if TRIAL_TAG not in run.data.tags]
         if not parents:
             raise IncompleteArtifactError(
-                f"the study {study['id']} is not in MLflow at {tracking_uri}; run "
+                f"the study {study.id} is not in MLflow at {tracking_uri}; run "
                 f"`lrmc mlflow-sync {study_dir}` first"
             )
         run_id = parents[0].info.run_id
@@ -359,31 +319,35 @@ def register_model(study_dir: Path, model: Path, name: str, tracking_uri: str) -
     return str(version.version)
 
 
-def read_study(study_dir: Path) -> dict[str, Any]:
-    """The study description in ``study_dir``; the file's head says what is in it.
+def read_forwarded(study_dir: Path) -> StudyFile:
+    """The study in ``study_dir``, which MLflow is to get.
 
     Raises:
         IncompleteArtifactError: there is none.
-        DataError: it is not JSON, or a field is missing.
+        DataError: its ``study.json`` is damaged.
     """
-    path = study_dir / STUDY
-    try:
-        study: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-        for part, keys in (
-            (study, ("id", "name", "trials")),
-            *((trial, ("number", "state")) for trial in study["trials"]),
-        ):
-            for key in keys:
-                part[key]
-    except FileNotFoundError:
+    if not (study_dir / STUDY_FILE).is_file():
         raise IncompleteArtifactError(
-            f"{study_dir} has no {STUDY}, so there is no study to forward; "
+            f"{study_dir} has no {STUDY_FILE}, so there is no study to forward; "
             "give the directory that `lrmc tune` named"
-        ) from None
-    except (ValueError, AttributeError, TypeError, KeyError) as error:
-        raise DataError(
-            f"{path} must be a JSON object with id, name and trials, each with "
-            f"number and state, but {type(error).__name__}: {error}; "
-            "run `lrmc tune` again, it writes the file anew"
-        ) from None
-    return study
+        )
+    return read_study(study_dir)
+
+
+def shown(study: StudyFile) -> ShownStudy:
+    """What MLflow is to show of a study that is read; a trial's params lie over its settings."""
+    trials = {
+        trial.number: ShownRun(
+            state=trial.state,
+            role=trial.role,
+            cause=trial.cause,
+            params={**trial.settings, **trial.params},
+            metrics_file=trial.metrics_file,
+            results=trial.results,
+            started=trial.started,
+            ended=trial.ended,
+        )
+        for trial in study.trials
+    }
+    run = ShownRun(state=study.state, params=study.settings, ended=study.ended)
+    return ShownStudy(study.id, study.name, run, trials, study.datasets, study.artifacts)

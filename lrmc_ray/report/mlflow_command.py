@@ -6,7 +6,7 @@ from pathlib import Path
 
 from lrmc_ray.files.artifacts import lock_directory
 from lrmc_ray.files.names import default_tracking_uri
-from lrmc_ray.report.mlflow import read_study, sync
+from lrmc_ray.report.mlflow import read_forwarded, sync
 
 
 def main(argv: Sequence[str]) -> int:
@@ -26,7 +26,7 @@ def main(argv: Sequence[str]) -> int:
     arguments = parser.parse_args(argv)
     directory = arguments.directory.resolve()
     uri = arguments.tracking_uri or default_tracking_uri(directory.parent)
-    read_study(directory)  # before a lock is left where there is no search
+    read_forwarded(directory)  # before a lock is left where there is no search
     with lock_directory(directory):
         added = sync(directory, uri)
     print(f"{added.runs} runs and {added.points} metric values were added to {uri}")

@@ -1,4 +1,12 @@
-"""Brings one MLflow experiment up to a study: runs, params, metrics, the chart."""
+"""Brings one MLflow experiment up to a study: runs, params, metrics, the chart.
+
+Results are logged at step 0, MLflow's step of values that have no curve; those that are not
+numbers are left out.
+
+Sending is idempotent: runs are found again by their tags ``lrmc.study`` and ``lrmc.trial``, and of
+each metric only steps beyond the last one that MLflow has are sent. So of a step that had been sent
+and was redone after a crash MLflow keeps the first value, and the local file the last.
+"""
 
 import json
 import logging
@@ -6,22 +14,29 @@ import os
 import posixpath
 import re
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from lrmc_ray.config.base import flatten
 from lrmc_ray.errors import DataError
 from lrmc_ray.files.metrics_log import StepMetrics, last_of_each_step, read_new_lines
+from lrmc_ray.files.study import Artifact, TrainingFile
+from lrmc_ray.report.mlflow_shown import (
+    ROLE_TAG,
+    STUDY_TAG,
+    TRIAL_TAG,
+    ShownRun,
+    ShownStudy,
+    trade_off_view,
+)
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
     from mlflow.entities import Run
 
 
-STUDY_TAG = "lrmc.study"
-TRIAL_TAG = "lrmc.trial"
-ROLE_TAG = "lrmc.role"
 CAUSE_TAG = "lrmc.cause"
 PRUNED_TAG = "lrmc.stopped_early"
 """Of a trial that stopped itself: MLflow has no state of its own for it, and shows it as KILLED."""
@@ -110,12 +125,12 @@ class _MirroredRun:
     """Bytes of the metrics file that were read."""
     artifacts: dict[str, tuple[int, int]] = field(default_factory=dict)
     """Modification time (ns) and size of each artifact sent, by its path."""
-    finished_as: Mapping[str, Any] | None = None
-    """Description of a run that has ended and is complete."""
+    finished_as: ShownRun | None = None
+    """A run that has ended and is complete."""
 
 
 class StudyMirror:
-    """Brings MLflow up to a study description, remembering what is there already."""
+    """Brings MLflow up to a study, remembering what is there already."""
 
     def __init__(self, tracking_uri: str, experiment: str, directory: Path) -> None:
         self._uri = tracking_uri
@@ -131,35 +146,33 @@ class StudyMirror:
         self._client: MlflowClient | None = None
         self._runs: dict[int | None, _MirroredRun] = {}
 
-    def update(self, study: Mapping[str, Any], *, warn: _Warn) -> None:
+    def update(self, study: ShownStudy, *, warn: _Warn) -> None:
         """Send what MLflow does not have.
 
         Args:
-            study: see the file's head.
+            study: what it is to show.
             warn: is told of files that cannot be read; they do not hold up the rest.
 
         Raises:
             MlflowException: MLflow does not answer or refuses.
         """
-        study_id = str(study["id"])
-        if not re.fullmatch(r"[\w.\-]+", study_id):
-            raise DataError(f"a study's id is made of letters, digits, _ . and -, got {study_id!r}")
+        if not re.fullmatch(r"[\w.\-]+", study.id):
+            raise DataError(f"a study's id is made of letters, digits, _ . and -, got {study.id!r}")
         if self._client is None:
             prepare_mlflow()
             from mlflow import MlflowClient
 
             self._client = MlflowClient(self._uri)
             self._experiment_id = self._find_experiment(self._client)
-            self._load_runs(self._client, study_id)
-            self._save_view(self._client, study_id, str(study["name"]))
-        tags = {STUDY_TAG: study_id}
-        parent = self._update_run(self._client, None, str(study["name"]), tags, study, study, warn)
-        for trial in study["trials"]:
-            number = int(trial["number"])
+            self._load_runs(self._client, study.id)
+            self._save_view(self._client, study.id, study.name)
+        tags = {STUDY_TAG: study.id}
+        parent = self._update_run(self._client, None, study.name, tags, study.run, study, warn)
+        for number, trial in study.trials.items():
             known = self._runs[number].tags if number in self._runs else {}
-            role = trial.get("role") or known.get(ROLE_TAG, "search")
+            role = trial.role or known.get(ROLE_TAG, "search")
             tags = {
-                STUDY_TAG: study_id,
+                STUDY_TAG: study.id,
                 TRIAL_TAG: str(number),
                 ROLE_TAG: role,
                 _PARENT_TAG: parent.run_id,
@@ -184,7 +197,7 @@ class StudyMirror:
         tag = f"mlflow.sharedViewState.{key}"
         if tag not in client.get_experiment(self._experiment_id).tags:
             client.set_experiment_tag(
-                self._experiment_id, tag, _trade_off_view(study_id, study_name)
+                self._experiment_id, tag, trade_off_view(study_id, study_name)
             )
         self.trade_off_path = (
             f"#/experiments/{self._experiment_id}/runs?workflowType=machine_learning"
@@ -213,76 +226,48 @@ class StudyMirror:
         number: int | None,
         name: str,
         tags: dict[str, str],
-        wanted: Mapping[str, Any],
-        study: Mapping[str, Any],
+        wanted: ShownRun,
+        study: ShownStudy,
         warn: _Warn,
     ) -> _MirroredRun:
-        """One run, the study's (``number`` None) or a trial's, up to its description."""
-        from mlflow.entities import Param, RunTag
-
+        """One run, the study's (``number`` None) or a trial's, up to what it is to show."""
         if number in self._runs and self._runs[number].finished_as == wanted:
             return self._runs[number]
-        status = mlflow_status(wanted.get("state") or "RUNNING")
-        tags = tags | dict(wanted.get("tags") or {})
-        if wanted.get("cause"):
-            tags[CAUSE_TAG] = str(wanted["cause"])
-        if wanted.get("state") == "PRUNED":
-            tags[PRUNED_TAG] = "true"
-        tags = {metric_name(key): str(value)[:_TAG_LENGTH] for key, value in tags.items()}
+        status = mlflow_status(wanted.state)
+        tags = _all_tags(tags, wanted)
         if number not in self._runs:
             run = client.create_run(
                 self._experiment_id,
-                start_time=round(1000 * (wanted.get("started") or time.time())),
+                start_time=round(1000 * (wanted.started or time.time())),
                 tags=tags,
                 run_name=name,
             )
             self.runs_created += 1
             self._runs[number] = _mirrored(client, run)
         have = self._runs[number]
-
-        params = [
-            Param(metric_name(key), str(value)[:_PARAM_LENGTH])
-            for key, value in _flat({**(wanted.get("settings") or {}), **wanted.get("params", {})})
-            # A param that is there cannot be changed, and MLflow refuses the attempt.
-            if metric_name(key) not in have.params
-        ]
-        new_tags = [RunTag(k, v) for k, v in tags.items() if have.tags.get(k) != v]
-        if params or new_tags:
-            client.log_batch(have.run_id, params=params, tags=new_tags)
-        have.params |= {param.key: param.value for param in params}
-        have.tags |= tags
-        if CAUSE_TAG in have.tags and CAUSE_TAG not in tags:
-            client.delete_tag(have.run_id, CAUSE_TAG)
-            del have.tags[CAUSE_TAG]
-        if study.get("datasets") and not have.has_datasets:
-            _log_datasets(client, have.run_id, study["datasets"])
+        _log_params_and_tags(client, have, wanted.params, tags)
+        if study.datasets and not have.has_datasets:
+            _log_datasets(client, have.run_id, study.datasets)
             have.has_datasets = True
-
-        lines = self._read_new_lines(have, wanted, warn)
+        lines = self._read_new_lines(have, wanted.metrics_file, warn)
         if status in ENDED_STATUSES:
-            results = _numbers(wanted.get("results") or {})
-            lines.append(StepMetrics(0, wanted.get("ended") or time.time(), results))
+            results = _numbers(wanted.results)
+            lines.append(StepMetrics(0, wanted.ended or time.time(), results))
         self.points_sent += _log_lines(client, have, lines)
-        for artifact in wanted.get("artifacts") or ():
-            self._send_artifact(client, have, artifact, warn)
-        if status != have.status:
-            if status in ENDED_STATUSES:
-                ended = round(1000 * (wanted.get("ended") or time.time()))
-                client.set_terminated(have.run_id, status, ended)
-            else:
-                client.update_run(have.run_id, status)
-            have.status = status
+        if number is None:
+            for artifact in study.artifacts:
+                self._send_artifact(client, have, artifact, warn)
+        _set_status(client, have, status, wanted.ended)
         have.finished_as = wanted if number is not None and status in ENDED_STATUSES else None
         return have
 
     def _read_new_lines(
-        self, have: _MirroredRun, wanted: Mapping[str, Any], warn: _Warn
+        self, have: _MirroredRun, metrics_file: str | None, warn: _Warn
     ) -> list[StepMetrics]:
-        if not wanted.get("metrics_file"):
+        if not metrics_file:
             return []
-        path = self._directory / wanted["metrics_file"]
         try:
-            new_lines, have.offset = read_new_lines(path, have.offset)
+            new_lines, have.offset = read_new_lines(self._directory / metrics_file, have.offset)
         except (DataError, OSError) as error:
             warn(error)
             return []
@@ -292,77 +277,18 @@ class StudyMirror:
         self,
         client: "MlflowClient",
         have: _MirroredRun,
-        artifact: Mapping[str, str],
+        artifact: Artifact,
         warn: _Warn,
     ) -> None:
-        path = self._directory / artifact["path"]
+        path = self._directory / artifact.path
         try:
             stat = path.stat()
         except OSError as error:
             warn(error)
             return
         if have.artifacts.get(str(path)) != (stat.st_mtime_ns, stat.st_size):
-            client.log_artifact(have.run_id, str(path), artifact.get("folder") or None)
+            client.log_artifact(have.run_id, str(path), artifact.folder or None)
             have.artifacts[str(path)] = (stat.st_mtime_ns, stat.st_size)
-
-
-def _trade_off_view(study_id: str, study_name: str) -> str:
-    """A saved view, as the button "Views" of MLflow's page of runs stores it in a tag.
-
-    The format is MLflow 3.17's own. A page that does not know it shows its default charts.
-    """
-
-    def chart(kind: str, **settings: Any) -> dict[str, Any]:
-        return {
-            "uuid": f"lrmc-{kind}",
-            "type": kind,
-            "metricSectionId": "lrmc",
-            "runsCountToCompare": 100,
-            "deleted": False,
-            "isGenerated": False,
-            **settings,
-        }
-
-    state = {
-        "searchFilter": f"tags.`{STUDY_TAG}` = '{study_id}'",
-        "runsHiddenMode": "SHOW_ALL",
-        # Groups show their runs at once, while a parent's children are folded away.
-        "groupBy": {
-            "aggregateFunction": "average",
-            "groupByKeys": [{"mode": "tag", "groupByData": ROLE_TAG}],
-        },
-        "useGroupedValuesInCharts": False,
-        "compareRunCharts": [
-            chart(
-                "SCATTER",
-                xaxis={"key": "eval/domain_gain", "type": "METRIC"},
-                yaxis={"key": "eval/forgetting", "type": "METRIC"},
-            ),
-            chart("BAR", metricKey="eval/combined"),
-            chart("LINE", metricKey="train/loss", selectedMetricKeys=["train/loss"]),
-        ],
-        "compareRunSections": [
-            {
-                "uuid": "lrmc",
-                "name": "Trade-off",
-                "display": True,
-                "isReordered": False,
-                "deleted": False,
-                "isGenerated": False,
-            }
-        ],
-        # Otherwise sections are sorted by name.
-        "isAccordionReordered": True,
-    }
-    now = round(1000 * time.time())
-    return json.dumps(
-        {
-            "name": f"{study_name}: forgetting against domain gain",
-            "createdAt": now,
-            "updatedAt": now,
-            "state": json.dumps(state),
-        }
-    )
 
 
 def _mirrored(client: "MlflowClient", run: "Run") -> _MirroredRun:
@@ -380,6 +306,49 @@ def _mirrored(client: "MlflowClient", run: "Run") -> _MirroredRun:
     )
 
 
+def _all_tags(tags: Mapping[str, str], wanted: ShownRun) -> dict[str, str]:
+    """``tags`` and those of ``wanted``, as MLflow accepts them."""
+    every = {**tags, **wanted.tags}
+    if wanted.cause:
+        every[CAUSE_TAG] = wanted.cause
+    if wanted.state == "PRUNED":
+        every[PRUNED_TAG] = "true"
+    return {metric_name(key): str(value)[:_TAG_LENGTH] for key, value in every.items()}
+
+
+def _log_params_and_tags(
+    client: "MlflowClient", have: _MirroredRun, wanted: Mapping[str, Any], tags: dict[str, str]
+) -> None:
+    from mlflow.entities import Param, RunTag
+
+    params = [
+        Param(metric_name(key), str(value)[:_PARAM_LENGTH])
+        for key, value in flatten(wanted).items()
+        # A param that is there cannot be changed, and MLflow refuses the attempt.
+        if metric_name(key) not in have.params
+    ]
+    new_tags = [RunTag(k, v) for k, v in tags.items() if have.tags.get(k) != v]
+    if params or new_tags:
+        client.log_batch(have.run_id, params=params, tags=new_tags)
+    have.params |= {param.key: param.value for param in params}
+    have.tags |= tags
+    if CAUSE_TAG in have.tags and CAUSE_TAG not in tags:
+        client.delete_tag(have.run_id, CAUSE_TAG)
+        del have.tags[CAUSE_TAG]
+
+
+def _set_status(
+    client: "MlflowClient", have: _MirroredRun, status: str, ended: float | None
+) -> None:
+    if status == have.status:
+        return
+    if status in ENDED_STATUSES:
+        client.set_terminated(have.run_id, status, round(1000 * (ended or time.time())))
+    else:
+        client.update_run(have.run_id, status)
+    have.status = status
+
+
 def _log_lines(client: "MlflowClient", have: _MirroredRun, lines: Iterable[StepMetrics]) -> int:
     from mlflow.entities import Metric
 
@@ -395,20 +364,18 @@ def _log_lines(client: "MlflowClient", have: _MirroredRun, lines: Iterable[StepM
     return len(points)
 
 
-def _log_datasets(
-    client: "MlflowClient", run_id: str, datasets: Iterable[Mapping[str, str]]
-) -> None:
+def _log_datasets(client: "MlflowClient", run_id: str, datasets: Iterable[TrainingFile]) -> None:
     from mlflow.entities import Dataset, DatasetInput, InputTag
 
     inputs = [
         DatasetInput(
             Dataset(
-                name=dataset["name"],
-                digest=dataset["digest"][:_DIGEST_LENGTH],
+                name=dataset.name,
+                digest=dataset.digest[:_DIGEST_LENGTH],
                 source_type="local",
-                source=json.dumps({"uri": dataset["source"]}),
+                source=json.dumps({"uri": dataset.source}),
             ),
-            [InputTag("mlflow.data.context", dataset.get("context", "training"))],
+            [InputTag("mlflow.data.context", "training")],
         )
         for dataset in datasets
     ]
@@ -450,11 +417,3 @@ def _numbers(results: Mapping[str, Any]) -> dict[str, float]:
         for name, value in results.items()
         if isinstance(value, int | float) and not isinstance(value, bool)
     }
-
-
-def _flat(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    for key, value in values.items():
-        if isinstance(value, Mapping):
-            yield from _flat(value, f"{prefix}{key}.")
-        else:
-            yield f"{prefix}{key}", value

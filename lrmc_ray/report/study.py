@@ -17,7 +17,7 @@ from lrmc_ray.evaluate.changes import (
 from lrmc_ray.evaluate.items import Scores
 from lrmc_ray.evaluate.statistics import Interval, choose
 from lrmc_ray.files.artifacts import read_manifest
-from lrmc_ray.files.study import STUDY_FILE, StudyFile, TrialEntry, read_study_file
+from lrmc_ray.files.study import STUDY_FILE, StudyFile, TrialEntry, read_study
 from lrmc_ray.report.trade_off import TradeOff, trade_off
 
 RESAMPLES = 2000
@@ -120,7 +120,7 @@ def load_study(study_dir: Path, *, resamples: int = RESAMPLES) -> Study:
         IncompleteArtifactError: no ``study.json``, or no base scores.
         DataError: ``study.json`` or the base scores are damaged. A damaged trial is no error.
     """
-    file = read_study_file(study_dir)
+    file = read_study(study_dir)
     if file.base_scores is None:
         raise IncompleteArtifactError(
             f"{study_dir / STUDY_FILE} names no base scores: the base model is not evaluated yet; "
@@ -133,38 +133,21 @@ def load_study(study_dir: Path, *, resamples: int = RESAMPLES) -> Study:
         seed=bootstrap_seed(file),
         resamples=resamples,
     )
-    trials, traded = _with_trade_off(
-        [
-            _load_trial(entry, study_dir, base, compare_with)
-            for entry in sorted(file.trials, key=lambda entry: entry.number)
-        ],
-        file.max_forgetting,
-    )
+    loaded = [
+        _load_trial(entry, study_dir, base, compare_with)
+        for entry in sorted(file.trials, key=lambda entry: entry.number)
+    ]
+    trials, traded = _with_trade_off(loaded, file.max_forgetting)
     notes = [
         f"{trial.name} is marked complete, but cannot be used: {trial.problem}"
         for trial in trials
         if trial.problem is not None and trial.entry.state == "COMPLETE"
     ]
-    preferred, is_feasible = _preferred(file, trials)
-    best, closest = (preferred, None) if is_feasible else (None, preferred)
-    if file.best is not None:
-        named = next((trial for trial in trials if trial.entry.number == file.best), None)
-        if named is None:
-            raise DataError(
-                f"{study_dir / STUDY_FILE}: best must be the number of a trial, got {file.best}"
-            )
-        if named.comparison is None:
-            notes.append(
-                f"{named.name} was chosen as the best; the best of the readable trials is shown"
-            )
-        else:
-            best, closest = named, None
-    yardsticks = [trial for trial in trials if trial.entry.role == "yardstick"]
-    others = [trial for trial in trials if trial.entry.role != "yardstick"]
-    yardstick = _preferred(file, yardsticks)[0]
+    best, closest = _chosen(study_dir, file, trials, notes)
+    yardstick, _ = _preferred(file, [t for t in trials if t.entry.role == "yardstick"])
     shown = candidate = best or closest
     if shown is not None and shown.entry.role == "yardstick":
-        candidate = _preferred(file, others)[0]
+        candidate, _ = _preferred(file, [t for t in trials if t.entry.role != "yardstick"])
     verdict = _search_verdict(base, shown, candidate, yardstick)
     if verdict is not None and best is not None and file.final:
         try:
@@ -183,6 +166,31 @@ def load_study(study_dir: Path, *, resamples: int = RESAMPLES) -> Study:
         trade_off=traded,
         notes=tuple(notes),
     )
+
+
+def _chosen(
+    study_dir: Path, file: StudyFile, trials: Sequence[Trial], notes: list[str]
+) -> tuple[Trial | None, Trial | None]:
+    """The best trial, or where there is none the closest; a doubtful choice is added to ``notes``.
+
+    Raises:
+        DataError: the study chose a trial that it does not have.
+    """
+    preferred, is_feasible = _preferred(file, trials)
+    best, closest = (preferred, None) if is_feasible else (None, preferred)
+    if file.best is None:
+        return best, closest
+    named = next((trial for trial in trials if trial.entry.number == file.best), None)
+    if named is None:
+        raise DataError(
+            f"{study_dir / STUDY_FILE}: best must be the number of a trial, got {file.best}"
+        )
+    if named.comparison is None:
+        notes.append(
+            f"{named.name} was chosen as the best; the best of the readable trials is shown"
+        )
+        return best, closest
+    return named, None
 
 
 def bootstrap_seed(file: StudyFile) -> int:

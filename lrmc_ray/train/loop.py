@@ -137,7 +137,7 @@ class TrainingRun:
         result = None
         with self._written() as log:
             last = time.monotonic()
-            for result in self._steps():
+            for result in self.steps():
                 self.learner.check_compiled()
                 done = result.step + 1
                 metrics = self._measure(result, time.monotonic() - last)
@@ -171,7 +171,8 @@ class TrainingRun:
         ):
             yield log
 
-    def _steps(self) -> Iterator[StepResult]:
+    def steps(self) -> Iterator[StepResult]:
+        """Take the steps that are left, one after the other; nothing is measured or saved."""
         settings, learner = self.settings, self.learner
         return training_steps(
             LanguageModel(learner.hidden_states, learner.head),

@@ -4,19 +4,18 @@ import argparse
 import json
 import sys
 from collections.abc import Sequence
-from pathlib import Path
+from typing import TYPE_CHECKING
 
-from lrmc_ray.config import RunSettings
+from lrmc_ray.config.arguments import add_run_arguments, settings_from
 from lrmc_ray.console import setup_logging
-from lrmc_ray.files.artifacts import (
-    lock_directory,
-)
-from lrmc_ray.files.storage import check_storage
-from lrmc_ray.tune.run import BEST_MODEL, Search, tune
+from lrmc_ray.files.artifacts import lock_directory
+from lrmc_ray.files.study import trial_directory
+
+if TYPE_CHECKING:
+    from lrmc_ray.tune.run import Search
 
 MLFLOW_UI = "http://127.0.0.1:5000"
 """Where `mlflow ui` listens by default."""
-
 
 SOME_TRIALS_FAILED = 10
 """Exit code of a finished search with failed trials."""
@@ -24,8 +23,33 @@ SOME_TRIALS_FAILED = 10
 
 def main(argv: Sequence[str]) -> int:
     """The command ``python -m lrmc_ray.tune``."""
-    from lrmc_ray.config.arguments import add_run_arguments, settings_from
+    arguments = _parser().parse_intermixed_args(argv)
+    setup_logging(arguments.verbose)
+    settings = settings_from(arguments)
+    if arguments.explain:
+        from lrmc_ray.tune.explain import explain
 
+        explain(settings, arguments.output, as_json=arguments.json)
+        return 0
+
+    from lrmc_ray.tune.description import study_directory
+    from lrmc_ray.tune.inputs import check_inputs
+    from lrmc_ray.tune.run import Search
+
+    check_inputs(settings, arguments.output)
+    with lock_directory(study_directory(settings, arguments.output)):
+        search = Search(settings, arguments.output, arguments.tracking_uri, arguments.experiment)
+        if search.description.is_finished:
+            print("This search has finished; nothing was done again.", file=sys.stderr)
+        else:
+            search.run(arguments.address, verbose=arguments.verbose)
+        if arguments.register_model:
+            _register(search, arguments.register_model)
+    _print_end(search, arguments)
+    return SOME_TRIALS_FAILED if search.description.num_failed else 0
+
+
+def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m lrmc_ray.tune",
         description="Search the settings that learn the domain and forget least. Without arguments "
@@ -49,59 +73,32 @@ def main(argv: Sequence[str]) -> int:
         action="store_true",
         help="only say what would be searched and what it would cost",
     )
-    arguments = parser.parse_intermixed_args(argv)
-    setup_logging(arguments.verbose)
-    settings = settings_from(arguments)
-    if arguments.explain:
-        from lrmc_ray.tune.explain import explain
-
-        explain(settings, arguments.output, as_json=arguments.json)
-        return 0
-    if settings.resources.storage is not None:
-        check_storage(settings.resources.storage)
-    _check_inputs(settings, arguments.output)
-    search = Search(settings, arguments.output, arguments.tracking_uri, arguments.experiment)
-    with lock_directory(search.directory):
-        search.open()
-        if search.is_finished:
-            print("This search has finished; nothing was done again.", file=sys.stderr)
-        else:
-            tune(search, arguments.address, verbose=arguments.verbose)
-        model = search.directory / BEST_MODEL
-        if arguments.register_model and model.is_dir():
-            from lrmc_ray.report.mlflow import register_model
-
-            version = register_model(
-                search.directory, model, arguments.register_model, search.tracking_uri
-            )
-            print(f"MLflow has it as models:/{arguments.register_model}/{version}", file=sys.stderr)
-    _print_end(search, arguments)
-    return SOME_TRIALS_FAILED if search.num_failed else 0
+    return parser
 
 
-def _check_inputs(settings: RunSettings, output: Path) -> None:
-    """Find what is wrong with data and tasks before Ray starts, and before a study is begun."""
-    from lrmc_ray.evaluate.harness import task_fingerprints
-    from lrmc_ray.record.prepare import prepare
-    from lrmc_ray.tasks.registry import expand
+def _register(search: "Search", name: str) -> None:
+    """Put the best model, if there is one, into MLflow's registry."""
+    from lrmc_ray.report.mlflow import register_model
+    from lrmc_ray.tune.finish import BEST_MODEL
 
-    for split in ("dev", "test"):
-        names = expand([*settings.evaluate.domain_tasks, *settings.evaluate.general_tasks])
-        task_fingerprints(names, split)
-    prepare(settings, output)
+    model = search.directory / BEST_MODEL
+    if model.is_dir():
+        version = register_model(search.directory, model, name, search.tracking_uri)
+        print(f"MLflow has it as models:/{name}/{version}", file=sys.stderr)
 
 
-def _print_end(search: Search, arguments: argparse.Namespace) -> None:
+def _print_end(search: "Search", arguments: argparse.Namespace) -> None:
+    from rich.console import Console
+
     from lrmc_ray.report.console import as_json, summary_table
     from lrmc_ray.report.study import load_study
     from lrmc_ray.report.words import headline
+    from lrmc_ray.tune.finish import BEST_MODEL
 
     study = load_study(search.directory)
     if arguments.json:
         print(json.dumps(as_json(study)))
         return
-    from rich.console import Console
-
     console = Console()
     console.print(summary_table(study))
     for sentence in headline(study):
@@ -113,15 +110,15 @@ def _print_end(search: Search, arguments: argparse.Namespace) -> None:
     if study.best is not None:
         print(f"Model   {model}")
     elif study.closest is not None:
-        closest = search.directory / "trials" / f"{study.closest.entry.number:04d}"
+        closest = trial_directory(search.directory, study.closest.entry.number)
         print(
             f"Model   none: no trial keeps the budget. Raise search.max_forgetting, or take the "
             f"closest one: {closest / 'training' / 'model'}"
         )
     print("\nNext:")
     print(f"  mlflow ui --backend-store-uri {search.tracking_uri}")
-    if search.description.get("trade_off_path"):
-        print(f"      forgetting against gain: {MLFLOW_UI}/{search.description['trade_off_path']}")
+    if path := search.description.file.trade_off_path:
+        print(f"      forgetting against gain: {MLFLOW_UI}/{path}")
     if study.best is not None:
         print(f"  python -m lrmc_ray.evaluate --tuned {model}")
     print(f"  ray up cluster.yaml && python -m lrmc_ray.tune --address auto {command}".rstrip())

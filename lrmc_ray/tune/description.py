@@ -1,16 +1,46 @@
-"""What ``study.json`` says of a search: its identity, versions and data."""
+"""What ``study.json`` says of a search, kept up to date while the search runs."""
 
-import importlib.metadata
-import json
-import platform
+import secrets
+import threading
+import time
 from collections.abc import Mapping
+from dataclasses import asdict
+from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from lrmc_ray.config import RunSettings
-from lrmc_ray.files.artifacts import (
-    file_digest,
+from lrmc_ray.config import RunSettings, TrainSettings, trial_settings
+from lrmc_ray.errors import LrmcError
+from lrmc_ray.files.artifacts import fingerprint
+from lrmc_ray.files.names import METRICS
+from lrmc_ray.files.study import (
+    STUDY_FILE,
+    Role,
+    StudyFile,
+    TrialEntry,
+    TrialState,
+    read_study,
+    trial_directory,
+    write_study,
 )
+from lrmc_ray.report.mlflow import EXPERIMENT
+from lrmc_ray.train.driver import with_steps
+from lrmc_ray.train.early_stopping import read_decision
+from lrmc_ray.tune.choice import choose_best
+from lrmc_ray.tune.provenance import datasets, versions
+from lrmc_ray.tune.result import COMBINED, read_result
+
+if TYPE_CHECKING:
+    from optuna.trial import FrozenTrial
+
+_STATES: Mapping[str, TrialState] = {
+    "WAITING": "RUNNING",
+    "RUNNING": "RUNNING",
+    "COMPLETE": "COMPLETE",
+    "PRUNED": "PRUNED",
+    "FAIL": "FAIL",
+}
+"""Optuna's names of a trial's states, and ours."""
 
 
 def study_identity(settings: RunSettings) -> dict[str, Any]:
@@ -21,40 +51,172 @@ def study_identity(settings: RunSettings) -> dict[str, Any]:
     return identity
 
 
-def json_ready(value: Any) -> Any:
-    """The value as JSON would give it back."""
-    return json.loads(json.dumps(value))
+def study_fingerprint(settings: RunSettings) -> str:
+    """Twelve hex digits that tell searches apart."""
+    return fingerprint(study_identity(settings))
 
 
-def relative_path(path: Path, directory: Path) -> str:
-    """``path`` as seen from ``directory``."""
-    import os
-
-    return os.path.relpath(path.resolve(), directory.resolve())
+def study_directory(settings: RunSettings, output: Path) -> Path:
+    """Where a search keeps everything: its name and fingerprint, in the output directory."""
+    return output.resolve() / f"{settings.search.name}-{study_fingerprint(settings)}"
 
 
-def versions() -> dict[str, str]:
-    """Of Python and of the packages that a result depends on."""
-    names = ("lrmc-ray", "ray", "torch", "transformers", "optuna", "mlflow", "lm-eval", "pyarrow")
-    return {"python": platform.python_version()} | {
-        name: importlib.metadata.version(name) for name in names
-    }
+class Description:
+    """``study.json`` of one search: read or begun, and brought up to every trial.
+
+    Attributes:
+        file: what it says. Two threads work on it, so ``lock`` is held where a trial is changed.
+        settings: the search, as it was asked for.
+        recorded: the record, once it is there.
+    """
+
+    def __init__(
+        self, directory: Path, settings: RunSettings, *, experiment: str | None = None
+    ) -> None:
+        """Read the study in ``directory``, or begin it.
+
+        Args:
+            directory: of the study; made if it is not there.
+            settings: the search.
+            experiment: of MLflow, in place of the one that the study has.
+        """
+        self.directory = directory
+        self.settings = settings
+        self.recorded: Path | None = None
+        self.lock = threading.RLock()
+        directory.mkdir(parents=True, exist_ok=True)
+        now = time.time()
+        if (directory / STUDY_FILE).is_file():
+            self.file = read_study(directory)
+            self.file.sessions = [*self.file.sessions, (now, now)]
+            if experiment is not None:
+                self.file.experiment = experiment
+        else:
+            self.file = _new_file(settings, directory.name, experiment or EXPERIMENT, now)
+            self.write()
+
+    def write(self) -> None:
+        """Bring ``study.json`` on disk up to date."""
+        began, _ = self.file.sessions[-1]
+        self.file.sessions[-1] = (began, time.time())
+        write_study(self.directory, self.file)
+
+    def snapshot(self) -> StudyFile:
+        """A copy for those who only look."""
+        with self.lock:
+            return self.file.model_copy(deep=True)
+
+    def describe(self, trial: "FrozenTrial") -> TrialEntry:
+        """Bring the entry of ``trial`` up to date; it is added if it is new."""
+        directory = trial_directory(self.directory, trial.number)
+        entry = self._entry(trial.number, trial.user_attrs["role"])
+        tuned = trial_settings(
+            self.settings.train, {**trial.params, **trial.user_attrs["overrides"]}
+        )
+        entry.role = trial.user_attrs["role"]
+        entry.state = _STATES[trial.state.name]
+        entry.cause = trial.user_attrs.get("cause")
+        entry.params = dict(trial.params)
+        entry.settings = self.with_steps(tuned).model_dump(mode="json")
+        entry.directory = directory.relative_to(self.directory).as_posix()
+        entry.metrics_file = f"{entry.directory}/training/{METRICS}"
+        entry.scores, entry.results, entry.cost = None, {}, {}
+        decision = read_decision(directory / "training")
+        entry.rung = None if decision is None else asdict(decision)
+        if entry.started is None:
+            entry.started = time.time()
+        result = read_result(directory)
+        if entry.state == "COMPLETE" and result is not None and COMBINED in result.results:
+            entry.scores = f"{entry.directory}/{result.scores}"
+            entry.results, entry.cost = result.results, result.cost
+        if entry.state == "PRUNED" and result is not None and decision is not None:
+            entry.cause, entry.cost = decision.reason(result.train["steps"]), result.cost
+        if entry.state != "RUNNING" and entry.ended is None:
+            entry.ended = time.time()
+        return entry
+
+    def _entry(self, number: int, role: Role) -> TrialEntry:
+        known = self.file.trial(number)
+        if known is not None:
+            return known
+        entry = TrialEntry(number=number, role=role, state="RUNNING")
+        self.file.trials = sorted([*self.file.trials, entry], key=lambda trial: trial.number)
+        return entry
+
+    def with_steps(self, tuned: TrainSettings) -> TrainSettings:
+        """A trial's settings with ``epochs``, if they are set, turned into ``steps``."""
+        if tuned.epochs is None or self.recorded is None:
+            return tuned
+        settings = self.settings.model_copy(update={"train": tuned})
+        try:
+            return with_steps(settings, self.recorded).train
+        except LrmcError:  # the trial itself fails of it, with its cause
+            return tuned
+
+    def choose_best(self) -> None:
+        """Name the best trial, or the one that comes closest; see :func:`choose_best`."""
+        choose_best(self.file, self.settings.search)
+
+    def stored_name(self) -> str:
+        """The study's name in a storage; of its own, so that what is there belongs to it."""
+        if self.file.stored_as is None:
+            self.file.stored_as = f"studies/{self.file.id}-{secrets.token_hex(4)}"
+            self.write()
+        return self.file.stored_as
+
+    @property
+    def final_limit(self) -> int | None:
+        """Items per task of the last scoring; None for all."""
+        return self.settings.search.final_limit or self.settings.evaluate.limit
+
+    @property
+    def num_failed(self) -> int:
+        """Trials that failed."""
+        return sum(trial.state == "FAIL" for trial in self.file.trials)
+
+    @property
+    def is_finished(self) -> bool:
+        """Whether the search has ended, with as many trials as are asked for now."""
+        trials = self.file.trials
+        return (
+            self.file.state == "FINISHED"
+            and len(trials) >= self.settings.search.trials
+            and self.file.final_limit == self.final_limit
+            and all(trial.state != "RUNNING" for trial in trials)
+        )
+
+    def end(self) -> None:
+        """Declare the search finished."""
+        self.file.state = "FINISHED"
+        self.file.ended = time.time()
+        self.write()
 
 
-def datasets(settings: RunSettings) -> list[dict[str, str]]:
-    """Name, digest and path of every training file."""
-    from lrmc_ray.record.sources import training_files
-
-    return [
-        {"name": path.stem, "digest": file_digest(path)[:32], "source": str(path)}
-        for path in training_files(settings)
-    ]
-
-
-def flat_settings(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested settings under their dotted names."""
-    flat: dict[str, Any] = {}
-    for key, value in values.items():
-        name = f"{prefix}{key}"
-        flat |= flat_settings(value, f"{name}.") if isinstance(value, Mapping) else {name: value}
-    return flat
+def _new_file(settings: RunSettings, name: str, experiment: str, now: float) -> StudyFile:
+    """What is known before anything has run. All of it is said, so that all of it is written."""
+    sections = settings.model_dump(mode="json")
+    return StudyFile(
+        schema=1,
+        id=name,
+        name=settings.search.name,
+        created=datetime.now(UTC).isoformat(timespec="seconds"),
+        state="RUNNING",
+        objective=settings.search.objective,
+        forgetting_weight=settings.search.forgetting_weight,
+        max_forgetting=settings.search.max_forgetting,
+        space=sections.pop("parameters"),
+        settings=sections,
+        versions=versions(),
+        stage_seconds={},
+        sessions=[(now, now)],
+        experiment=experiment,
+        forecast=None,
+        importance={},
+        record={},
+        datasets=datasets(settings),
+        artifacts=[],
+        trials=[],
+        best=None,
+        closest=None,
+        final={},
+    )

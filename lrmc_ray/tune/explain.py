@@ -9,6 +9,7 @@ from typing import Any
 from lrmc_ray.cluster.resources import local_cpus
 from lrmc_ray.config import ParameterRange, RunSettings
 from lrmc_ray.console import format_seconds
+from lrmc_ray.record.sources import training_files
 from lrmc_ray.tune.forecast import Forecast, forecast, with_expected_steps
 
 
@@ -20,8 +21,6 @@ def explain(settings: RunSettings, output: Path, *, as_json: bool) -> None:
         output: where costs of earlier searches are looked for.
         as_json: one JSON object in place of text.
     """
-    from lrmc_ray.record.sources import training_files
-
     training_files(settings)
     settings = with_expected_steps(settings, output)
     slots = local_cpus() // settings.resources.cpus_per_worker

@@ -1,4 +1,4 @@
-"""Faults on purpose, for tests of a search."""
+"""Faults on purpose, for tests: ``LRMC_TESTING=1 LRMC_TRIAL_FAULTS=2:raise,3:hang,4:none``."""
 
 import math
 import os
@@ -6,16 +6,15 @@ import signal
 import time
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
+from lrmc_ray.cluster.resources import held_cores
 from lrmc_ray.files.artifacts import write_json, write_manifest
 from lrmc_ray.files.names import RUNG
 from lrmc_ray.train.early_stopping import Decision
+from lrmc_ray.tune.result import RunResult
 
-# Faults that tests ask for: LRMC_TESTING=1 LRMC_TRIAL_FAULTS=2:raise,3:hang,4:none
 
-
-def wanted_fault(name: str) -> str | None:
+def asked_fault(name: str) -> str | None:
     """The fault that the environment asks for in the trial ``name``; None without."""
     if os.environ.get("LRMC_TESTING") != "1":
         return None
@@ -23,7 +22,7 @@ def wanted_fault(name: str) -> str | None:
     return dict(fault.split(":") for fault in faults if fault).get(name)
 
 
-def suffer_fault(fault: str, directory: Path) -> dict[str, Any]:
+def fail_on_purpose(fault: str, directory: Path) -> RunResult:
     """Fail in the way that was asked for; ``none`` and ``prune`` end well at once, without work."""
     if fault == "raise":
         raise ValueError("a fault was asked for")
@@ -32,12 +31,10 @@ def suffer_fault(fault: str, directory: Path) -> dict[str, Any]:
     if fault == "kill":
         os.kill(os.getpid(), signal.SIGKILL)
     if fault.startswith("scoring_"):
-        from lrmc_ray.cluster.resources import held_cores
-
         (directory / "training").mkdir(exist_ok=True)
         write_manifest(directory / "training", {})
         with held_cores(1):
-            return suffer_fault(fault.removeprefix("scoring_"), directory)
+            return fail_on_purpose(fault.removeprefix("scoring_"), directory)
     if fault == "memory":
         import resource
 
@@ -48,13 +45,13 @@ def suffer_fault(fault: str, directory: Path) -> dict[str, Any]:
     names = ("eval/domain_gain", "eval/forgetting", "eval/combined")
     if fault == "none":
         cost = {"train_seconds": 1.0, "evaluate_seconds": 1.0}
-        return {"results": dict.fromkeys(names, 0.0), "scores": "scores", "cost": cost}
+        return RunResult(dict.fromkeys(names, 0.0), "scores", {}, cost)
     if fault == "prune":
         number = int(directory.name)
         decision = Decision(number, 3, -1.0, -0.5, 0.5, -1.0, {"0": 0.0}, 0.0, True, 1.0)
         (directory / "training").mkdir()
         write_json(directory / "training" / RUNG, asdict(decision))
         cost = {"train_seconds": 1.0, "evaluate_seconds": 0.0}
-        return {"results": {}, "scores": None, "train": {"steps": 6}, "cost": cost}
+        return RunResult({}, None, {"steps": 6}, cost)
     assert fault == "nan", f"unknown fault {fault}"
-    return {"results": dict.fromkeys(names, math.nan)}
+    return RunResult(dict.fromkeys(names, math.nan), None, {}, {})

@@ -15,29 +15,27 @@ from typing import Any
 
 from lrmc_ray.config import DEMO, ResourceSettings, RunSettings
 from lrmc_ray.errors import DataError, ResourceError
-from lrmc_ray.files.artifacts import fingerprint, is_finished
-
-STUDY_FILE = "study.json"
-
+from lrmc_ray.files.artifacts import cache_directory, fingerprint, is_finished
+from lrmc_ray.files.study import STUDY_FILE, StudyFile, read_study
+from lrmc_ray.record.identity import identify
+from lrmc_ray.record.sources import training_files, training_sources
+from lrmc_ray.record.token_counts import TokenCounts, count_sample_tokens
+from lrmc_ray.tasks.demo.base_model import NAME
+from lrmc_ray.train.driver import with_steps
 
 CORE_FLOPS = 7e10
 """Of float32 per second and core: SmolLM2-135M in the demo on an AMD EPYC core with AVX2."""
 
-
 STEP_SECONDS = 8.4e-9
 """Of MoClip per parameter and step on such a core, which memory limits."""
 
-
 CHARACTERS_PER_TOKEN = 4.0
-
 
 ITEMS_PER_TASK = 200
 """Of a task without ``evaluate.limit``; real tasks have between tens and thousands."""
 
-
 TOKENS_PER_ITEM = 54
 """Computed to score one item; counted on the demo's tasks, what items share once."""
-
 
 START_SECONDS = 5.0
 """Of one trial, beside training and scoring; 4 to 8 were measured, see benchmarks/README.md."""
@@ -113,31 +111,31 @@ def forecast(
     workers = max(1, min(most, settings.train.micro_batches))
     cores = settings.resources.cpus_per_worker
     # Every worker takes the whole step of the optimizer.
-    train = parts["train_core_seconds"] / (workers * cores) + parts["optimizer_seconds"]
-    early = _early_seconds(settings, parts["evaluate_seconds"])
-    each = train + parts["evaluate_seconds"] + START_SECONDS + early
-    left = (1 - settings.search.early_stopping_after) * train + parts["evaluate_seconds"]
+    train = parts.train_core_seconds / (workers * cores) + parts.optimizer_seconds
+    early = _early_seconds(settings, parts.evaluate_seconds)
+    each = train + parts.evaluate_seconds + START_SECONDS + early
+    left = (1 - settings.search.early_stopping_after) * train + parts.evaluate_seconds
     search = settings.search
     # The first two are not searched, and as many as are compared with come before.
     may_end = max(0, trials - max(2, search.early_stopping_trials)) if search.stops_early else 0
     # At the end base, best and yardstick answer fresh domain questions: about half of the items.
-    final = parts["base_seconds"] / 2 + parts["evaluate_seconds"] / 2
-    once = parts["record_seconds"] + parts["base_seconds"] + final
+    final = parts.base_seconds / 2 + parts.evaluate_seconds / 2
+    once = parts.record_seconds + parts.base_seconds + final
     return Forecast(
         trials=trials,
         concurrent=concurrent,
         workers=workers,
-        record_seconds=parts["record_seconds"],
-        base_seconds=parts["base_seconds"],
+        record_seconds=parts.record_seconds,
+        base_seconds=parts.base_seconds,
         train_seconds=train,
-        evaluate_seconds=parts["evaluate_seconds"],
+        evaluate_seconds=parts.evaluate_seconds,
         seconds=once + math.ceil(trials / concurrent) * each,
         core_seconds=cores
         * (once * slots + trials * ((train + early) * workers + each - train - early)),
         early_seconds=early,
         saved_seconds=may_end / 2 * left / concurrent,
-        basis=parts["basis"],
-        is_measured=parts["is_measured"],
+        basis=parts.basis,
+        is_measured=parts.is_measured,
     )
 
 
@@ -149,10 +147,6 @@ def with_expected_steps(settings: RunSettings, output: Path) -> RunSettings:
     train = settings.train
     if train.epochs is None:
         return settings
-    from lrmc_ray.record.identity import identify
-    from lrmc_ray.record.sources import training_files, training_sources
-    from lrmc_ray.train.driver import with_steps
-
     directory = _model_directory(settings)
     if directory is not None:
         identity, _ = identify(settings, directory, training_sources(settings))
@@ -173,17 +167,30 @@ def _early_seconds(settings: RunSettings, evaluate_seconds: float) -> float:
     return evaluate_seconds * min(1.0, settings.search.early_stopping_items / items)
 
 
-def _studies(output: Path) -> Iterator[dict[str, Any]]:
+@dataclass(frozen=True)
+class _Parts:
+    """What a search is made of, measured or estimated."""
+
+    train_core_seconds: float
+    """Of one trial."""
+    optimizer_seconds: float
+    """Of one trial; every worker takes them."""
+    evaluate_seconds: float
+    record_seconds: float
+    base_seconds: float
+    basis: str
+    is_measured: bool
+
+
+def _studies(output: Path) -> Iterator[StudyFile]:
     for path in sorted(output.glob(f"*/{STUDY_FILE}")):
         try:
-            study = json.loads(path.read_text(encoding="utf-8"))
-            if isinstance(study, dict):
-                yield study
-        except ValueError:
+            yield read_study(path.parent)
+        except DataError:
             continue  # The report says what is wrong with it.
 
 
-def _measured(settings: RunSettings, output: Path) -> dict[str, Any] | None:
+def _measured(settings: RunSettings, output: Path) -> _Parts | None:
     """Medians over finished trials with the same model, data and tasks."""
     wanted = settings.model_dump(mode="json")
     train_per_sample: list[float] = []
@@ -191,19 +198,17 @@ def _measured(settings: RunSettings, output: Path) -> dict[str, Any] | None:
     record: list[float] = []
     base: list[float] = []
     for study in _studies(output):
-        used = study.get("settings", {})
+        used, stages = study.settings, study.stage_seconds
         if any(used.get(part) != wanted[part] for part in ("model", "data", "evaluate")):
             continue
-        stages = study.get("stage_seconds", {})
         record += [stages["record"]] if "record" in stages else []
         base += [stages["base_evaluation"]] if "base_evaluation" in stages else []
-        for trial in study.get("trials", []):
-            cost = trial.get("cost") or {}
-            if trial.get("state") == "PRUNED":
+        for trial in study.trials:
+            if trial.state == "PRUNED":
                 continue  # did not take all of its steps
+            cost = trial.cost
             if "train_seconds" in cost and "evaluate_seconds" in cost:
-                tuned = trial["settings"]
-                samples = tuned["steps"] * tuned["batch_size"]
+                samples = trial.settings["steps"] * trial.settings["batch_size"]
                 cores = cost.get("train_cores", 1)
                 train_per_sample.append(cost["train_seconds"] * cores / samples)
                 evaluate.append(cost["evaluate_seconds"])
@@ -211,22 +216,19 @@ def _measured(settings: RunSettings, output: Path) -> dict[str, Any] | None:
         return None
     samples = settings.train.steps * settings.train.batch_size
     scored = statistics.median(evaluate)
-    return {
-        "train_core_seconds": statistics.median(train_per_sample) * samples,
-        "optimizer_seconds": 0.0,  # in what was measured
-        "evaluate_seconds": scored,
-        "record_seconds": statistics.median(record) if record else 0.0,
-        "base_seconds": statistics.median(base) if base else scored,
-        "basis": f"measured: median of {len(train_per_sample)} finished trials in {output}",
-        "is_measured": True,
-    }
+    return _Parts(
+        train_core_seconds=statistics.median(train_per_sample) * samples,
+        optimizer_seconds=0.0,  # in what was measured
+        evaluate_seconds=scored,
+        record_seconds=statistics.median(record) if record else 0.0,
+        base_seconds=statistics.median(base) if base else scored,
+        basis=f"measured: median of {len(train_per_sample)} finished trials in {output}",
+        is_measured=True,
+    )
 
 
-def _estimated(settings: RunSettings, slots: int, gpu_flops: float | None) -> dict[str, Any] | None:
+def _estimated(settings: RunSettings, slots: int, gpu_flops: float | None) -> _Parts | None:
     """From floating-point operations: 2 per parameter and token forward, 6 with the gradient."""
-    from lrmc_ray.record.sources import training_sources
-    from lrmc_ray.record.token_counts import TokenCounts, count_sample_tokens
-
     directory = _model_directory(settings)
     gpus = settings.resources.gpus_per_worker
     if directory is None or (gpus and gpu_flops is None):
@@ -254,26 +256,23 @@ def _estimated(settings: RunSettings, slots: int, gpu_flops: float | None) -> di
     per_second = gpu_flops * gpus if gpus and gpu_flops else CORE_FLOPS * cores
     speed = f"{per_second / 1e9:.0f} GFLOP/s per worker"
     evaluate = 2.0 * parameters * scored / per_second
-    return {
-        "train_core_seconds": 6.0 * parameters * trained / per_second * cores,
-        "optimizer_seconds": 0.0 if gpus else train.steps * parameters * STEP_SECONDS / cores,
-        "evaluate_seconds": evaluate,
-        "record_seconds": 2.0 * parameters * samples * counts.alone / (per_second * slots),
-        "base_seconds": evaluate / min(slots, tasks),
-        "basis": (
+    return _Parts(
+        train_core_seconds=6.0 * parameters * trained / per_second * cores,
+        optimizer_seconds=0.0 if gpus else train.steps * parameters * STEP_SECONDS / cores,
+        evaluate_seconds=evaluate,
+        record_seconds=2.0 * parameters * samples * counts.alone / (per_second * slots),
+        base_seconds=evaluate / min(slots, tasks),
+        basis=(
             f"rough estimate: {parameters / 1e6:.0f}M parameters, about {counts.alone:.0f} "
             f"tokens per sample, {counts.computed:.0f} of them computed in training, {speed}; it "
             "can be off by a factor of three"
         ),
-        "is_measured": False,
-    }
+        is_measured=False,
+    )
 
 
 def _model_directory(settings: RunSettings) -> Path | None:
     """The model's directory if it is on this machine; nothing is downloaded."""
-    from lrmc_ray.files.artifacts import cache_directory
-    from lrmc_ray.tasks.demo.base_model import NAME
-
     if settings.model.name != DEMO:
         return Path(settings.model.name) if Path(settings.model.name).is_dir() else None
     directory = cache_directory() / NAME

@@ -22,9 +22,15 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from lrmc_ray.cluster.cluster_file import cluster_slots, load_cluster
 from lrmc_ray.cluster.resources import local_cpus
 from lrmc_ray.config import RunSettings
-from lrmc_ray.config.arguments import add_record_arguments, without_aliases
+from lrmc_ray.config.arguments import (
+    add_record_arguments,
+    add_run_arguments,
+    settings_from,
+    without_aliases,
+)
 from lrmc_ray.console import format_seconds, progress, setup_logging
 from lrmc_ray.errors import ConfigError
 from lrmc_ray.files.artifacts import is_finished
@@ -34,14 +40,13 @@ from lrmc_ray.record.stored import EXAMPLES
 from lrmc_ray.tune.forecast import divide, forecast
 
 if TYPE_CHECKING:
+    from lrmc_ray.method.microbatch import Sample
     from lrmc_ray.method.subsets import CandidateSets
 
 
 TAUS = (0.8, 0.9, 0.95, 0.99)
 
-
 ACTORS = (1, 2, 4, 8, 16, 32, 64)
-
 
 SAMPLE_TOKENS = 4096
 """Enough for K, bytes and speed within some ten percent."""
@@ -55,40 +60,16 @@ def measure(prepared: Preparation, *, sample_tokens: int, seed: int) -> dict[str
         sample_tokens: tokens of the random samples that the model sees, at least.
         seed: of the choice of samples.
     """
-    from lrmc_ray.method.subsets import CandidateSets, cut
-    from lrmc_ray.record.candidates import CandidateRecorder, batches
-    from lrmc_ray.record.describe import describe, summarize
-    from lrmc_ray.record.parts import write_part
+    from lrmc_ray.method.subsets import CandidateSets
+    from lrmc_ray.record.describe import summarize
 
     settings = prepared.settings
     plan = json.loads((prepared.partial / PLAN).read_text())
     rows = _random_rows(prepared.partial / EXAMPLES, plan["samples"], sample_tokens, seed)
-    recorder = CandidateRecorder(
-        prepared.model_directory,
-        tau=max(*TAUS, settings.recorded_tau()),
-        k_min=settings.record.k_min,
-        k_max=settings.record.k_max,
-        prompt_k_max=settings.record.prompt_k_max,
-        threads=settings.resources.cpus_per_worker,
-    )
-    recorder.record(rows[:1])  # the first forward pass sets up a lot
     num_tokens = sum(len(row["input_ids"]) for row in rows)
-    samples = []
-    seconds = 0.0
-    with progress("Measuring", total=num_tokens, unit="tokens") as bar:
-        for batch in batches(rows):
-            start = time.perf_counter()
-            samples += recorder.record(batch)
-            seconds += time.perf_counter() - start
-            bar.advance(sum(len(row["input_ids"]) for row in batch))
-    with tempfile.TemporaryDirectory() as directory:
-        path = Path(directory) / "sample.parquet"
-        tau, k_min = settings.recorded_tau(), settings.record.k_min
-        start = time.perf_counter()
-        kept = [replace(s, candidates=cut(s.candidates, tau, k_min=k_min)) for s in samples]
-        write_part(path, kept, {"lrmc.tau": repr(tau)})
-        part = describe(path, tokenizer_size=plan["tokenizer_size"])
-        seconds += time.perf_counter() - start
+    samples, recording_seconds = _recorded(prepared, rows)
+    part, writing_seconds = _written(settings, samples, plan["tokenizer_size"])
+    seconds = recording_seconds + writing_seconds
     of_sample = summarize(plan, [part])
     supervised = CandidateSets.concatenate(
         [sample.candidates.rows(sample.is_supervised_P) for sample in samples]
@@ -101,13 +82,9 @@ def measure(prepared: Preparation, *, sample_tokens: int, seed: int) -> dict[str
     other_bytes = part["bytes"] - of_sample["supervised_bytes"] - of_sample["prompt_bytes"]
     actors = _actors_here(settings)
     per_second = num_tokens / seconds
-    hours = {count: plan["tokens"] / per_second / count / 3600 for count in ACTORS}
+    counted = ("samples", "tokens", "supervised_tokens", "dropped", "truncated", "rejected")
     return {
-        "data": {
-            name: plan[name]
-            for name in ("samples", "tokens", "supervised_tokens", "dropped", "truncated")
-        }
-        | {"rejected": plan["rejected"], "prompt_positions": num_prompt},
+        "data": {name: plan[name] for name in counted} | {"prompt_positions": num_prompt},
         "measured": {
             "samples": len(rows),
             "tokens": num_tokens,
@@ -126,8 +103,52 @@ def measure(prepared: Preparation, *, sample_tokens: int, seed: int) -> dict[str
         },
         "actors_here": actors,
         "hours_here": plan["tokens"] / per_second / actors / 3600,
-        "hours_by_actors": hours,
+        "hours_by_actors": {n: plan["tokens"] / per_second / n / 3600 for n in ACTORS},
     }
+
+
+def _recorded(prepared: Preparation, rows: list[dict[str, Any]]) -> tuple[list["Sample"], float]:
+    """The rows recorded by the real model, and the seconds that this took."""
+    from lrmc_ray.record.candidates import CandidateRecorder, batches
+
+    settings = prepared.settings
+    recorder = CandidateRecorder(
+        prepared.model_directory,
+        tau=max(*TAUS, settings.recorded_tau()),
+        k_min=settings.record.k_min,
+        k_max=settings.record.k_max,
+        prompt_k_max=settings.record.prompt_k_max,
+        threads=settings.resources.cpus_per_worker,
+    )
+    recorder.record(rows[:1])  # the first forward pass sets up a lot
+    num_tokens = sum(len(row["input_ids"]) for row in rows)
+    samples: list[Sample] = []
+    seconds = 0.0
+    with progress("Measuring", total=num_tokens, unit="tokens") as bar:
+        for batch in batches(rows):
+            start = time.perf_counter()
+            samples += recorder.record(batch)
+            seconds += time.perf_counter() - start
+            bar.advance(sum(len(row["input_ids"]) for row in batch))
+    return samples, seconds
+
+
+def _written(
+    settings: RunSettings, samples: Sequence["Sample"], tokenizer_size: int
+) -> tuple[dict[str, Any], float]:
+    """What a file of these samples holds, and the seconds that cutting and writing took."""
+    from lrmc_ray.method.subsets import cut
+    from lrmc_ray.record.describe import describe
+    from lrmc_ray.record.parts import write_part
+
+    tau, k_min = settings.recorded_tau(), settings.record.k_min
+    with tempfile.TemporaryDirectory() as directory:
+        path = Path(directory) / "sample.parquet"
+        start = time.perf_counter()
+        kept = [replace(s, candidates=cut(s.candidates, tau, k_min=k_min)) for s in samples]
+        write_part(path, kept, {"lrmc.tau": repr(tau)})
+        part = describe(path, tokenizer_size=tokenizer_size)
+        return part, time.perf_counter() - start
 
 
 def _random_rows(path: Path, num_rows: int, num_tokens: int, seed: int) -> list[dict[str, Any]]:
@@ -180,8 +201,6 @@ def _actors_here(settings: RunSettings) -> int:
 
 
 def _slots_of(arguments: argparse.Namespace, settings: RunSettings) -> int:
-    from lrmc_ray.cluster.cluster_file import cluster_slots, load_cluster
-
     if arguments.slots is not None:
         if arguments.slots < 1:
             raise ConfigError(f"--slots must be at least 1, got {arguments.slots}")
@@ -242,8 +261,36 @@ def show_search(planned: Mapping[str, Any]) -> None:
 
 def main(argv: Sequence[str]) -> int:
     """The command ``lrmc plan``."""
-    from lrmc_ray.config.arguments import add_run_arguments, settings_from
+    argv = without_aliases(argv)
+    arguments = _parser().parse_intermixed_args(argv)
+    setup_logging(arguments.verbose)
+    settings = settings_from(arguments)
+    if arguments.cluster is not None or arguments.slots is not None:
+        planned = plan_search(
+            settings, arguments.output, _slots_of(arguments, settings), arguments.gpu_tflops
+        )
+        if arguments.json:
+            print(json.dumps(planned))
+        else:
+            show_search(planned)
+        return 0
+    if arguments.sample_tokens < 1:
+        raise ConfigError(f"--sample-tokens must be at least 1, got {arguments.sample_tokens}")
+    prepared = prepare(settings, arguments.output)
+    if is_finished(prepared.final):
+        print(f"The record is there already: lrmc inspect {prepared.final}", file=sys.stderr)
+        print(json.dumps({"directory": str(prepared.final)}) if arguments.json else "", end="")
+        return 0
+    result = measure(prepared, sample_tokens=arguments.sample_tokens, seed=arguments.seed)
+    if arguments.json:
+        print(json.dumps(result))
+    else:
+        show(result)
+        print(f"Next: {shlex.join(['python', '-m', 'lrmc_ray.record', *argv])}")
+    return 0
 
+
+def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="lrmc plan",
         description="What recording would cost: candidates per position at several tau, bytes on "
@@ -276,33 +323,7 @@ def main(argv: Sequence[str]) -> int:
         help="what one GPU sustains, in TFLOP/s (about a third of its data sheet), where no "
         "earlier search in the output directory tells",
     )
-    argv = without_aliases(argv)
-    arguments = parser.parse_intermixed_args(argv)
-    setup_logging(arguments.verbose)
-    settings = settings_from(arguments)
-    if arguments.cluster is not None or arguments.slots is not None:
-        planned = plan_search(
-            settings, arguments.output, _slots_of(arguments, settings), arguments.gpu_tflops
-        )
-        if arguments.json:
-            print(json.dumps(planned))
-        else:
-            show_search(planned)
-        return 0
-    if arguments.sample_tokens < 1:
-        raise ConfigError(f"--sample-tokens must be at least 1, got {arguments.sample_tokens}")
-    prepared = prepare(settings, arguments.output)
-    if is_finished(prepared.final):
-        print(f"The record is there already: lrmc inspect {prepared.final}", file=sys.stderr)
-        print(json.dumps({"directory": str(prepared.final)}) if arguments.json else "", end="")
-        return 0
-    result = measure(prepared, sample_tokens=arguments.sample_tokens, seed=arguments.seed)
-    if arguments.json:
-        print(json.dumps(result))
-    else:
-        show(result)
-        print(f"Next: {shlex.join(['python', '-m', 'lrmc_ray.record', *argv])}")
-    return 0
+    return parser
 
 
 def show(result: Mapping[str, Any]) -> None:

@@ -1,4 +1,4 @@
-"""The processes of running trials: who they are, and how they are ended."""
+"""The processes of running trials and of a comparison's runs: who they are, how they end."""
 
 import json
 import logging
@@ -6,8 +6,8 @@ import os
 import signal
 import time
 from collections.abc import Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 from lrmc_ray.files.artifacts import is_finished
 from lrmc_ray.files.names import CHECKPOINT_NOW
@@ -17,36 +17,48 @@ _log = logging.getLogger(__name__)
 LEFTOVER_SECONDS = 10.0
 """How long a killed process may take to vanish."""
 
-
 PROCESSES = "processes.jsonl"
-"""The processes in which a trial ran, one a line, the last one last: so the search can stop it."""
-
+"""The processes in which a run ran, one a line, the last one last: so that it can be stopped."""
 
 DIED = "its process died"
 
 
+@dataclass(frozen=True)
+class RunProcess:
+    """The process of a run, told apart from a later one with the same number."""
+
+    pid: int
+    born: int | None
+    """See :func:`process_birth`."""
+    node: str
+    """Ray's id of its node."""
+    began: float
+    """When the run began in it, in seconds since 1970."""
+
+
 def death_cause(directory: Path) -> str:
-    """What can be said of a trial whose process died without a word."""
+    """What can be said of a run whose process died without a word."""
     return DIED + (" while its model was scored" if is_finished(directory / "training") else "")
 
 
-def this_process() -> dict[str, Any]:
-    """What tells this process apart from a later one with the same id."""
+def write_process(directory: Path) -> None:
+    """Note in a run's directory that it goes on in this process."""
     import ray
 
     pid = os.getpid()
     node = ray.get_runtime_context().get_node_id()
-    return {"pid": pid, "born": process_birth(pid), "node": node, "began": time.time()}
+    process = RunProcess(pid, process_birth(pid), node, time.time())
+    with (directory / PROCESSES).open("a", encoding="utf-8") as log:
+        log.write(json.dumps(asdict(process)) + "\n")
 
 
-def last_process(directory: Path) -> dict[str, Any] | None:
-    """The process in which a trial runs, or ran last; None if it never began."""
+def last_process(directory: Path) -> RunProcess | None:
+    """The process in which a run runs, or ran last; None if it never began."""
     try:
         lines = (directory / PROCESSES).read_text(encoding="utf-8").splitlines()
-        process: dict[str, Any] = json.loads(lines[-1])
-    except (FileNotFoundError, IndexError, ValueError):  # or torn by a crash
+        return RunProcess(**json.loads(lines[-1]))
+    except (FileNotFoundError, IndexError, ValueError, TypeError):  # or torn by a crash
         return None
-    return process
 
 
 def process_birth(pid: int) -> int | None:
@@ -67,15 +79,33 @@ def kill_process(pid: int, born: int | None) -> bool:
     return True
 
 
-def end_leftovers(trials: Path) -> None:
-    """End processes of a killed sitting, which still hold their directories in ``trials``."""
-    for directory in sorted(trials.glob("*")):
+def kill_run(directory: Path) -> bool:
+    """End the process of a run, wherever it runs; whether it was there."""
+    import ray
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+    process = last_process(directory)
+    if process is None:
+        return False
+    kill = ray.remote(kill_process).options(
+        num_cpus=0,
+        scheduling_strategy=NodeAffinitySchedulingStrategy(process.node, soft=False),
+    )
+    try:
+        return bool(ray.get(kill.remote(process.pid, process.born), timeout=60))
+    except (ray.exceptions.RayError, TimeoutError):
+        return False  # its node is gone, and the run with it
+
+
+def end_leftovers(runs: Path) -> None:
+    """End processes of a killed sitting, which still hold their directories in ``runs``."""
+    for directory in sorted(runs.glob("*")):
         process = last_process(directory)
-        if process is None or not kill_process(process["pid"], process["born"]):
+        if process is None or not kill_process(process.pid, process.born):
             continue
-        _log.warning("ended process %d of an earlier sitting", process["pid"])
+        _log.warning("ended process %d of an earlier sitting", process.pid)
         deadline = time.monotonic() + LEFTOVER_SECONDS
-        while process_birth(process["pid"]) == process["born"] and time.monotonic() < deadline:
+        while process_birth(process.pid) == process.born and time.monotonic() < deadline:
             time.sleep(0.1)
 
 

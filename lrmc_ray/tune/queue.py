@@ -25,12 +25,10 @@ from ray.tune.search import Searcher
 from lrmc_ray.config import ParameterRange, RunSettings, TrainSettings
 from lrmc_ray.config.search import Objective
 from lrmc_ray.tune.processes import DIED
+from lrmc_ray.tune.result import COMBINED, FORGETTING, GAIN
 from lrmc_ray.tune.trial import PRUNED, RUNG_FORGETTING, RUNG_STEP, RUNG_VALUE
 
 _log = logging.getLogger(__name__)
-
-GAIN, FORGETTING, COMBINED = "eval/domain_gain", "eval/forgetting", "eval/combined"
-
 
 UNFINISHED = (TrialState.RUNNING, TrialState.WAITING)
 
@@ -88,6 +86,15 @@ class TrialQueue:
         if settings.search.yardstick_lr is not None and "yardstick" not in roles:
             self._waiting.append(self._ask_yardstick(settings.search.yardstick_lr))
 
+    def trial(self, number: int) -> FrozenTrial:
+        """What the study knows of a trial."""
+        return self._study.get_trials(deepcopy=False)[number]
+
+    def ready_trials(self) -> list[FrozenTrial]:
+        """All trials but those cut off before they began."""
+        trials = self._study.get_trials(deepcopy=False)
+        return [trial for trial in trials if trial.user_attrs.get("ready")]
+
     def _abandon_unready(self) -> None:
         """Fail trials that a crash cut off before their settings were complete."""
         for trial in self._study.get_trials(deepcopy=False):
@@ -122,7 +129,7 @@ class TrialQueue:
         trial.set_user_attr("role", role)
         trial.set_user_attr("overrides", dict(overrides))
         trial.set_user_attr("ready", True)
-        return self._study.get_trials(deepcopy=False)[trial.number]
+        return self.trial(trial.number)
 
     def _is_searched(self, name: str, params: Mapping[str, Any]) -> bool:
         """Whether the condition of parameter ``name`` holds in a trial with ``params``."""
@@ -133,9 +140,8 @@ class TrialQueue:
 
     @property
     def num_counted(self) -> int:
-        """Trials that count towards ``search.trials``: all but those cut off before they began."""
-        trials = self._study.get_trials(deepcopy=False)
-        return sum(bool(trial.user_attrs.get("ready")) for trial in trials)
+        """Trials that count towards ``search.trials``."""
+        return len(self.ready_trials())
 
     @property
     def is_finished(self) -> bool:
@@ -160,7 +166,7 @@ class TrialQueue:
     def complete(self, number: int, results: Mapping[str, float]) -> None:
         """Tell the study a trial's objective, and how far beyond the budget it is."""
         search = self._settings.search
-        trial_id = self._study.get_trials(deepcopy=False)[number]._trial_id
+        trial_id = self.trial(number)._trial_id
         trial = optuna.trial.Trial(self._study, trial_id)
         trial.set_user_attr("results", {key: results[key] for key in (GAIN, FORGETTING, COMBINED)})
         if search.objective == "budget":
@@ -170,7 +176,7 @@ class TrialQueue:
 
     def report(self, number: int, step: int, value: float) -> None:
         """Tell the study what a trial scored on the way."""
-        trial = self._study.get_trials(deepcopy=False)[number]
+        trial = self.trial(number)
         if trial.state in UNFINISHED and step not in trial.intermediate_values:
             optuna.trial.Trial(self._study, trial._trial_id).report(value, step)
 
@@ -178,7 +184,7 @@ class TrialQueue:
         """Tell the study that a trial stopped itself; the sampler learns from its last score."""
         search = self._settings.search
         if search.objective == "budget":
-            trial_id = self._study.get_trials(deepcopy=False)[number]._trial_id
+            trial_id = self.trial(number)._trial_id
             trial = optuna.trial.Trial(self._study, trial_id)
             trial.set_constraint("forgetting", forgetting - search.max_forgetting)
         self._study.tell(number, state=TrialState.PRUNED, skip_if_finished=True)
@@ -228,7 +234,7 @@ class TrialQueue:
 
     def fail(self, number: int, cause: str) -> None:
         """Tell the study that a trial failed, and why."""
-        trial_id = self._study.get_trials(deepcopy=False)[number]._trial_id
+        trial_id = self.trial(number)._trial_id
         self._study._storage.set_trial_user_attr(trial_id, "cause", cause)
         self._study.tell(number, state=TrialState.FAIL, skip_if_finished=True)
 

@@ -22,15 +22,19 @@ import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from lrmc_ray.cluster.session import RAY_LOG, ray_session
 from lrmc_ray.config import AUTOMATIC, ParameterRange, RunSettings
+from lrmc_ray.config.arguments import add_run_arguments, settings_from
 from lrmc_ray.console import progress, setup_logging
 from lrmc_ray.errors import DataError
-from lrmc_ray.files.storage import check_storage
+from lrmc_ray.files.place import place_of
+from lrmc_ray.files.study import FoundRange
+from lrmc_ray.models import local_directory
+from lrmc_ray.record.run import record
 
 if TYPE_CHECKING:
     from lrmc_ray.method.subsets import CandidateSets
@@ -38,26 +42,19 @@ if TYPE_CHECKING:
 
 MOST_CAPPED = 0.10
 
-
 LEAST_ACTIVE = 0.50
-
 
 BINDS_ABOVE = 0.95
 
-
 SHORTEST = 0.25
 
-
 STEPS = 12
-
 
 WARM_UP_STEPS = 3
 """First steps whose angles do not count: momentum is a single gradient then."""
 
-
 POSITIONS = 20_000
 """Supervised positions that are looked at; a quantile needs no more."""
-
 
 TAU_GRID = (
     *(0.5, 0.55, 0.6, 0.65, 0.7, 0.75, 0.8, 0.85, 0.9, 0.92, 0.94, 0.95, 0.96, 0.97, 0.98),
@@ -74,15 +71,6 @@ class TauRow:
     k_p95: float
     active_share: float
     capped_share: float
-
-
-@dataclass(frozen=True)
-class Suggestion:
-    """A range, and why."""
-
-    low: float
-    high: float
-    reason: str
 
 
 def tau_table(candidates: "CandidateSets", taus: Sequence[float] = TAU_GRID) -> list[TauRow]:
@@ -105,7 +93,7 @@ def tau_table(candidates: "CandidateSets", taus: Sequence[float] = TAU_GRID) -> 
     return rows
 
 
-def suggest_tau(rows: Sequence[TauRow]) -> Suggestion:
+def suggest_tau(rows: Sequence[TauRow]) -> FoundRange:
     """The range of tau by the rule in the file's head; never empty."""
     below = [row for row in rows if row.capped_share <= MOST_CAPPED] or list(rows[:1])
     high = below[-1]
@@ -113,7 +101,7 @@ def suggest_tau(rows: Sequence[TauRow]) -> Suggestion:
     low = active[0] if active else rows[max(0, rows.index(high) - 1)]
     if low.tau >= high.tau:  # the coarsest tau already hits the cap
         high = rows[1]
-    return Suggestion(
+    return FoundRange(
         low.tau,
         high.tau,
         f"at {low.tau:g} {low.active_share:.0%} of the positions are active, K median "
@@ -144,12 +132,12 @@ def quantile_of_histogram(histogram: Sequence[int], share: float) -> float:
     return float(edges[index - 1] + part * (edges[index] - edges[index - 1]))
 
 
-def suggest_delta_max(histogram: Sequence[int]) -> Suggestion:
+def suggest_delta_max(histogram: Sequence[int]) -> FoundRange:
     """The range of delta_max by the rule in the file's head."""
     median = quantile_of_histogram(histogram, 0.5)
     high = min(AUTOMATIC["delta_max"], quantile_of_histogram(histogram, BINDS_ABOVE))
     low = SHORTEST * median
-    return Suggestion(
+    return FoundRange(
         round(max(1.0, low), 1),
         round(max(high, 2.0), 1),
         f"gradients are {median:.0f} degrees off the momentum in the median, "
@@ -182,8 +170,8 @@ def measured_angles(settings: RunSettings, record: Path) -> list[int]:
 
     from lrmc_ray.method.moclip import NUM_ANGLE_BINS, MoClip
     from lrmc_ray.method.workers import WorkerGroup
-    from lrmc_ray.models import local_directory
     from lrmc_ray.train.loop import TrainingRun
+    from lrmc_ray.train.run_files import LocalRun
 
     torch.set_num_threads(settings.resources.cpus_per_worker)
     short = settings.train.model_copy(
@@ -202,13 +190,13 @@ def measured_angles(settings: RunSettings, record: Path) -> list[int]:
             short,
             record=record,
             model_directory=local_directory(settings.model),
-            directory=Path(scratch),
-            group=WorkerGroup(0, 1),
+            files=LocalRun(Path(scratch)),
+            group=WorkerGroup(),
             device=torch.device("cuda" if torch.cuda.is_available() else "cpu"),
         )
-        optimizer = run.optimizer
+        optimizer = run.learner.optimizer
         assert isinstance(optimizer, MoClip)
-        for result in run._steps():
+        for result in run.steps():
             histogram = optimizer.angle_statistics().histogram
             if result.step >= WARM_UP_STEPS:
                 total += histogram
@@ -217,7 +205,7 @@ def measured_angles(settings: RunSettings, record: Path) -> list[int]:
     return counts
 
 
-def suggest(settings: RunSettings, record: Path, names: Sequence[str]) -> dict[str, Suggestion]:
+def suggest(settings: RunSettings, record: Path, names: Sequence[str]) -> dict[str, FoundRange]:
     """Ranges of those of ``names`` that can be found automatically."""
     found = {}
     if "tau" in names:
@@ -236,20 +224,16 @@ def automatic(settings: RunSettings) -> list[str]:
     return [name for name, searched in settings.parameters.items() if searched.range == "auto"]
 
 
-def with_ranges(settings: RunSettings, found: Mapping[str, Mapping[str, Any]]) -> RunSettings:
+def with_ranges(settings: RunSettings, found: Mapping[str, FoundRange]) -> RunSettings:
     """``settings`` with the ranges that were found in place of ``auto``."""
     parameters = dict(settings.parameters)
     for name, one in found.items():
-        parameters[name] = ParameterRange(
-            low=one["low"], high=one["high"], when=parameters[name].when
-        )
+        parameters[name] = ParameterRange(low=one.low, high=one.high, when=parameters[name].when)
     return settings.model_copy(update={"parameters": parameters})
 
 
 def main(argv: Sequence[str]) -> int:
     """The command ``lrmc suggest``."""
-    from lrmc_ray.config.arguments import add_run_arguments, settings_from
-
     parser = argparse.ArgumentParser(
         prog="lrmc suggest",
         description="Ranges of tau and delta_max worth searching for this model and data, from the "
@@ -259,18 +243,15 @@ def main(argv: Sequence[str]) -> int:
     arguments = parser.parse_intermixed_args(argv)
     setup_logging(arguments.verbose)
     settings = settings_from(arguments)
-    storage = settings.resources.storage
-    if storage is not None:
-        check_storage(storage)
+    place = place_of(settings.resources.storage)
+    place.check()
     wide = {name: ParameterRange(range="auto") for name in AUTOMATIC}
     settings = settings.model_copy(update={"parameters": {**settings.parameters, **wide}})
-    from lrmc_ray.record.run import record
-
     with ray_session(
         arguments.address,
         log=arguments.output / RAY_LOG,
         verbose=arguments.verbose,
-        storage=storage,
+        storage=place.uri,
     ):
         recorded = record(settings, arguments.output)
     rows = tau_table(recorded_candidates(recorded), _taus(settings))

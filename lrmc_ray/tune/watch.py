@@ -5,17 +5,18 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from lrmc_ray.console import format_seconds
 from lrmc_ray.files.metrics_log import read_metrics
+from lrmc_ray.files.study import StudyFile, TrialEntry
+from lrmc_ray.tune.result import COMBINED, FORGETTING, GAIN
 
 if TYPE_CHECKING:
     from rich.table import Table
 
 
 POLL_SECONDS = 1.0
-
 
 LINE_SECONDS = 15.0
 """Time between two lines about running trials where there is no terminal."""
@@ -26,15 +27,15 @@ def watch(
     *,
     total: int,
     is_running: Callable[[], bool],
-    read: Callable[[], list[dict[str, Any]]],
+    read: Callable[[], StudyFile],
 ) -> None:
-    """Show the trials that ``read`` returns until ``is_running`` says no.
+    """Show the trials of the study that ``read`` returns until ``is_running`` says no.
 
     Args:
         directory: start of the trials' relative paths.
         total: trials in all.
         is_running: whether there is still something to show.
-        read: the trials as ``study.json`` describes them.
+        read: the study as it is now.
     """
     if sys.stderr.isatty() and os.environ.get("TERM") not in (None, "dumb"):
         _watch_live(directory, total, is_running, read)
@@ -46,7 +47,7 @@ def _watch_live(
     directory: Path,
     total: int,
     is_running: Callable[[], bool],
-    read: Callable[[], list[dict[str, Any]]],
+    read: Callable[[], StudyFile],
 ) -> None:
     from rich.console import Console
     from rich.live import Live
@@ -54,7 +55,7 @@ def _watch_live(
     start = time.time()
     with Live(console=Console(stderr=True), auto_refresh=False, transient=True) as live:
         while is_running():
-            live.update(_table(directory, read(), total, start), refresh=True)
+            live.update(trials_table(directory, read(), total, start), refresh=True)
             time.sleep(POLL_SECONDS)
 
 
@@ -62,65 +63,65 @@ def _watch_lines(
     directory: Path,
     total: int,
     is_running: Callable[[], bool],
-    read: Callable[[], list[dict[str, Any]]],
+    read: Callable[[], StudyFile],
 ) -> None:
     seen: dict[int, str] = {}
     printed = 0.0
     while is_running():
-        trials = read()
-        for trial in trials:
-            if seen.get(trial["number"]) != trial["state"]:
-                seen[trial["number"]] = trial["state"]
-                print(_line(trial, total), file=sys.stderr, flush=True)
+        study = read()
+        _print_changes(study, total, seen)
         if time.monotonic() - printed > LINE_SECONDS:
             printed = time.monotonic()
-            for trial in trials:
-                if trial["state"] == "RUNNING":
+            for trial in study.trials:
+                if trial.state == "RUNNING":
                     progress = _progress(directory, trial)
-                    print(f"trial {trial['number']}: {progress}", file=sys.stderr, flush=True)
+                    print(f"trial {trial.number}: {progress}", file=sys.stderr, flush=True)
         time.sleep(POLL_SECONDS)
-    for trial in read():
-        if seen.get(trial["number"]) != trial["state"]:
-            print(_line(trial, total), file=sys.stderr, flush=True)
+    _print_changes(read(), total, seen)
 
 
-def _line(trial: dict[str, Any], total: int) -> str:
-    start = f"trial {trial['number']} of {total} ({trial['role']})"
-    if trial["state"] == "COMPLETE":
-        best = ", the best so far" if trial.get("is_best") else ""
+def _print_changes(study: StudyFile, total: int, seen: dict[int, str]) -> None:
+    """A line about every trial whose state is not the one in ``seen``, which is brought up."""
+    for trial in study.trials:
+        if seen.get(trial.number) != trial.state:
+            seen[trial.number] = trial.state
+            line = trial_line(trial, total, is_best=trial.number == study.best)
+            print(line, file=sys.stderr, flush=True)
+
+
+def trial_line(trial: TrialEntry, total: int, *, is_best: bool) -> str:
+    """A trial that has begun or ended, for a log file."""
+    start = f"trial {trial.number} of {total} ({trial.role})"
+    if trial.state == "COMPLETE":
+        best = ", the best so far" if is_best else ""
         return f"{start}: {_scores(trial)}{best}"
-    if trial["state"] == "PRUNED":
-        return f"{start} stopped early: {trial['cause']}"
-    if trial["state"] == "FAIL":
-        return f"{start} failed: {trial['cause']}"
+    if trial.state == "PRUNED":
+        return f"{start} stopped early: {trial.cause}"
+    if trial.state == "FAIL":
+        return f"{start} failed: {trial.cause}"
     return f"{start} runs with {_params(trial)}"
 
 
-def _params(trial: dict[str, Any]) -> str:
-    if trial["role"] == "yardstick":
-        return f"plain fine-tuning, AdamW, lr {trial['settings']['lr']:.3g}"
+def _params(trial: TrialEntry) -> str:
+    if trial.role == "yardstick":
+        return f"plain fine-tuning, AdamW, lr {trial.settings['lr']:.3g}"
     pairs = (
         f"{name} {value:.3g}" if isinstance(value, float) else f"{name} {value}"
-        for name, value in sorted(trial["params"].items())
+        for name, value in sorted(trial.params.items())
     )
     return ", ".join(pairs)
 
 
-def _scores(trial: dict[str, Any]) -> str:
-    results = trial["results"]
+def _scores(trial: TrialEntry) -> str:
     return ", ".join(
-        f"{name} {results[f'eval/{key}']:+.3f}"
-        for name, key in (
-            ("gain", "domain_gain"),
-            ("forgetting", "forgetting"),
-            ("combined", "combined"),
-        )
+        f"{name} {trial.results[key]:+.3f}"
+        for name, key in (("gain", GAIN), ("forgetting", FORGETTING), ("combined", COMBINED))
     )
 
 
-def _progress(directory: Path, trial: dict[str, Any]) -> str:
-    steps = trial["settings"]["steps"]
-    lines = read_metrics(directory / trial["metrics_file"])
+def _progress(directory: Path, trial: TrialEntry) -> str:
+    steps = trial.settings["steps"]
+    lines = read_metrics(directory / trial.metrics_file) if trial.metrics_file else []
     if not lines:
         return "starting"
     last = lines[-1]
@@ -135,9 +136,9 @@ def _progress(directory: Path, trial: dict[str, Any]) -> str:
     )
 
 
-def _core_hours(trials: Sequence[dict[str, Any]]) -> float:
+def _core_hours(trials: Sequence[TrialEntry]) -> float:
     """Cores held by the trials that have ended, times hours."""
-    costs = [trial["cost"] for trial in trials if trial.get("cost")]
+    costs = [trial.cost for trial in trials if trial.cost]
     seconds: float = sum(
         cost["train_seconds"] * cost.get("train_cores", 1)
         + cost["evaluate_seconds"] * cost.get("evaluate_cores", 1)
@@ -146,31 +147,37 @@ def _core_hours(trials: Sequence[dict[str, Any]]) -> float:
     return seconds / 3600
 
 
-def _table(directory: Path, trials: Sequence[dict[str, Any]], total: int, start: float) -> "Table":
+def trials_table(directory: Path, study: StudyFile, total: int, start: float) -> "Table":
+    """All trials and how they stand, for a terminal.
+
+    Args:
+        directory: of the study.
+        study: as it is now.
+        total: trials in all.
+        start: when this sitting began, in seconds since 1970.
+    """
     from rich.table import Table
 
-    ended = [trial for trial in trials if trial["state"] != "RUNNING"]
+    ended = [trial for trial in study.trials if trial.state != "RUNNING"]
     now = time.time()
     title = f"{len(ended)} of {total} trials ended, {format_seconds(now - start)}"
-    new = [trial for trial in ended if trial.get("ended", 0) > start]
+    new = [trial for trial in ended if (trial.ended or 0.0) > start]
     if new:
         each = (now - start) / len(new)
         title += f", about {format_seconds(each * (total - len(ended)))} left"
-    if hours := _core_hours(trials):
+    if hours := _core_hours(study.trials):
         title += f", {hours:.2g} core hours so far"
     table = Table(title=title, title_justify="left")
     for column in ("trial", "settings", "state"):
         table.add_column(column)
-    for trial in trials:
-        if trial["state"] == "COMPLETE":
-            state = _scores(trial)
-            if trial.get("is_best"):
-                state += "  best so far"
-        elif trial["state"] == "PRUNED":
-            state = f"stopped early: {trial['cause']}"
-        elif trial["state"] == "FAIL":
-            state = f"failed: {trial['cause']}"
+    for trial in study.trials:
+        if trial.state == "COMPLETE":
+            state = _scores(trial) + ("  best so far" if trial.number == study.best else "")
+        elif trial.state == "PRUNED":
+            state = f"stopped early: {trial.cause}"
+        elif trial.state == "FAIL":
+            state = f"failed: {trial.cause}"
         else:
             state = _progress(directory, trial)
-        table.add_row(str(trial["number"]), _params(trial), state)
+        table.add_row(str(trial.number), _params(trial), state)
     return table

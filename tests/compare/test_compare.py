@@ -12,14 +12,15 @@ from pathlib import Path
 
 import pytest
 
-from lrmc_ray.compare import jobs as jobs_module
 from lrmc_ray.compare import run as run_module
-from lrmc_ray.compare.command import chosen_methods, explain, main
+from lrmc_ray.compare.command import chosen_methods, main
+from lrmc_ray.compare.explain import explain
 from lrmc_ray.compare.jobs import (
     Job,
     Outcome,
     best_learning_rate,
     comparison_identity,
+    job_of_entry,
     learning_rate_jobs,
     needs_record,
     num_jobs,
@@ -32,6 +33,7 @@ from lrmc_ray.config.compare import CompareSpace
 from lrmc_ray.console import run_command
 from lrmc_ray.errors import ConfigError
 from lrmc_ray.files.artifacts import fingerprint, read_manifest, write_json
+from lrmc_ray.tune.result import failure_cause
 from tests.support.synthetic_comparison import (
     METHODS,
     RATES,
@@ -131,19 +133,20 @@ def test_adding_methods_rates_or_seeds_is_the_same_comparison_and_other_budgets_
 
 def test_a_run_has_the_methods_settings_over_the_shared_ones(tmp_path):
     comparing = Comparing(make_space(), ["lrmc"], tmp_path)
-    train = comparing.train_settings(Job("lora", 1e-3, 5, "dev"))
+    train = comparing.description.train_settings(Job("lora", 1e-3, 5, "dev"))
     assert (train.lora_rank, train.lr, train.seed, train.steps) == (4, 1e-3, 5, 12)
     job = Job("lrmc", 1e-5, 0, "dev")
-    comparing.description = {"record": {"directory": "r"}, "base_scores": {"dev": "b"}}
-    sent = comparing._arguments(job, (1, 1))
+    comparing.description.values = {"record": {"directory": "r"}, "base_scores": {"dev": "b"}}
+    sent = comparing.arguments(job, (1, 1))
     settings = RunSettings.model_validate(sent["settings"])
-    assert settings.train == comparing.train_settings(job)
+    assert settings.train == comparing.description.train_settings(job)
     assert settings.record.tau == comparing.space.recorded_tau()
     assert settings.resources.workers == (1, 1)
     # The same run, whatever else is compared; another one where its settings are others.
-    assert comparing.run_directory(job) == comparing.run_directory(Job("lrmc", 1e-5, 0, "test"))
+    own = comparing.description.run_directory(job)
+    assert comparing.description.run_directory(Job("lrmc", 1e-5, 0, "test")) == own
     other = make_space(methods={**METHODS, "lrmc": {"title": "t", "train": {"clip": "rotate"}}})
-    assert Comparing(other, ["lrmc"], tmp_path).run_directory(job) != comparing.run_directory(job)
+    assert Comparing(other, ["lrmc"], tmp_path).description.run_directory(job) != own
 
 
 def test_stage_0_counts_for_those_who_use_it():
@@ -164,8 +167,8 @@ def begin(tmp_path, monkeypatch):
 
     def make(only=("sft", "lrmc", "lora"), *, faults=None, retry_failed=False, **changes):
         comparing = Comparing(make_space(**changes), only, tmp_path)
-        comparing.open(retry_failed=retry_failed)
-        if not comparing.description["base_scores"]:
+        comparing.description.open(retry_failed=retry_failed)
+        if not comparing.description.values["base_scores"]:
             write_base(comparing)
         ray = FakeRay(comparing, faults or {})
         comparing.ray = ray
@@ -180,12 +183,12 @@ def begin(tmp_path, monkeypatch):
 
 def states(comparing):
     written = json.loads((comparing.directory / "compare.json").read_text())
-    return {str(jobs_module.job_of(entry)): entry["state"] for entry in written["runs"]}
+    return {str(job_of_entry(entry)): entry["state"] for entry in written["runs"]}
 
 
 def test_a_whole_comparison(begin):
     comparing = begin()
-    comparing.run()
+    comparing.run_jobs()
     expected = [
         *(f"{method}-lr{lr:g}-seed0, dev" for method in ("sft", "lrmc") for lr in RATES),
         *(f"{method}-lr3e-05-seed{seed}, test" for method in ("sft", "lrmc") for seed in range(3)),
@@ -194,8 +197,8 @@ def test_a_whole_comparison(begin):
     ]
     assert sorted(comparing.ray.started) == sorted(expected)
     assert max(comparing.ray.at_once) == 2
-    assert comparing.is_finished
-    assert comparing.num_failed == 0
+    assert comparing.description.is_finished
+    assert comparing.description.num_failed == 0
     assert set(states(comparing).values()) == {"COMPLETE"}
     assert len(states(comparing)) == num_jobs(comparing.space, comparing.methods) == 17
     written = json.loads((comparing.directory / "compare.json").read_text())
@@ -206,34 +209,34 @@ def test_a_whole_comparison(begin):
 
 def test_the_general_scores_of_the_first_seed_are_not_made_twice(begin):
     comparing = begin(["sft"])
-    comparing.run()
-    first = comparing._arguments(Job("sft", 3e-5, 0, "test"), (1, 1))
+    comparing.run_jobs()
+    first = comparing.arguments(Job("sft", 3e-5, 0, "test"), (1, 1))
     assert first["general_from"].endswith("/scores/dev")
     assert first["base_scores"].endswith("scores/test")
-    assert comparing._arguments(Job("sft", 3e-5, 1, "test"), (1, 1))["general_from"] is None
-    assert comparing._arguments(Job("sft", 3e-5, 0, "dev"), (1, 1))["general_from"] is None
+    assert comparing.arguments(Job("sft", 3e-5, 1, "test"), (1, 1))["general_from"] is None
+    assert comparing.arguments(Job("sft", 3e-5, 0, "dev"), (1, 1))["general_from"] is None
 
 
 def test_models_are_removed_as_soon_as_nothing_asks_for_them(begin):
     comparing = begin(["sft"])
     write_run(comparing, Job("sft", 1e-5, 0, "dev"))
-    comparing._complete(Job("sft", 1e-5, 0, "dev"))
+    comparing.description.complete(Job("sft", 1e-5, 0, "dev"))
     write_run(comparing, Job("sft", 3e-5, 0, "dev"))
-    comparing._complete(Job("sft", 3e-5, 0, "dev"))
-    comparing._remove_models()
+    comparing.description.complete(Job("sft", 3e-5, 0, "dev"))
+    comparing.description.remove_models()
     assert models(comparing) == ["sft-lr1e-05-seed0", "sft-lr3e-05-seed0"]  # not yet chosen
     write_run(comparing, Job("sft", 1e-4, 0, "dev"))
-    comparing._complete(Job("sft", 1e-4, 0, "dev"))
-    comparing._remove_models()
+    comparing.description.complete(Job("sft", 1e-4, 0, "dev"))
+    comparing.description.remove_models()
     assert models(comparing) == ["sft-lr3e-05-seed0"]  # waits for the test questions
     write_run(comparing, Job("sft", 3e-5, 0, "test"))
-    comparing._complete(Job("sft", 3e-5, 0, "test"))
-    comparing._remove_models()
+    comparing.description.complete(Job("sft", 3e-5, 0, "test"))
+    comparing.description.remove_models()
     assert models(comparing) == []
     kept = begin(["sft"], compare={"keep_models": True})
     write_run(kept, Job("sft", 3e-5, 1, "test"))
-    kept._complete(Job("sft", 3e-5, 1, "test"))
-    kept._remove_models()
+    kept.description.complete(Job("sft", 3e-5, 1, "test"))
+    kept.description.remove_models()
     assert models(kept) == ["sft-lr3e-05-seed1"]
 
 
@@ -255,17 +258,17 @@ def test_the_same_command_goes_on_and_does_nothing_twice(begin, killed_at):
 
     first.ray._start = start_or_die
     with pytest.raises(KeyboardInterrupt):
-        first.run()
+        first.run_jobs()
     again = begin()
-    again.run()
-    assert again.is_finished
+    again.run_jobs()
+    assert again.description.is_finished
     done = first.ray.started + again.ray.started
     # Results are files of the runs: what had ended is known, even if it was not written down.
     assert sorted(done) == sorted(set(done))
     assert len(done) == whole
     third = begin()
-    assert third.is_finished
-    third.run()
+    assert third.description.is_finished
+    third.run_jobs()
     assert third.ray.started == []
 
 
@@ -276,22 +279,28 @@ def test_a_failing_run_ends_failed_with_its_cause_and_the_others_go_on(begin):
         "lrmc-lr3e-05-seed1, test": died,
     }
     comparing = begin(faults=faults)
-    comparing.run()
-    assert comparing.num_failed == 2
+    comparing.run_jobs()
+    assert comparing.description.num_failed == 2
     failed = {k for k, state in states(comparing).items() if state == "FAIL"}
     assert failed == set(faults)
-    assert comparing.outcomes[Job("sft", 3e-5, 0, "dev")].cause == "ValueError('the loss is NaN')"
-    assert comparing.outcomes[Job("lrmc", 3e-5, 1, "test")].cause == "its process died"
-    assert comparing.description["chosen"]["sft"] == 1e-5
+    assert (
+        comparing.description.outcomes[Job("sft", 3e-5, 0, "dev")].cause
+        == "ValueError('the loss is NaN')"
+    )
+    assert comparing.description.outcomes[Job("lrmc", 3e-5, 1, "test")].cause == "its process died"
+    assert comparing.description.values["chosen"]["sft"] == 1e-5
     # Failed is final, until it is asked for again.
     again = begin()
-    assert again.is_finished
-    assert again.num_failed == 2
-    assert again.outcomes[Job("sft", 3e-5, 0, "dev")].cause == "ValueError('the loss is NaN')"
+    assert again.description.is_finished
+    assert again.description.num_failed == 2
+    assert (
+        again.description.outcomes[Job("sft", 3e-5, 0, "dev")].cause
+        == "ValueError('the loss is NaN')"
+    )
     retried = begin(retry_failed=True)
-    retried.run()
-    assert retried.num_failed == 0
-    assert retried.description["chosen"]["sft"] == 3e-5
+    retried.run_jobs()
+    assert retried.description.num_failed == 0
+    assert retried.description.values["chosen"]["sft"] == 3e-5
     assert retried.ray.started[0] == "sft-lr3e-05-seed0, dev"
     assert "lrmc-lr3e-05-seed1, test" in retried.ray.started
     assert not any("lora" in name for name in retried.ray.started)
@@ -299,81 +308,81 @@ def test_a_failing_run_ends_failed_with_its_cause_and_the_others_go_on(begin):
 
 def test_a_run_says_itself_why_it_failed(begin):
     comparing = begin(["sft"], faults={"sft-lr1e-05-seed0, dev": FakeRay.RayError("x")})
-    directory = comparing.run_directory(Job("sft", 1e-5, 0, "dev"))
+    directory = comparing.description.run_directory(Job("sft", 1e-5, 0, "dev"))
     directory.mkdir(parents=True)
     write_json(directory / "failure.json", {"cause": "train.lr is too high"})
-    comparing.run()
-    assert comparing.outcomes[Job("sft", 1e-5, 0, "dev")].cause == "train.lr is too high"
+    comparing.run_jobs()
+    assert (
+        comparing.description.outcomes[Job("sft", 1e-5, 0, "dev")].cause == "train.lr is too high"
+    )
 
 
 def test_a_part_can_be_run_first_and_the_rest_later(begin):
-    begin(["lora"]).run()
+    begin(["lora"]).run_jobs()
     rest = begin()
-    assert "lora" in rest.description["chosen"]
-    rest.run()
+    assert "lora" in rest.description.values["chosen"]
+    rest.run_jobs()
     assert not any("lora" in name for name in rest.ray.started)
-    assert rest.is_finished
+    assert rest.description.is_finished
     # A learning rate that is added later finds the runs that are there.
     more = begin(["sft"], compare={"learning_rates": [3e-5, 1e-4, 1e-5], "seeds": [0, 1]})
-    assert more.is_finished
+    assert more.description.is_finished
 
 
 def test_what_is_compared_no_more_is_not_reported(begin):
-    begin().run()
+    begin().run_jobs()
     fewer = begin(["sft"], methods={"sft": METHODS["sft"]})
-    assert fewer.is_finished
-    assert {entry["method"] for entry in fewer.description["runs"]} == {"sft"}
+    assert fewer.description.is_finished
+    assert {entry["method"] for entry in fewer.description.values["runs"]} == {"sft"}
     # Nor a method whose settings have changed: it is run again.
     other = {**METHODS, "lrmc": {"title": "t", "train": {"clip": "rotate"}}}
     changed = begin(methods=other)
-    assert {entry["method"] for entry in changed.description["runs"]} == {"sft", "lora"}
-    assert not changed.is_finished
+    assert {entry["method"] for entry in changed.description.values["runs"]} == {"sft", "lora"}
+    assert not changed.description.is_finished
 
 
 def test_the_time_limit_and_what_becomes_of_an_overdue_run(begin, monkeypatch):
     comparing = begin(["sft"])
     assert comparing.time_limit() == math.inf
     write_run(comparing, Job("sft", 1e-5, 0, "dev"))
-    comparing._complete(Job("sft", 1e-5, 0, "dev"))
+    comparing.description.complete(Job("sft", 1e-5, 0, "dev"))
     assert comparing.time_limit() == 2250.0  # ten times 150 + 75 seconds
     chosen = begin(["sft"], compare={"run_timeout_seconds": 5.0})
     assert chosen.time_limit() == 5.0
     late, early = Job("sft", 3e-5, 0, "dev"), Job("sft", 1e-4, 0, "dev")
     for job in (late, early):
-        chosen.run_directory(job).mkdir(parents=True)
-    chosen._began = {late: time.time() - 6.0, early: time.time() - 4.0}
+        chosen.description.run_directory(job).mkdir(parents=True)
+    chosen.began = {late: time.time() - 6.0, early: time.time() - 4.0}
     cancelled = []
     chosen.ray.cancel = lambda reference, force: cancelled.append((reference, force))
-    chosen._stop_overdue({"a": late, "b": early})
-    chosen._stop_overdue({"a": late, "b": early})
+    chosen.stop_overdue({"a": late, "b": early})
+    chosen.stop_overdue({"a": late, "b": early})
     assert cancelled == [("a", True)]
-    cause = json.loads((chosen.run_directory(late) / "failure.json").read_text())["cause"]
+    cause = failure_cause(chosen.description.run_directory(late))
     assert "not ended after 6.0 s, more than 5.0 s; raise compare.run_timeout_seconds" in cause
 
 
 def test_an_interrupted_comparison_asks_its_runs_for_a_checkpoint(begin, monkeypatch):
     asked = []
-    monkeypatch.setattr(
-        "lrmc_ray.tune.processes.finish_steps", lambda paths, seconds: asked.extend(paths)
-    )
+    monkeypatch.setattr(run_module, "finish_steps", lambda paths, seconds: asked.extend(paths))
     comparing = begin(["sft"])
     comparing.ray.wait = lambda *_, **__: (_ for _ in ()).throw(KeyboardInterrupt())
     with pytest.raises(KeyboardInterrupt):
-        comparing.run()
+        comparing.run_jobs()
     jobs = [Job("sft", lr, 0, "dev") for lr in RATES[:2]]
-    assert asked == [comparing.run_directory(job) / "training" for job in jobs]
+    assert asked == [comparing.description.run_directory(job) / "training" for job in jobs]
 
 
 def test_explain_counts_what_is_there_and_what_is_left(begin):
     comparing = begin(["sft"])
     assert "1 methods: 5 models of 12 steps, scored 6 times, 0 of which are there" in explain(
-        comparing
+        comparing.description
     )
     write_run(comparing, Job("sft", 1e-5, 0, "dev"))
     again = begin(["sft"])
-    assert "1 of which are there" in explain(again)
+    assert "1 of which are there" in explain(again.description)
     assert "At 3 min 45 s each, the median of 1 that have ended, 5 more take 18 min 45 s" in (
-        explain(again)
+        explain(again.description)
     )
 
 

@@ -160,17 +160,17 @@ def finished(tmp_path_factory):
 
 def make(folder, *, failed=(), only=None, **changes):
     comparing = Comparing(make_space(**changes), only or ["sft", "lrmc", "lora"], folder)
-    comparing.open()
+    comparing.description.open()
     write_base(comparing)
     from lrmc_ray.compare.jobs import open_jobs
 
-    while jobs := open_jobs(comparing.space, comparing.methods, comparing.outcomes):
+    while jobs := open_jobs(comparing.space, comparing.methods, comparing.description.outcomes):
         if jobs[0] in failed:
-            comparing._fail(jobs[0], "its process died")
+            comparing.description.fail(jobs[0], "its process died")
         else:
             write_run(comparing, jobs[0])
-            comparing._complete(jobs[0])
-    comparing.write()
+            comparing.description.complete(jobs[0])
+    comparing.description.write()
     return comparing
 
 
@@ -180,7 +180,9 @@ def table(finished):
 
 
 def scores_of(comparing, job):
-    return general_half(Scores.load(comparing.run_directory(job) / "scores" / job.split), job.split)
+    return general_half(
+        Scores.load(comparing.description.run_directory(job) / "scores" / job.split), job.split
+    )
 
 
 def base_of(comparing, split):
@@ -324,16 +326,16 @@ def test_an_effect_is_the_mean_of_its_pairs_differences_seed_by_seed_and_item_by
 def test_the_ratio_of_drifts_is_a_geometric_mean(tmp_path):
     comparing = make(tmp_path, effects=EFFECTS[:1])
     drifts = {"sft": 0.02, "lrmc": 0.01, "lora": 0.08}
-    for run in comparing.description["runs"]:
+    for run in comparing.description.values["runs"]:
         if "eval/kl_base_general" in run["results"]:
             run["results"]["eval/kl_base_general"] = drifts[run["method"]]
-    comparing.write()
+    comparing.description.write()
     (effect,) = load_table(comparing.directory).effects
     assert effect.kl_general_ratio == pytest.approx(math.sqrt(0.5 * 8.0))
-    for run in comparing.description["runs"]:
+    for run in comparing.description.values["runs"]:
         if run["method"] == "lora":
             run["results"].pop("eval/kl_base_general", None)
-    comparing.write()
+    comparing.description.write()
     table = load_table(comparing.directory)
     assert table.effects[0].kl_general_ratio is None
     row = next(line for line in as_markdown(table).splitlines() if line.startswith("| both |"))
@@ -506,7 +508,7 @@ def test_the_page_loads_nothing_and_escapes_what_it_is_given(tmp_path):
         }
     }
     comparing = Comparing(make_space(methods=methods), ["sft"], tmp_path)
-    comparing.open()
+    comparing.description.open()
     write_base(comparing)
     page = as_html(load_table(comparing.directory), {"figure": b"png", "methods": b"png"})
     assert "<script" not in page

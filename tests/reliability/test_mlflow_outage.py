@@ -87,7 +87,10 @@ def test_an_outage_neither_slows_training_nor_loses_or_doubles_a_metric(
         "metrics_file": "trials/0/metrics.jsonl",
         "results": {"eval/domain_gain": 0.1},
     }
-    study = {"id": f"outage-{fault.split()[0]}", "name": "demo", "trials": [trial]}
+    study = {
+        **{"schema": 1, "id": f"outage-{fault.split()[0]}", "name": "demo", "created": "now"},
+        **{"state": "FINISHED", "forgetting_weight": 1.0, "trials": [trial]},
+    }
     (tmp_path / "study.json").write_text(json.dumps(study))
     server = Server(tmp_path)
     seconds = []

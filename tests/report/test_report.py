@@ -15,11 +15,10 @@ from rich.console import Console
 from scipy import stats
 
 from lrmc_ray.console import format_seconds, run_command
-from lrmc_ray.errors import ConfigError, DataError, IncompleteArtifactError
+from lrmc_ray.errors import DataError, IncompleteArtifactError
 from lrmc_ray.evaluate.changes import compare, difference, receipt
 from lrmc_ray.evaluate.items import Scores
 from lrmc_ray.evaluate.statistics import Interval, front_probability, pareto_front
-from lrmc_ray.files.study import find_study
 from lrmc_ray.report.command import main
 from lrmc_ray.report.console import as_json, summary_table
 from lrmc_ray.report.figures_html import Curve, curve_figure
@@ -241,19 +240,7 @@ def test_a_complete_trial_with_unusable_scores_is_shown_as_failed(own, damage):
     assert text.count(loaded.trials[3].problem) == 2
 
 
-def test_a_study_is_found_in_or_below_the_directory(made, tmp_path):
-    assert find_study(made) == made
-    assert find_study(made.parent) == made
-    for name in ("first-1", "second-2"):
-        (tmp_path / name).mkdir()
-        (tmp_path / name / "study.json").write_text("{}")
-    with pytest.raises(ConfigError, match=r"holds several; name one: .*first-1, .*second-2"):
-        find_study(tmp_path)
-
-
 def test_no_study_is_an_unfinished_input_with_a_remedy(tmp_path):
-    with pytest.raises(IncompleteArtifactError, match=r"python -m lrmc_ray\.tune --output"):
-        find_study(tmp_path)
     with pytest.raises(IncompleteArtifactError, match=r"python -m lrmc_ray\.tune"):
         write_report(tmp_path)
 

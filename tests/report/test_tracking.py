@@ -23,9 +23,10 @@ from hypothesis import strategies as st
 from lrmc_ray.errors import DataError, IncompleteArtifactError, ResourceError
 from lrmc_ray.files.metrics_log import MetricsLog, StepMetrics, read_metrics, read_new_lines
 from lrmc_ray.files.names import default_tracking_uri
+from lrmc_ray.files.study import TrainingFile
 from lrmc_ray.report import mlflow_mirror as tracking
 from lrmc_ray.report.mlflow import StudyTracker, sync
-from lrmc_ray.report.mlflow_mirror import metric_name
+from lrmc_ray.report.mlflow_mirror import metric_name, mlflow_status
 
 MOST_CALL_SECONDS = 0.05
 """What a call on the driver may take, whatever MLflow does."""
@@ -226,7 +227,7 @@ def write_study(directory, study_id, *, trials=2, steps=3, **fields):
             {
                 "number": number,
                 "role": "search",
-                "state": "FINISHED",
+                "state": "COMPLETE",
                 "cause": None,
                 "settings": {"lr": 1e-5, "betas": [0.9, 0.99], "clip": None},
                 "params": {"lr": 3e-5, "tau": 0.95},
@@ -235,7 +236,11 @@ def write_study(directory, study_id, *, trials=2, steps=3, **fields):
                 "results": {"eval/domain_gain": 0.1 * number, "note": "text", "ok": True},
             }
         )
-    study = {"id": study_id, "name": "demo", "trials": described} | fields
+    study = {
+        **{"schema": 1, "id": study_id, "name": "demo", "created": "now", "state": "FINISHED"},
+        **{"forgetting_weight": 1.0, "trials": described},
+        **fields,
+    }
     (directory / "study.json").write_text(json.dumps(study))
     return study
 
@@ -249,7 +254,7 @@ def test_a_study_as_it_runs(client, uri, tmp_path):
         study_name="demo",
         directory=tmp_path,
         params={"trials": 2},
-        datasets=[{"name": "nl2sql", "digest": "ab" * 32, "source": "/data/nl2sql.jsonl"}],
+        datasets=[TrainingFile(name="nl2sql", digest="ab" * 32, source="/data/nl2sql.jsonl")],
         poll_seconds=0.05,
     ) as tracker:
         tracker.log_artifact(space, "config")
@@ -414,14 +419,14 @@ def test_of_redone_steps_that_were_never_sent_the_last_is_sent(client, uri, tmp_
 def test_more_than_mlflow_takes_at_once(client, uri, tmp_path):
     study = write_study(tmp_path, "large", trials=1, steps=1100)
     study["trials"][0]["settings"] = {f"s{i}": i for i in range(250)} | {"long": "x" * 9000}
-    study["trials"][0]["tags"] = {"long": "y" * 9000}
+    study["trials"][0]["cause"] = "y" * 9000
     (tmp_path / "study.json").write_text(json.dumps(study))
     assert sync(tmp_path, uri).points == 2201
     _, children = runs_of(client, "large")
     assert len(history(client, children[0], "train/loss")) == 1100
     assert len(children[0].data.params) == 250 + 1 + 2
     assert children[0].data.params["long"] == "x" * 6000
-    assert children[0].data.tags["long"] == "y" * 8000
+    assert children[0].data.tags["lrmc.cause"] == "y" * 8000
 
 
 def test_non_finite_values_reach_mlflow(client, uri, tmp_path):
@@ -491,22 +496,27 @@ def test_a_corrupt_metrics_file_does_not_hold_up_the_others(client, uri, tmp_pat
 def test_a_study_that_cannot_be_read(tmp_path, uri):
     with pytest.raises(IncompleteArtifactError, match=r"has no study\.json"):
         sync(tmp_path, uri)
+    study = write_study(tmp_path, "a", trials=1)
+    without_name = {key: value for key, value in study.items() if key != "name"}
+    odd = {**study["trials"][0], "state": "odd"}
     for text, reason in (
-        ("{", "JSONDecodeError"),
-        ("[]", "TypeError"),
-        ('{"id": "a", "name": "b"}', "KeyError: 'trials'"),
-        ('{"id": "a", "name": "b", "trials": [{"number": 0}]}', "KeyError: 'state'"),
+        ("{", r"study\.json: the file: Invalid JSON"),
+        ("[]", r"study\.json: the file: Input should be an object"),
+        (json.dumps(without_name), r"study\.json: name: Field required"),
+        (json.dumps({**study, "trials": [odd]}), r"study\.json: trials\.0\.state: .*'COMPLETE'"),
     ):
         (tmp_path / "study.json").write_text(text)
         with pytest.raises(DataError, match=reason):
             sync(tmp_path, uri)
-    (tmp_path / "study.json").write_text('{"id": "a\' or 1", "name": "b", "trials": []}')
+    write_study(tmp_path, "a' or 1")
     with pytest.raises(DataError, match="a study's id is made of"):
         sync(tmp_path, uri)
-    trial = {"number": 0, "state": "odd"}
-    (tmp_path / "study.json").write_text(json.dumps({"id": "a", "name": "b", "trials": [trial]}))
+
+
+def test_a_state_that_mlflow_has_no_name_for_is_refused():
+    assert mlflow_status("pruned") == "KILLED"
     with pytest.raises(DataError, match=r"a state is one of .* got 'odd'"):
-        sync(tmp_path, uri)
+        mlflow_status("odd")
 
 
 @given(name=st.text(max_size=300))

@@ -54,21 +54,24 @@ def write_base(comparing: Comparing) -> None:
     for split in ("dev", "test"):
         rows = item_rows(1000, 0.03, 0.0, split=split)
         save_scores(comparing.output / "scores" / split, rows, "base")
-    comparing.description["base_scores"] = {
+    comparing.description.values["base_scores"] = {
         split: f"../scores/{split}" for split in ("dev", "test")
     }
-    comparing.description["record"] = {"directory": "../records/r", "summary": {"samples": 192}}
-    comparing.description["stage_seconds"] = {
+    comparing.description.values["record"] = {
+        "directory": "../records/r",
+        "summary": {"samples": 192},
+    }
+    comparing.description.values["stage_seconds"] = {
         "record": 100.0, "record_cores": 2, "base_dev": 50.0, "base_test": 50.0,
     }  # fmt: skip
-    comparing.write()
+    comparing.description.write()
 
 
 def write_run(
     comparing: Comparing, job: Job, make: Callable[[Job], tuple[float, float]] = skill
 ) -> None:
     """What a finished run leaves in its directory."""
-    directory = comparing.run_directory(job)
+    directory = comparing.description.run_directory(job)
     learned, damage = make(job)
     number = 10 * job.seed + comparing.space.learning_rates_of(job.method).index(job.lr)
     save_scores(
@@ -87,7 +90,7 @@ def write_run(
         {
             "results": drift,
             "scores": f"scores/{job.split}",
-            "train": json.loads(comparing.train_settings(job).model_dump_json()),
+            "train": json.loads(comparing.description.train_settings(job).model_dump_json()),
             "cost": {
                 "train_seconds": 150.0 + 10 * job.seed,
                 "evaluate_seconds": 75.0,
@@ -140,7 +143,7 @@ class FakeRay(types.ModuleType):
         if fault is None:
             method, rate, seed = name.split("-", 2)[0], *name.partition("-lr")[2].split("-seed")
             job = Job(method, float(rate), int(seed), "dev" if split == "dev" else "test")
-            assert self.comparing.run_directory(job) == Path(directory)
+            assert self.comparing.description.run_directory(job) == Path(directory)
             write_run(self.comparing, job)
         return _Reference(fault)
 

@@ -148,7 +148,9 @@ def make_study(directory: Path) -> Path:
         )
     study = {
         "schema": 1,
+        "id": "demo-0123456789ab",
         "name": "demo",
+        "state": "RUNNING",
         "created": "2026-11-22 04:40 UTC",
         "objective": "combined",
         "forgetting_weight": 1.0,

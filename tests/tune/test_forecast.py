@@ -42,13 +42,23 @@ def settings(tiny_model, tmp_path):
     )
 
 
+def ended_trial(number, state, cost):
+    settings = {"steps": 15, "batch_size": 8}
+    return {
+        "number": number, "role": "search", "state": state, "settings": settings, "cost": cost
+    }  # fmt: skip
+
+
 def write_study(directory, settings, costs):
     directory.mkdir()
     study = {
+        **{"schema": 1, "id": directory.name, "name": "demo", "created": "now"},
+        **{"state": "FINISHED", "forgetting_weight": 1.0},
         "settings": settings.model_dump(mode="json", exclude={"parameters"}),
         "stage_seconds": {"record": 30.0, "base_evaluation": 20.0},
         "trials": [
-            {"settings": {"steps": 15, "batch_size": 8}, "cost": cost} for cost in [*costs, {}]
+            ended_trial(number, "COMPLETE" if cost else "FAIL", cost)
+            for number, cost in enumerate([*costs, {}])
         ],
     }
     (directory / "study.json").write_text(json.dumps(study))
@@ -97,8 +107,7 @@ def test_early_stopping_costs_a_slice_and_saves_half_of_the_later_trials(setting
     costs = [{"train_seconds": 90.0, "evaluate_seconds": 12.5}]
     write_study(tmp_path / "demo-1", settings, costs)
     study = json.loads((tmp_path / "demo-1" / "study.json").read_text())
-    stopped = {"state": "PRUNED", "settings": {"steps": 15, "batch_size": 8}}
-    stopped["cost"] = {"train_seconds": 1.0, "evaluate_seconds": 0.0}
+    stopped = ended_trial(9, "PRUNED", {"train_seconds": 1.0, "evaluate_seconds": 0.0})
     study["trials"] += [stopped] * 3  # they say nothing of what a whole trial takes
     (tmp_path / "demo-1" / "study.json").write_text(json.dumps(study))
     without = forecast(settings, tmp_path, slots=2)

@@ -410,15 +410,15 @@ def test_a_run_of_a_comparison_has_a_name_of_its_own(storage, tmp_path):
     made = []
     for name in ("one", "two"):
         comparing = Comparing(space, ["sft"], tmp_path / name)
-        comparing.open()
-        made.append(comparing._stored_as(Job("sft", 1e-5, 0, "dev")))
-        assert made[-1] == comparing._stored_as(Job("sft", 1e-5, 0, "test"))
+        comparing.description.open()
+        made.append(comparing.home(Job("sft", 1e-5, 0, "dev")))
+        assert made[-1] == comparing.home(Job("sft", 1e-5, 0, "test"))
         again = Comparing(space, ["sft"], tmp_path / name)
-        again.open()
-        assert again._stored_as(Job("sft", 1e-5, 0, "dev")) == made[-1]
+        again.description.open()
+        assert again.home(Job("sft", 1e-5, 0, "dev")) == made[-1]
         storage.write(f"{made[-1]}/training/metrics.jsonl", b"")
     assert made[0] != made[1]
-    assert all(name.startswith(f"comparisons/{again.id}-") for name in made)
+    assert all(name.startswith(f"comparisons/{again.description.id}-") for name in made)
     again.leave_storage()
     assert storage.exists(f"{made[0]}/training/metrics.jsonl")
     assert not storage.exists(f"{made[1]}/training/metrics.jsonl")

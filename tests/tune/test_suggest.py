@@ -8,6 +8,7 @@ from safetensors import safe_open
 
 from lrmc_ray.config import RunSettings
 from lrmc_ray.errors import DataError
+from lrmc_ray.files.study import FoundRange
 from lrmc_ray.method.subsets import select_candidates
 from lrmc_ray.tune.suggest import (
     STEPS,
@@ -110,7 +111,7 @@ def test_found_ranges_take_the_place_of_auto_and_keep_conditions():
         }
     )
     assert automatic(settings) == ["tau", "delta_max"]
-    found = {"tau": {"low": 0.7, "high": 0.98}, "delta_max": {"low": 20.0, "high": 95.0}}
+    found = {"tau": FoundRange(0.7, 0.98, "why"), "delta_max": FoundRange(20.0, 95.0, "why")}
     made = with_ranges(settings, found)
     assert automatic(made) == []
     assert (made.parameters["tau"].low, made.parameters["tau"].high) == (0.7, 0.98)

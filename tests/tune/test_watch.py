@@ -6,22 +6,9 @@ import time
 from rich.console import Console
 
 from lrmc_ray.files.metrics_log import MetricsLog
-from lrmc_ray.tune.watch import _line, _table
-
-
-def trial(number, state, **more):
-    return {
-        "number": number,
-        "role": "search",
-        "state": state,
-        "cause": None,
-        "params": {"lr": 3e-5},
-        "settings": {"steps": 10, "lr": 3e-5},
-        "metrics_file": "none.jsonl",
-        "results": {},
-        "cost": {},
-    } | more
-
+from lrmc_ray.files.study import StudyFile
+from lrmc_ray.tune.watch import trial_line, trials_table
+from tests.support.searches import trial_entry
 
 DONE = {
     "results": {"eval/domain_gain": 0.3, "eval/forgetting": 0.01, "eval/combined": 0.29},
@@ -31,10 +18,20 @@ DONE = {
 }  # fmt: skip
 
 
-def shown(trials, directory):
+def shown(trials, directory, best=None):
+    study = StudyFile(
+        schema=1,
+        id="s-1",
+        name="s",
+        created="now",
+        state="RUNNING",
+        forgetting_weight=1.0,
+        trials=trials,
+        best=best,
+    )
     now = time.time()
     console = Console(width=200, record=True, file=io.StringIO())
-    console.print(_table(directory, trials, 4, now - 600))
+    console.print(trials_table(directory, study, 4, now - 600))
     return console.export_text()
 
 
@@ -42,12 +39,13 @@ def test_the_table_marks_the_best_and_counts_core_hours(tmp_path):
     ended = time.time() - 1
     text = shown(
         [
-            trial(0, "COMPLETE", ended=ended, **DONE),
-            trial(1, "COMPLETE", ended=ended, is_best=True, **DONE),
-            trial(2, "FAIL", cause="its process died", ended=ended),
-            trial(3, "RUNNING"),
+            trial_entry(0, "COMPLETE", ended=ended, **DONE),
+            trial_entry(1, "COMPLETE", ended=ended, **DONE),
+            trial_entry(2, "FAIL", cause="its process died", ended=ended),
+            trial_entry(3, "RUNNING"),
         ],
         tmp_path,
+        best=1,
     )
     lines = {line.strip("│┃ ")[:1]: line for line in text.splitlines()}
     assert "best so far" in lines["1"]
@@ -61,19 +59,20 @@ def test_the_table_marks_the_best_and_counts_core_hours(tmp_path):
 
 def test_a_trial_that_stopped_early_is_told_from_one_that_failed(tmp_path):
     cause = "after 3 of 6 steps its combined score was low"
-    early = trial(2, "PRUNED", cause=cause, ended=time.time() - 1)
+    early = trial_entry(2, "PRUNED", cause=cause, ended=time.time() - 1)
     assert "stopped early: after 3 of 6 steps" in shown([early], tmp_path)
-    assert _line(early, 4) == f"trial 2 of 4 (search) stopped early: {cause}"
+    assert trial_line(early, 4, is_best=False) == f"trial 2 of 4 (search) stopped early: {cause}"
     with MetricsLog(tmp_path / "none.jsonl") as log:
         log.log(3, {"train/loss": 0.5, "slice/combined": 0.125})
         log.log(4, {"train/loss": 0.4, "train/step_seconds": 2.0})
-    assert "loss 0.400, +0.125 on the way, 12 s" in shown([trial(1, "RUNNING")], tmp_path)
+    assert "loss 0.400, +0.125 on the way, 12 s" in shown([trial_entry(1, "RUNNING")], tmp_path)
 
 
 def test_without_costs_there_are_no_core_hours(tmp_path):
-    assert "core hours" not in shown([trial(0, "RUNNING")], tmp_path)
+    assert "core hours" not in shown([trial_entry(0, "RUNNING")], tmp_path)
 
 
 def test_a_line_says_which_trial_is_the_best():
-    assert _line(trial(1, "COMPLETE", is_best=True, **DONE), 4).endswith("the best so far")
-    assert _line(trial(1, "COMPLETE", **DONE), 4).endswith("combined +0.290")
+    done = trial_entry(1, "COMPLETE", **DONE)
+    assert trial_line(done, 4, is_best=True).endswith("the best so far")
+    assert trial_line(done, 4, is_best=False).endswith("combined +0.290")

@@ -9,14 +9,12 @@ from ray.tune.search import Searcher
 
 from lrmc_ray.config import RunSettings
 from lrmc_ray.tune.queue import (
-    COMBINED,
-    FORGETTING,
-    GAIN,
     StudySearcher,
     TrialQueue,
     distribution,
     open_study,
 )
+from lrmc_ray.tune.result import COMBINED, FORGETTING, GAIN
 
 
 def results(gain=0.0, forgetting=0.0):

@@ -1,0 +1,254 @@
+"""What ``compare.json`` says of a comparison: its methods, its runs, and how they ended."""
+
+import json
+import math
+import secrets
+import shutil
+import time
+from collections.abc import Sequence
+from dataclasses import asdict
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from lrmc_ray.compare.jobs import (
+    Job,
+    Outcome,
+    best_learning_rate,
+    comparison_identity,
+    job_of_entry,
+    learning_rate_jobs,
+    needs_record,
+    open_jobs,
+    reported_jobs,
+    result_file,
+)
+from lrmc_ray.compare.measure import choice_score
+from lrmc_ray.config import TrainSettings
+from lrmc_ray.config.compare import CompareSpace
+from lrmc_ray.files.artifacts import fingerprint, write_json
+from lrmc_ray.files.names import CHECKPOINTS, MODEL
+from lrmc_ray.tune.provenance import datasets, versions
+from lrmc_ray.tune.result import read_result
+
+COMPARISON_FILE = "compare.json"
+
+RUNS = "runs"
+"""The folder of the runs' directories, here and in a storage."""
+
+
+class Description:
+    """``compare.json`` of one comparison, and the outcomes of its jobs.
+
+    Attributes:
+        space: the comparison.
+        methods: those that this command is about.
+        values: what the file says; empty before :meth:`open`.
+        outcomes: of the jobs that have ended.
+    """
+
+    def __init__(self, space: CompareSpace, methods: Sequence[str], output: Path) -> None:
+        """Nothing is read yet.
+
+        Args:
+            space: all settings.
+            methods: those that this command is about.
+            output: holds the comparison's directory.
+        """
+        self.space = space
+        self.methods = list(methods)
+        self.id = f"{space.compare.name}-{fingerprint(comparison_identity(space))}"
+        self.directory = output.resolve() / self.id
+        self.outcomes: dict[Job, Outcome] = {}
+        self.values: dict[str, Any] = {}
+        self._session = [time.time(), time.time()]
+
+    @property
+    def has_begun(self) -> bool:
+        """Whether an earlier command has written the file."""
+        return (self.directory / COMPARISON_FILE).is_file()
+
+    def open(self, *, retry_failed: bool = False) -> None:
+        """Read what earlier commands have done, or begin."""
+        self.directory.mkdir(parents=True, exist_ok=True)
+        if self.has_begun:
+            path = self.directory / COMPARISON_FILE
+            self.values = json.loads(path.read_text(encoding="utf-8"))
+        else:
+            self.values = {
+                "schema": 1,
+                "id": self.id,
+                "created": datetime.now(UTC).isoformat(timespec="seconds"),
+                "sessions": [],
+                "stage_seconds": {},
+                "record": {},
+                "base_scores": {},
+                "runs": [],
+                "versions": versions(),
+                "datasets": [file.model_dump() for file in datasets(self.space)],
+            }
+        self.values |= self._asked_for()
+        self.values["sessions"].append(self._session)
+        self._adopt(retry_failed=retry_failed)
+
+    def _asked_for(self) -> dict[str, Any]:
+        """What the settings of this command say, which may be more than an earlier one's."""
+        settings = self.space.model_dump(mode="json")
+        return {
+            "name": self.space.compare.name,
+            "reference": self.space.compare.reference,
+            "seeds": list(self.space.compare.seeds),
+            "forgetting_weight": self.space.search.forgetting_weight,
+            "bootstrap_seed": self.space.search.seed,
+            "methods": [
+                {
+                    "name": name,
+                    **settings["methods"][name],
+                    "learning_rates": list(self.space.learning_rates_of(name)),
+                    "needs_record": needs_record(self.space.train_of(name, lr=1e-5, seed=0)),
+                }
+                for name in self.space.methods
+            ],
+            "effects": settings["effects"],
+            "settings": {
+                k: v for k, v in settings.items() if k not in ("methods", "effects", "parameters")
+            },
+        }
+
+    def _adopt(self, *, retry_failed: bool) -> None:
+        """Take over what runs have left: a crash may have come before it was written down."""
+        earlier, self.values["runs"] = self.values["runs"], []
+        failed = {
+            (job_of_entry(entry), entry["directory"]): entry["cause"]
+            for entry in earlier
+            if entry["state"] == "FAIL"
+        }
+        progressed = True
+        while progressed:
+            progressed = False
+            for job in open_jobs(self.space, list(self.space.methods), self.outcomes):
+                directory = self.run_directory(job)
+                cause = failed.pop((job, self.run_name(job)), None)
+                if read_result(directory, result_file(job)) is not None:
+                    self.complete(job)
+                elif cause is None:
+                    continue
+                elif retry_failed and job.method in self.methods:
+                    shutil.rmtree(directory / "training", ignore_errors=True)
+                    continue
+                else:
+                    self.fail(job, cause)
+                progressed = True
+        self.write()
+
+    def write(self) -> None:
+        """Bring ``compare.json`` on disk up to date."""
+        self._session[1] = time.time()
+        self.values["chosen"] = {
+            method: best_learning_rate(self.space, method, self.outcomes)
+            for method in self.space.methods
+        }
+        write_json(self.directory / COMPARISON_FILE, self.values)
+
+    def entry(self, job: Job) -> dict[str, Any]:
+        """The description of ``job``, added if it is new."""
+        runs: list[dict[str, Any]] = self.values["runs"]
+        for entry in runs:
+            if job_of_entry(entry) == job:
+                return entry
+        entry = asdict(job)
+        runs.append(entry)
+        runs.sort(key=job_of_entry)
+        return entry
+
+    # A run
+
+    def train_settings(self, job: Job) -> TrainSettings:
+        """The settings of ``train`` of a job."""
+        return self.space.train_of(job.method, lr=job.lr, seed=job.seed)
+
+    def run_name(self, job: Job) -> str:
+        """Path of a run's directory, as seen from the comparison's."""
+        settings = self.train_settings(job).model_dump(mode="json")
+        return f"{RUNS}/{job.run}-{fingerprint(settings)[:6]}"
+
+    def run_directory(self, job: Job) -> Path:
+        """Where a model and its scores are."""
+        return self.directory / self.run_name(job)
+
+    def stored_name(self) -> str:
+        """The comparison's name in a storage; of its own, so that what is there belongs to it."""
+        if "stored_as" not in self.values:
+            self.values["stored_as"] = f"comparisons/{self.id}-{secrets.token_hex(4)}"
+            self.write()
+        name: str = self.values["stored_as"]
+        return name
+
+    def complete(self, job: Job) -> None:
+        """Take over the result that the run of ``job`` has left."""
+        result = read_result(self.run_directory(job), result_file(job))
+        assert result is not None
+        directory = self.run_name(job)
+        entry = self.entry(job)
+        entry |= {
+            "state": "COMPLETE",
+            "cause": None,
+            "directory": directory,
+            "scores": f"{directory}/{result.scores}",
+            "results": result.results,
+            "cost": result.cost,
+            "train": result.train,
+        }
+        choice = math.nan
+        if job.split == "dev":
+            choice = choice_score(
+                self.directory / self.values["base_scores"]["dev"],
+                self.directory / entry["scores"],
+                forgetting_weight=self.values["forgetting_weight"],
+                seed=self.values["bootstrap_seed"],
+            )
+        self.outcomes[job] = Outcome("COMPLETE", choice=choice)
+
+    def fail(self, job: Job, cause: str) -> None:
+        """Write down that the run of ``job`` failed, and why."""
+        entry = self.entry(job)
+        entry |= {"state": "FAIL", "cause": cause, "directory": self.run_name(job)}
+        self.outcomes[job] = Outcome("FAIL", cause=cause)
+        # It is not to go on from there, and checkpoints are large.
+        training = self.run_directory(job) / "training"
+        shutil.rmtree(training / CHECKPOINTS, ignore_errors=True)
+
+    def remove_models(self) -> None:
+        """Remove the models that nothing will ask for again."""
+        if self.space.compare.keep_models:
+            return
+        for method in self.methods:
+            lr = best_learning_rate(self.space, method, self.outcomes)
+            waiting = (
+                learning_rate_jobs(self.space, method)
+                if lr is None
+                else [j for j in reported_jobs(self.space, method, lr) if j not in self.outcomes]
+            )
+            kept = {self.run_directory(job) for job in waiting}
+            for job in self.outcomes:
+                directory = self.run_directory(job) if job.method == method else None
+                if directory is not None and directory not in kept:
+                    shutil.rmtree(directory / "training" / MODEL, ignore_errors=True)
+
+    @property
+    def is_finished(self) -> bool:
+        """Whether nothing is left to do."""
+        return self.num_ended > 0 and not open_jobs(self.space, self.methods, self.outcomes)
+
+    @property
+    def num_ended(self) -> int:
+        """Jobs of these methods that have ended."""
+        return sum(job.method in self.methods for job in self.outcomes)
+
+    @property
+    def num_failed(self) -> int:
+        """Jobs of these methods that failed."""
+        return sum(
+            outcome.state == "FAIL" and job.method in self.methods
+            for job, outcome in self.outcomes.items()
+        )

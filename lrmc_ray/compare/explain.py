@@ -1,0 +1,33 @@
+"""``lrmc compare --explain``: what a comparison would run and what it would cost."""
+
+import statistics
+
+from lrmc_ray.compare.description import Description
+from lrmc_ray.compare.jobs import num_jobs
+from lrmc_ray.console import format_seconds
+
+
+def explain(description: Description) -> str:
+    """What a comparison would run, and what that costs by the runs that have ended."""
+    space, methods = description.space, description.methods
+    total = num_jobs(space, methods)
+    models = sum(len(space.learning_rates_of(m)) + len(space.compare.seeds) - 1 for m in methods)
+    lines = []
+    for method in methods:
+        rates = ", ".join(f"{lr:g}" for lr in space.learning_rates_of(method))
+        lines.append(f"  {method:<20} {space.methods[method].title:<40} lr {rates}")
+    lines.append(
+        f"{len(methods)} methods: {models} models of {space.train.steps} steps, scored {total} "
+        f"times, {description.num_ended} of which are there; seeds "
+        f"{', '.join(map(str, space.compare.seeds))}."
+    )
+    runs = description.values.get("runs", [])
+    if costs := [entry["cost"] for entry in runs if entry.get("cost")]:
+        seconds = statistics.median(c["train_seconds"] + c["evaluate_seconds"] for c in costs)
+        left = total - description.num_ended
+        lines.append(
+            f"At {format_seconds(seconds)} each, the median of {len(costs)} that have ended, "
+            f"{left} more take {format_seconds(seconds * left)} one after the other; as many run "
+            "side by side as the machine has room for."
+        )
+    return "\n".join(lines)
