@@ -26,8 +26,10 @@ def measure(args: argparse.Namespace) -> dict[str, object]:
     from lm_eval.models.huggingface import HFLM
 
     from lrmc_ray.config import ModelSettings
-    from lrmc_ray.evaluate.harness import run_task, task_manager, task_rows
+    from lrmc_ray.evaluate.harness import run_task
+    from lrmc_ray.evaluate.item_rows import task_rows
     from lrmc_ray.evaluate.prefix_lm import PrefixLM
+    from lrmc_ray.evaluate.task_files import task_manager
     from lrmc_ray.models import load_model, load_tokenizer, local_directory
 
     directory = local_directory(ModelSettings(name=args.model))

@@ -23,10 +23,12 @@ import torch
 import torch.nn.functional as F
 
 from lrmc_ray.config import ModelSettings
-from lrmc_ray.evaluate.harness import run_task, task_manager, task_rows
+from lrmc_ray.evaluate.harness import run_task
+from lrmc_ray.evaluate.item_rows import task_rows
 from lrmc_ray.evaluate.items import Scores
 from lrmc_ray.evaluate.prefix_lm import PrefixLM
 from lrmc_ray.evaluate.statistics import paired_bootstrap
+from lrmc_ray.evaluate.task_files import task_manager
 from lrmc_ray.models import cache_directory, load_model, load_tokenizer, local_directory
 from lrmc_ray.record.encode import encode
 from lrmc_ray.record.rows import messages_of

@@ -28,10 +28,10 @@ import torch
 from lrmc_ray.config import load_settings
 from lrmc_ray.method.microbatch import Sample
 from lrmc_ray.method.subsets import CandidateSets, cut
-from lrmc_ray.record import parts as records
+from lrmc_ray.record import schema
 from lrmc_ray.record.candidates import CandidateRecorder
-from lrmc_ray.record.prepare import PLAN, prepare
-from lrmc_ray.record.run import EXAMPLES
+from lrmc_ray.record.names import EXAMPLES, PLAN
+from lrmc_ray.record.prepare import prepare
 from lrmc_ray.tune.plan import _random_rows
 
 PUBLISHED_BYTES_PER_TOKEN = 114.0
@@ -44,7 +44,7 @@ PER_CANDIDATE = ("candidate_ids", "candidate_logprobs")
 
 def variants() -> dict[str, dict[str, Any]]:
     """Ways of writing the same table, as arguments of ``pyarrow.parquet.write_table``."""
-    ours = dict(records._LAYOUT)
+    ours = dict(schema.LAYOUT)
     encodings = ours["column_encoding"]
 
     def with_encoding(name: str, encoding: str) -> dict[str, Any]:
@@ -172,7 +172,7 @@ def at_mean_size(samples: Sequence[Sample], size: float) -> tuple[float, list[Sa
 
 
 def compare(title: str, samples: Sequence[Sample]) -> dict[str, Any]:
-    table = records.to_table(samples, {"lrmc.tau": "1"})
+    table = schema.to_table(samples, {"lrmc.tau": "1"})
     num_candidates = sum(sample.candidates.token_ids.numel() for sample in samples)
     num_supervised = sum(int(sample.is_supervised_P.sum()) for sample in samples)
     wide_table = wide(table)

@@ -53,7 +53,7 @@ def shares(recorder: Any, rows: Sequence[Mapping[str, Any]], directory: Path) ->
     from lrmc_ray import models
     from lrmc_ray.method import head, subsets
     from lrmc_ray.record.describe import describe
-    from lrmc_ray.record.parts import write_part
+    from lrmc_ray.record.schema import write_part
 
     seconds: dict[str, float] = {}
 
@@ -140,10 +140,10 @@ def throughput(args: argparse.Namespace) -> dict[str, Any]:
     import torch
 
     from lrmc_ray.config import load_settings
-    from lrmc_ray.record.actors import read_examples
     from lrmc_ray.record.candidates import CandidateRecorder
-    from lrmc_ray.record.prepare import PLAN, prepare
-    from lrmc_ray.record.run import EXAMPLES
+    from lrmc_ray.record.examples import read_examples
+    from lrmc_ray.record.names import EXAMPLES, PLAN
+    from lrmc_ray.record.prepare import prepare
 
     torch.set_num_threads(args.threads)
     settings = load_settings(

@@ -149,7 +149,8 @@ def measure_child(kind: str, samples: int, words: int) -> dict[str, float]:
 def _prepare(work: Path, samples: int, words: int) -> dict[str, float]:
     """Reading, checking, tokenizing and cutting into shards, as `record` does before Ray."""
     from lrmc_ray.config import load_settings
-    from lrmc_ray.record.prepare import PLAN, prepare
+    from lrmc_ray.record.names import PLAN
+    from lrmc_ray.record.prepare import prepare
     from tests.support.tiny import make_model
 
     model = make_model(work / "model")
@@ -177,8 +178,8 @@ def _index(work: Path, samples: int) -> dict[str, float]:
 
     from lrmc_ray.config import TrainSettings
     from lrmc_ray.files.artifacts import file_digest, write_manifest
+    from lrmc_ray.record.names import INDEX
     from lrmc_ray.record.parts import Records
-    from lrmc_ray.record.prepare import INDEX
     from lrmc_ray.train.samples import TrainingSamples
 
     rows = 1000

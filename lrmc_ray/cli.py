@@ -22,7 +22,7 @@ STAGES = {
 
 _MODULES = {
     "plan": "tune.plan",
-    "inspect": "record.inspect",
+    "inspect": "record.inspect_command",
     "suggest": "tune.suggest",
     "doctor": "cluster.doctor",
     "mlflow-sync": "report.mlflow_command",

@@ -26,13 +26,13 @@ from lrmc_ray.compare.jobs import Job, num_jobs, open_jobs
 from lrmc_ray.compare.report import write_report
 from lrmc_ray.config.compare import CompareSpace
 from lrmc_ray.console import progress
-from lrmc_ray.evaluate.run import MADE_BY as EVALUATE
+from lrmc_ray.evaluate.names import MADE_BY as EVALUATE
 from lrmc_ray.evaluate.run import Split, evaluate
 from lrmc_ray.files.artifacts import read_manifest, relative_path, write_json
 from lrmc_ray.files.names import SETTINGS_FILE
 from lrmc_ray.files.place import place_of
 from lrmc_ray.models import local_directory
-from lrmc_ray.record.identity import MADE_BY as RECORD
+from lrmc_ray.record.names import MADE_BY as RECORD
 from lrmc_ray.record.run import record
 from lrmc_ray.tune.forecast import divide
 from lrmc_ray.tune.limits import STOP_SECONDS, time_limit, write_overdue

@@ -1,30 +1,25 @@
-"""How far a tuned model's next-token distribution is from the base's, on general text."""
+"""How far a tuned model's next-token distribution is from the base's, on the items' texts."""
 
 import json
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
-
-if TYPE_CHECKING:
-    from lrmc_ray.evaluate.request import ScoreResult
-
+from typing import Any
 
 import numpy as np
 
+from lrmc_ray.evaluate.names import DRIFT_LOGPROBS, DRIFT_TEXTS
 from lrmc_ray.evaluate.statistics import Interval, bootstrap_means, percentile_interval
+from lrmc_ray.files.artifacts import write_json
 
-DRIFT_TEXTS = "drift_texts.json"
+DRIFT_POSITIONS = 8
+"""Positions of a text at which KL(base || tuned) is measured."""
 
 
-DRIFT_LOGPROBS = "drift_logprobs.npz"
-
-
-def drift_scores(
+def drift_metrics(
     before: Mapping[str, Any], after: Mapping[str, Any], groups: Mapping[str, str]
 ) -> dict[str, float]:
     """KL(base || tuned) of each group, with the ends of its interval, under the metrics' names."""
-    import numpy as np
-
     drift: dict[str, float] = {}
     for group in ("domain", "general"):
         labels = [label for label, own in groups.items() if own == group and label in before]
@@ -44,30 +39,31 @@ def drift_scores(
     return drift
 
 
-def write_arrays(path: Path, arrays: Mapping[str, Any]) -> None:
-    """Write the arrays of a drift measurement as one ``npz`` file."""
-    import numpy as np
+@dataclass(frozen=True)
+class BaseTexts:
+    """The texts that drift is measured on, and what the base model says there."""
 
+    texts: dict[str, list[list[int]]]
+    """Token ids, by task."""
+    logprobs: dict[str, np.ndarray]
+    """Of the base model, float32 [texts x positions, vocabulary], by task."""
+
+
+def write_base_texts(directory: Path, base: BaseTexts) -> None:
+    """Keep the base model's texts and log-probabilities beside its scores."""
+    write_json(directory / DRIFT_TEXTS, base.texts)
     # numpy's annotation takes every keyword for allow_pickle's type.
-    np.savez(path, **arrays)
+    np.savez(directory / DRIFT_LOGPROBS, **base.logprobs)  # type: ignore[arg-type]
 
 
-def read_drift(base: Path) -> "ScoreResult":
-    """The base model's texts and log-probabilities, which drift is measured against."""
-    import numpy as np
-
-    from lrmc_ray.evaluate.request import ScoreResult
-
+def read_base_texts(base: Path) -> BaseTexts:
+    """What :func:`write_base_texts` wrote into the base model's scores."""
     texts = json.loads((base / DRIFT_TEXTS).read_text(encoding="utf-8"))
     with np.load(base / DRIFT_LOGPROBS, allow_pickle=False) as logprobs:
-        return ScoreResult([], texts, {label: logprobs[label] for label in texts})
+        return BaseTexts(texts, {label: logprobs[label] for label in texts})
 
 
-DRIFT_POSITIONS = 8
-"""Positions of a text at which KL(base || tuned) is measured."""
-
-
-def texts_for_drift(samples: Mapping[str, list[dict[str, Any]]], tokenizer: Any) -> list[list[int]]:
+def item_texts(samples: Mapping[str, list[dict[str, Any]]], tokenizer: Any) -> list[list[int]]:
     """Token ids of the items' texts: context, and continuation where the task gives one."""
     texts = []
     for items in samples.values():
@@ -81,7 +77,7 @@ def texts_for_drift(samples: Mapping[str, list[dict[str, Any]]], tokenizer: Any)
     return texts
 
 
-def evenly_spread(texts: list[list[int]], count: int) -> list[list[int]]:
+def pick_evenly(texts: list[list[int]], count: int) -> list[list[int]]:
     """``count`` of the texts, evenly spread."""
     if len(texts) <= count:
         return texts

@@ -1,28 +1,20 @@
 """Which contexts share a prefix, and which of them are computed together."""
 
 import itertools
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
-
-import torch
 
 Tokens = tuple[int, ...]
 
 MIN_SHARED_TOKENS = 16
 """A shorter common beginning is not worth a pass of its own."""
 
-
 MAX_KEPT_FACTOR = 8
 """Positions whose keys and values a batch may keep, in units of ``batch_tokens``."""
 
-
 PADDING_WORTH_A_PASS = 96
 """Padded positions that cost about as much as another pass: it reads all weights."""
-
-
-OVERLAP = 3
-"""Tokens at the end of a context that a gold answer may begin with."""
 
 
 @dataclass
@@ -40,51 +32,6 @@ class ContextRow:
         return len(self.tokens) == self.context_length and any(
             len(continuation) > 1 for _, continuation in self.members
         )
-
-
-@dataclass
-class GeneratedContexts:
-    """Contexts that were run to generate from; the gold answers are scored from them."""
-
-    rows: dict[Tokens, int]
-    """Row of each context."""
-    lengths: list[int]
-    kept: int
-    """Positions of the cache, padding included."""
-    own_lengths: list[int]
-    """Tokens of each row after the shared prefix."""
-    last_BOD: torch.Tensor
-    """Hidden states of the last ``OVERLAP + 1`` tokens of each context."""
-    cache: Any
-
-    def find(self, context: Tokens, continuation: Tokens) -> tuple[int, int] | None:
-        """The row to score ``continuation`` from, and how many of its tokens are in the row.
-
-        lm-eval counts white space at the end of a context as part of the continuation.
-        """
-        for inside in range(min(OVERLAP + 1, len(continuation))):
-            row = self.rows.get(context + continuation[:inside])
-            if row is not None and inside < self.own_lengths[row]:
-                return row, inside
-        return None
-
-
-@dataclass
-class TokenQueries:
-    """Tokens whose log-probability is wanted, and of which request they are part."""
-
-    rows: list[int] = field(default_factory=list)
-    positions: list[int] = field(default_factory=list)
-    tokens: list[int] = field(default_factory=list)
-    requests: list[int] = field(default_factory=list)
-
-    def add(self, row: int, position: int, tokens: Sequence[int], request: int) -> None:
-        """The ``tokens`` that follow ``position`` and its successors."""
-        count = len(tokens)
-        self.rows += [row] * count
-        self.positions += range(position, position + count)
-        self.tokens += tokens
-        self.requests += [request] * count
 
 
 def context_rows(
@@ -139,3 +86,61 @@ def prefix_families(rows: Iterable[ContextRow]) -> list[tuple[Tokens, list[Conte
 def _common_length(first: Tokens, second: Tokens) -> int:
     pairs = zip(first, second, strict=False)
     return sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], pairs))
+
+
+@dataclass(frozen=True)
+class BatchLimits:
+    """How much is computed at once.
+
+    Args:
+        batch_tokens: most positions of one forward pass, padding included.
+    """
+
+    batch_tokens: int
+
+    def may_keep(self, positions: int) -> bool:
+        """Whether there is memory for the keys and values of so many positions."""
+        return positions <= MAX_KEPT_FACTOR * self.batch_tokens
+
+    def batches(
+        self, rows: Sequence[ContextRow], prefix_length: int, *, room: int = 0
+    ) -> Iterator[list[ContextRow]]:
+        """Rows of about equal length, longest first, as many as fit; branching rows apart.
+
+        Args:
+            rows: all of one family.
+            prefix_length: what they share.
+            room: positions that each will still add to the cache.
+        """
+        for branches in (False, True):
+            same = [row for row in rows if row.branches == branches]
+            same.sort(key=lambda row: (len(row.tokens), row.tokens), reverse=True)
+            lengths = [len(row.tokens) - prefix_length for row in same]
+            for part in self.slices(lengths, kept=prefix_length, room=room):
+                yield same[part]
+
+    def slices(self, lengths: Sequence[int], *, kept: int, room: int = 0) -> Iterator[slice]:
+        """Slices of sequences that are run together.
+
+        A batch ends where it is full, or where padding would cost more than another pass.
+
+        Args:
+            lengths: of the sequences, longest first.
+            kept: positions of the cache that each sequence starts with.
+            room: positions that each will still add to the cache, one pass per position.
+        """
+        worth = PADDING_WORTH_A_PASS * (1 + room // 8)
+        start = padding = 0
+        for index, length in enumerate(lengths):
+            longest = lengths[start]
+            padding += longest - length
+            num_rows = index + 1 - start
+            if num_rows > 1 and (
+                num_rows * longest > self.batch_tokens
+                or not self.may_keep(num_rows * (kept + longest + room))
+                or padding > worth
+            ):
+                yield slice(start, index)
+                start, padding = index, 0
+        if lengths:
+            yield slice(start, len(lengths))

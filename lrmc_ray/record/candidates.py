@@ -1,15 +1,21 @@
-"""What one recording actor does, and what a record is in numbers. No Ray here."""
+"""The base model's forward pass, and the candidates that are kept of every position. No Ray here.
+
+Shape suffixes: those of :mod:`lrmc_ray.method`; X = places of a batch, B * T of them; N = places
+whose candidates are wanted.
+"""
 
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-if TYPE_CHECKING:
-    from torch import Tensor
+import torch
+from torch import Tensor
 
-    from lrmc_ray.method.microbatch import Sample
-    from lrmc_ray.method.subsets import CandidateSets
-
+from lrmc_ray.method.fast.packing import lay_out
+from lrmc_ray.method.head import head_logits
+from lrmc_ray.method.microbatch import Sample
+from lrmc_ray.method.subsets import CandidateSets, select_candidates
+from lrmc_ray.models import attention_cost, batch_hidden_states, head_of, load_model
 
 BATCH_TOKENS = 2048
 """Tokens of one forward pass, were they padded."""
@@ -41,10 +47,6 @@ class CandidateRecorder:
         prompt_k_max: int,
         threads: int,
     ) -> None:
-        import torch
-
-        from lrmc_ray.models import attention_cost, head_of, load_model
-
         torch.set_num_threads(threads)
         self._device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self._model = load_model(model_directory).to(self._device)
@@ -53,22 +55,16 @@ class CandidateRecorder:
         self._tau, self._k_min, self._k_max = tau, k_min, k_max
         self._prompt_k_max = prompt_k_max
 
-    def record(self, rows: Sequence[Mapping[str, Any]]) -> "list[Sample]":
+    def record(self, rows: Sequence[Mapping[str, Any]]) -> list[Sample]:
         """Every row (``sample_id``, ``domain``, ``input_ids``, ``is_target``) with its sets."""
         return [sample for batch in batches(rows) for sample in self._forward(batch)]
 
-    def _forward(self, rows: Sequence[Mapping[str, Any]]) -> "list[Sample]":
+    def _forward(self, rows: Sequence[Mapping[str, Any]]) -> list[Sample]:
         """Candidate sets of one batch.
 
         A prefix that rows share is computed once (see method/fast/packing.py), and so are the
         candidates of its positions: a set depends on the prefix, the gold token and the cap alone.
         """
-        import torch
-
-        from lrmc_ray.method.fast.packing import lay_out
-        from lrmc_ray.method.microbatch import Sample
-        from lrmc_ray.models import batch_hidden_states
-
         ids = [torch.tensor(row["input_ids"], dtype=torch.int64) for row in rows]
         positions, supervised, wanted = [], [], []
         with torch.inference_mode():
@@ -106,14 +102,9 @@ class CandidateRecorder:
         ]
 
     def _select(
-        self, hidden_XD: "Tensor", place_N: "Tensor", gold_N: "Tensor", k_max_N: "Tensor"
-    ) -> "CandidateSets":
+        self, hidden_XD: Tensor, place_N: Tensor, gold_N: Tensor, k_max_N: Tensor
+    ) -> CandidateSets:
         """Candidate sets at the places ``place_N`` of ``hidden_XD``, on the CPU."""
-        import torch
-
-        from lrmc_ray.method.head import head_logits
-        from lrmc_ray.method.subsets import CandidateSets, select_candidates
-
         size = max(1, LOGITS_ELEMENTS // self._head.weight_VD.shape[0])
         return CandidateSets.concatenate(
             [

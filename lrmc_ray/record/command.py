@@ -6,23 +6,20 @@ import shlex
 from collections.abc import Sequence
 
 from lrmc_ray.cluster.session import RAY_LOG, ray_session
-from lrmc_ray.config.arguments import add_record_arguments, without_aliases
-from lrmc_ray.console import setup_logging
-from lrmc_ray.files.artifacts import (
-    is_finished,
-    read_manifest,
+from lrmc_ray.config.arguments import (
+    add_record_arguments,
+    add_run_arguments,
+    settings_from,
+    without_aliases,
 )
-from lrmc_ray.files.storage import check_storage
-from lrmc_ray.record.describe import print_summary
-from lrmc_ray.record.identity import MADE_BY
-from lrmc_ray.record.prepare import prepare
-from lrmc_ray.record.run import record
+from lrmc_ray.console import setup_logging
+from lrmc_ray.files.artifacts import is_finished, read_manifest
+from lrmc_ray.files.place import place_of
+from lrmc_ray.record.names import MADE_BY
 
 
 def main(argv: Sequence[str]) -> int:
     """The command ``python -m lrmc_ray.record``."""
-    from lrmc_ray.config.arguments import add_run_arguments, settings_from
-
     parser = argparse.ArgumentParser(
         prog=MADE_BY,
         description="Stage 0: record the candidate tokens of every position of the training data.",
@@ -34,23 +31,29 @@ def main(argv: Sequence[str]) -> int:
     arguments = parser.parse_intermixed_args(argv)
     setup_logging(arguments.verbose)
     settings = settings_from(arguments)
-    storage = settings.resources.storage
-    if storage is not None:
-        check_storage(storage)
+    uri = settings.resources.storage
+    place = place_of(uri)
+    place.check()
+
+    from lrmc_ray.record.describe import print_summary
+    from lrmc_ray.record.prepare import prepare
+    from lrmc_ray.record.run import record
+
     # Bad rows are found before Ray starts.
     directory = prepare(settings, arguments.output).final
     if not is_finished(directory):
         log = arguments.output / RAY_LOG
-        with ray_session(arguments.address, log=log, verbose=arguments.verbose, storage=storage):
+        with ray_session(arguments.address, log=log, verbose=arguments.verbose, storage=uri):
             record(settings, arguments.output)
-    elif storage is not None:
-        record(settings, arguments.output)  # which may not be in the storage yet
+    else:
+        # An earlier command may have recorded it without the storage.
+        place.either(lambda: directory, lambda _: record(settings, arguments.output))
     manifest = read_manifest(directory, made_by=MADE_BY)
     if arguments.json:
         print(json.dumps({"directory": str(directory), **manifest["summary"]}))
     else:
         print_summary(manifest["summary"])
-        where = f", its files in {storage}" if storage is not None else ""
+        where = f", its files in {uri}" if uri else ""
         print(f"The record is in {directory}{where}. Look into it: lrmc inspect {directory}")
         print(f"Next: {shlex.join(['python', '-m', 'lrmc_ray.train', *argv])}")
     return 0

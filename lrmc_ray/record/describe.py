@@ -3,15 +3,17 @@
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from lrmc_ray.files.artifacts import (
-    file_digest,
-)
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
 
-if TYPE_CHECKING:
-    import numpy as np
-    import pyarrow as pa
+from lrmc_ray.files.artifacts import file_digest
+
+_PER_CANDIDATE = ("candidate_ids", "candidate_logprobs")
+_PER_POSITION = ("positions", "is_supervised", "gold_ids", "candidate_offsets", "outside_mass")
 
 
 def print_summary(summary: Mapping[str, Any]) -> None:
@@ -26,12 +28,6 @@ def print_summary(summary: Mapping[str, Any]) -> None:
         )
 
 
-_PER_CANDIDATE = ("candidate_ids", "candidate_logprobs")
-
-
-_PER_POSITION = ("positions", "is_supervised", "gold_ids", "candidate_offsets", "outside_mass")
-
-
 def describe(path: Path, *, tokenizer_size: int) -> dict[str, Any]:
     """One finished file in a few numbers, however many tokens it holds.
 
@@ -40,9 +36,6 @@ def describe(path: Path, *, tokenizer_size: int) -> dict[str, Any]:
         tokenizer_size: number of tokens of the tokenizer; the rows of the head behind them are
             padding that no text contains.
     """
-    import numpy as np
-    import pyarrow.parquet as pq
-
     with pq.ParquetFile(path, page_checksum_verification=True) as file:
         table, layout = file.read(), file.metadata
     tau = float(table.schema.metadata[b"lrmc.tau"])
@@ -83,39 +76,31 @@ def describe(path: Path, *, tokenizer_size: int) -> dict[str, Any]:
     }
 
 
-def _flat(table: "pa.Table", name: str) -> "np.ndarray":
+def _flat(table: pa.Table, name: str) -> np.ndarray:
     """All entries of a list column, row after row."""
-    import numpy as np
-
     parts = [chunk.flatten().to_numpy(zero_copy_only=False) for chunk in table[name].iterchunks()]
     return np.concatenate(parts)
 
 
-def _list_lengths(table: "pa.Table", name: str) -> "np.ndarray":
-    import pyarrow.compute as pc
-
+def _list_lengths(table: pa.Table, name: str) -> np.ndarray:
     lengths: np.ndarray = pc.list_value_length(table[name]).to_numpy()
     return lengths
 
 
-def _starts(lengths: "np.ndarray") -> "np.ndarray":
+def _starts(lengths: np.ndarray) -> np.ndarray:
     """Where each of the consecutive runs begins."""
-    import numpy as np
-
     return np.concatenate([[0], np.cumsum(lengths[:-1], dtype=np.int64)])
 
 
 def _candidate_rows(
-    offsets: "np.ndarray", num_positions: "np.ndarray"
-) -> "tuple[np.ndarray, np.ndarray]":
+    offsets: np.ndarray, num_positions: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
     """Begin (within its sample) and size of every position's candidate set.
 
     Args:
         offsets: of all samples, each has one entry more than positions.
         num_positions: of each sample.
     """
-    import numpy as np
-
     is_last = np.zeros(len(offsets), dtype=bool)
     is_last[_starts(num_positions + 1) + num_positions] = True
     sizes = np.diff(offsets, append=0)[~is_last]
@@ -131,6 +116,36 @@ def _column_bytes(layout: Any, names: Sequence[str]) -> int:
             if column.path_in_schema.split(".")[0] in names:
                 total += column.total_compressed_size
     return total
+
+
+class PartTotals:
+    """What the files of a record hold together; the driver keeps no more of each than its name."""
+
+    def __init__(self) -> None:
+        self._sums: Counter[str] = Counter()
+        self._sizes: Counter[int] = Counter()
+        self._domains: dict[str, list[int]] = {}
+
+    def add(self, part: Mapping[str, Any]) -> dict[str, Any]:
+        """Count what :func:`describe` says; returns what the manifest keeps."""
+        for key, value in part.items():
+            if isinstance(value, int):
+                self._sums[key] += value
+        self._sizes.update(dict(zip(part["k_values"], part["k_counts"], strict=True)))
+        for name, counts in part["domains"].items():
+            domain = self._domains.setdefault(name, [0, 0])
+            domain[:] = [old + new for old, new in zip(domain, counts, strict=True)]
+        return {key: part[key] for key in ("name", "rows", "sha256")}
+
+    @property
+    def sums(self) -> dict[str, Any]:
+        """All files as if they were one."""
+        return {
+            **self._sums,
+            "k_values": list(self._sizes),
+            "k_counts": list(self._sizes.values()),
+            "domains": self._domains,
+        }
 
 
 def summarize(plan: Mapping[str, Any], parts: Sequence[Mapping[str, Any]]) -> dict[str, Any]:

@@ -1,7 +1,8 @@
 """From a row of training data to token ids and the positions that are learned."""
 
+import dataclasses
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -156,6 +157,67 @@ def _chat_segments(messages: list[dict[str, str]], tokenizer: Any) -> list[tuple
     return segments
 
 
+class _SampleIds:
+    """The ids that were given so far; an id of the user's own must be the only one."""
+
+    def __init__(self) -> None:
+        self._places: dict[str, str] = {}
+        self._copies: Counter[str] = Counter()
+
+    def claim(self, sample_id: str, row: Row) -> str:
+        """The id of ``row``: the same text twice is learned twice, under two ids.
+
+        Raises:
+            DataError: the row's own id was used before.
+        """
+        if sample_id in self._places:
+            if "id" in row.content:
+                raise DataError(f"id {sample_id!r} was used before, at {self._places[sample_id]}")
+            self._copies[sample_id] += 1
+            sample_id = f"{sample_id}#{self._copies[sample_id]}"
+        self._places[sample_id] = row.place
+        return sample_id
+
+
+def _check_vocabulary(input_ids: Sequence[int], vocabulary_size: int) -> None:
+    """Refuse tokens that the model has no logits for."""
+    if input_ids and not 0 <= min(input_ids) <= max(input_ids) < vocabulary_size:
+        raise DataError(
+            f"the tokenizer gives token {max(input_ids)}, the model's head has only "
+            f"{vocabulary_size}; use the tokenizer that belongs to the model"
+        )
+
+
+def _fitted(
+    example: Example, max_length: int, on_long: Literal["error", "drop", "truncate"]
+) -> Example | None:
+    """The example in ``max_length`` tokens; None if it is to be dropped.
+
+    Raises:
+        DataError: it is longer and may not be, or nothing of it is to be learned.
+    """
+    length = len(example.input_ids)
+    if length > max_length:
+        if on_long == "error":
+            raise DataError(
+                f"{length} tokens, more than data.max_length = {max_length}; raise it, or "
+                "set data.on_long to drop or truncate"
+            )
+        if on_long == "drop":
+            return None
+        example = dataclasses.replace(
+            example,
+            input_ids=example.input_ids[:max_length],
+            is_target=example.is_target[:max_length],
+        )
+    if not any(example.is_target):
+        raise DataError(
+            f"none of its first {len(example.input_ids)} tokens is to be learned; raise "
+            "data.max_length, or put a prompt before the answer"
+        )
+    return example
+
+
 def encode_rows(
     rows: Iterable[Row],
     tokenizer: Any,
@@ -172,60 +234,29 @@ def encode_rows(
         DataError: rows that cannot be used, unless they may be skipped; no row is left; or no
             answer ends with an end-of-turn token, so the model would never learn to stop.
     """
-    places: dict[str, str] = {}
-    copies: Counter[str] = Counter()
+    ids = _SampleIds()
     special = special_ids(tokenizer)
     for row in rows:
-        place = row.place
         try:
-            example = encode_row(row, tokenizer)
+            whole = encode_row(row, tokenizer)
+            whole = dataclasses.replace(whole, sample_id=ids.claim(whole.sample_id, row))
+            _check_vocabulary(whole.input_ids, vocabulary_size)
+            example = _fitted(whole, max_length, on_long)
         except DataError as error:
-            rejects.add(place, str(error))
+            rejects.add(row.place, str(error))
             continue
-        sample_id = example.sample_id
-        if sample_id in places:
-            if "id" in row.content:
-                rejects.add(place, f"id {sample_id!r} was used before, at {places[sample_id]}")
-                continue
-            copies[sample_id] += 1
-            sample_id = f"{sample_id}#{copies[sample_id]}"  # the same text twice is learned twice
-        places[sample_id] = place
-        ids, is_target = example.input_ids, example.is_target
-        if ids and not 0 <= min(ids) <= max(ids) < vocabulary_size:
-            rejects.add(
-                place,
-                f"the tokenizer gives token {max(ids)}, the model's head has only "
-                f"{vocabulary_size}; use the tokenizer that belongs to the model",
-            )
+        if example is None:
+            summary.dropped += 1
             continue
-        ends = [] if is_plain_text(row.content) else list(_last_targets(example))
-        if len(ids) > max_length:
-            if on_long == "error":
-                rejects.add(
-                    place,
-                    f"{len(ids)} tokens, more than data.max_length = {max_length}; raise it, or "
-                    "set data.on_long to drop or truncate",
-                )
-                continue
-            if on_long == "drop":
-                summary.dropped += 1
-                continue
-            ids, is_target = ids[:max_length], is_target[:max_length]
-        if not any(is_target):
-            rejects.add(
-                place,
-                f"none of its first {len(ids)} tokens is to be learned; raise data.max_length, or "
-                "put a prompt before the answer",
-            )
-            continue
-        summary.truncated += len(example.input_ids) > max_length
+        last_targets = [] if is_plain_text(row.content) else list(_last_targets(whole))
+        summary.truncated += len(whole.input_ids) > max_length
         summary.samples += 1
-        summary.tokens += len(ids)
-        summary.supervised_tokens += sum(is_target)
-        summary.answers += len(ends)
-        summary.endless_answers += sum(token not in special for token in ends)
+        summary.tokens += len(example.input_ids)
+        summary.supervised_tokens += sum(example.is_target)
+        summary.answers += len(last_targets)
+        summary.endless_answers += sum(token not in special for token in last_targets)
         summary.domains[example.domain] += 1
-        yield Example(sample_id, ids, is_target, example.domain)
+        yield example
     rejects.settle()
     if summary.samples == 0:
         raise DataError(

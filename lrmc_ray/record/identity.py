@@ -11,9 +11,10 @@ from lrmc_ray.files.artifacts import (
     fingerprint,
     read_manifest,
 )
+from lrmc_ray.models import model_fingerprint, template_fingerprint, tokenizer_fingerprint
+from lrmc_ray.record.names import MADE_BY
+from lrmc_ray.record.schema import SCHEMA_VERSION
 from lrmc_ray.record.sources import Source, training_sources
-
-MADE_BY = "python -m lrmc_ray.record"
 
 _IDENTITY = {
     "model": "model",
@@ -40,9 +41,6 @@ def identify(
     The order is that of domains and digests, so that names and places change nothing, not even
     the order of the samples.
     """
-    from lrmc_ray.models import model_fingerprint, template_fingerprint, tokenizer_fingerprint
-    from lrmc_ray.record.parts import SCHEMA_VERSION
-
     by_content = sorted(
         ((source.domain, file_digest(source.path), source) for source in sources),
         key=lambda item: item[:2],

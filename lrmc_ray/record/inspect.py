@@ -1,30 +1,24 @@
-"""Look into a record: its numbers, its samples token by token, and whether every file is whole.
+"""What one looks at in a record: samples token by token, and whether every file is whole."""
 
-lrmc inspect runs/records --sample 3
-lrmc inspect runs/records --verify
-"""
-
-import argparse
-import json
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
 
 from lrmc_ray.config import ModelSettings
-from lrmc_ray.console import progress, setup_logging
+from lrmc_ray.console import progress
 from lrmc_ray.errors import ConfigError, DataError, IncompleteArtifactError, LrmcError
 from lrmc_ray.files.artifacts import MANIFEST, PARTIAL, is_finished
+from lrmc_ray.method.microbatch import Sample
+from lrmc_ray.models import load_tokenizer, local_directory, tokenizer_fingerprint
 from lrmc_ray.record.describe import print_summary
-from lrmc_ray.record.identity import MADE_BY
-
-if TYPE_CHECKING:
-    from rich.console import Console
-
-    from lrmc_ray.method.microbatch import Sample
-    from lrmc_ray.record.parts import Records
-
+from lrmc_ray.record.names import MADE_BY
+from lrmc_ray.record.parts import Records
 
 TOP = 5
 """Candidates of a position that are shown."""
@@ -53,7 +47,7 @@ def find_record(directory: Path) -> Path:
     )
 
 
-def verify(records: "Records") -> dict[str, Any]:
+def verify(records: Records) -> dict[str, Any]:
     """Read every file and every sample; what there is to say of it when all is well.
 
     Raises:
@@ -89,13 +83,13 @@ def verify(records: "Records") -> dict[str, Any]:
     }
 
 
-def chosen(num_samples: int, number: int) -> list[int]:
-    """``number`` indices, evenly spread: the samples are sorted by length."""
+def spread_evenly(num_samples: int, number: int) -> list[int]:
+    """``number`` indices of samples, evenly spread: the samples are sorted by length."""
     number = min(number, num_samples)
     return [(2 * i + 1) * num_samples // (2 * number) for i in range(number)]
 
 
-def described(sample: "Sample", tokenizer: Any) -> dict[str, Any]:
+def describe_sample(sample: Sample, tokenizer: Any) -> dict[str, Any]:
     """A sample as plain values, one entry for every token."""
     candidates = sample.candidates
     rho = candidates.outside_mass().tolist()
@@ -131,14 +125,11 @@ def _text(tokenizer: Any, token: int) -> str:
     return text
 
 
-def show_sample(sample: Mapping[str, Any], console: "Console") -> None:
+def show_sample(sample: Mapping[str, Any], console: Console) -> None:
     """The text in colours, then a line for every token: what the base model thought of it.
 
     K, rho and candidates in a token's line are of the position before it, which predicts it.
     """
-    from rich.table import Table
-    from rich.text import Text
-
     styles = {"supervised": "green", "prompt": "dim", "none": "dim"}
     domain = f", domain {sample['domain']}" if sample["domain"] else ""
     console.print(Text(f"\nsample {sample['sample_id']}{domain}", style="bold"))
@@ -163,14 +154,12 @@ def show_sample(sample: Mapping[str, Any], console: "Console") -> None:
     console.print(table)
 
 
-def _tokenizer(records: "Records", model: str | None) -> Any:
+def _tokenizer(records: Records, model: str | None) -> Any:
     """The tokenizer that the record was made with.
 
     Raises:
         DataError: ``model`` has another one.
     """
-    from lrmc_ray.models import load_tokenizer, local_directory, tokenizer_fingerprint
-
     manifest = records.manifest
     directory = local_directory(ModelSettings(name=model or manifest["model"]))
     if tokenizer_fingerprint(directory) != manifest["identity"]["tokenizer"]:
@@ -181,7 +170,12 @@ def _tokenizer(records: "Records", model: str | None) -> Any:
     return load_tokenizer(directory)
 
 
-def _samples(records: "Records", number: int, model: str | None) -> Iterator[dict[str, Any]]:
+def shown_samples(records: Records, number: int, model: str | None) -> Iterator[dict[str, Any]]:
+    """``number`` samples as :func:`describe_sample` gives them, with text or at least with ids.
+
+    Raises:
+        DataError: ``model`` has another tokenizer than the record.
+    """
     try:
         tokenizer = _tokenizer(records, model)
     except LrmcError as error:
@@ -189,57 +183,12 @@ def _samples(records: "Records", number: int, model: str | None) -> Iterator[dic
             raise
         tokenizer = None
         print(f"token ids in place of text: {error}", file=sys.stderr)
-    for index in chosen(len(records), number):
-        yield described(records[index], tokenizer)
+    for index in spread_evenly(len(records), number):
+        yield describe_sample(records[index], tokenizer)
 
 
-def main(argv: Sequence[str]) -> int:
-    """The command ``lrmc inspect``."""
-    parser = argparse.ArgumentParser(
-        prog="lrmc inspect",
-        description="What a record holds. Green tokens are learned, dim ones are the prompt; K is "
-        "the number of candidates, rho the base model's probability outside of them, gold is bold.",
-    )
-    parser.add_argument(
-        "directory", type=Path, metavar="DIR", help="a record, or the directory that holds it"
-    )
-    parser.add_argument("--sample", type=int, default=0, metavar="N", help="show N samples")
-    parser.add_argument(
-        "--verify", action="store_true", help="read and check every file; exit code 4 if one is bad"
-    )
-    parser.add_argument(
-        "--model", metavar="M", help="model whose tokenizer made the record (default: as recorded)"
-    )
-    parser.add_argument("--json", action="store_true", help="as one JSON object on stdout")
-    arguments = parser.parse_args(argv)
-    import torch
-
-    from lrmc_ray.record.parts import Records
-
-    torch.set_num_threads(1)  # the tensors are small: more threads were fifteen times slower
-    setup_logging()
-    if arguments.sample < 0:
-        raise ConfigError(f"--sample must be at least 0, got {arguments.sample}")
-    records = Records(find_record(arguments.directory))
-    result: dict[str, Any] = {
-        "directory": str(records.directory),
-        "identity": records.manifest["identity"],
-        "summary": records.manifest["summary"],
-    }
-    if arguments.verify:
-        result["verified"] = verify(records)
-    if arguments.sample:
-        result["samples"] = list(_samples(records, arguments.sample, arguments.model))
-    if arguments.json:
-        print(json.dumps(result))
-    else:
-        _print(result)
-    return 0
-
-
-def _print(result: Mapping[str, Any]) -> None:
-    from rich.console import Console
-
+def show_record(result: Mapping[str, Any]) -> None:
+    """What was asked of a record, on stdout; the keys are those of ``lrmc inspect --json``."""
     print(f"The record in {result['directory']}")
     for name, value in result["identity"].items():
         print(f"{name:>30}  {value}")

@@ -4,12 +4,12 @@ import contextlib
 import dataclasses
 import json
 import logging
-from array import array
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from lrmc_ray.config import RunSettings
+from lrmc_ray.config import DataSettings, RunSettings
 from lrmc_ray.console import progress
 from lrmc_ray.errors import DataError
 from lrmc_ray.files.artifacts import (
@@ -22,36 +22,24 @@ from lrmc_ray.files.artifacts import (
     write_json,
 )
 from lrmc_ray.files.fault_points import passed
-from lrmc_ray.files.storage import open_storage
-from lrmc_ray.record.identity import MADE_BY, identify
+from lrmc_ray.files.place import Place, place_of
+from lrmc_ray.models import load_tokenizer, local_directory, vocabulary_size
+from lrmc_ray.record.encode import EncodingSummary, encode_rows
+from lrmc_ray.record.examples import ExamplesWriter
+from lrmc_ray.record.identity import identify
+from lrmc_ray.record.names import EXAMPLES, MADE_BY, PLAN, REJECTS
+from lrmc_ray.record.recording import Recording, recording_of
+from lrmc_ray.record.rows import Rejects, read_rows
 from lrmc_ray.record.sources import Source, training_sources
-from lrmc_ray.record.stored import EXAMPLES, StoredRecord
 
 _log = logging.getLogger(__name__)
 
-SORT_WINDOW = 4096
-"""Examples that are sorted by length together, one row group; bounds the driver's memory."""
-
-
 SMALLEST_SHARD_TOKENS = 4096
-
-
 LARGEST_SHARD_TOKENS = 16_384
 """Bounds the memory of an actor, which holds a shard's candidates: 6 bytes each, 100 MB at most."""
 
-
 SHARDS = 64
 """Shards between these bounds; a small data set has fewer, a large one more."""
-
-
-PLAN = "plan.json"
-
-
-INDEX = "index.parquet"
-"""Name and domain of every sample of a record, in its order."""
-
-
-REJECTS = "rejects.jsonl"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,11 +57,15 @@ class Preparation:
         """Where the record is made."""
         return self.final.with_name(self.final.name + PARTIAL)
 
-    @property
-    def stored(self) -> StoredRecord | None:
-        """The record in the storage; None where there is none and all nodes share the disk."""
-        storage = open_storage(self.settings.resources.storage)
-        return None if storage is None else StoredRecord(storage, self.final.name)
+    @cached_property
+    def place(self) -> Place:
+        """Where the nodes of the run find each other's files."""
+        return place_of(self.settings.resources.storage)
+
+    @cached_property
+    def recording(self) -> Recording:
+        """The record's files while it is made, on the shared disk or in the storage."""
+        return recording_of(self.place, self.partial, self.provenance, self.final.name)
 
     @property
     def provenance(self) -> dict[str, str]:
@@ -92,17 +84,14 @@ def prepare(settings: RunSettings, output: Path) -> Preparation:
         DataError: training data that cannot be used.
         IncompleteArtifactError: the model or the training data do not exist.
     """
-    from lrmc_ray.models import local_directory
-
     sources = training_sources(settings)
     model_directory = local_directory(settings.model)
     identity, sources = identify(settings, model_directory, sources)
     prepared = Preparation(
         settings, identity, model_directory, sources, output / "records" / fingerprint(identity)
     )
-    stored = prepared.stored
-    if not is_finished(prepared.final) and stored is not None and stored.is_finished():
-        stored.view(prepared.final)
+    if not is_finished(prepared.final):
+        prepared.recording.show_finished(prepared.final)
     if is_finished(prepared.final):
         _check_rejected(
             read_manifest(prepared.final, made_by=MADE_BY)["rejects"], settings, prepared.final
@@ -110,11 +99,11 @@ def prepare(settings: RunSettings, output: Path) -> Preparation:
         return prepared
     with lock_directory(prepared.partial):
         if not is_finished(prepared.final):
-            shard_plan(prepared)
+            read_or_make_plan(prepared)
     return prepared
 
 
-def shard_plan(prepared: Preparation) -> dict[str, Any]:
+def read_or_make_plan(prepared: Preparation) -> dict[str, Any]:
     """The tokenized examples and the shards that they are cut into; made if they are not there."""
     partial = prepared.partial
     path = partial / PLAN
@@ -126,7 +115,7 @@ def shard_plan(prepared: Preparation) -> dict[str, Any]:
             return plan
         _log.warning("%s is not what was written there; tokenizing again", examples)
         path.unlink()
-    plan = _tokenize(prepared)
+    plan = tokenize(prepared)
     write_json(path, plan)
     passed("record.planned")
     return plan
@@ -143,15 +132,12 @@ def _check_rejected(rejects: Mapping[str, int], settings: RunSettings, directory
         )
 
 
-def _tokenize(prepared: Preparation) -> dict[str, Any]:
-    """Tokenize every example, sorted by length within windows, and cut them into shards."""
-    import pyarrow as pa
-    import pyarrow.parquet as pq
+def tokenize(prepared: Preparation) -> dict[str, Any]:
+    """Tokenize every example into one file, and cut them into shards; returns the plan.
 
-    from lrmc_ray.models import load_tokenizer, vocabulary_size
-    from lrmc_ray.record.encode import EncodingSummary, Example, encode_rows
-    from lrmc_ray.record.rows import Rejects, read_rows
-
+    Raises:
+        DataError: training data that cannot be used, or a tokenizer that is not the model's.
+    """
     data = prepared.settings.data
     tokenizer = load_tokenizer(prepared.model_directory)
     num_logits = vocabulary_size(prepared.model_directory)
@@ -160,37 +146,13 @@ def _tokenize(prepared: Preparation) -> dict[str, Any]:
             f"the tokenizer has {len(tokenizer)} tokens, the model's head only {num_logits}; "
             "use the tokenizer that belongs to the model"
         )
-    schema = pa.schema(
-        [
-            pa.field("sample_id", pa.string(), nullable=False),
-            pa.field("domain", pa.string(), nullable=False),
-            pa.field("input_ids", pa.list_(pa.int32()), nullable=False),
-            pa.field("is_target", pa.list_(pa.bool_()), nullable=False),
-        ]
-    )
     summary = EncodingSummary()
-    lengths = array("I")  # all that is kept of a sample, 4 bytes
-    window: list[Example] = []
     path = prepared.partial / EXAMPLES
-    with contextlib.ExitStack() as stack:
-        writer = stack.enter_context(
-            pq.ParquetWriter(path, schema, compression="zstd", write_page_checksum=True)
-        )
-        rejects = Rejects()
-        if data.on_bad_row == "skip":
-            file = stack.enter_context((prepared.partial / REJECTS).open("w", encoding="utf-8"))
-            rejects = Rejects(file, max_share=data.max_rejected_share)
-        bar = stack.enter_context(progress("Tokenizing", unit="samples"))
-
-        def flush() -> None:
-            window.sort(key=lambda example: (len(example.input_ids), example.sample_id))
-            lengths.extend(len(example.input_ids) for example in window)
-            columns = {
-                name: [getattr(example, name) for example in window] for name in schema.names
-            }
-            writer.write_table(pa.table(columns, schema=schema), row_group_size=SORT_WINDOW)
-            window.clear()
-
+    with (
+        ExamplesWriter(path) as writer,
+        _rejects(data, prepared.partial / REJECTS) as rejects,
+        progress("Tokenizing", unit="samples") as bar,
+    ):
         for example in encode_rows(
             read_rows(prepared.sources, rejects),
             tokenizer,
@@ -201,20 +163,8 @@ def _tokenize(prepared: Preparation) -> dict[str, Any]:
             rejects=rejects,
         ):
             bar.advance()
-            window.append(example)
-            if len(window) == SORT_WINDOW:
-                flush()
-        flush()
-    if rejects.count:
-        _log.warning(
-            "%d of %d rows cannot be used and were left out; %s lists them",
-            *(rejects.count, rejects.rows, prepared.final / REJECTS),
-        )
-    if summary.endless_answers:
-        _log.warning(
-            "%d of %d answers do not end with a special token, so their end is not learned",
-            *(summary.endless_answers, summary.answers),
-        )
+            writer.add(example)
+    _warn(summary, rejects, prepared.final / REJECTS)
     return {
         **{
             name: getattr(summary, name)
@@ -226,8 +176,32 @@ def _tokenize(prepared: Preparation) -> dict[str, Any]:
         "vocabulary_size": num_logits,
         "tokenizer_size": len(tokenizer),
         "examples_sha256": file_digest(path),
-        "shards": cut_into_shards(lengths),
+        "shards": cut_into_shards(writer.lengths),
     }
+
+
+@contextlib.contextmanager
+def _rejects(data: DataSettings, path: Path) -> Iterator[Rejects]:
+    """Where rows that cannot be used are counted; listed in ``path`` if they may be skipped."""
+    if data.on_bad_row != "skip":
+        yield Rejects()
+        return
+    with path.open("w", encoding="utf-8") as file:
+        yield Rejects(file, max_share=data.max_rejected_share)
+
+
+def _warn(summary: EncodingSummary, rejects: Rejects, listed: Path) -> None:
+    """Say what the user may not expect of the training data."""
+    if rejects.count:
+        _log.warning(
+            "%d of %d rows cannot be used and were left out; %s lists them",
+            *(rejects.count, rejects.rows, listed),
+        )
+    if summary.endless_answers:
+        _log.warning(
+            "%d of %d answers do not end with a special token, so their end is not learned",
+            *(summary.endless_answers, summary.answers),
+        )
 
 
 def cut_into_shards(lengths: Sequence[int]) -> list[dict[str, Any]]:

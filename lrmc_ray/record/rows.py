@@ -13,22 +13,19 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TextIO
 
+import pyarrow.parquet as pq
+
 from lrmc_ray.errors import DataError, IncompleteArtifactError
 from lrmc_ray.record.sources import Source
 
 MAX_LISTED = 20
 """Bad rows that an error lists."""
 
-
 MAX_LINE_BYTES = 64 * 2**20
 """A longer line of JSONL is a bad row; it is not read into memory."""
 
 _CONTENT = ("messages", "prompt", "completion", "text")
-
-
 _COLUMNS = ("id", "domain", *_CONTENT)
-
-
 _PARQUET_ROWS = 256  # that are Python objects at one time
 
 
@@ -136,8 +133,6 @@ def _jsonl_rows(source: Source, rejects: Rejects) -> Iterator[Row]:
 
 
 def _parquet_rows(source: Source, rejects: Rejects) -> Iterator[Row]:
-    import pyarrow.parquet as pq
-
     number = 0
     try:
         with pq.ParquetFile(source.path, page_checksum_verification=True) as file:

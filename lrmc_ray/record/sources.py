@@ -8,6 +8,10 @@ from pathlib import Path
 
 from lrmc_ray.config import CT, DEMO, ENGLISH, RunSettings
 from lrmc_ray.errors import ConfigError, IncompleteArtifactError
+from lrmc_ray.files.artifacts import cache_directory
+from lrmc_ray.tasks.built import ct_files
+from lrmc_ray.tasks.demo.english import english_file
+from lrmc_ray.tasks.demo.files import demo_files
 
 SUFFIXES = (".jsonl", ".json", ".ndjson", ".parquet")
 """What is read of a folder."""
@@ -99,19 +103,10 @@ def training_sources(settings: RunSettings) -> list[Source]:
     for labelled in settings.data.train:
         domain, name = split_domain(labelled)
         if name == DEMO:
-            from lrmc_ray.files.artifacts import cache_directory
-            from lrmc_ray.tasks.demo.files import demo_files
-
             name = str(demo_files(cache_directory()).train)
         elif name == CT and not Path(CT).exists():
-            from lrmc_ray.files.artifacts import cache_directory
-            from lrmc_ray.tasks.built import ct_files
-
             name = str(ct_files(cache_directory()).train)
         elif name == ENGLISH and not Path(ENGLISH).exists():
-            from lrmc_ray.files.artifacts import cache_directory
-            from lrmc_ray.tasks.demo.english import english_file
-
             name = str(english_file(cache_directory()))
         names.append(f"{domain}={name}" if domain else name)
     return find_sources(names)

@@ -18,16 +18,10 @@ from lrmc_ray.files.artifacts import MANIFEST, json_content, write_atomically, w
 from lrmc_ray.files.fault_points import passed
 from lrmc_ray.files.place import Place
 from lrmc_ray.files.storage import Storage
-
-VIEW = "storage.json"
-
+from lrmc_ray.record.names import EXAMPLES, MADE_BY, VIEW
 
 _DESCRIBED = "described"
 """Below it, what each finished file holds, until the manifest does."""
-
-
-EXAMPLES = "examples.parquet"
-"""The tokenized examples of the record that is being made."""
 
 
 class StoredRecord:
@@ -131,7 +125,7 @@ class StoredRecord:
         if manifest is None:
             raise IncompleteArtifactError(
                 f"{self.storage.place(self._prefix)} has no {MANIFEST}, so its stage did not "
-                "finish; run `python -m lrmc_ray.record` (again: it goes on where it stopped)"
+                f"finish; run `{MADE_BY}` (again: it goes on where it stopped)"
             )
         directory.mkdir(parents=True, exist_ok=True)
         self.mark(directory)

@@ -14,16 +14,14 @@ from pathlib import Path
 from typing import Any
 
 from lrmc_ray.errors import DataError
+from lrmc_ray.models import load_tokenizer
 from lrmc_ray.record.encode import encode_row
 from lrmc_ray.record.rows import Rejects, read_rows
 from lrmc_ray.record.sources import Source
 
 ROWS = 256
 """Rows that are tokenized, at random among the first ``ROWS_SEEN``."""
-
-
 ROWS_SEEN = 4096
-
 
 BATCHES = 32
 """Random batches in which tokens are counted."""
@@ -65,8 +63,6 @@ def count_sample_tokens(
     Raises:
         DataError: the tokenizer cannot be loaded, or no row can be read.
     """
-    from lrmc_ray.models import load_tokenizer
-
     tokenizer = load_tokenizer(model_directory)
     rows = list(itertools.islice(read_rows(sources, Rejects(max_share=1.0)), ROWS_SEEN))
     rng = random.Random(0)
@@ -86,7 +82,7 @@ def count_sample_tokens(
     cost = attention_cost(model_directory, parameters) if packing else None
     for _ in range(BATCHES):
         batch = sorted(itertools.islice(order, batch_size), key=len)
-        for part in _parts(batch, micro_batches):
+        for part in deal(batch, micro_batches):
             computed += computed_tokens(part, cost)
     return TokenCounts(
         alone=sum(map(len, sequences)) / len(sequences),
@@ -138,7 +134,7 @@ def attention_cost(model_directory: Path, parameters: int) -> float:
     return 2 * layers * hidden / weights if weights > 0 else 0.0
 
 
-def _parts(batch: Sequence[Tokens], count: int) -> list[Sequence[Tokens]]:
+def deal(batch: Sequence[Tokens], count: int) -> list[Sequence[Tokens]]:
     """The batch in its order, dealt to micro-batches as :func:`microbatch.deal` does."""
     size, extra = divmod(len(batch), count)
     ends = [size * (part + 1) + min(part + 1, extra) for part in range(count)]

@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from lrmc_ray.config import RunSettings
-from lrmc_ray.evaluate.harness import task_fingerprints
+from lrmc_ray.evaluate.task_files import task_fingerprints
 from lrmc_ray.files.place import place_of
 from lrmc_ray.record.prepare import prepare
 from lrmc_ray.tasks.registry import expand

@@ -34,9 +34,9 @@ from lrmc_ray.config.arguments import (
 from lrmc_ray.console import format_seconds, progress, setup_logging
 from lrmc_ray.errors import ConfigError
 from lrmc_ray.files.artifacts import is_finished
-from lrmc_ray.record.actors import read_examples
-from lrmc_ray.record.prepare import PLAN, SORT_WINDOW, Preparation, prepare
-from lrmc_ray.record.stored import EXAMPLES
+from lrmc_ray.record.examples import SORT_WINDOW, read_examples
+from lrmc_ray.record.names import EXAMPLES, PLAN
+from lrmc_ray.record.prepare import Preparation, prepare
 from lrmc_ray.tune.forecast import divide, forecast
 
 if TYPE_CHECKING:
@@ -139,7 +139,7 @@ def _written(
     """What a file of these samples holds, and the seconds that cutting and writing took."""
     from lrmc_ray.method.subsets import cut
     from lrmc_ray.record.describe import describe
-    from lrmc_ray.record.parts import write_part
+    from lrmc_ray.record.schema import write_part
 
     tau, k_min = settings.recorded_tau(), settings.record.k_min
     with tempfile.TemporaryDirectory() as directory:

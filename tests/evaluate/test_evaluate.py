@@ -14,11 +14,14 @@ from lrmc_ray.cluster.session import ray_session, release_orphaned_groups
 from lrmc_ray.config import ResourceSettings, load_settings
 from lrmc_ray.errors import ConfigError, DataError, EvaluationError
 from lrmc_ray.evaluate.command import main
-from lrmc_ray.evaluate.drift import DRIFT_LOGPROBS, DRIFT_POSITIONS, DRIFT_TEXTS, mean_kl
-from lrmc_ray.evaluate.harness import score, task_fingerprints, task_manager
+from lrmc_ray.evaluate.drift import DRIFT_POSITIONS, mean_kl
+from lrmc_ray.evaluate.harness import score
 from lrmc_ray.evaluate.items import Scores
+from lrmc_ray.evaluate.names import DRIFT_LOGPROBS, DRIFT_TEXTS, MADE_BY, RECEIPT
+from lrmc_ray.evaluate.processes import fits_here
 from lrmc_ray.evaluate.request import ScoreRequest
-from lrmc_ray.evaluate.run import MADE_BY, RECEIPT, _fits_here, evaluate
+from lrmc_ray.evaluate.run import evaluate
+from lrmc_ray.evaluate.task_files import task_fingerprints, task_manager
 from lrmc_ray.files.artifacts import read_manifest
 from lrmc_ray.models import load_model, load_tokenizer, save_model
 from lrmc_ray.tasks.registry import expand
@@ -97,14 +100,14 @@ def new_trial(session):
         def break_scoring(self, how):
             import time
 
-            from lrmc_ray.evaluate import harness
+            from lrmc_ray.evaluate import processes
 
             def broken(*_):
                 if how == "hang":
                     time.sleep(1e6)
                 raise {"data": DataError, "other": RuntimeError}[how]("the model is broken")
 
-            harness.score = broken
+            processes.score = broken
 
     return lambda: ray.remote(num_cpus=0)(Trial).remote()
 
@@ -187,8 +190,8 @@ def test_scoring_that_fails_hangs_or_dies_in_a_trial_gives_its_cores_back(
     ],
 )
 def test_only_cores_of_a_single_machine_are_held_in_a_trial(resources, expected, monkeypatch):
-    monkeypatch.setattr("lrmc_ray.evaluate.run.can_hold_cores", lambda count: count <= 2)
-    assert _fits_here(ResourceSettings.model_validate(resources)) == expected
+    monkeypatch.setattr("lrmc_ray.evaluate.processes.can_hold_cores", lambda count: count <= 2)
+    assert fits_here(ResourceSettings.model_validate(resources)) == expected
 
 
 def test_a_driver_holds_no_cores(session):
@@ -416,7 +419,7 @@ def run(settings, tiny_model, session, capsys, monkeypatch):
     import contextlib
 
     monkeypatch.setattr(
-        "lrmc_ray.evaluate.run.ray_session", lambda *_, **__: contextlib.nullcontext()
+        "lrmc_ray.evaluate.command.ray_session", lambda *_, **__: contextlib.nullcontext()
     )
 
     def run(output, *arguments):
@@ -451,7 +454,9 @@ def test_several_tuned_models_and_a_base_of_another_name(
     assert same["eval/domain_gain"] == same["eval/forgetting"] == 0
     second = run(tmp_path, "--model", str(tuned_model), "--base", str(tiny_model), "--json")
     assert json.loads(second) == tuned
-    monkeypatch.setattr("rich.console.Console", lambda: Console(width=200, force_terminal=True))
+    monkeypatch.setattr(
+        "lrmc_ray.evaluate.show.Console", lambda: Console(width=200, force_terminal=True)
+    )
     shown = run(tmp_path, "--model", str(tiny_model), "--base", str(tiny_model))
     assert "not distinguishable from 0" in shown
     grey = [line for line in shown.splitlines() if "\x1b[90m" in line]

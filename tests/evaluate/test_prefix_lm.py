@@ -10,7 +10,8 @@ from lm_eval.models.huggingface import HFLM
 
 from lrmc_ray.errors import DataError
 from lrmc_ray.evaluate.prefix_batches import MIN_SHARED_TOKENS, ContextRow, prefix_families
-from lrmc_ray.evaluate.prefix_lm import PrefixLM, supports
+from lrmc_ray.evaluate.prefix_lm import PrefixLM
+from lrmc_ray.evaluate.prefix_model import supports
 from lrmc_ray.models import load_model, load_tokenizer
 
 TOLERANCE = {"rel": 2e-5, "abs": 2e-4}
@@ -248,7 +249,7 @@ def test_gold_answers_are_scored_from_the_prompts_that_were_generated_from(
     with Counter(model) as counter:
         ours = shared.loglikelihood(requests)
     assert_equal_answers(ours, plain.loglikelihood(requests, disable_tqdm=True))
-    if shared._batch_tokens == 2048 and len(end) < 2:
+    if shared.batch_tokens == 2048 and len(end) < 2:
         # The two other prompts, and continuations padded to the longest.
         longest = max(len(tokenizer(answer)["input_ids"]) for _, answer in gold)
         assert counter.positions < 13 * longest + sum(

@@ -33,10 +33,11 @@ from lrmc_ray.record import prepare as prepare_module
 from lrmc_ray.record import run as record_run
 from lrmc_ray.record import stored as stored_record
 from lrmc_ray.record.actors import Recorder, recorder_options
+from lrmc_ray.record.names import EXAMPLES, INDEX, VIEW
 from lrmc_ray.record.parts import Records
 from lrmc_ray.record.prepare import prepare
 from lrmc_ray.record.run import record
-from lrmc_ray.record.stored import EXAMPLES, VIEW, StoredRecord
+from lrmc_ray.record.stored import StoredRecord
 from lrmc_ray.train import command as train
 from lrmc_ray.train.samples import sample_names
 from lrmc_ray.tune import command as tune
@@ -351,9 +352,7 @@ def test_a_record_in_the_storage_is_the_local_one_byte_for_byte(uri, tiny_model,
     final = record(settings, output)
     assert final.name == local.name
     # What the driver keeps: a view, no file of samples.
-    assert {path.name for path in final.iterdir()} == {
-        *("manifest.json", VIEW, prepare_module.INDEX, ".lock")
-    }
+    assert {path.name for path in final.iterdir()} == {*("manifest.json", VIEW, INDEX, ".lock")}
     assert {path.name for path in final.parent.iterdir()} == {final.name}
     stored = StoredRecord(Storage(uri), final.name)
     kept = [name for name in stored.storage.children(f"records/{final.name}") if name]
@@ -368,7 +367,7 @@ def test_another_machine_finds_the_record(uri, tiny_model, data, local, tmp_path
     settings = settings_for(tiny_model, data, uri)
     first = record(settings, tmp_path / "one")
     monkeypatch.setattr(record_run, "run_actors", lambda *_: pytest.fail("recorded again"))
-    monkeypatch.setattr(prepare_module, "_tokenize", lambda *_: pytest.fail("tokenized again"))
+    monkeypatch.setattr(prepare_module, "tokenize", lambda *_: pytest.fail("tokenized again"))
     monkeypatch.setenv("LRMC_CACHE", str(tmp_path / "other_cache"))
     second = record(settings, tmp_path / "two")
     assert second.name == first.name
@@ -426,8 +425,7 @@ def test_an_actor_that_was_thought_dead_changes_nothing(
 
     monkeypatch.setattr(record_run, "run_actors", keeping)
     final = record(settings, tmp_path / "one")
-    late = Recorder(**{k: v for k, v in options.items() if k != "shard"} | {"tau": 0.5})
-    stored = late._stored
+    stored = StoredRecord(Storage(options["place"].uri), options["record"])
     path = tmp_path / options["shard"]["name"]
     source = local / options["shard"]["name"]
     path.write_bytes(source.read_bytes() + b"rounded otherwise")

@@ -15,7 +15,8 @@ from lrmc_ray.models import load_model, load_tokenizer
 from lrmc_ray.record import prepare as prepare_module
 from lrmc_ray.record import run as record_run
 from lrmc_ray.record.actors import Recorder, recorder_options
-from lrmc_ray.record.inspect import chosen, described, main
+from lrmc_ray.record.inspect import describe_sample, spread_evenly
+from lrmc_ray.record.inspect_command import main
 from lrmc_ray.record.parts import Records
 from lrmc_ray.record.run import record
 from tests.support.tiny import make_data, make_model
@@ -163,10 +164,10 @@ def _cut(candidates, tau):
 
 
 def test_samples_are_spread_evenly():
-    assert chosen(100, 4) == [12, 37, 62, 87]
-    assert chosen(3, 9) == [0, 1, 2]
-    assert chosen(7, 1) == [3]
-    assert chosen(5, 0) == []
+    assert spread_evenly(100, 4) == [12, 37, 62, 87]
+    assert spread_evenly(3, 9) == [0, 1, 2]
+    assert spread_evenly(7, 1) == [3]
+    assert spread_evenly(5, 0) == []
 
 
 def test_the_text_form_names_tokens_candidates_and_the_next_command(recorded, capsys):
@@ -201,7 +202,7 @@ def test_without_the_model_ids_stand_for_tokens(copy, capsys):
 def test_gold_and_rho_are_those_of_the_position_before(recorded):
     records = Records(recorded)
     sample = records[3]
-    tokens = described(sample, None)["tokens"]
+    tokens = describe_sample(sample, None)["tokens"]
     for row, position in enumerate(sample.positions_P.tolist()):
         token = tokens[position + 1]
         assert token["id"] == int(sample.candidates.gold_ids[row])

@@ -15,15 +15,19 @@ from lrmc_ray.config.arguments import without_aliases
 from lrmc_ray.console import run_command
 from lrmc_ray.errors import DataError
 from lrmc_ray.files.artifacts import file_digest, write_manifest
+from lrmc_ray.record import command
+from lrmc_ray.record import examples as examples_module
 from lrmc_ray.record import identity as identity_module
 from lrmc_ray.record import prepare as prepare_module
 from lrmc_ray.record import run as record_run
 from lrmc_ray.record import sources as sources_module
-from lrmc_ray.record.actors import PartTotals, Recorder, read_examples, recorder_options
+from lrmc_ray.record.actors import Recorder, recorder_options
 from lrmc_ray.record.command import main
+from lrmc_ray.record.describe import PartTotals
+from lrmc_ray.record.examples import read_examples
 from lrmc_ray.record.identity import check_fits
-from lrmc_ray.record.prepare import PLAN, REJECTS, cut_into_shards, prepare
-from lrmc_ray.record.stored import EXAMPLES
+from lrmc_ray.record.names import EXAMPLES, PLAN, REJECTS
+from lrmc_ray.record.prepare import cut_into_shards, prepare
 from tests.support.tiny import make_data
 
 GOOD = {"prompt": "What is 2?", "completion": "Two."}
@@ -36,7 +40,7 @@ def no_ray(monkeypatch):
     def started(*arguments, **options):
         pytest.fail("Ray was started")
 
-    monkeypatch.setattr(record_run, "ray_session", started)
+    monkeypatch.setattr(command, "ray_session", started)
 
 
 def write(path: Path, *rows: object) -> Path:
@@ -358,7 +362,7 @@ def test_examples_that_were_damaged_are_tokenized_again(tmp_path, model, data):
 
 @pytest.mark.parametrize("window", [1, 3, 4, 100])
 def test_examples_are_found_whatever_the_window(tmp_path, model, data, window, monkeypatch):
-    monkeypatch.setattr(prepare_module, "SORT_WINDOW", window)
+    monkeypatch.setattr(examples_module, "SORT_WINDOW", window)
     monkeypatch.setattr(prepare_module, "SMALLEST_SHARD_TOKENS", 60)
     prepared = prepare(settings_for(model, data), tmp_path)
     plan = json.loads((prepared.partial / PLAN).read_text())

@@ -21,10 +21,10 @@ from lrmc_ray.files.fault_points import POINTS
 from lrmc_ray.record import prepare as prepare_module
 from lrmc_ray.record import run as record_run
 from lrmc_ray.record.actors import Recorder, recorder_options
+from lrmc_ray.record.names import EXAMPLES, PLAN
 from lrmc_ray.record.parts import Records
-from lrmc_ray.record.prepare import PLAN, prepare
+from lrmc_ray.record.prepare import prepare
 from lrmc_ray.record.run import record
-from lrmc_ray.record.stored import EXAMPLES
 from tests.support.tiny import make_data
 
 torch.set_num_threads(1)
@@ -164,7 +164,7 @@ def test_a_file_that_was_replaced_after_it_was_counted_is_described_anew(
 
     import pyarrow.parquet as pq
 
-    from lrmc_ray.record.parts import write_part
+    from lrmc_ray.record.schema import write_part
 
     def late_actor(prepared, shards, tokenizer_size):
         parts = list(actors_here(prepared, shards, tokenizer_size))

@@ -11,7 +11,7 @@ from lrmc_ray.method.subsets import cut, select_candidates
 from lrmc_ray.record import candidates as recording
 from lrmc_ray.record.candidates import batches
 from lrmc_ray.record.describe import describe, summarize
-from lrmc_ray.record.parts import write_part
+from lrmc_ray.record.schema import write_part
 
 torch.set_num_threads(1)
 

@@ -18,15 +18,9 @@ from lrmc_ray.errors import DataError, IncompleteArtifactError
 from lrmc_ray.files.artifacts import MANIFEST, file_digest, write_manifest
 from lrmc_ray.method.microbatch import Sample
 from lrmc_ray.method.subsets import CandidateSets
-from lrmc_ray.record import parts as records
-from lrmc_ray.record.parts import (
-    RECORD_SCHEMA,
-    Records,
-    read_part,
-    to_sample,
-    to_table,
-    write_part,
-)
+from lrmc_ray.record import finished, schema
+from lrmc_ray.record.parts import Records, to_sample
+from lrmc_ray.record.schema import RECORD_SCHEMA, read_part, to_table, write_part
 
 torch.set_num_threads(1)
 
@@ -377,7 +371,7 @@ def test_a_file_of_another_record_is_noticed(record, samples, key):
 
 @pytest.mark.parametrize("version", ["0", "1", "3", "2.0", ""])
 def test_another_schema_version_is_refused(record, samples, version, monkeypatch):
-    monkeypatch.setattr(records, "SCHEMA_VERSION", version)
+    monkeypatch.setattr(schema, "SCHEMA_VERSION", version)
     write_part(record / "part-1.parquet", samples[3:4], PROVENANCE)
     monkeypatch.undo()
     declare(record)
@@ -561,7 +555,7 @@ def reads_of(monkeypatch, opened: Records, indices) -> list[str]:
         read.append(path.name)
         return read_part(path, provenance)
 
-    monkeypatch.setattr(records, "read_part", counted)
+    monkeypatch.setattr(finished, "read_part", counted)
     for index in indices:
         assert opened[index].sample_id == f"sample {index} \u00fc"
     return read

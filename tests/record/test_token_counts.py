@@ -14,10 +14,10 @@ from lrmc_ray.record.encode import encode_row
 from lrmc_ray.record.rows import Rejects, read_rows
 from lrmc_ray.record.sources import find_sources
 from lrmc_ray.record.token_counts import (
-    _parts,
     attention_cost,
     computed_tokens,
     count_sample_tokens,
+    deal,
     packed_tokens,
 )
 from lrmc_ray.train.samples import samples_of_step
@@ -53,7 +53,7 @@ def test_tokens_are_those_of_the_layout_that_training_takes(cost):
     ("count", "sizes"), [(1, [5]), (2, [3, 2]), (3, [2, 2, 1]), (7, [1, 1, 1, 1, 1, 0, 0])]
 )
 def test_a_batch_is_dealt_to_micro_batches_in_its_order(count, sizes):
-    parts = _parts([[i] for i in range(5)], count)
+    parts = deal([[i] for i in range(5)], count)
     assert [len(part) for part in parts] == sizes
     assert [ids for part in parts for ids in part] == [[i] for i in range(5)]
 

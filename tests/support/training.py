@@ -15,8 +15,8 @@ from lrmc_ray.method.subsets import select_candidates
 from lrmc_ray.method.workers import WorkerGroup
 from lrmc_ray.models import load_model, load_tokenizer
 from lrmc_ray.record.encode import encode_row
-from lrmc_ray.record.parts import write_part
 from lrmc_ray.record.rows import Row
+from lrmc_ray.record.schema import write_part
 from lrmc_ray.train.loop import TrainingRun
 from lrmc_ray.train.run_files import LocalRun
 from tests.support.faults import Killed

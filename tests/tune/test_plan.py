@@ -10,12 +10,13 @@ from lrmc_ray.config import load_settings
 from lrmc_ray.console import run_command
 from lrmc_ray.files.artifacts import read_manifest
 from lrmc_ray.method.subsets import CandidateSets, cut
+from lrmc_ray.record import examples as examples_module
 from lrmc_ray.record import prepare as prepare_module
 from lrmc_ray.record import run as record_run
 from lrmc_ray.record.actors import Recorder, recorder_options
+from lrmc_ray.record.names import EXAMPLES
 from lrmc_ray.record.parts import Records
 from lrmc_ray.record.run import record
-from lrmc_ray.record.stored import EXAMPLES
 from lrmc_ray.tune import plan as plan_module
 from lrmc_ray.tune.plan import main
 from tests.support.tiny import make_data
@@ -31,7 +32,7 @@ def actors_here(prepared, shards, tokenizer_size):
 
 @pytest.fixture
 def no_ray(monkeypatch):
-    monkeypatch.setattr(record_run, "ray_session", lambda *a, **o: pytest.fail("Ray started"))
+    monkeypatch.setattr("ray.init", lambda *a, **o: pytest.fail("Ray started"))
 
 
 @pytest.fixture
@@ -115,7 +116,7 @@ def test_a_capped_position_is_counted_as_such(tiny_model, data, tmp_path, capsys
 
 def test_tokenizing_for_the_plan_serves_the_record(tiny_model, data, tmp_path, capsys, monkeypatch):
     planned(tiny_model, data, tmp_path, "--sample-tokens", 50, capsys=capsys)
-    monkeypatch.setattr(prepare_module, "_tokenize", lambda prepared: pytest.fail("again"))
+    monkeypatch.setattr(prepare_module, "tokenize", lambda prepared: pytest.fail("again"))
     monkeypatch.setattr(record_run, "run_actors", actors_here)
     settings = load_settings(None, [f'model.name="{tiny_model}"', f'data.train="{data}"'])
     finished = record(settings, tmp_path)
@@ -148,7 +149,7 @@ def test_bad_rows_and_settings_end_a_plan_like_a_record(tiny_model, tmp_path, ca
 def test_random_rows_are_random_distinct_and_enough(
     tiny_model, data, tmp_path, monkeypatch, window
 ):
-    monkeypatch.setattr(prepare_module, "SORT_WINDOW", window)
+    monkeypatch.setattr(examples_module, "SORT_WINDOW", window)
     monkeypatch.setattr(plan_module, "SORT_WINDOW", window)
     settings = load_settings(None, [f'model.name="{tiny_model}"', f'data.train="{data}"'])
     path = prepare_module.prepare(settings, tmp_path).partial / EXAMPLES

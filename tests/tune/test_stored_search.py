@@ -17,15 +17,15 @@ import pytest
 import torch
 
 from lrmc_ray.cluster.session import ray_session
-from lrmc_ray.config import RunSettings, load_settings
+from lrmc_ray.config import load_settings
 from lrmc_ray.console import run_command
 from lrmc_ray.errors import DataError, IncompleteArtifactError
 from lrmc_ray.evaluate import command as evaluate
 from lrmc_ray.evaluate.items import ITEMS_FILE, Scores
-from lrmc_ray.evaluate.run import _score_part, _Scoring
+from lrmc_ray.evaluate.processes import ScoredModel, score_part
 from lrmc_ray.files.artifacts import read_manifest
 from lrmc_ray.files.names import LEDGER, MODEL, RUNG
-from lrmc_ray.files.place import StoredPlace
+from lrmc_ray.files.place import LocalPlace, StoredPlace
 from lrmc_ray.files.storage import COMMITTED, Storage, files_below
 from lrmc_ray.models import model_fingerprint
 from lrmc_ray.train.early_stopping import read_decision, values_of_others
@@ -166,52 +166,49 @@ def test_a_wish_in_the_drivers_directory_crosses_and_is_taken_back(storage, tmp_
 
 
 def scoring_of(storage, directory, stored_as=None, *, is_base=False):
-    settings = RunSettings.model_validate({"resources": {"storage": storage.uri}})
-    return _Scoring(settings, directory, stored_as, is_base=is_base)
+    return ScoredModel(directory, StoredPlace(storage.uri), is_base, stored_as)
 
 
 def test_without_a_storage_the_model_is_where_it_is(tiny_model):
-    with _Scoring(RunSettings(), tiny_model, None, is_base=False).in_storage() as stored:
-        assert stored is None
+    for is_base in (True, False):
+        with ScoredModel(tiny_model, LocalPlace(), is_base).sent() as sent:
+            assert sent == str(tiny_model)
 
 
 def test_a_base_stays_in_the_storage_and_a_tuned_model_does_not(server, storage, tiny_model):
-    with scoring_of(storage, tiny_model, is_base=True).in_storage() as stored:
-        assert storage.committed(stored["base"]).keys() == files_below(tiny_model).keys()
+    with scoring_of(storage, tiny_model, is_base=True).sent() as sent:
+        assert storage.committed(sent).keys() == files_below(tiny_model).keys()
     kept = objects(server, storage).keys()
     assert kept
     assert {name.partition("/")[0] for name in kept} == {"models"}
-    with scoring_of(storage, tiny_model).in_storage() as stored:
-        assert storage.committed(stored["tuned"]).keys() == files_below(tiny_model).keys()
+    with scoring_of(storage, tiny_model).sent() as sent:
+        assert storage.committed(sent).keys() == files_below(tiny_model).keys()
     assert objects(server, storage).keys() == kept
     with (
         pytest.raises(KeyboardInterrupt),
-        scoring_of(storage, tiny_model).in_storage(),
+        scoring_of(storage, tiny_model).sent(),
     ):
         raise KeyboardInterrupt
     assert objects(server, storage).keys() == kept
     # One that a run has left there is used, and left.
     storage.publish(f"{NAME}/model", files_below(tiny_model))
-    with scoring_of(storage, tiny_model, f"{NAME}/model").in_storage() as stored:
-        assert stored["tuned"] == f"{NAME}/model"
+    with scoring_of(storage, tiny_model, f"{NAME}/model").sent() as sent:
+        assert sent == f"{NAME}/model"
     assert storage.committed(f"{NAME}/model") is not None
     storage.delete_all(f"{NAME}/model")
-    with scoring_of(storage, tiny_model, f"{NAME}/model").in_storage() as stored:
-        assert stored["tuned"].startswith("scoring/")
+    with scoring_of(storage, tiny_model, f"{NAME}/model").sent() as sent:
+        assert sent.startswith("scoring/")
 
 
 @pytest.mark.parametrize("kind", ["base", "tuned"])
 def test_a_node_scores_what_it_fetched(storage, tiny_model, monkeypatch, kind):
-    import lrmc_ray.evaluate.harness
-
     def score(directory, request):
         return (model_fingerprint(directory), request)
 
-    monkeypatch.setattr(lrmc_ray.evaluate.harness, "score", score)
+    monkeypatch.setattr("lrmc_ray.evaluate.processes.score", score)
     storage.publish("x/model", files_below(tiny_model))
-    stored = {"uri": storage.uri, kind: "x/model"}
     expected = (model_fingerprint(tiny_model), "request")
-    assert _score_part("/not/here", "request", 1, stored) == expected
+    assert score_part("x/model", "request", 1, StoredPlace(storage.uri), kind == "base") == expected
     left = [path.name for path in storage.cache.rglob("*.safetensors")]
     assert left == (["model.safetensors"] if kind == "base" else [])
     assert not list(storage.cache.glob("scoring-*"))
@@ -219,7 +216,7 @@ def test_a_node_scores_what_it_fetched(storage, tiny_model, monkeypatch, kind):
 
 def test_a_task_file_that_a_node_lacks_is_refused(tmp_path, monkeypatch):
     from lrmc_ray.cluster import checks
-    from lrmc_ray.evaluate.harness import own_files
+    from lrmc_ray.evaluate.task_files import own_files
 
     data = tmp_path / "items.jsonl"
     data.write_text("{}\n")

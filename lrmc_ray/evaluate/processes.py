@@ -1,0 +1,122 @@
+"""The processes that score: this one, or Ray tasks side by side."""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from lrmc_ray.cluster.resources import can_hold_cores, held_cores
+from lrmc_ray.config import ResourceSettings
+from lrmc_ray.errors import EvaluationError, LrmcError
+from lrmc_ray.evaluate.harness import score
+from lrmc_ray.evaluate.request import ScoreRequest, ScoreResult
+from lrmc_ray.files.place import LocalPlace, Place
+from lrmc_ray.models import send_model
+
+
+@dataclass(frozen=True)
+class ScoredModel:
+    """The model that is scored, and where processes that score it find it."""
+
+    directory: Path
+    place: Place
+    is_base: bool
+    """A base model stays on the nodes that fetched it, as those of recording do; a tuned one does
+    not."""
+    stored_as: str | None = None
+    """Name under which a tuned model may be in the storage already."""
+
+    @contextmanager
+    def sent(self) -> Iterator[str]:
+        """What :func:`score_part` finds the model by, for as long as it is scored."""
+        if self.is_base:
+            yield send_model(self.place, self.directory)
+        else:
+            with self.place.lend(self.directory, name=self.stored_as) as sent:
+                yield sent
+
+
+def fits_here(resources: ResourceSettings) -> bool:
+    """Whether this process can score in place of a Ray task: cores are all that it takes."""
+    needs = (resources.gpus_per_worker, resources.custom, resources.labels)
+    return not any(needs) and can_hold_cores(resources.cpus_per_worker)
+
+
+def score_here(
+    model: ScoredModel, requests: Sequence[ScoreRequest], resources: ResourceSettings
+) -> list[ScoreResult]:
+    """Score in this process, while Ray gives its cores to nobody else.
+
+    Raises:
+        EvaluationError: scoring failed; the message has the cause.
+    """
+    cores = resources.cpus_per_worker
+    with held_cores(cores):
+        try:
+            return [
+                score_part(str(model.directory), request, cores, LocalPlace(), model.is_base)
+                for request in requests
+            ]
+        except LrmcError:
+            raise
+        except Exception as error:
+            raise EvaluationError(f"scoring {model.directory} failed: {error!r}") from error
+
+
+def score_in_tasks(
+    model: ScoredModel, requests: Sequence[ScoreRequest], resources: ResourceSettings
+) -> list[ScoreResult]:
+    """Score in Ray tasks side by side; one whose process or node is lost is started again.
+
+    Raises:
+        EvaluationError: scoring failed; the message has the cause.
+    """
+    import ray
+    from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
+
+    remote = ray.remote(score_part).options(
+        num_cpus=resources.cpus_per_worker,
+        num_gpus=resources.gpus_per_worker,
+        resources=dict(resources.custom),
+        label_selector=dict(resources.labels) or None,
+        max_retries=2,
+        # A trial's own placement group has no CPUs to give.
+        scheduling_strategy=PlacementGroupSchedulingStrategy(placement_group=None),
+    )
+    threads = resources.cpus_per_worker
+    try:
+        with model.sent() as sent:
+            results: list[ScoreResult] = ray.get(
+                [
+                    remote.remote(sent, request, threads, model.place, model.is_base)
+                    for request in requests
+                ]
+            )
+    except ray.exceptions.RayTaskError as error:
+        if isinstance(error.cause, LrmcError):
+            raise error.cause from None
+        raise EvaluationError(f"scoring {model.directory} failed: {error.cause!r}") from error
+    except ray.exceptions.RayError as error:
+        raise EvaluationError(f"scoring {model.directory} failed: {error}") from error
+    return results
+
+
+def score_part(
+    sent: str, request: ScoreRequest, threads: int, place: Place, is_base: bool
+) -> ScoreResult:
+    """Answer one request, in a Ray task or in the process of a trial.
+
+    Args:
+        sent: what all nodes call the model; see :meth:`ScoredModel.sent`.
+        request: what is to be scored.
+        threads: torch threads of this process.
+        place: where this node finds the model.
+        is_base: whether the node keeps what it fetches.
+    """
+    import torch
+
+    torch.set_num_threads(threads)
+    if is_base:
+        return score(place.here(sent), request)
+    with place.borrowed(sent) as directory:
+        return score(directory, request)

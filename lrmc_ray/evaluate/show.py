@@ -1,0 +1,95 @@
+"""Scores, and what changed from a base to tuned models, on stdout."""
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from lrmc_ray.config import SearchSettings
+from lrmc_ray.evaluate.changes import Comparison, compare, receipt
+from lrmc_ray.evaluate.items import Scores
+from lrmc_ray.evaluate.names import MADE_BY, RECEIPT
+from lrmc_ray.evaluate.statistics import Interval
+from lrmc_ray.files.artifacts import read_manifest
+
+
+def show_scores(directory: Path, *, as_json: bool) -> None:
+    """One model's scores, each with its standard error and interval."""
+    scores = Scores.load(directory)
+    if as_json:
+        values: dict[str, Any] = {"scores": str(directory)}
+        for (task, metric), items in scores.metrics.items():
+            values[f"{task}/{metric}"] = items.value.value
+            values[f"{task}/{metric}_low"] = items.value.low
+            values[f"{task}/{metric}_high"] = items.value.high
+            values[f"{task}/{metric}_standard_error"] = items.standard_error
+        print(json.dumps(values))
+        return
+    table = Table(title="95 % intervals in brackets")
+    for column in ("task", "metric", "items", "score", "standard error"):
+        table.add_column(column)
+    for (task, metric), items in scores.metrics.items():
+        row = (task, metric, str(items.num_items), str(items.value), f"{items.standard_error:.3f}")
+        table.add_row(*row)
+    Console().print(table)
+    print(f"The scores are in {directory}. Next: {MADE_BY} --tuned DIR")
+
+
+def show_changes(search: SearchSettings, scored: Sequence[Path], *, as_json: bool) -> None:
+    """Each tuned model against the base, the first of ``scored``."""
+    base = Scores.load(scored[0])
+    console = Console()
+    for directory in scored[1:]:
+        tuned = Scores.load(directory)
+        compared = compare(
+            base, tuned, forgetting_weight=search.forgetting_weight, seed=search.seed
+        )
+        drift = read_manifest(directory, made_by=MADE_BY)["drift"]
+        if as_json:
+            paths = [str(scored[0]), str(directory)]
+            print(json.dumps({"scores": paths, **compared.metrics(), **drift}))
+            continue
+        console.print(_changes_table(compared))
+        _print_headline(console, compared, drift)
+        changes = receipt(base, tuned)["change"].to_pylist()
+        console.print(
+            f"{changes.count('lost')} items lost, {changes.count('gained')} gained: "
+            f"{directory / RECEIPT}",
+            highlight=False,
+            soft_wrap=True,
+        )
+
+
+def _changes_table(compared: Comparison) -> Table:
+    """Every metric of every task, before and after."""
+    table = Table(title="95 % intervals in brackets; grey: not distinguishable from no change")
+    for column in ("task", "metric", "items", "base", "tuned", "change"):
+        table.add_column(column)
+    for task in compared.tasks:
+        for change in task.metrics:
+            cells = [str(change.before), str(change.after), str(change.delta)]
+            style = None if change.delta.distinguishable else "bright_black"
+            table.add_row(task.task, change.metric, str(task.num_items), *cells, style=style)
+    return table
+
+
+def _print_headline(console: Console, compared: Comparison, drift: Mapping[str, float]) -> None:
+    """The numbers over all tasks."""
+    for name, interval in (
+        ("domain gain", compared.domain_gain),
+        ("forgetting", compared.forgetting),
+        ("combined", compared.combined),
+        ("cross-entropy of general text", compared.general_ce_delta),
+    ):
+        if interval is not None:
+            doubt = "" if interval.distinguishable else ", not distinguishable from 0"
+            style = None if interval.distinguishable else "bright_black"
+            console.print(f"{name} {interval}{doubt}", style=style, highlight=False)
+    for group in ("domain", "general"):
+        name = f"eval/kl_base_{group}"
+        if name in drift:
+            interval = Interval(drift[name], drift[f"{name}_low"], drift[f"{name}_high"])
+            console.print(f"KL from the base on {group} text {interval} nats", highlight=False)
