@@ -183,6 +183,14 @@ def test_settings_artifacts_and_errors_load_no_torch():
     assert "pydantic" in loaded
 
 
+@pytest.mark.parametrize("stage", ["record", "train", "evaluate", "tune", "compare"])
+def test_a_stage_loads_ray_in_its_session_and_not_before(stage):
+    """Ray takes its settings from the environment when it is loaded; the session sets them."""
+    module = "driver" if stage == "train" else "run"
+    loaded, _, _ = loaded_by(f"import lrmc_ray.{stage}.{module}, lrmc_ray.tune.inputs")
+    assert "ray" not in loaded
+
+
 HELP = """
 import runpy, sys
 sys.argv = {argv}

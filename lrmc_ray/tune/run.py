@@ -11,6 +11,7 @@ import logging
 from contextlib import ExitStack
 from dataclasses import asdict
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from lrmc_ray.cluster.resources import check_trial_slots, worker_slots
 from lrmc_ray.cluster.session import RAY_LOG, ray_session
@@ -27,9 +28,10 @@ from lrmc_ray.report.mlflow import StudyTracker
 from lrmc_ray.tune import finish
 from lrmc_ray.tune.description import Description, study_directory, study_fingerprint
 from lrmc_ray.tune.forecast import forecast
-from lrmc_ray.tune.queue import TrialQueue, open_study
 from lrmc_ray.tune.suggest import automatic, suggest, with_ranges
-from lrmc_ray.tune.trials import Trials
+
+if TYPE_CHECKING:
+    from lrmc_ray.tune.queue import TrialQueue
 
 _log = logging.getLogger(__name__)
 
@@ -173,6 +175,10 @@ class Search:
 
     def run_trials(self, recorded: Path, base: Path) -> None:
         """Run every trial that has not ended, side by side."""
+        # These load Ray, which takes its settings from what the session has set before.
+        from lrmc_ray.tune.queue import TrialQueue, open_study
+        from lrmc_ray.tune.trials import Trials
+
         self.description.recorded = recorded
         study = open_study(self.directory / "study.db", self.id, self.settings.search.objective)
         self.queue = TrialQueue(study, self.settings)
