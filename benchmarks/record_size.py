@@ -32,7 +32,7 @@ from lrmc_ray.record import schema
 from lrmc_ray.record.candidates import CandidateRecorder
 from lrmc_ray.record.names import EXAMPLES, PLAN
 from lrmc_ray.record.prepare import prepare
-from lrmc_ray.tune.plan import _random_rows
+from lrmc_ray.tune.plan import random_rows
 
 PUBLISHED_BYTES_PER_TOKEN = 114.0
 """DistillKit's README, "budget pick", k = 50: ids of 17 bits, which are 106 of the bytes, one exact
@@ -245,7 +245,7 @@ def main() -> None:
         prepared = prepare(settings, Path(directory))
         plan = json.loads((prepared.partial / PLAN).read_text())
         examples = prepared.partial / EXAMPLES
-        rows = _random_rows(examples, plan["samples"], args.tokens, args.seed)
+        rows = random_rows(examples, plan["samples"], args.tokens, args.seed)
     recorder = CandidateRecorder(
         prepared.model_directory,
         tau=args.tau,

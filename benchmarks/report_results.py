@@ -20,9 +20,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from lrmc_ray.compare.description import COMPARISON_FILE
 from lrmc_ray.compare.figure import draw_effects, draw_methods, draw_scatter
 from lrmc_ray.compare.report import as_csv, as_markdown
-from lrmc_ray.compare.table import COMPARISON_FILE, ComparisonTable, load_table
+from lrmc_ray.compare.table import ComparisonTable, load_table
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -13,7 +13,6 @@ choose the learning rate, those at odd places are reported. Domain questions hav
 Shape suffixes: S = seeds, B = bootstrap resamples.
 """
 
-import json
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -22,29 +21,21 @@ from typing import Any
 
 import numpy as np
 
-from lrmc_ray.compare.description import COMPARISON_FILE
 from lrmc_ray.compare.measure import (
     Cost,
     Estimate,
     Trade,
     estimate,
     excess_forgetting,
-    general_half,
     loss_spikes,
 )
-from lrmc_ray.errors import DataError, IncompleteArtifactError
-from lrmc_ray.evaluate.changes import Comparison, compare
-from lrmc_ray.evaluate.items import Scores
-from lrmc_ray.evaluate.run import Split
+from lrmc_ray.compare.reader import ComparisonReader
+from lrmc_ray.evaluate.changes import Comparison
 from lrmc_ray.evaluate.statistics import (
     FloatArray,
     Interval,
     rank_correlation,
 )
-from lrmc_ray.files.metrics_log import read_metrics
-from lrmc_ray.files.names import METRICS
-
-RESAMPLES = 2000
 
 
 @dataclass(frozen=True)
@@ -162,16 +153,8 @@ def load_table(directory: Path) -> ComparisonTable:
         IncompleteArtifactError: no comparison has begun there.
         DataError: scores are missing or damaged.
     """
-    try:
-        description = json.loads((directory / COMPARISON_FILE).read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise IncompleteArtifactError(
-            f"{directory} has no {COMPARISON_FILE}: no comparison has begun there; run "
-            "`python -m lrmc_ray.compare` first"
-        ) from None
-    except ValueError as error:
-        raise DataError(f"{directory / COMPARISON_FILE} is not readable JSON ({error})") from None
-    reader = _Reader(directory, description)
+    reader = ComparisonReader(directory)
+    description = reader.description
     points_ = _search_points(reader)
     chosen = description.get("chosen", {})
     reported = {
@@ -199,64 +182,7 @@ def load_table(directory: Path) -> ComparisonTable:
     )
 
 
-class _Reader:
-    """The runs of a comparison, and their scores against the base's."""
-
-    def __init__(self, directory: Path, description: Mapping[str, Any]) -> None:
-        self.directory = directory
-        self.description = description
-        self._base: dict[Split, Scores] = {}
-
-    def entry(self, method: str, lr: float, seed: int, split: Split) -> Mapping[str, Any] | None:
-        """The run, as ``compare.json`` describes it."""
-        key = (method, lr, seed, split)
-        for run in self.description["runs"]:
-            if (run["method"], run["lr"], run["seed"], run["split"]) == key:
-                found: Mapping[str, Any] = run
-                return found
-        return None
-
-    def compared(self, entry: Mapping[str, Any]) -> Comparison:
-        """A run's scores against the base's, on the items of its split."""
-        split: Split = entry["split"]
-        if split not in self._base:
-            path = self.directory / self.description["base_scores"][split]
-            self._base[split] = general_half(Scores.load(path), split)
-        return compare(
-            self._base[split],
-            general_half(Scores.load(self.directory / entry["scores"]), split),
-            forgetting_weight=self.description["forgetting_weight"],
-            seed=self.description["bootstrap_seed"],
-            resamples=RESAMPLES,
-        )
-
-    def comparisons(self, method: str, lr: float | None, split: Split) -> dict[int, Comparison]:
-        """By seed, of the runs that are scored."""
-        if lr is None:
-            return {}
-        found = {}
-        for seed in self.description["seeds"]:
-            entry = self.entry(method, lr, seed, split)
-            if entry is not None and entry["state"] == "COMPLETE":
-                found[seed] = self.compared(entry)
-        return found
-
-    def drift(self, method: str, lr: float, seed: int, group: str) -> float | None:
-        """KL(base || tuned); that on general text may have been measured with the first split."""
-        for split in ("test", "dev"):
-            entry = self.entry(method, lr, seed, "test" if split == "test" else "dev")
-            value = (entry or {}).get("results", {}).get(f"eval/kl_base_{group}")
-            if value is not None:
-                return float(value)
-        return None
-
-    def losses(self, entry: Mapping[str, Any]) -> list[float]:
-        """Training loss of every step."""
-        path = self.directory / entry["directory"] / "training" / METRICS
-        return [line.metrics["train/loss"] for line in read_metrics(path)]
-
-
-def _search_points(reader: _Reader) -> tuple[SearchPoint, ...]:
+def _search_points(reader: ComparisonReader) -> tuple[SearchPoint, ...]:
     description = reader.description
     seed, chosen = description["seeds"][0], description.get("chosen", {})
     found: list[tuple[str, float, Comparison]] = []
@@ -288,7 +214,9 @@ def _search_points(reader: _Reader) -> tuple[SearchPoint, ...]:
     )
 
 
-def _dev_drift(reader: _Reader, method: str, lr: float, seed: int, group: str) -> float | None:
+def _dev_drift(
+    reader: ComparisonReader, method: str, lr: float, seed: int, group: str
+) -> float | None:
     entry = reader.entry(method, lr, seed, "dev")
     value = (entry or {}).get("results", {}).get(f"eval/kl_base_{group}")
     return None if value is None else float(value)
@@ -319,7 +247,7 @@ def forgetting_predictors(points_: Sequence[SearchPoint]) -> tuple[Predictor, ..
 
 
 def _method_row(
-    reader: _Reader,
+    reader: ComparisonReader,
     method: Mapping[str, Any],
     lr: float | None,
     reported: Mapping[str, Mapping[int, Comparison]],
@@ -379,7 +307,7 @@ def _trade(
 
 
 def _effect(
-    reader: _Reader,
+    reader: ComparisonReader,
     asked: Mapping[str, Any],
     chosen: Mapping[str, float | None],
     reported: Mapping[str, Mapping[int, Comparison]],
@@ -422,7 +350,7 @@ def _accuracy(comparisons: Sequence[Comparison]) -> Estimate | None:
 
 
 def _drift(
-    reader: _Reader, method: str, lr: float | None, seeds: Sequence[int], group: str
+    reader: ComparisonReader, method: str, lr: float | None, seeds: Sequence[int], group: str
 ) -> Estimate | None:
     if lr is None:
         return None
@@ -431,7 +359,9 @@ def _drift(
     return estimate(known) if known else None
 
 
-def _cost(reader: _Reader, method: Mapping[str, Any], entries: Sequence[Mapping[str, Any]]) -> Cost:
+def _cost(
+    reader: ComparisonReader, method: Mapping[str, Any], entries: Sequence[Mapping[str, Any]]
+) -> Cost:
     description = reader.description
     share = 0.0
     if method["needs_record"]:
@@ -455,7 +385,7 @@ def _cost(reader: _Reader, method: Mapping[str, Any], entries: Sequence[Mapping[
     )
 
 
-def _problems(reader: _Reader, method: Mapping[str, Any], lr: float | None) -> list[str]:
+def _problems(reader: ComparisonReader, method: Mapping[str, Any], lr: float | None) -> list[str]:
     seeds = reader.description["seeds"]
     wanted = [(rate, seeds[0], "dev") for rate in method["learning_rates"]]
     if lr is not None:

@@ -65,7 +65,7 @@ def measure(prepared: Preparation, *, sample_tokens: int, seed: int) -> dict[str
 
     settings = prepared.settings
     plan = json.loads((prepared.partial / PLAN).read_text())
-    rows = _random_rows(prepared.partial / EXAMPLES, plan["samples"], sample_tokens, seed)
+    rows = random_rows(prepared.partial / EXAMPLES, plan["samples"], sample_tokens, seed)
     num_tokens = sum(len(row["input_ids"]) for row in rows)
     samples, recording_seconds = _recorded(prepared, rows)
     part, writing_seconds = _written(settings, samples, plan["tokenizer_size"])
@@ -151,7 +151,7 @@ def _written(
         return part, time.perf_counter() - start
 
 
-def _random_rows(path: Path, num_rows: int, num_tokens: int, seed: int) -> list[dict[str, Any]]:
+def random_rows(path: Path, num_rows: int, num_tokens: int, seed: int) -> list[dict[str, Any]]:
     """Random examples, shortest first, of ``num_tokens`` tokens or more if there are as many."""
     order = random.Random(seed).sample(range(num_rows), num_rows)
     rows: list[dict[str, Any]] = []

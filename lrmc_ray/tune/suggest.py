@@ -35,6 +35,7 @@ from lrmc_ray.files.place import place_of
 from lrmc_ray.files.study import FoundRange
 from lrmc_ray.models import local_directory
 from lrmc_ray.record.run import record
+from lrmc_ray.train.run_files import LocalRun
 
 if TYPE_CHECKING:
     from lrmc_ray.method.subsets import CandidateSets
@@ -171,7 +172,6 @@ def measured_angles(settings: RunSettings, record: Path) -> list[int]:
     from lrmc_ray.method.moclip import NUM_ANGLE_BINS, MoClip
     from lrmc_ray.method.workers import WorkerGroup
     from lrmc_ray.train.loop import TrainingRun
-    from lrmc_ray.train.run_files import LocalRun
 
     torch.set_num_threads(settings.resources.cpus_per_worker)
     short = settings.train.model_copy(

@@ -429,11 +429,11 @@ def test_failures_and_what_is_missing_are_named(table, tmp_path):
     assert "seed 2, test: failed: its process died" in as_markdown(table)
 
     begun = Comparing(make_space(), ["sft"], tmp_path)
-    begun.open()
+    begun.description.open()
     write_base(begun)
     write_run(begun, Job("sft", 1e-5, 0, "dev"))
-    begun._complete(Job("sft", 1e-5, 0, "dev"))
-    begun.write()
+    begun.description.complete(Job("sft", 1e-5, 0, "dev"))
+    begun.description.write()
     table = load_table(begun.directory)
     assert sentences(table) == ["No method has scores on the test questions yet."]
     assert table.rows[0].problems == ("2 of 3 runs are not there yet",)

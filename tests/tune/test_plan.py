@@ -153,7 +153,7 @@ def test_random_rows_are_random_distinct_and_enough(
     monkeypatch.setattr(plan_module, "SORT_WINDOW", window)
     settings = load_settings(None, [f'model.name="{tiny_model}"', f'data.train="{data}"'])
     path = prepare_module.prepare(settings, tmp_path).partial / EXAMPLES
-    chosen = [plan_module._random_rows(path, 60, 500, seed) for seed in (0, 0, 1)]
+    chosen = [plan_module.random_rows(path, 60, 500, seed) for seed in (0, 0, 1)]
     ids = [{row["sample_id"] for row in rows} for rows in chosen]
     assert ids[0] == ids[1] != ids[2]
     for rows in chosen:
@@ -161,7 +161,7 @@ def test_random_rows_are_random_distinct_and_enough(
         assert lengths == sorted(lengths)
         assert sum(lengths) >= 500
         assert len({row["sample_id"] for row in rows}) == len(rows)
-    assert len(plan_module._random_rows(path, 60, 10**9, 0)) == 60
+    assert len(plan_module.random_rows(path, 60, 10**9, 0)) == 60
 
 
 # A search on a cluster
