@@ -21,7 +21,6 @@ from lrmc_ray.files.artifacts import (
     fingerprint,
 )
 from lrmc_ray.files.place import Place
-from lrmc_ray.files.storage import Storage, files_below
 
 if TYPE_CHECKING:
     import torch
@@ -43,14 +42,6 @@ def send_model(place: Place, directory: Path) -> str:
         return f"models/{identity}"
 
     return place.send(directory, name)
-
-
-def publish_model(storage: Storage, directory: Path) -> str:
-    """Write a model's files to the storage, if they are not there; returns their name in it."""
-    identity = fingerprint([model_fingerprint(directory), tokenizer_fingerprint(directory)])
-    name = f"models/{identity}"
-    storage.publish(name, files_below(directory))
-    return name
 
 
 WEIGHT_SUFFIX = ".safetensors"

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from lrmc_ray.config import RunSettings
-from lrmc_ray.evaluate.run import Split
+from lrmc_ray.evaluate.request import Split
 from lrmc_ray.files.artifacts import is_finished
 from lrmc_ray.files.names import MODEL
 from lrmc_ray.tune.result import RunResult

@@ -13,7 +13,7 @@ import numpy as np
 
 from lrmc_ray.compare.measure import Estimate
 from lrmc_ray.compare.table import ComparisonTable, MethodRow
-from lrmc_ray.evaluate.statistics import pareto_front
+from lrmc_ray.evaluate.front import pareto_front
 from lrmc_ray.report.figures_html import COLOURS, FORGETTING_LABEL, GAIN_LABEL
 
 if TYPE_CHECKING:

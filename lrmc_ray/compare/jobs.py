@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 from lrmc_ray.config import TrainSettings
 from lrmc_ray.config.compare import CompareSpace
-from lrmc_ray.evaluate.run import Split
+from lrmc_ray.evaluate.request import Split
 
 State = Literal["COMPLETE", "FAIL"]
 

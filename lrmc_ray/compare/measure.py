@@ -8,7 +8,7 @@ import numpy as np
 
 from lrmc_ray.evaluate.changes import compare
 from lrmc_ray.evaluate.items import Scores
-from lrmc_ray.evaluate.run import Split
+from lrmc_ray.evaluate.request import Split
 from lrmc_ray.evaluate.statistics import (
     FloatArray,
     Interval,

@@ -10,7 +10,7 @@ from lrmc_ray.compare.measure import general_half
 from lrmc_ray.errors import DataError, IncompleteArtifactError
 from lrmc_ray.evaluate.changes import Comparison, compare
 from lrmc_ray.evaluate.items import Scores
-from lrmc_ray.evaluate.run import Split
+from lrmc_ray.evaluate.request import Split
 from lrmc_ray.files.metrics_log import read_metrics
 from lrmc_ray.files.names import METRICS
 

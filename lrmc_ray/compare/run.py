@@ -27,7 +27,8 @@ from lrmc_ray.compare.report import write_report
 from lrmc_ray.config.compare import CompareSpace
 from lrmc_ray.console import progress
 from lrmc_ray.evaluate.names import MADE_BY as EVALUATE
-from lrmc_ray.evaluate.run import Split, evaluate
+from lrmc_ray.evaluate.request import Split
+from lrmc_ray.evaluate.run import evaluate
 from lrmc_ray.files.artifacts import read_manifest, relative_path, write_json
 from lrmc_ray.files.names import SETTINGS_FILE
 from lrmc_ray.files.place import place_of

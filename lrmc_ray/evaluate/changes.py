@@ -1,6 +1,7 @@
 """What changed from one model's scores to another's, item by item, with intervals."""
 
 import zlib
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -15,8 +16,6 @@ from lrmc_ray.evaluate.statistics import (
     mean_of_independent,
     percentile_interval,
 )
-
-# Comparison of two evaluations.
 
 
 @dataclass(frozen=True)
@@ -102,6 +101,10 @@ class Comparison:
         return mean_of_independent(known) if known else None
 
 
+_Compared = tuple[TaskChange, FloatArray, dict[str, FloatArray]]
+"""A task's change, the replicates of its objective's change, and those of each metric's."""
+
+
 def compare(
     base: Scores,
     tuned: Scores,
@@ -126,52 +129,49 @@ def compare(
             f"both models must be scored on the same tasks, but {differing} is in the {owner} "
             "model's scores only; evaluate both with the same tasks"
         )
-    changes: list[TaskChange] = []
-    gains_B: dict[str, list[FloatArray]] = {group: [] for group in GROUPS}
-    ce_deltas: list[float] = []
-    ce_deltas_B: list[FloatArray] = []
-    for task in base.tasks:
-        change, objective_B, deltas_B = _compare_task(task, base, tuned, seed, resamples)
-        changes.append(change)
-        gains_B[change.group].append(objective_B)
-        if change.kind == "text" and change.group == "general":
-            ce_deltas.append(change.metric("cross_entropy").delta.value)
-            ce_deltas_B.append(deltas_B["cross_entropy"])
+    compared = [_compare_task(task, base, tuned, seed, resamples) for task in base.tasks]
+    gain: dict[str, float] = {}
+    gain_B: dict[str, FloatArray] = {}
     for group in GROUPS:
-        if not gains_B[group]:
+        own = [(change, task_B) for change, task_B, _ in compared if change.group == group]
+        if not own:
             raise DataError(
                 f"a comparison needs at least one task of each group, got no {group} task; "
                 f"add one to {group}_tasks and evaluate again"
             )
-    value = {
-        group: float(np.mean([task.objective.value for task in changes if task.group == group]))
-        for group in GROUPS
-    }
-    domain_gain_B = np.mean(gains_B["domain"], axis=0)
-    forgetting_B = -np.mean(gains_B["general"], axis=0)
+        gain[group] = float(np.mean([change.objective.value for change, _ in own]))
+        gain_B[group] = np.mean([task_B for _, task_B in own], axis=0)
+    forgetting_B = -gain_B["general"]
     return Comparison(
-        tasks=tuple(changes),
-        domain_gain=percentile_interval(value["domain"], domain_gain_B),
-        forgetting=percentile_interval(-value["general"], forgetting_B),
+        tasks=tuple(change for change, _, _ in compared),
+        domain_gain=percentile_interval(gain["domain"], gain_B["domain"]),
+        forgetting=percentile_interval(-gain["general"], forgetting_B),
         combined=percentile_interval(
-            value["domain"] + forgetting_weight * value["general"],
-            domain_gain_B - forgetting_weight * forgetting_B,
+            gain["domain"] + forgetting_weight * gain["general"],
+            gain_B["domain"] - forgetting_weight * forgetting_B,
         ),
-        general_ce_delta=(
-            percentile_interval(float(np.mean(ce_deltas)), np.mean(ce_deltas_B, axis=0))
-            if ce_deltas
-            else None
-        ),
+        general_ce_delta=_general_ce_delta(compared),
         forgetting_weight=forgetting_weight,
         seed=seed,
-        domain_gain_replicates=domain_gain_B,
+        domain_gain_replicates=gain_B["domain"],
         forgetting_replicates=forgetting_B,
     )
 
 
-def _compare_task(
-    task: str, base: Scores, tuned: Scores, seed: int, resamples: int
-) -> tuple[TaskChange, FloatArray, dict[str, FloatArray]]:
+def _general_ce_delta(compared: Sequence[_Compared]) -> Interval | None:
+    """Mean change of the cross-entropy of general texts, nats per token, if there are any."""
+    texts = [
+        (change.metric("cross_entropy").delta.value, deltas_B["cross_entropy"])
+        for change, _, deltas_B in compared
+        if change.kind == "text" and change.group == "general"
+    ]
+    if not texts:
+        return None
+    value = float(np.mean([delta for delta, _ in texts]))
+    return percentile_interval(value, np.mean([delta_B for _, delta_B in texts], axis=0))
+
+
+def _compare_task(task: str, base: Scores, tuned: Scores, seed: int, resamples: int) -> _Compared:
     """The task's change, and the replicates of its objective's and of each metric's change."""
     before = {metric: items for (name, metric), items in base.metrics.items() if name == task}
     after = {metric: items for (name, metric), items in tuned.metrics.items() if name == task}

@@ -1,4 +1,7 @@
-"""How far a tuned model's next-token distribution is from the base's, on the items' texts."""
+"""How far a tuned model's next-token distribution is from the base's, on the items' texts.
+
+Shape suffixes: those of :mod:`lrmc_ray.method`; X = texts, or resamples of them.
+"""
 
 import json
 from collections.abc import Mapping
@@ -84,20 +87,20 @@ def pick_evenly(texts: list[list[int]], count: int) -> list[list[int]]:
     return [texts[index * len(texts) // count] for index in range(count)]
 
 
-def mean_kl(base_PV: np.ndarray, tuned_PV: np.ndarray) -> Interval | None:
+def mean_kl(base_NV: np.ndarray, tuned_NV: np.ndarray) -> Interval | None:
     """Mean over positions of KL(base || tuned), in nats, over the whole vocabulary.
 
     The interval is over the texts, which have ``DRIFT_POSITIONS`` positions each. None without
     positions.
     """
-    divergence_P = np.array(
+    divergence_N = np.array(
         [
             np.sum(np.exp(base_V.astype(np.float64)) * (base_V - tuned_V.astype(np.float64)))
-            for base_V, tuned_V in zip(base_PV, tuned_PV, strict=True)
+            for base_V, tuned_V in zip(base_NV, tuned_NV, strict=True)
         ]
     )
-    if not len(divergence_P):
+    if not len(divergence_N):
         return None
-    of_text_N = divergence_P.reshape(-1, DRIFT_POSITIONS).mean(axis=1)
-    replicates_1B = bootstrap_means(of_text_N, resamples=2000, rng=np.random.default_rng(0))
-    return percentile_interval(float(of_text_N.mean()), replicates_1B[0])
+    of_text_X = divergence_N.reshape(-1, DRIFT_POSITIONS).mean(axis=1)
+    replicates_1X = bootstrap_means(of_text_X, resamples=2000, rng=np.random.default_rng(0))
+    return percentile_interval(float(of_text_X.mean()), replicates_1X[0])

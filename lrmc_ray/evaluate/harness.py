@@ -9,14 +9,14 @@ import random
 import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 
 from lrmc_ray.errors import ConfigError, DataError, LrmcError
 from lrmc_ray.evaluate.drift import DRIFT_POSITIONS, item_texts, pick_evenly
 from lrmc_ray.evaluate.item_rows import GOLD, task_rows
-from lrmc_ray.evaluate.request import Group, ScoreRequest, ScoreResult
+from lrmc_ray.evaluate.request import Group, ScoreRequest, ScoreResult, Split
 from lrmc_ray.evaluate.task_files import task_label, task_manager
 from lrmc_ray.models import load_model, load_tokenizer
 from lrmc_ray.tasks.registry import OURS
@@ -63,7 +63,7 @@ def slice_rows(
     *,
     items: int,
     batch_tokens: int,
-    split: Literal["dev", "test"],
+    split: Split,
 ) -> list[dict[str, Any]]:
     """Rows of the smooth scores of the first ``items`` items of each task, of a model in memory.
 

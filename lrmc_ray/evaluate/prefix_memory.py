@@ -17,7 +17,7 @@ OVERLAP = 3
 
 
 @dataclass
-class GeneratedContexts:
+class KeptContexts:
     """Contexts that were run to generate from; the gold answers are scored from them."""
 
     rows: dict[Tokens, int]
@@ -48,9 +48,9 @@ class ContextMemory:
 
     def __init__(self, limits: BatchLimits) -> None:
         self._limits = limits
-        self._contexts: list[GeneratedContexts] = []
+        self._contexts: list[KeptContexts] = []
 
-    def take(self) -> list[GeneratedContexts]:
+    def take(self) -> list[KeptContexts]:
         """What was kept; it is forgotten here."""
         contexts, self._contexts = self._contexts, []
         return contexts
@@ -73,7 +73,7 @@ class ContextMemory:
         ends_BO = (ends_BO - OVERLAP - 1 + torch.arange(OVERLAP + 1, device=device)).clamp(0)
         rows_BO = torch.arange(len(batch.rows), device=device)[:, None]
         self._contexts.append(
-            GeneratedContexts(
+            KeptContexts(
                 rows={row.tokens: index for index, row in enumerate(batch.rows)},
                 lengths=batch.lengths,
                 kept=kept,

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from lrmc_ray.evaluate.prefix_batches import ContextRow, Tokens
-from lrmc_ray.evaluate.prefix_memory import OVERLAP, GeneratedContexts
+from lrmc_ray.evaluate.prefix_memory import OVERLAP, KeptContexts
 from lrmc_ray.evaluate.prefix_model import PrefixModel, SharedBatch
 
 HEAD_POSITIONS = 256
@@ -20,7 +20,7 @@ HEAD_POSITIONS = 256
 
 
 @dataclass
-class TokenQueries:
+class WantedTokens:
     """Tokens whose log-probability is wanted, and of which request they are part."""
 
     rows: list[int] = field(default_factory=list)
@@ -68,7 +68,7 @@ class ContinuationScores:
     def _score_batch(self, batch: SharedBatch) -> None:
         branching = any(row.branches for row in batch.rows)
         hidden_BTD, cache = self._model.run(batch, keep=branching)
-        queries = TokenQueries()
+        queries = WantedTokens()
         children: list[_Child] = []
         for index, row in enumerate(batch.rows):
             position = row.context_length - 1 - batch.prefix_length
@@ -84,11 +84,11 @@ class ContinuationScores:
             self._score_children(children, batch.lengths, kept, cache)
 
     def score_remembered(
-        self, memory: Iterable[GeneratedContexts], rows: Sequence[ContextRow]
+        self, memory: Iterable[KeptContexts], rows: Sequence[ContextRow]
     ) -> Sequence[ContextRow]:
         """Score the rows whose contexts have just been generated from; the others come back."""
         for contexts in memory:
-            queries = TokenQueries()
+            queries = WantedTokens()
             children: list[_Child] = []
             left = []
             for row in rows:
@@ -138,12 +138,12 @@ class ContinuationScores:
                 positions_BT=lengths_B[:, None]
                 + torch.arange(ids_BT.shape[1], device=model.device),
             )
-            queries = TokenQueries()
+            queries = WantedTokens()
             for index, child in enumerate(part):
                 queries.add(index, 0, child.continuation[1:], child.request)
             self._answer(queries, hidden_BTD)
 
-    def _answer(self, queries: TokenQueries, hidden_BTD: torch.Tensor) -> None:
+    def _answer(self, queries: WantedTokens, hidden_BTD: torch.Tensor) -> None:
         """Add the log-probabilities of ``queries`` to their requests."""
         device = self._model.device
         cells, cell_of_Q = np.unique(

@@ -6,6 +6,8 @@ from typing import Any, Literal
 import numpy as np
 
 Group = Literal["domain", "general"]
+Split = Literal["dev", "test"]
+"""Which questions our own domain tasks ask: for choices during a search, or for the end."""
 
 
 @dataclass(frozen=True)
@@ -17,8 +19,7 @@ class ScoreRequest:
     batch_tokens: int
     precision: Literal["fp32", "bf16"]
     limit: int | None
-    split: Literal["dev", "test"]
-    """Which questions our own domain tasks ask."""
+    split: Split
     drift_samples: dict[Group, int]
     """Texts of each task to measure drift on, by its group, unless ``drift_texts`` names them."""
     drift_texts: "dict[str, list[list[int]]] | None" = None

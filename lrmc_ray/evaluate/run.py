@@ -12,7 +12,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -25,7 +25,7 @@ from lrmc_ray.evaluate.drift import BaseTexts, drift_metrics, read_base_texts, w
 from lrmc_ray.evaluate.items import Scores
 from lrmc_ray.evaluate.names import RECEIPT
 from lrmc_ray.evaluate.processes import ScoredModel, fits_here, score_here, score_in_tasks
-from lrmc_ray.evaluate.request import Group, ScoreRequest
+from lrmc_ray.evaluate.request import Group, ScoreRequest, Split
 from lrmc_ray.evaluate.task_files import own_files, task_fingerprints, task_label
 from lrmc_ray.evaluate.vocabulary import check_vocabulary, vocabulary_of
 from lrmc_ray.files.artifacts import (
@@ -39,8 +39,6 @@ from lrmc_ray.files.artifacts import (
 from lrmc_ray.files.place import place_of
 from lrmc_ray.models import model_fingerprint, tokenizer_fingerprint
 from lrmc_ray.tasks.registry import VERSION, expand
-
-Split = Literal["dev", "test"]
 
 
 def evaluate(

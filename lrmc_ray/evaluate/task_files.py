@@ -4,9 +4,10 @@ import difflib
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from lrmc_ray.errors import ConfigError
+from lrmc_ray.evaluate.request import Split
 from lrmc_ray.files.artifacts import cache_directory, file_digest
 from lrmc_ray.tasks.built import built_spider_file, ct_files
 from lrmc_ray.tasks.demo.files import demo_files
@@ -18,7 +19,7 @@ def task_label(name: str) -> str:
     return Path(name).stem if Path(name).is_file() else name
 
 
-def task_manager(names: Sequence[str], scratch: Path, split: Literal["dev", "test"]) -> Any:
+def task_manager(names: Sequence[str], scratch: Path, split: Split) -> Any:
     """lm-eval's task manager with our tasks; its own are indexed only where they are asked for.
 
     Raises:
@@ -49,7 +50,7 @@ def _may_need_others(name: str) -> bool:
     return not Path(name).is_file() or "group:" in Path(name).read_text("utf-8", "replace")
 
 
-def task_data(names: Sequence[str], split: Literal["dev", "test"]) -> dict[str, Path]:
+def task_data(names: Sequence[str], split: Split) -> dict[str, Path]:
     """The data files of our tasks that are not shipped, as ``materialize`` takes them.
 
     Raises:
@@ -73,7 +74,7 @@ def task_data(names: Sequence[str], split: Literal["dev", "test"]) -> dict[str, 
     return paths
 
 
-def task_fingerprints(names: Sequence[str], split: Literal["dev", "test"]) -> dict[str, str]:
+def task_fingerprints(names: Sequence[str], split: Split) -> dict[str, str]:
     """Digests of the local files that decide what is asked: built data, task files of one's own."""
     files = {str(key): path for key, path in task_data(names, split).items()} | own_files(names)
     return {name: file_digest(path) for name, path in files.items() if path.is_file()}

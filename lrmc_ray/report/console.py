@@ -3,7 +3,7 @@
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
-from lrmc_ray.evaluate.statistics import HYPERVOLUME_REFERENCE
+from lrmc_ray.evaluate.front import HYPERVOLUME_REFERENCE
 from lrmc_ray.report.numbers import (
     points,
     points_range,

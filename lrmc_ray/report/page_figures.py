@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from lrmc_ray.errors import DataError
-from lrmc_ray.evaluate.statistics import HYPERVOLUME_REFERENCE
+from lrmc_ray.evaluate.front import HYPERVOLUME_REFERENCE
 from lrmc_ray.files.metrics_log import StepMetrics, read_metrics
 from lrmc_ray.report.figures_html import (
     Curve,

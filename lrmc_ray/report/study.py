@@ -14,8 +14,9 @@ from lrmc_ray.evaluate.changes import (
     compare,
     difference,
 )
+from lrmc_ray.evaluate.front import choose
 from lrmc_ray.evaluate.items import Scores
-from lrmc_ray.evaluate.statistics import Interval, choose
+from lrmc_ray.evaluate.statistics import Interval
 from lrmc_ray.files.artifacts import read_manifest
 from lrmc_ray.files.study import STUDY_FILE, StudyFile, TrialEntry, read_study
 from lrmc_ray.report.trade_off import TradeOff, trade_off

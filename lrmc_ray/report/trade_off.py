@@ -6,18 +6,16 @@ from dataclasses import dataclass
 import numpy as np
 
 from lrmc_ray.evaluate.changes import Comparison
-from lrmc_ray.evaluate.statistics import (
+from lrmc_ray.evaluate.front import (
     HYPERVOLUME_REFERENCE,
-    FloatArray,
-    Interval,
     front_probability,
     hypervolume,
     hypervolume_replicates,
     knee,
     knee_replicates,
     pareto_front,
-    percentile_interval,
 )
+from lrmc_ray.evaluate.statistics import FloatArray, Interval, percentile_interval
 
 FEWEST_TRIALS = 6
 """Fewer points than this say nothing about a surface."""

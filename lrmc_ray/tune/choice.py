@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from lrmc_ray.config import SearchSettings
-from lrmc_ray.evaluate.statistics import choose, pareto_front
+from lrmc_ray.evaluate.front import choose, pareto_front
 from lrmc_ray.files.names import MODEL
 from lrmc_ray.files.study import StudyFile, TrialEntry, trial_directory
 from lrmc_ray.tune.result import FORGETTING, GAIN

@@ -15,7 +15,8 @@ from lrmc_ray.errors import DiskError, LrmcError, ObjectiveError
 from lrmc_ray.evaluate.changes import compare
 from lrmc_ray.evaluate.items import Scores
 from lrmc_ray.evaluate.names import MADE_BY as EVALUATE
-from lrmc_ray.evaluate.run import Split, evaluate
+from lrmc_ray.evaluate.request import Split
+from lrmc_ray.evaluate.run import evaluate
 from lrmc_ray.files.artifacts import read_manifest
 from lrmc_ray.files.names import MODEL
 from lrmc_ray.files.place import place_of

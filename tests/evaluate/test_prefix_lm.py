@@ -276,10 +276,10 @@ def test_last_logprobs_are_the_models(model, tokenizer, shared):
     actual_NV = shared.last_logprobs(texts, 8)
     for index, ids in enumerate(texts):
         with torch.inference_mode():
-            expected_PV = model(torch.tensor([ids])).logits[0, -9:-1].log_softmax(-1)
+            expected_NV = model(torch.tensor([ids])).logits[0, -9:-1].log_softmax(-1)
         torch.testing.assert_close(
             torch.from_numpy(actual_NV[8 * index : 8 * index + 8]),
-            expected_PV,
+            expected_NV,
             atol=1e-4,
             rtol=1e-4,
         )

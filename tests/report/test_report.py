@@ -17,8 +17,9 @@ from scipy import stats
 from lrmc_ray.console import format_seconds, run_command
 from lrmc_ray.errors import DataError, IncompleteArtifactError
 from lrmc_ray.evaluate.changes import compare, difference, receipt
+from lrmc_ray.evaluate.front import front_probability, pareto_front
 from lrmc_ray.evaluate.items import Scores
-from lrmc_ray.evaluate.statistics import Interval, front_probability, pareto_front
+from lrmc_ray.evaluate.statistics import Interval
 from lrmc_ray.report.command import main
 from lrmc_ray.report.console import as_json, summary_table
 from lrmc_ray.report.figures_html import Curve, curve_figure
@@ -846,7 +847,7 @@ def test_where_no_trial_keeps_the_budget_the_least_forgetting_one_is_shown_and_n
 
 
 def test_of_a_whole_front_the_knee_is_the_best(own):
-    from lrmc_ray.evaluate.statistics import knee
+    from lrmc_ray.evaluate.front import knee
 
     study = best_of(own, objective="pareto")
     values = [
@@ -861,7 +862,7 @@ def test_of_a_whole_front_the_knee_is_the_best(own):
 
 @pytest.mark.parametrize("objective", ["combined", "budget", "pareto"])
 def test_the_front_is_shown_as_a_whole_for_every_objective(own, objective):
-    from lrmc_ray.evaluate.statistics import HYPERVOLUME_REFERENCE, hypervolume, knee
+    from lrmc_ray.evaluate.front import HYPERVOLUME_REFERENCE, hypervolume, knee
 
     study = best_of(own, objective=objective)
     values = [
