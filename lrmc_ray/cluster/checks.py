@@ -7,12 +7,26 @@ from pathlib import Path
 
 from lrmc_ray.errors import IncompleteArtifactError, LrmcError
 from lrmc_ray.files.artifacts import file_digest
+from lrmc_ray.files.place import Place
 from lrmc_ray.files.storage import CHECK_SECONDS, Storage, check_storage
 
 PROBE_SECONDS = 20.0
 """How long a node may take to say whether it sees the output directory."""
 SHARED_SECONDS = 5.0
 """How long a file may take to be seen by another node."""
+
+
+def check_place_seen(place: Place, directory: Path) -> None:
+    """Refuse a place of a run's files that some node of the cluster does not see.
+
+    Args:
+        place: the output directory itself, or a storage.
+        directory: the output directory.
+
+    Raises:
+        IncompleteArtifactError: a node does not see it; names the nodes.
+    """
+    place.either(lambda: check_shared(directory), lambda storage: check_storage_seen(storage.uri))
 
 
 def check_shared(directory: Path) -> None:

@@ -32,6 +32,7 @@ from lrmc_ray.console import setup_logging
 from lrmc_ray.errors import LrmcError
 from lrmc_ray.files.artifacts import cache_directory
 from lrmc_ray.files.names import default_tracking_uri
+from lrmc_ray.files.place import place_of
 from lrmc_ray.files.storage import check_storage
 
 LEAST_FREE_GB = 10.0
@@ -285,12 +286,12 @@ def check_cluster(address: str, output: Path, storage: str | None = None) -> Ite
                 seen = ", ".join(f"{value:g} {key}" for key, value in sorted(has.items()))
                 count = f"{node.count} more of: " if node.count > 1 else ""
                 yield Finding("node", "ok", count + seen)
-            if storage is None:
-                yield Finding("shared output", "ok", f"{output.resolve()} is seen by every node")
-            else:
-                yield Finding(
-                    "shared storage", "ok", f"{storage} is read and written by every node"
-                )
+            yield place_of(storage).either(
+                lambda: Finding("shared output", "ok", f"{output.resolve()} is seen by every node"),
+                lambda seen: Finding(
+                    "shared storage", "ok", f"{seen.uri} is read and written by every node"
+                ),
+            )
             try:
                 check_trial_slots(storage)
             except LrmcError as error:

@@ -11,9 +11,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from lrmc_ray.cluster.checks import check_shared, check_storage_seen
+from lrmc_ray.cluster.checks import check_place_seen
 from lrmc_ray.cluster.resources import TRIAL_SLOT, TRIAL_SLOTS, local_cpus
 from lrmc_ray.errors import ResourceError
+from lrmc_ray.files.place import place_of
 
 _log = logging.getLogger(__name__)
 RAY_LOG = "ray.log"
@@ -100,10 +101,8 @@ def ray_session(
         _start(address, num_cpus, verbose)
         _keep_sigterm(handler)
         try:
-            if address != "local" and storage is not None:
-                check_storage_seen(storage)
-            elif address != "local":
-                check_shared(log.parent)
+            if address != "local":
+                check_place_seen(place_of(storage), log.parent)
             yield
         finally:
             ray.shutdown()

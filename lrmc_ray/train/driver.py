@@ -81,7 +81,7 @@ def train(
     rung: "Rung | None" = None,
     stored_as: str | None = None,
 ) -> Path:
-    """Train as ``settings.train`` says and leave the model in ``directory / "model"``.
+    """Train and leave the model in ``directory / "model"``; returns ``directory``.
 
     Needs a running Ray session. A call that was interrupted goes on from the newest checkpoint; a
     finished one returns at once.
@@ -94,9 +94,6 @@ def train(
         rung: where a trial is scored on the way. A run that ends there leaves no model, and its
             manifest says ``pruned``.
         stored_as: name of the run in the storage; by default one that says what it is made with.
-
-    Returns:
-        ``directory``.
 
     Raises:
         TrainingError: the workers failed; the message has the cause.
@@ -119,12 +116,7 @@ def train(
             files.fetch_finished()
             return directory
         start = time.monotonic()
-        # The number of workers is that of now. A node that is lost later may come back, so its
-        # place is kept for it.
-        resources = settings.resources.model_copy(update={"workers": worker_range(settings)})
-        job = TrainingJob(
-            settings.model_copy(update={"resources": resources}), record, model_directory, rung
-        )
+        job = TrainingJob(_with_workers(settings), record, model_directory, rung)
         with files.shown():
             outcome = run_workers(job, files)
         files.fetch()
@@ -139,6 +131,15 @@ def train(
         write_manifest(directory, manifest)
         shutil.rmtree(directory / CHECKPOINTS, ignore_errors=True)
     return directory
+
+
+def _with_workers(settings: RunSettings) -> RunSettings:
+    """``settings`` with the numbers of workers that fit into the cluster now.
+
+    They are looked up once. A node that is lost later may come back, so its place is kept for it.
+    """
+    resources = settings.resources.model_copy(update={"workers": worker_range(settings)})
+    return settings.model_copy(update={"resources": resources})
 
 
 def with_steps(settings: RunSettings, record: Path) -> RunSettings:

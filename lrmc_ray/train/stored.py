@@ -14,7 +14,7 @@ import uuid
 from collections.abc import Callable, Collection, Iterator, Mapping
 from functools import cached_property, partial
 from pathlib import Path
-from typing import Any, Self
+from typing import Any
 
 from lrmc_ray.errors import DataError, DirectoryInUseError, DiskError
 from lrmc_ray.files.artifacts import MANIFEST, json_content, write_json
@@ -49,10 +49,7 @@ HISTORY = (METRICS, LEDGER, RUNG)
 
 
 class StoredRun:
-    """One run in a storage, seen from a worker or from the driver.
-
-    What each method is for is said where the interface is, in :mod:`lrmc_ray.train.run_files`.
-    """
+    """One run in a storage: the stored side of :class:`lrmc_ray.train.run_files.RunFiles`."""
 
     def __init__(self, storage: Storage, name: str, directory: Path) -> None:
         """The run ``name``, whose files this node has in ``directory``."""
@@ -62,14 +59,6 @@ class StoredRun:
         self._token = uuid.uuid4().hex
         self._is_asked = False
         self._sent = -1
-
-    @classmethod
-    def on_this_node(cls, uri: str, name: str) -> Self:
-        """The run ``name``, as a worker sees it that knows nothing but the storage's address."""
-        storage = Storage(uri)
-        directory = storage.cache / name
-        directory.mkdir(parents=True, exist_ok=True)
-        return cls(storage, name, directory)
 
     @cached_property
     def place(self) -> StoredPlace:
@@ -212,7 +201,7 @@ class StoredRun:
 
     def for_workers(self) -> Callable[[], "StoredRun"]:
         """The run in a directory that a worker's node has for it."""
-        return partial(StoredRun.on_this_node, self.storage.uri, self.name)
+        return partial(_on_this_node, self.storage.uri, self.name)
 
     def ray_storage(self) -> dict[str, Any]:
         """A prefix of the storage, and how Ray reaches it."""
@@ -307,6 +296,14 @@ class StoredRun:
 
         with _repeated(follow, path):
             yield
+
+
+def _on_this_node(uri: str, name: str) -> StoredRun:
+    """The run ``name``, as a worker sees it that knows nothing but the storage's address."""
+    storage = Storage(uri)
+    directory = storage.cache / name
+    directory.mkdir(parents=True, exist_ok=True)
+    return StoredRun(storage, name, directory)
 
 
 @contextlib.contextmanager
