@@ -261,18 +261,6 @@ class Storage:
         """Where ``name`` is, for people to read."""
         return f"{self.uri.partition('?')[0].rstrip('/')}/{name}"
 
-    def check(self) -> None:
-        """Write, read and remove a small object.
-
-        Raises:
-            DiskError: that did not work.
-        """
-        name = f".check_{uuid.uuid4().hex}"
-        self.write(name, name.encode())
-        if self.read(name) != name.encode():
-            raise DiskError(f"storage {self.uri} does not give back what was written there")
-        self.delete(name)
-
     def _path(self, name: str) -> str:
         return f"{self.root}/{name}"
 
@@ -294,28 +282,8 @@ class Storage:
             Path(partial).unlink(missing_ok=True)
 
     def _tried(self, work: Callable[[], Result], what: str) -> Result:
-        """What ``work`` returns, tried again where the storage fails."""
-        import pyarrow as pa
-
-        for pause in (*self._retry_seconds, None):
-            try:
-                return work()
-            except FileNotFoundError:
-                raise
-            except (OSError, pa.ArrowException) as error:
-                if isinstance(error, pa.ArrowInvalid):
-                    raise
-                if isinstance(error, OSError) and error.filename is not None:
-                    raise  # a file of this node
-                if pause is None or _is_final(error):
-                    raise DiskError(
-                        f"storage {self.uri} cannot be used: {_first_line(error)} (at {what}); "
-                        "see to the address, the bucket and the credentials of this node, then run "
-                        "the same command again"
-                    ) from None
-                _log.warning("%s; trying again in %.0f s", _first_line(error), pause)
-                time.sleep(pause)
-        raise AssertionError("unreachable")
+        """What ``work`` returns, tried again where the storage fails; ``what`` is its object."""
+        return _tried(work, f"storage {self.uri}", what, self._retry_seconds)
 
 
 def check_storage(uri: str) -> None:
@@ -355,20 +323,29 @@ def check_storage(uri: str) -> None:
         raise DiskError(message or f"storage {uri} cannot be used: {done.stderr.strip()[-200:]}")
 
 
-def open_storage(uri: str | None) -> Storage | None:
-    """The storage of ``resources.storage``; None without one, where all nodes share the disk."""
-    return None if uri is None else Storage(uri)
+def _tried(work: Callable[[], Result], storage: str, what: str, pauses: Sequence[float]) -> Result:
+    """What ``work`` returns, tried again behind each of ``pauses`` where the storage fails."""
+    import pyarrow as pa
 
-
-def publish_report(uri: str | None, name: str, files: Mapping[str, Path]) -> None:
-    """Copy a report to ``reports/NAME`` of the storage; one that fails is here and only warns."""
-    storage = open_storage(uri)
-    if storage is None:
-        return
-    try:
-        storage.publish(f"reports/{name}", files)
-    except DiskError as error:
-        _log.warning("the report is not in the storage: %s", error)
+    for pause in (*pauses, None):
+        try:
+            return work()
+        except FileNotFoundError:
+            raise
+        except (OSError, pa.ArrowException) as error:
+            if isinstance(error, pa.ArrowInvalid):
+                raise
+            if isinstance(error, OSError) and error.filename is not None:
+                raise  # a file of this node
+            if pause is None or _is_final(error):
+                raise DiskError(
+                    f"{storage} cannot be used: {_first_line(error)} (at {what}); "
+                    "see to the address, the bucket and the credentials of this node, then run "
+                    "the same command again"
+                ) from None
+            _log.warning("%s; trying again in %.0f s", _first_line(error), pause)
+            time.sleep(pause)
+    raise AssertionError("unreachable")
 
 
 def files_below(directory: Path) -> dict[str, Path]:
@@ -403,10 +380,23 @@ def _first_line(error: Exception) -> str:
     return (str(error).strip().splitlines() or [type(error).__name__])[0][:300]
 
 
+def _check(storage: Storage) -> None:
+    """Write, read and remove a small object.
+
+    Raises:
+        DiskError: that did not work.
+    """
+    name = f".check_{uuid.uuid4().hex}"
+    storage.write(name, name.encode())
+    if storage.read(name) != name.encode():
+        raise DiskError(f"storage {storage.uri} does not give back what was written there")
+    storage.delete(name)
+
+
 def _main() -> int:
     """What :func:`check_storage` runs."""
     try:
-        Storage(os.environ["LRMC_STORAGE"], retry_seconds=()).check()
+        _check(Storage(os.environ["LRMC_STORAGE"], retry_seconds=()))
     except (ConfigError, DiskError) as error:
         print(error.exit_code, error)
         return error.exit_code

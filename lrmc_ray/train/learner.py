@@ -64,6 +64,11 @@ class Learner:
         """Final hidden states [B, T, D] of the model that is trained."""
         return batch_hidden_states(self.model, batch)
 
+    @property
+    def language_model(self) -> LanguageModel:
+        """The model that is trained, as losses and measurements take it."""
+        return LanguageModel(self.hidden_states, self.head)
+
     def check_compiled(self) -> None:
         """Refuse to go on uncompiled: other workers, or this one later, would round otherwise.
 

@@ -22,7 +22,6 @@ import torch
 
 from lrmc_ray.config import TrainSettings
 from lrmc_ray.files.names import MODEL
-from lrmc_ray.method.losses import LanguageModel
 from lrmc_ray.method.optimizers import learning_rate
 from lrmc_ray.method.training_loop import StepOptions, StepResult
 from lrmc_ray.method.training_loop import train as training_steps
@@ -72,26 +71,12 @@ class TrainingRun:
         self._is_preempted = is_preempted
         records = Records(record)
         self.samples = TrainingSamples(records, settings)
-        self.learner = learner = Learner(settings, model_directory, device)
-        self.fresh = FreshCandidates(
-            settings,
-            self.samples,
-            model=learner.model,
-            head=learner.head,
-            activity=learner.loss.activity,
-            k_max=records.manifest["identity"]["k_max"],
-            group=group,
-            autocast=learner.autocast,
-        )
-        self.held_out = HeldOut(
-            settings,
-            [self.samples[index] for index in self.samples.held_out],
-            model=learner.model,
-            head=learner.head,
-            group=group,
-            autocast=learner.autocast,
-        )
-        self.probe = Probe(settings, learner.head, group=group, device=device)
+        self.learner = Learner(settings, model_directory, device)
+        k_max = records.manifest["identity"]["k_max"]
+        self.fresh = FreshCandidates(settings, self.samples, self.learner, k_max=k_max, group=group)
+        held_out = [self.samples[index] for index in self.samples.held_out]
+        self.held_out = HeldOut(settings, held_out, self.learner, group=group)
+        self.probe = Probe(settings, self.learner.head, group=group, device=device)
         self.checkpoints = Checkpoints(
             settings, files, record=records.directory.name, group=group, device=device
         )
@@ -175,7 +160,7 @@ class TrainingRun:
         """Take the steps that are left, one after the other; nothing is measured or saved."""
         settings, learner = self.settings, self.learner
         return training_steps(
-            LanguageModel(learner.hidden_states, learner.head),
+            learner.language_model,
             learner.optimizer,
             self.fresh.samples_of_step,
             learner.loss,

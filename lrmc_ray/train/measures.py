@@ -18,12 +18,11 @@ from lrmc_ray.config import TrainSettings
 from lrmc_ray.files.metrics_log import MetricsLog
 from lrmc_ray.files.names import LEDGER, METRICS
 from lrmc_ray.method.head import OutputHead
-from lrmc_ray.method.losses import LanguageModel
 from lrmc_ray.method.measure import held_out_batches, held_out_nll, outside_mass
 from lrmc_ray.method.microbatch import MicroBatch, Sample
 from lrmc_ray.method.training_loop import StepResult
 from lrmc_ray.method.workers import WorkerGroup
-from lrmc_ray.models import batch_hidden_states
+from lrmc_ray.train.learner import Learner
 from lrmc_ray.train.ledger import Ledger
 
 _log = logging.getLogger(__name__)
@@ -170,28 +169,22 @@ class HeldOut:
         self,
         settings: TrainSettings,
         samples: list[Sample],
+        learner: Learner,
         *,
-        model: Any,
-        head: OutputHead,
         group: WorkerGroup,
-        autocast: torch.dtype | None,
     ) -> None:
         """Score at every ``settings.evaluate_every``-th step, and at the last.
 
         Args:
             settings: of the run.
             samples: that are held out.
-            model: that is trained.
-            head: of ``model``.
+            learner: has the model that is trained.
             group: this worker and the others, who share the samples.
-            autocast: type to compute in; None for that of the weights.
         """
         self._settings = settings
         self.batches = held_out_batches(samples)
-        self._model = model
-        self._head = head
+        self._learner = learner
         self._group = group
-        self._autocast = autocast
         self.best: dict[str, float] = {}
         """``held_out_nll`` and ``step`` of the best model so far; empty if there is none."""
 
@@ -205,14 +198,12 @@ class HeldOut:
         every = self._settings.evaluate_every
         if not every or (done % every and done < self._settings.steps):
             return {}
-        self._model.eval()
+        learner = self._learner
+        learner.model.eval()
         nll = held_out_nll(
-            LanguageModel(lambda batch: batch_hidden_states(self._model, batch), self._head),
-            self.batches,
-            self._group,
-            autocast=self._autocast,
+            learner.language_model, self.batches, self._group, autocast=learner.autocast
         )
-        self._model.train()
+        learner.model.train()
         if math.isfinite(nll) and nll < self.best.get("held_out_nll", math.inf):
             self.best = {"held_out_nll": nll, "step": done}
         return {"train/held_out_nll": nll}

@@ -10,11 +10,11 @@ from typing import Any
 import torch
 
 from lrmc_ray.config import TrainSettings
-from lrmc_ray.method.head import OutputHead, head_logits
-from lrmc_ray.method.microbatch import Activity, Sample, collate, deal
+from lrmc_ray.method.head import head_logits
+from lrmc_ray.method.microbatch import Sample, collate, deal
 from lrmc_ray.method.subsets import CandidateSets, select_candidates
 from lrmc_ray.method.workers import WorkerGroup, waves
-from lrmc_ray.models import batch_hidden_states
+from lrmc_ray.train.learner import Learner
 from lrmc_ray.train.samples import TrainingSamples, with_supervised_candidates
 
 _LOGIT_ELEMENTS = 2**22
@@ -28,34 +28,26 @@ class FreshCandidates:
         self,
         settings: TrainSettings,
         samples: TrainingSamples,
+        learner: Learner,
         *,
-        model: Any,
-        head: OutputHead,
-        activity: Activity,
         k_max: int,
         group: WorkerGroup,
-        autocast: torch.dtype | None,
     ) -> None:
         """Begin with the candidates of the record.
 
         Args:
             settings: of the run.
             samples: of the record, in the order of the run.
-            model: that is trained.
-            head: of ``model``.
-            activity: which positions a step uses; it decides how samples are dealt to workers.
+            learner: has the model that is trained, and says which positions a step uses, which
+                decides how samples are dealt to workers.
             k_max: most candidates of a supervised position, as recorded.
             group: this worker and the others.
-            autocast: type to compute in; None for that of the weights.
         """
         self._settings = settings
         self._samples = samples
-        self._model = model
-        self._head = head
-        self._activity = activity
+        self._learner = learner
         self._k_max = k_max
         self._group = group
-        self._autocast = autocast
         self._fresh: dict[int, list[CandidateSets]] = {}
 
     def samples_of_step(self, step: int) -> list[Sample]:
@@ -94,12 +86,12 @@ class FreshCandidates:
         Prompt positions keep the base model's: those are what the anchor holds on to.
         """
         last = min(first + self._settings.refresh_every, self._settings.steps)
-        self._model.eval()
+        self._learner.model.eval()
         jobs = []
         for step in range(first, last):
             samples = self._recorded(step)
             # The parts are those of the step: rows padded together give the same bits each time.
-            parts = deal(samples, self._settings.micro_batches, self._activity)
+            parts = deal(samples, self._settings.micro_batches, self._learner.loss.activity)
             jobs += [(step, part, [samples[i] for i in part]) for part in parts]
         own: dict[tuple[int, int], CandidateSets] = {}
         for wave in waves(range(len(jobs)), self._group.world_size):
@@ -107,7 +99,7 @@ class FreshCandidates:
                 step, part, samples = jobs[wave[self._group.rank]]
                 for place, candidates in zip(part, self._record_again(samples), strict=True):
                     own[step, place] = candidates
-        self._model.train()
+        self._learner.model.train()
         together: dict[tuple[int, int], CandidateSets] = {}
         for theirs in self._group.gather(own):
             together |= theirs
@@ -117,19 +109,20 @@ class FreshCandidates:
 
     def _record_again(self, samples: list[Sample]) -> list[CandidateSets]:
         """Candidates of the supervised positions of ``samples``, which are computed together."""
-        device = self._head.weight_VD.device
-        batch = collate(samples, self._activity, trim=False).to(device)
-        with torch.autocast(device.type, dtype=self._autocast, enabled=self._autocast is not None):
-            hidden_BTD = batch_hidden_states(self._model, batch)
+        head, autocast = self._learner.head, self._learner.autocast
+        device = head.weight_VD.device
+        batch = collate(samples, self._learner.loss.activity, trim=False).to(device)
+        with torch.autocast(device.type, dtype=autocast, enabled=autocast is not None):
+            hidden_BTD = self._learner.hidden_states(batch)
         fresh = []
         for row, sample in enumerate(samples):
             positions = sample.positions_P[sample.is_supervised_P].to(device)
-            chunks = torch.split(positions, max(1, _LOGIT_ELEMENTS // self._head.vocabulary_size))
+            chunks = torch.split(positions, max(1, _LOGIT_ELEMENTS // head.vocabulary_size))
             fresh.append(
                 CandidateSets.concatenate(
                     [
                         select_candidates(
-                            head_logits(hidden_BTD[row, chunk], self._head),
+                            head_logits(hidden_BTD[row, chunk], head),
                             batch.input_ids_BT[row, chunk + 1],
                             tau=self._settings.tau,
                             k_min=self._settings.k_min,

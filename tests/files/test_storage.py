@@ -104,7 +104,7 @@ def test_objects_come_back_as_they_were_written(uri, tmp_path):
     assert room.children("a") == {"b": None}
     room.delete_all("a")
     assert room.read("a/b/one") is None
-    room.check()
+    check_storage(uri)
 
 
 def test_what_is_not_what_was_written_does_not_arrive(uri, tmp_path):
