@@ -20,6 +20,7 @@ import torch
 
 from lrmc_ray.cluster.checks import _reads
 from lrmc_ray.compare import command as compare
+from lrmc_ray.compare import run as compare_run
 from lrmc_ray.config import check_storage_uri, load_settings
 from lrmc_ray.console import run_command
 from lrmc_ray.errors import ConfigError, DataError, DiskError, IncompleteArtifactError
@@ -261,7 +262,7 @@ def nobody():
 def test_a_storage_that_does_not_work_ends_a_command_soon_with_one_error(
     server, silent, nobody, kind, command, tiny_model, tmp_path, capsys, monkeypatch
 ):
-    where = tune_run if command is tune else command
+    where = {tune: tune_run, compare: compare_run}.get(command, command)
     monkeypatch.setattr(where, "ray_session", lambda *a, **o: pytest.fail("Ray was started"))
     data = make_data(tmp_path / "train.jsonl", num_rows=3)
     uri, said = {
