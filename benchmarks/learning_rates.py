@@ -22,6 +22,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
+from lrmc_ray.chat.template import Chat
 from lrmc_ray.config import ModelSettings
 from lrmc_ray.evaluate.harness import run_task
 from lrmc_ray.evaluate.item_rows import task_rows
@@ -30,8 +31,8 @@ from lrmc_ray.evaluate.prefix_lm import PrefixLM
 from lrmc_ray.evaluate.statistics import paired_bootstrap
 from lrmc_ray.evaluate.task_files import task_manager
 from lrmc_ray.models import cache_directory, load_model, load_tokenizer, local_directory
-from lrmc_ray.record.encode import encode
-from lrmc_ray.record.rows import messages_of
+from lrmc_ray.record.encode import encode_row
+from lrmc_ray.record.rows import Row
 from lrmc_ray.tasks.demo.files import demo_files
 
 METRICS = ("accuracy", "gold_probability", "score")
@@ -40,7 +41,8 @@ METRICS = ("accuracy", "gold_probability", "score")
 def fine_tuned(directory: Path, tokenizer: Any, lr: float, args: argparse.Namespace) -> Any:
     rows = demo_files(cache_directory()).train.read_text("utf-8").splitlines()
     chosen = random.Random(args.seed).sample(rows, args.steps * args.batch_size)
-    examples = [encode("", messages_of(json.loads(row)), tokenizer) for row in chosen]
+    chat = Chat(tokenizer)
+    examples = [example for row in chosen for example in encode_row(Row("", json.loads(row)), chat)]
     model = load_model(directory).train()
     head = model.get_output_embeddings()
     optimizer = torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=0.0)

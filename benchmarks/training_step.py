@@ -77,6 +77,7 @@ def status_bytes(field: str) -> int:
 
 def make_samples(args: argparse.Namespace) -> list[Any]:
     """Recorded as Stage 0 does: tau 0.99, at most 1,024 and 64 candidates."""
+    from lrmc_ray.chat.template import Chat
     from lrmc_ray.config import ModelSettings
     from lrmc_ray.method.microbatch import Sample
     from lrmc_ray.method.subsets import select_candidates
@@ -103,8 +104,9 @@ def make_samples(args: argparse.Namespace) -> list[Any]:
     else:
         files: Any = ct_files if args.data == "ct" else demo_files
         lines = files(cache_directory()).train.read_text(encoding="utf-8").splitlines()
+        chat = Chat(tokenizer)
         for line in lines[:number]:
-            example = encode_row(Row("demo", json.loads(line)), tokenizer)
+            (example,) = encode_row(Row("demo", json.loads(line)), chat)
             inputs.append((torch.tensor(example.input_ids), torch.tensor(example.is_target)))
     samples = []
     for index, (ids_T, is_target_T) in enumerate(inputs):

@@ -9,10 +9,11 @@ import contextlib
 import hashlib
 import json
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from lrmc_ray.chat.template import PLAIN_FORMAT
 from lrmc_ray.config import DEMO, ModelSettings
 from lrmc_ray.errors import DataError, IncompleteArtifactError
 from lrmc_ray.files.artifacts import (
@@ -140,8 +141,10 @@ def vocabulary_size(directory: Path) -> int:
     return size
 
 
-def template_fingerprint(directory: Path) -> str:
-    """SHA-256 of the chat template alone, wherever the tokenizer keeps it; "" without one.
+def template_fingerprint(directory: Path, options: Mapping[str, Any] | None = None) -> str:
+    """SHA-256 of the chat template, wherever the tokenizer keeps it, and of what it is given.
+
+    Without a template it is that of the plain format that stands in for one.
 
     Raises:
         DataError: the file that holds it is not readable.
@@ -155,9 +158,10 @@ def template_fingerprint(directory: Path) -> str:
                 template = json.loads(file.read_text(encoding="utf-8")).get("chat_template")
     except (ValueError, AttributeError) as error:
         raise DataError(f"{file} is not readable ({error}); save the tokenizer again") from None
-    if not template:
-        return ""
-    return hashlib.sha256(json.dumps(template, sort_keys=True).encode()).hexdigest()
+    rendered = template or PLAIN_FORMAT
+    if options:
+        rendered = [rendered, dict(options)]
+    return hashlib.sha256(json.dumps(rendered, sort_keys=True).encode()).hexdigest()
 
 
 @contextlib.contextmanager

@@ -1,6 +1,6 @@
 """Settings of the model, the data, recording, scoring, and of what the machines give."""
 
-from typing import Annotated, Literal, Self
+from typing import Annotated, Any, Literal, Self
 from urllib.parse import urlsplit
 
 from pydantic import (
@@ -22,14 +22,28 @@ class ModelSettings(Settings):
     """Directory or Hugging Face id of a causal LM; ``demo`` is SmolLM2-135M-Instruct."""
     revision: str | None = None
     """Commit, branch or tag on the Hub; none for a directory."""
+    template_options: dict[str, bool | int | float | str] = Field(
+        default_factory=dict, exclude_if=lambda options: not options
+    )
+    """What the chat template is given besides the messages, the same when learning and scoring, for
+    example ``{enable_thinking = false}``."""
+
+    @field_validator("template_options")
+    @classmethod
+    def _no_own_names(cls, options: dict[str, Any]) -> dict[str, Any]:
+        taken = {"messages", "tools", "documents", "chat_template", "add_generation_prompt"}
+        taken |= {"tokenize", "continue_final_message", "conversation", "return_dict"}
+        if wrong := sorted(taken & options.keys()):
+            raise ValueError(f"{wrong[0]} is set by the command itself; remove it")
+        return options
 
 
 class DataSettings(Settings):
     """What it is taught."""
 
     train: Strings = (DEMO,)
-    """JSONL or Parquet files, folders or patterns, ``DOMAIN=`` before one that has a domain of its
-    own; ``demo`` is NL2SQL, ``ct`` radio exam questions, ``english`` general text to replay."""
+    """Files, folders, patterns or data sets of the Hub, ``DOMAIN=`` before one that has a domain of
+    its own; ``demo`` is NL2SQL, ``ct`` radio exam questions, ``english`` general text to replay."""
     max_length: int = Field(1024, ge=2)
     """Most tokens of one sample, prompt included."""
     on_long: Literal["error", "drop", "truncate"] = "error"
@@ -120,9 +134,11 @@ class ResourceSettings(Settings):
     """CPU cores, and torch threads, of a worker or an actor."""
     gpus_per_worker: float = Field(0, ge=0)
     """GPUs of a worker or an actor; a fraction lets several share one."""
-    custom: dict[str, Annotated[float, Field(gt=0)]] = Field(default_factory=dict)
+    custom: dict[str, Annotated[float, Field(gt=0)]] = Field(
+        default_factory=dict, exclude_if=lambda options: not options
+    )
     """Custom resources of a worker or an actor, as nodes were started with: ``{nvme = 1}``."""
-    labels: dict[str, str] = Field(default_factory=dict)
+    labels: dict[str, str] = Field(default_factory=dict, exclude_if=lambda options: not options)
     """Labels that the node of a worker or an actor must have:
     ``{"ray.io/accelerator-type" = "L4"}``."""
     storage: str | None = None

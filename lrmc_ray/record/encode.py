@@ -1,13 +1,20 @@
 """From a row of training data to token ids and the positions that are learned."""
 
 import dataclasses
+import itertools
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from lrmc_ray.chat.template import Answer, Chat, Rendering
+from lrmc_ray.chat.tokens import Encoded, continued, encode_all, ids_of_all
 from lrmc_ray.errors import DataError
-from lrmc_ray.record.rows import Rejects, Row, is_plain_text, messages_of, sample_id_of
+from lrmc_ray.record.formats import conversation_of, format_of, is_plain_text
+from lrmc_ray.record.rows import Rejects, Row, sample_id_of
+
+BATCH_ROWS = 256
+"""Rows that are tokenized side by side."""
 
 
 @dataclass(frozen=True)
@@ -30,131 +37,142 @@ class EncodingSummary:
     supervised_tokens: int = 0
     dropped: int = 0
     truncated: int = 0
-    answers: int = 0
-    """Answers of conversations, before any truncation."""
-    endless_answers: int = 0
-    """Those whose last supervised token is no end-of-turn token."""
+    split: int = 0
+    """Conversations that gave more than one sample: the template rewrites their earlier turns."""
     domains: Counter[str] = field(default_factory=Counter)
     """Samples of each domain."""
+    formats: Counter[str] = field(default_factory=Counter)
+    """Rows of each format that were used."""
 
 
-def encode_row(row: Row, tokenizer: Any) -> Example:
-    """Token ids, label mask and domain of a row.
+@dataclass(frozen=True)
+class _Rendered:
+    """A row on its way: what has to be tokenized of it, or what is wrong with it."""
 
-    Raises:
-        DataError: a field is missing, of the wrong type or empty, or see :func:`encode`.
-    """
+    row: Row
+    sample_id: str = ""
+    domain: str = ""
+    text: str = ""
+    """Of plain text."""
+    renderings: tuple[Rendering, ...] = ()
+    problem: str = ""
+
+
+def _render(row: Row, chat: Chat) -> _Rendered:
     content = row.content
-    sample_id = sample_id_of(content)
-    domain = content.get("domain", row.domain)
-    if not isinstance(domain, str):
-        raise DataError(f"'domain' must be a string, got {domain!r}")
-    if is_plain_text(content):
-        return encode_text(sample_id, content["text"], tokenizer, domain=domain)
-    return encode(sample_id, messages_of(content), tokenizer, domain=domain)
+    try:
+        sample_id = sample_id_of(content)
+        domain = content.get("domain")
+        domain = row.domain if domain is None else domain
+        if not isinstance(domain, str):
+            raise DataError(f"'domain' must be a string, got {domain!r}")
+        if is_plain_text(content):
+            return _Rendered(row, sample_id, domain, text=_plain_text(content["text"]))
+        renderings = tuple(chat.renderings(conversation_of(content)))
+    except DataError as problem:
+        return _Rendered(row, problem=str(problem))
+    return _Rendered(row, sample_id, domain, renderings=renderings)
 
 
-def encode_text(sample_id: str, text: Any, tokenizer: Any, *, domain: str = "") -> Example:
-    """Token ids of plain text, all but the first to be learned.
-
-    Nothing is added but what the tokenizer itself puts around a text, such as a first token.
-
-    Raises:
-        DataError: it is no string, or empty.
-    """
+def _plain_text(text: Any) -> str:
     if not isinstance(text, str):
         raise DataError(f"'text' must be a string, got {text!r}")
     if not text.strip():
         raise DataError("'text' is empty, so there is nothing to learn")
-    input_ids = list(tokenizer(text, add_special_tokens=True)["input_ids"])
-    return Example(sample_id, input_ids, [i > 0 for i in range(len(input_ids))], domain)
+    return text
 
 
-def encode(
-    sample_id: str, messages: list[dict[str, str]], tokenizer: Any, *, domain: str = ""
-) -> Example:
-    """Token ids and label mask of a conversation.
+def encode_batch(rows: Sequence[Row], chat: Chat) -> Iterator[tuple[Row, list[Example] | str]]:
+    """Every row with its examples, or with what is wrong with it.
+
+    Of a conversation the answers are learned, up to and with the end of the turn; of plain text
+    every token but the first.
+    """
+    rendered = [_render(row, chat) for row in rows]
+    all_renderings = [part for one in rendered for part in one.renderings]
+    whole = iter(encode_all(chat.tokenizer, [part.text for part in all_renderings]))
+    prompts = iter(
+        ids_of_all(
+            chat.tokenizer, [answer.prompt for part in all_renderings for answer in part.answers]
+        )
+    )
+    for one in rendered:
+        if one.problem:
+            yield one.row, one.problem
+        elif one.text:
+            yield one.row, [_text_example(one, chat.tokenizer)]
+        else:
+            parts: list[tuple[list[int], list[bool]]] = []
+            for part in one.renderings:
+                own = list(itertools.islice(prompts, len(part.answers)))
+                parts += _samples(part, next(whole), own, chat.tokenizer)
+            names = [one.sample_id]
+            if len(parts) > 1:
+                names = [f"{one.sample_id}/{number}" for number in range(1, len(parts) + 1)]
+            yield (
+                one.row,
+                [
+                    Example(name, ids, is_target, one.domain)
+                    for name, (ids, is_target) in zip(names, parts, strict=True)
+                ],
+            )
+
+
+def encode_row(row: Row, chat: Chat) -> list[Example]:
+    """The examples of one row.
 
     Raises:
-        DataError: the chat template refuses the conversation, or rewrites earlier turns, so no
-            mask would be right.
+        DataError: the row cannot be used.
     """
-    segments = _chat_segments(messages, tokenizer)
-    input_ids: list[int] = []
-    is_target: list[bool] = []
-    special = special_ids(tokenizer)
-    for text, is_answer in segments:
-        ids = tokenizer(text, add_special_tokens=False)["input_ids"]
-        # A template may put a newline behind the end-of-turn token: not part of the answer.
-        last = max((i for i, token in enumerate(ids) if token in special), default=len(ids) - 1)
-        input_ids += ids
-        is_target += [is_answer and i <= last for i in range(len(ids))]
-    if input_ids:
-        is_target[0] = False  # nothing precedes the first token, so nothing can predict it
-    return Example(sample_id, input_ids, is_target, domain)
+    ((_, result),) = encode_batch([row], chat)
+    if isinstance(result, str):
+        raise DataError(result)
+    return result
 
 
-def special_ids(tokenizer: Any) -> set[int]:
-    """Tokens that are no text: those with a role, such as eos, and those marked as special."""
-    added: Mapping[int, Any] = getattr(tokenizer, "added_tokens_decoder", {})
-    return {*tokenizer.all_special_ids, *(i for i, token in added.items() if token.special)}
+def _text_example(one: _Rendered, tokenizer: Any) -> Example:
+    """Nothing is added but what the tokenizer itself puts around a text, such as a first token."""
+    input_ids = list(tokenizer(one.text, add_special_tokens=True)["input_ids"])
+    is_target = [i > 0 for i in range(len(input_ids))]
+    return Example(one.sample_id, input_ids, is_target, one.domain)
 
 
-def _last_targets(example: Example) -> Iterator[int]:
-    """The last token of every run of supervised tokens."""
-    following = [*example.is_target[1:], False]
-    for token, is_target, is_next in zip(
-        example.input_ids, example.is_target, following, strict=True
-    ):
-        if is_target and not is_next:
-            yield token
+def _samples(
+    part: Rendering, whole: Encoded, prompts: Sequence[list[int]], tokenizer: Any
+) -> Iterator[tuple[list[int], list[bool]]]:
+    """Token ids and mask of a rendering.
 
-
-def _chat_segments(messages: list[dict[str, str]], tokenizer: Any) -> list[tuple[str, bool]]:
-    """The rendered conversation, cut where an answer begins or ends."""
-    if not tokenizer.chat_template:
-        eos = tokenizer.eos_token or ""
-        return [
-            (m["content"] + (eos if m["role"] == "assistant" else ""), m["role"] == "assistant")
-            for m in messages
-        ]
-
-    from jinja2 import TemplateError
-
-    def render(part: list[dict[str, str]], *, ask: bool) -> str:
-        try:
-            text: str = tokenizer.apply_chat_template(
-                part, tokenize=False, add_generation_prompt=ask
-            )
-        except TemplateError as error:
-            raise DataError(f"the chat template refuses this conversation: {error}") from None
-        return text
-
-    whole = render(messages, ask=False)
-    segments: list[tuple[str, bool]] = []
-    done = 0
-    for index, message in enumerate(messages):
-        if message["role"] != "assistant":
-            continue
-        after = render(messages[: index + 1], ask=False)
-        if index:
-            before = render(messages[:index], ask=True)
+    Several where the tokens of an earlier prompt are others than those that it begins with: at
+    inference the prompt comes alone, so that answer is a sample of its own.
+    """
+    shared: list[tuple[Answer, list[int]]] = []
+    for answer, prompt_ids in zip(part.answers, prompts, strict=True):
+        if whole.ids[: len(prompt_ids)] == prompt_ids:
+            shared.append((answer, prompt_ids))
         else:
-            # Nothing was asked: the answer begins behind the header that follows a question.
-            question = [{"role": "user", "content": ""}]
-            header = render(question, ask=True).removeprefix(render(question, ask=False))
-            before = header and "".join(after.partition(header)[:2])
-        if not (whole.startswith(after) and after.startswith(before) and len(before) >= done):
-            raise DataError(
-                "the chat template renders an earlier turn differently once a later one follows, "
-                "so the answer cannot be told from the prompt; split the conversation into rows "
-                "with one answer each"
-            )
-        segments += [(whole[done : len(before)], False), (whole[len(before) : len(after)], True)]
-        done = len(after)
-    if done < len(whole):
-        segments.append((whole[done:], False))
-    return segments
+            rest, characters, skipped = continued(tokenizer, answer.text)
+            input_ids = prompt_ids + rest.ids[skipped:]
+            shift = len(prompt_ids) - skipped
+            is_target = [False] * len(input_ids)
+            for start, stop in answer.learned:
+                first = rest.before(characters + start) + shift if start else len(prompt_ids)
+                last = rest.before(characters + stop) + shift
+                is_target[first:last] = [True] * (last - first)
+            yield _from_second(input_ids, is_target)
+    if shared:
+        is_target = [False] * len(whole.ids)
+        for answer, prompt_ids in shared:
+            begin = len(answer.prompt)
+            for start, stop in answer.learned:
+                first = whole.before(begin + start) if start else len(prompt_ids)
+                last = whole.before(begin + stop)
+                is_target[first:last] = [True] * (last - first)
+        yield _from_second(whole.ids, is_target)
+
+
+def _from_second(input_ids: list[int], is_target: list[bool]) -> tuple[list[int], list[bool]]:
+    """Nothing precedes the first token, so nothing can predict it."""
+    return input_ids, [False, *is_target[1:]] if is_target else []
 
 
 class _SampleIds:
@@ -165,13 +183,13 @@ class _SampleIds:
         self._copies: Counter[str] = Counter()
 
     def claim(self, sample_id: str, row: Row) -> str:
-        """The id of ``row``: the same text twice is learned twice, under two ids.
+        """The id of a sample of ``row``: the same text twice is learned twice, under two ids.
 
         Raises:
             DataError: the row's own id was used before.
         """
         if sample_id in self._places:
-            if "id" in row.content:
+            if row.content.get("id") is not None:
                 raise DataError(f"id {sample_id!r} was used before, at {self._places[sample_id]}")
             self._copies[sample_id] += 1
             sample_id = f"{sample_id}#{self._copies[sample_id]}"
@@ -220,7 +238,7 @@ def _fitted(
 
 def encode_rows(
     rows: Iterable[Row],
-    tokenizer: Any,
+    chat: Chat,
     *,
     max_length: int,
     on_long: Literal["error", "drop", "truncate"],
@@ -228,44 +246,42 @@ def encode_rows(
     summary: EncodingSummary,
     rejects: Rejects,
 ) -> Iterator[Example]:
-    """Every usable row as an :class:`Example`; ``summary`` and ``rejects`` count as it goes.
+    """Every usable row as :class:`Example`; ``summary`` and ``rejects`` count as it goes.
 
     Raises:
-        DataError: rows that cannot be used, unless they may be skipped; no row is left; or no
-            answer ends with an end-of-turn token, so the model would never learn to stop.
+        DataError: rows that cannot be used, unless they may be skipped; or no row is left.
     """
     ids = _SampleIds()
-    special = special_ids(tokenizer)
-    for row in rows:
-        try:
-            whole = encode_row(row, tokenizer)
-            whole = dataclasses.replace(whole, sample_id=ids.claim(whole.sample_id, row))
-            _check_vocabulary(whole.input_ids, vocabulary_size)
-            example = _fitted(whole, max_length, on_long)
-        except DataError as error:
-            rejects.add(row.place, str(error))
-            continue
-        if example is None:
-            summary.dropped += 1
-            continue
-        last_targets = [] if is_plain_text(row.content) else list(_last_targets(whole))
-        summary.truncated += len(whole.input_ids) > max_length
-        summary.samples += 1
-        summary.tokens += len(example.input_ids)
-        summary.supervised_tokens += sum(example.is_target)
-        summary.answers += len(last_targets)
-        summary.endless_answers += sum(token not in special for token in last_targets)
-        summary.domains[example.domain] += 1
-        yield example
+    waiting = iter(rows)
+    while batch := list(itertools.islice(waiting, BATCH_ROWS)):
+        for row, result in encode_batch(batch, chat):
+            if isinstance(result, str):
+                rejects.add(row.place, result)
+                continue
+            try:
+                fitted = []
+                for whole in result:
+                    named = dataclasses.replace(whole, sample_id=ids.claim(whole.sample_id, row))
+                    _check_vocabulary(named.input_ids, vocabulary_size)
+                    fitted.append(_fitted(named, max_length, on_long))
+            except DataError as error:
+                rejects.add(row.place, str(error))
+                continue
+            summary.split += len(result) > 1
+            summary.formats[format_of(row.content)] += 1
+            for whole, example in zip(result, fitted, strict=True):
+                if example is None:
+                    summary.dropped += 1
+                    continue
+                summary.truncated += len(whole.input_ids) > max_length
+                summary.samples += 1
+                summary.tokens += len(example.input_ids)
+                summary.supervised_tokens += sum(example.is_target)
+                summary.domains[example.domain] += 1
+                yield example
     rejects.settle()
     if summary.samples == 0:
         raise DataError(
             f"no sample is left ({summary.dropped} dropped as longer than data.max_length = "
             f"{max_length}, {rejects.count} unusable); raise data.max_length or mend the rows"
-        )
-    if 0 < summary.answers == summary.endless_answers:
-        raise DataError(
-            "the last token of an answer must be a special token that ends the turn, but not one "
-            f"of {summary.answers} answers has one: the model would not learn to stop; use a chat "
-            "template that writes it, or a tokenizer with an eos token"
         )

@@ -47,7 +47,7 @@ def identify(
     )
     identity = {
         "model": model_fingerprint(model_directory),
-        "chat_template": template_fingerprint(model_directory),
+        "chat_template": template_fingerprint(model_directory, settings.model.template_options),
         "tokenizer": tokenizer_fingerprint(model_directory),
         "data": fingerprint([[domain, digest] for domain, digest, _ in by_content]),
         "max_length": settings.data.max_length,

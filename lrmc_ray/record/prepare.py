@@ -9,6 +9,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from lrmc_ray.chat.template import Chat
 from lrmc_ray.config import DataSettings, RunSettings
 from lrmc_ray.console import progress
 from lrmc_ray.errors import DataError
@@ -30,13 +31,16 @@ from lrmc_ray.record.identity import identify
 from lrmc_ray.record.names import EXAMPLES, MADE_BY, PLAN, REJECTS
 from lrmc_ray.record.recording import Recording, recording_of
 from lrmc_ray.record.rows import Rejects, read_rows
-from lrmc_ray.record.sources import Source, training_sources
+from lrmc_ray.record.sources import Source, training_sources, unread_files
 
 _log = logging.getLogger(__name__)
 
 SMALLEST_SHARD_TOKENS = 4096
 LARGEST_SHARD_TOKENS = 16_384
 """Bounds the memory of an actor, which holds a shard's candidates: 6 bytes each, 100 MB at most."""
+
+MAX_NAMED = 5
+"""Files that are not read which a message names."""
 
 SHARDS = 64
 """Shards between these bounds; a small data set has fewer, a large one more."""
@@ -140,6 +144,7 @@ def tokenize(prepared: Preparation) -> dict[str, Any]:
     """
     data = prepared.settings.data
     tokenizer = load_tokenizer(prepared.model_directory)
+    chat = Chat(tokenizer, prepared.settings.model.template_options)
     num_logits = vocabulary_size(prepared.model_directory)
     if len(tokenizer) > num_logits:
         raise DataError(
@@ -155,7 +160,7 @@ def tokenize(prepared: Preparation) -> dict[str, Any]:
     ):
         for example in encode_rows(
             read_rows(prepared.sources, rejects),
-            tokenizer,
+            chat,
             max_length=data.max_length,
             on_long=data.on_long,
             vocabulary_size=num_logits,
@@ -164,13 +169,15 @@ def tokenize(prepared: Preparation) -> dict[str, Any]:
         ):
             bar.advance()
             writer.add(example)
-    _warn(summary, rejects, prepared.final / REJECTS)
+    _warn(summary, rejects, prepared.final / REJECTS, chat, data.train)
+    _say(summary)
     return {
         **{
             name: getattr(summary, name)
             for name in ("samples", "tokens", "supervised_tokens", "dropped", "truncated")
         },
-        "endless_answers": summary.endless_answers,
+        "split_conversations": summary.split,
+        "formats": dict(summary.formats),
         "rejected": rejects.count,
         "rejects": {"rows": rejects.rows, "count": rejects.count},
         "vocabulary_size": num_logits,
@@ -190,17 +197,37 @@ def _rejects(data: DataSettings, path: Path) -> Iterator[Rejects]:
         yield Rejects(file, max_share=data.max_rejected_share)
 
 
-def _warn(summary: EncodingSummary, rejects: Rejects, listed: Path) -> None:
+def _warn(
+    summary: EncodingSummary, rejects: Rejects, listed: Path, chat: Chat, names: Sequence[str]
+) -> None:
     """Say what the user may not expect of the training data."""
     if rejects.count:
         _log.warning(
             "%d of %d rows cannot be used and were left out; %s lists them",
             *(rejects.count, rejects.rows, listed),
         )
-    if summary.endless_answers:
+    if not chat.has_template and set(summary.formats) - {"text"}:
         _log.warning(
-            "%d of %d answers do not end with a special token, so their end is not learned",
-            *(summary.endless_answers, summary.answers),
+            "the tokenizer has no chat template; conversations are rendered in the plain format "
+            "'User:', 'Assistant:', each in a line of its own, here and in scoring",
+        )
+    if unread := unread_files(names):
+        _log.warning(
+            "%d file(s) in the folders of the training data are not read: %s%s",
+            len(unread),
+            ", ".join(str(path) for path in unread[:MAX_NAMED]),
+            ", ..." if len(unread) > MAX_NAMED else "",
+        )
+
+
+def _say(summary: EncodingSummary) -> None:
+    """Which forms the rows have, and where a row became more than one sample."""
+    forms = ", ".join(f"{count} of {name}" for name, count in summary.formats.items())
+    print(f"Rows of the training data: {forms}")
+    if summary.split:
+        print(
+            f"{summary.split} conversation(s) became one sample per answer: the chat template "
+            "renders an earlier answer differently once a later turn follows"
         )
 
 

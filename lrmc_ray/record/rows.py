@@ -1,31 +1,31 @@
-"""From JSONL and Parquet to token ids and a label mask.
+"""The rows of training files: JSON lines and arrays, CSV, Parquet and Arrow, as they stand there.
 
-A row holds ``messages`` (chat), or ``prompt`` and ``completion``, or plain ``text``; looked for in
-this order. Of a conversation only what the assistant says is supervised, up to and with its
-end-of-turn token; of plain text every token but the first. Every rendered piece of a conversation
-is tokenized by itself, as it is at inference, where the prompt's tokens are fixed before the first
-answer token exists. ``id`` and ``domain`` are optional, other fields are left alone.
+What a row may hold says :mod:`lrmc_ray.record.formats`. A value that is null was not given, in
+every kind of file: a column is there for all rows.
 """
 
+import csv
 import hashlib
+import io
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TextIO
 
+import pyarrow as pa
 import pyarrow.parquet as pq
 
 from lrmc_ray.errors import DataError, IncompleteArtifactError
-from lrmc_ray.record.sources import Source
+from lrmc_ray.record.formats import FIELDS, has_form, without_nulls
+from lrmc_ray.record.sources import Source, kind_of
 
 MAX_LISTED = 20
 """Bad rows that an error lists."""
 
+
 MAX_LINE_BYTES = 64 * 2**20
 """A longer line of JSONL is a bad row; it is not read into memory."""
 
-_CONTENT = ("messages", "prompt", "completion", "text")
-_COLUMNS = ("id", "domain", *_CONTENT)
 _PARQUET_ROWS = 256  # that are Python objects at one time
 
 
@@ -86,37 +86,74 @@ class Rejects:
 
 
 def read_rows(sources: Sequence[Source], rejects: Rejects) -> Iterator[Row]:
-    """Every row of the JSONL and Parquet files; lines that are no JSON objects are rejected.
+    """Every row of the files; lines that are no JSON objects are rejected.
 
     Raises:
         IncompleteArtifactError: a file does not exist.
-        DataError: a Parquet file is damaged or has other columns, or there are no rows at all.
+        DataError: a file is damaged or has columns of no known form, or there are no rows at all.
     """
     for source in sources:
         if not source.path.is_file():
             raise IncompleteArtifactError(
-                f"training data {source.path} does not exist; give an existing JSONL or Parquet "
-                "file"
+                f"training data {source.path} does not exist; give an existing file"
             )
-        read = _parquet_rows if source.path.suffix == ".parquet" else _jsonl_rows
-        yield from read(source, rejects)
+        yield from _READERS[kind_of(source.path)](source, rejects)
     if rejects.rows == 0:
         names = ", ".join(str(source.path) for source in sources)
         raise DataError(f"{names}: no rows; training data need at least one")
 
 
-def _jsonl_rows(source: Source, rejects: Rejects) -> Iterator[Row]:
-    with source.path.open("rb") as file:
-        number = 0
+def _opened(source: Source) -> Any:
+    """The file's bytes, unpacked where its name ends with .gz or .zst."""
+    packed = {".gz": "gzip", ".zst": "zstd"}.get(source.path.suffix)
+    return pa.input_stream(str(source.path), compression=packed) if packed else None
+
+
+def _lines_of(source: Source) -> Iterator[bytes]:
+    """Lines, each cut at ``MAX_LINE_BYTES``; the rest of a longer one is not kept in memory."""
+    packed = _opened(source)
+    stream: Any = source.path.open("rb") if packed is None else io.BufferedReader(packed)
+    with stream as file:
         while line := file.readline(MAX_LINE_BYTES):
-            number += 1
+            if len(line) == MAX_LINE_BYTES and not line.endswith(b"\n"):
+                while (rest := file.readline(MAX_LINE_BYTES)) and not rest.endswith(b"\n"):
+                    pass
+            yield line
+
+
+def _json_rows(source: Source, rejects: Rejects) -> Iterator[Row]:
+    """A file that is called .json holds an array, or lines after all."""
+    with io.BufferedReader(_opened(source) or pa.input_stream(str(source.path))) as file:
+        is_array = file.read(4096).removeprefix(b"\xef\xbb\xbf").lstrip().startswith(b"[")
+    yield from (_array_rows if is_array else _jsonl_rows)(source, rejects)
+
+
+def _array_rows(source: Source, rejects: Rejects) -> Iterator[Row]:
+    with io.BufferedReader(_opened(source) or pa.input_stream(str(source.path))) as file:
+        try:
+            rows = json.loads(file.read().decode("utf-8-sig"))
+            json.dumps(rows, ensure_ascii=False).encode()
+        except (ValueError, RecursionError) as error:
+            rejects.rows += 1
+            rejects.add(str(source.path), f"not valid JSON in UTF-8: {error}")
+            return
+    for number, content in enumerate(rows, 1):
+        rejects.rows += 1
+        place = f"{source.path}:row {number}"
+        if isinstance(content, dict):
+            yield Row(place, without_nulls(content), source.domain)
+        else:
+            rejects.add(place, "not a JSON object")
+
+
+def _jsonl_rows(source: Source, rejects: Rejects) -> Iterator[Row]:
+    try:
+        for number, line in enumerate(_lines_of(source), 1):
             if not line.strip():
                 continue
             rejects.rows += 1
             place = f"{source.path}:{number}"
             if len(line) == MAX_LINE_BYTES and not line.endswith(b"\n"):
-                while (rest := file.readline(MAX_LINE_BYTES)) and not rest.endswith(b"\n"):
-                    pass
                 rejects.add(place, f"longer than {MAX_LINE_BYTES} bytes")
                 continue
             try:
@@ -127,78 +164,112 @@ def _jsonl_rows(source: Source, rejects: Rejects) -> Iterator[Row]:
                 rejects.add(place, f"not valid JSON in UTF-8: {error}")
                 continue
             if isinstance(content, dict):
-                yield Row(place, content, source.domain)
+                yield Row(place, without_nulls(content), source.domain)
             else:
                 rejects.add(place, "not a JSON object")
+    except OSError as error:  # of a packed file: one that is not packed fails elsewhere
+        if source.path.suffix not in (".gz", ".zst"):
+            raise
+        raise DataError(f"{source.path} cannot be unpacked ({error}); pack it again") from None
 
 
-def _parquet_rows(source: Source, rejects: Rejects) -> Iterator[Row]:
-    number = 0
-    try:
-        with pq.ParquetFile(source.path, page_checksum_verification=True) as file:
-            names = file.schema_arrow.names
-            columns = [name for name in _COLUMNS if name in names]
-            if not set(columns) & set(_CONTENT):
-                raise DataError(
-                    f"{source.path}: needs a column messages, or prompt and completion, or text; "
-                    f"has {', '.join(names) or 'none'}"
-                )
-            for batch in file.iter_batches(_PARQUET_ROWS, columns=columns):
+def _csv_rows(source: Source, rejects: Rejects) -> Iterator[Row]:
+    """An empty cell was not given; lists and objects are written in a cell as JSON."""
+    delimiter = "\t" if ".tsv" in source.path.suffixes else ","
+    stream = io.BufferedReader(_opened(source) or pa.input_stream(str(source.path)))
+    with io.TextIOWrapper(stream, encoding="utf-8-sig", newline="") as file:
+        reader = csv.DictReader(file, delimiter=delimiter, strict=True)
+        try:
+            _check_columns(source, reader.fieldnames or [])
+            before = reader.line_num
+            for cells in reader:
+                place = f"{source.path}:{before + 1}"
+                before = reader.line_num
+                rejects.rows += 1
+                if None in cells or None in cells.values():
+                    rejects.add(place, f"must have {len(reader.fieldnames or [])} cells")
+                    continue
+                content = {name: _cell(name, cell) for name, cell in cells.items() if cell}
+                yield Row(place, without_nulls(content), source.domain)
+        except (csv.Error, ValueError) as error:
+            if isinstance(error, DataError):
+                raise
+            raise DataError(
+                f"{source.path}:{reader.line_num} is no readable CSV ({error}); save it again"
+            ) from None
+
+
+def _cell(name: str, cell: str) -> Any:
+    if name in ("messages", "conversations", "tools", "functions") or cell.startswith('[{"'):
+        try:
+            return json.loads(cell)
+        except ValueError:
+            return cell
+    return cell
+
+
+def _check_columns(source: Source, names: Sequence[str]) -> None:
+    if not has_form(names):
+        raise DataError(
+            f"{source.path}: needs a column messages, or prompt and completion, or text, or those "
+            f"of another known form; has {', '.join(names) or 'none'}"
+        )
+
+
+def _parquet_batches(source: Source) -> Iterator[pa.RecordBatch]:
+    with pq.ParquetFile(source.path, page_checksum_verification=True) as file:
+        names = file.schema_arrow.names
+        _check_columns(source, names)
+        columns = [name for name in FIELDS if name in names]
+        yield from file.iter_batches(_PARQUET_ROWS, columns=columns)
+
+
+def _arrow_batches(source: Source) -> Iterator[pa.RecordBatch]:
+    with pa.memory_map(str(source.path)) as file:
+        try:
+            reader = pa.ipc.open_stream(file)
+            batches: Iterable[pa.RecordBatch] = reader
+        except pa.ArrowInvalid:
+            file.seek(0)
+            whole = pa.ipc.open_file(file)
+            reader = whole
+            batches = (whole.get_batch(i) for i in range(whole.num_record_batches))
+        _check_columns(source, reader.schema.names)
+        columns = [name for name in FIELDS if name in reader.schema.names]
+        for batch in batches:
+            for start in range(0, batch.num_rows, _PARQUET_ROWS):
+                yield batch.select(columns).slice(start, _PARQUET_ROWS)
+
+
+def _column_rows(
+    batches_of: Callable[[Source], Iterator[pa.RecordBatch]], kind: str
+) -> Callable[[Source, Rejects], Iterator[Row]]:
+    def read(source: Source, rejects: Rejects) -> Iterator[Row]:
+        number = 0
+        try:
+            for batch in batches_of(source):
                 batch.validate(full=True)
                 for content in batch.to_pylist():
                     number += 1
                     rejects.rows += 1
-                    # A column is there for every row; what is null was not given.
-                    given = {name: value for name, value in content.items() if value is not None}
-                    yield Row(f"{source.path}:row {number}", given, source.domain)
-    except DataError:
-        raise
-    except Exception as error:  # extension types that others registered raise whatever they like
-        raise DataError(
-            f"{source.path} is no readable Parquet file ({error}); save it again"
-        ) from None
+                    yield Row(f"{source.path}:row {number}", without_nulls(content), source.domain)
+        except DataError:
+            raise
+        except Exception as error:  # extension types that others registered raise what they like
+            raise DataError(
+                f"{source.path} is no readable {kind} file ({error}); save it again"
+            ) from None
+
+    return read
 
 
-def messages_of(row: Mapping[str, Any]) -> list[dict[str, str]]:
-    """The row as chat messages.
-
-    Raises:
-        DataError: a field is missing, of the wrong type or empty.
-    """
-    if "messages" in row:
-        messages = row["messages"]
-        if not isinstance(messages, list) or not messages:
-            raise DataError("'messages' must be a non-empty list")
-        for message in messages:
-            if (
-                not isinstance(message, dict)
-                or not isinstance(message.get("role"), str)
-                or not isinstance(message.get("content"), str)
-            ):
-                raise DataError("each message needs the strings 'role' and 'content'")
-        if not any(m["role"] == "assistant" and m["content"].strip() for m in messages):
-            raise DataError("no assistant message with text, so nothing to learn")
-        return [{"role": m["role"], "content": m["content"]} for m in messages]
-    if "prompt" in row and "completion" in row:
-        prompt, completion = row["prompt"], row["completion"]
-        if not isinstance(prompt, str) or not isinstance(completion, str):
-            raise DataError("'prompt' and 'completion' must be strings")
-        if not completion.strip():
-            raise DataError("'completion' is empty, so there is nothing to learn")
-        return [
-            {"role": "user", "content": prompt},
-            {"role": "assistant", "content": completion},
-        ]
-    raise DataError(
-        "needs 'messages', or 'prompt' and 'completion', or 'text'; has "
-        f"{', '.join(sorted(row)) or 'nothing'}"
-    )
-
-
-def is_plain_text(row: Mapping[str, Any]) -> bool:
-    """Whether the row is no conversation but ``text``."""
-    is_conversation = "messages" in row or {"prompt", "completion"} <= row.keys()
-    return "text" in row and not is_conversation
+_READERS: dict[str, Callable[[Source, Rejects], Iterator[Row]]] = {
+    "json lines": _jsonl_rows,
+    "json": _json_rows,
+    "csv": _csv_rows,
+    "parquet": _column_rows(_parquet_batches, "Parquet"),
+    "arrow": _column_rows(_arrow_batches, "Arrow"),
+}
 
 
 def sample_id_of(row: Mapping[str, Any]) -> str:
@@ -207,7 +278,7 @@ def sample_id_of(row: Mapping[str, Any]) -> str:
     Raises:
         DataError: the ``id`` is neither text nor a whole number.
     """
-    if "id" in row:
+    if row.get("id") is not None:
         if type(row["id"]) not in (str, int):
             raise DataError(f"'id' must be a string or an integer, got {row['id']!r}")
         return str(row["id"])

@@ -1,6 +1,7 @@
 """Which files a list of names stands for: files, folders, glob patterns, each with its domain."""
 
 import glob
+import json
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -13,9 +14,24 @@ from lrmc_ray.tasks.built import ct_files
 from lrmc_ray.tasks.demo.english import english_file
 from lrmc_ray.tasks.demo.files import demo_files
 
-SUFFIXES = (".jsonl", ".json", ".ndjson", ".parquet")
-"""What is read of a folder."""
+KINDS = {
+    ".jsonl": "json lines",
+    ".ndjson": "json lines",
+    ".json": "json",
+    ".csv": "csv",
+    ".tsv": "csv",
+    ".parquet": "parquet",
+    ".arrow": "arrow",
+}
+"""What is read of a folder, and how; text files also packed, as .gz or .zst."""
 
+PACKED = (".gz", ".zst")
+
+HUB = "hf://"
+
+_HUB_NAME = re.compile(
+    r"(?P<name>[\w.-]+/[\w.-]+)(?:@(?P<revision>[\w./-]+))?(?::(?P<split>[\w.-]+))?"
+)
 _LABELLED = re.compile(r"(?P<domain>[\w.+-]{1,64})=(?P<name>.+)", re.DOTALL)
 
 
@@ -26,6 +42,20 @@ class Source:
     path: Path
     domain: str = ""
     """Domain of the rows that do not name their own."""
+
+
+def suffix_of(path: Path) -> str:
+    """What the file is by its name; "" if that is unknown."""
+    suffix = path.suffix.lower()
+    if suffix in PACKED:
+        suffix = path.with_suffix("").suffix.lower()
+        return suffix if KINDS.get(suffix) not in ("parquet", "arrow") else ""
+    return suffix if suffix in KINDS else ""
+
+
+def kind_of(path: Path) -> str:
+    """How the file is read; one of an unknown name has JSON lines."""
+    return KINDS.get(suffix_of(path), "json lines")
 
 
 def split_domain(name: str) -> tuple[str, str]:
@@ -39,8 +69,9 @@ def split_domain(name: str) -> tuple[str, str]:
 def find_sources(names: Iterable[str]) -> list[Source]:
     """The files that ``names`` stand for, each once, in the order of the names.
 
-    A name is a file, a folder (its JSONL and Parquet files, those of subfolders included, hidden
-    ones left out) or a glob pattern (``**`` for any depth); ``DOMAIN=`` before it labels the rows.
+    A name is a file, a folder (its files of a known kind, those of subfolders included, hidden ones
+    left out), a glob pattern (``**`` for any depth) or a data set of the Hub; ``DOMAIN=`` before it
+    labels the rows.
 
     Raises:
         IncompleteArtifactError: a name stands for no file.
@@ -63,23 +94,21 @@ def find_sources(names: Iterable[str]) -> list[Source]:
 def _files_of(name: str) -> list[Path]:
     if not name:
         raise IncompleteArtifactError("training data '' is no name; give a file, folder or pattern")
+    if name.startswith(HUB):
+        return _hub_files(name)
     path = Path(name)
     if path.is_file():
         return [path]
     if path.is_dir():
-        files = sorted(
-            file
-            for file in path.rglob("*")
-            if file.suffix in SUFFIXES
-            and file.is_file()
-            and not any(part.startswith(".") for part in file.relative_to(path).parts)
-        )
+        files, _ = files_of_folder(path)
         if not files:
             raise IncompleteArtifactError(
-                f"training data {name} is a folder without {', '.join(SUFFIXES)} files; give one "
+                f"training data {name} is a folder without {', '.join(KINDS)} files; give one "
                 "that has some"
             )
         return files
+    if not Path(path.parts[0]).exists() and _HUB_NAME.fullmatch(name) and not suffix_of(path):
+        return _hub_files(name)
     files = [Path(match) for match in sorted(glob.glob(name, recursive=True))]
     files = [file for file in files if file.is_file()]
     if not files:
@@ -87,8 +116,79 @@ def _files_of(name: str) -> list[Path]:
         raise IncompleteArtifactError(
             f"training data {name} "
             + ("matches no file" if is_pattern else "does not exist")
-            + "; give existing JSONL or Parquet files, folders or patterns"
+            + "; give existing files, folders or patterns, or a data set of the Hub"
         )
+    return files
+
+
+def files_of_folder(folder: Path) -> tuple[list[Path], list[Path]]:
+    """The files of a folder that are read, and those that are not; hidden ones are in neither.
+
+    Of what ``datasets`` saved with ``save_to_disk`` the Arrow files are read, of several splits
+    those of ``train``.
+
+    Raises:
+        IncompleteArtifactError: several splits were saved, and none is called ``train``.
+    """
+    splits = folder / "dataset_dict.json"
+    if splits.is_file():
+        names = json.loads(splits.read_text(encoding="utf-8")).get("splits", [])
+        wanted = names[0] if len(names) == 1 else "train"
+        if wanted not in names:
+            raise IncompleteArtifactError(
+                f"training data {folder} holds the splits {', '.join(names)}; give the folder of "
+                f"one, such as {folder / (names or ['train'])[0]}"
+            )
+        files, unread = files_of_folder(folder / wanted)
+        return files, [*unread, *(folder / name for name in names if name != wanted)]
+    if (folder / "state.json").is_file() and (folder / "dataset_info.json").is_file():
+        state = json.loads((folder / "state.json").read_text(encoding="utf-8"))
+        return [folder / part["filename"] for part in state.get("_data_files", [])], []
+    files, unread = [], []
+    for path in sorted(folder.iterdir()):
+        if path.name.startswith("."):
+            continue
+        if path.is_dir():
+            own, others = files_of_folder(path)
+            files += own
+            unread += others
+        elif path.is_file():
+            (files if suffix_of(path) in KINDS else unread).append(path)
+    return sorted(files), unread
+
+
+def unread_files(names: Iterable[str]) -> list[Path]:
+    """What lies in the folders among ``names`` and is not read."""
+    folders = (Path(split_domain(labelled)[1]) for labelled in names)
+    return [path for folder in folders if folder.is_dir() for path in files_of_folder(folder)[1]]
+
+
+def _hub_files(name: str) -> list[Path]:
+    """The files of a data set on the Hub, downloaded by ``datasets`` into its cache.
+
+    ``name`` is ``org/name`` or ``hf://org/name``, with ``@REVISION`` and ``:SPLIT`` behind it where
+    they are not the main branch and ``train``.
+
+    Raises:
+        IncompleteArtifactError: it cannot be had.
+    """
+    match = _HUB_NAME.fullmatch(name.removeprefix(HUB).removeprefix("datasets/"))
+    form = "org/name, hf://org/name, or org/name@REVISION:SPLIT"
+    if match is None:
+        raise IncompleteArtifactError(f"a data set of the Hub is written {form}, got {name}")
+    from datasets import load_dataset
+
+    try:
+        found = load_dataset(
+            match["name"], revision=match["revision"], split=match["split"] or "train"
+        )
+        files = [Path(part["filename"]) for part in found.cache_files]
+    except Exception as error:  # of the network, the Hub, the data set's files and their formats
+        told = next(iter(str(error).strip().splitlines()), type(error).__name__)
+        raise IncompleteArtifactError(
+            f"training data {name} is neither a file nor to be had from the Hugging Face Hub "
+            f"({told}); check the name ({form}), the network and `hf auth login`, or give a file"
+        ) from None
     return files
 
 

@@ -8,11 +8,12 @@ length says, or less. So tokens are counted as a step computes them, in random b
 import itertools
 import json
 import random
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from lrmc_ray.chat.template import Chat
 from lrmc_ray.errors import DataError
 from lrmc_ray.models import load_tokenizer
 from lrmc_ray.record.encode import encode_row
@@ -48,6 +49,7 @@ def count_sample_tokens(
     micro_batches: int,
     packing: bool,
     parameters: int,
+    template_options: Mapping[str, Any] | None = None,
 ) -> TokenCounts:
     """Tokenize some rows of ``sources`` as recording does, and count.
 
@@ -59,17 +61,18 @@ def count_sample_tokens(
         micro_batches: that a step is divided into.
         packing: whether common beginnings are shared.
         parameters: of the model.
+        template_options: ``model.template_options``.
 
     Raises:
         DataError: the tokenizer cannot be loaded, or no row can be read.
     """
-    tokenizer = load_tokenizer(model_directory)
+    chat = Chat(load_tokenizer(model_directory), template_options)
     rows = list(itertools.islice(read_rows(sources, Rejects(max_share=1.0)), ROWS_SEEN))
     rng = random.Random(0)
     sequences: list[list[int]] = []
     for row in rng.sample(rows, min(ROWS, len(rows))):
         try:
-            sequences.append(list(encode_row(row, tokenizer).input_ids)[:max_length])
+            sequences += [example.input_ids[:max_length] for example in encode_row(row, chat)]
         except DataError:
             continue  # recording names the rows that it refuses
     if not sequences:

@@ -246,6 +246,7 @@ def _estimated(settings: RunSettings, slots: int, gpu_flops: float | None) -> _P
             micro_batches=train.micro_batches,
             packing=train.packing,
             parameters=parameters,
+            template_options=settings.model.template_options,
         )
     except DataError:  # no tokenizer to count with, or rows that recording will name
         counts = TokenCounts(tokens / samples, tokens / samples)

@@ -182,7 +182,6 @@ def test_a_cluster_that_does_not_answer_is_a_finding(tmp_path, monkeypatch):
 def test_a_storage_is_tried_here_and_on_the_nodes_of_a_cluster(tmp_path, monkeypatch):
     import ray
 
-
     uri = (tmp_path / "files").as_uri()
     found = doctor.check_stored(uri)
     assert (found.status, found.seen) == ("ok", f"{uri} can be written, read and cleared from here")

@@ -7,17 +7,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from lrmc_ray.chat.template import Chat
 from lrmc_ray.errors import DataError, IncompleteArtifactError
 from lrmc_ray.models import load_tokenizer
-from lrmc_ray.record.encode import (
-    EncodingSummary,
-    Example,
-    encode,
-    encode_row,
-    encode_rows,
-    encode_text,
-)
-from lrmc_ray.record.rows import Rejects, Row, messages_of, read_rows, sample_id_of
+from lrmc_ray.record.encode import EncodingSummary, Example, encode_row, encode_rows
+from lrmc_ray.record.formats import conversation_of
+from lrmc_ray.record.rows import Rejects, Row, read_rows, sample_id_of
 from lrmc_ray.record.sources import Source
 
 END = "<|im_end|>"
@@ -42,6 +37,16 @@ def tokenizer(tiny_model):
 @pytest.fixture(scope="module")
 def shared_tokenizer(tiny_model):
     return load_tokenizer(tiny_model)
+
+
+def encode(sample_id, messages, tokenizer) -> Example:
+    """The one example of a conversation."""
+    (example,) = encode_row(Row("x:1", {"id": sample_id, "messages": messages}), Chat(tokenizer))
+    return example
+
+
+def messages_of(row) -> list[dict[str, str]]:
+    return list(conversation_of(row).messages)
 
 
 def chat(*contents: str, first: str = "user") -> list[dict[str, str]]:
@@ -171,33 +176,46 @@ def test_other_fields_of_a_message_are_left_out():
     assert messages_of(row) == chat("2?", "Two.")
 
 
-@pytest.mark.parametrize("eos", [END, None])
-def test_without_a_template_answers_end_with_the_end_of_text(tokenizer, eos):
+def test_without_a_template_the_turns_have_lines_of_their_own(tokenizer):
     tokenizer.chat_template = None
-    tokenizer.eos_token = eos
-    end = eos or ""
-    example = encode("x", chat("Q: 2?\nA:", " Two.", "\nQ: 3?\nA:", " Three."), tokenizer)
-    assert targets(example, tokenizer) == f" Two.{end} Three.{end}"
-    text = decoded(example.input_ids, tokenizer)
-    assert text == f"Q: 2?\nA: Two.{end}\nQ: 3?\nA: Three.{end}"
+    messages = chat("Be brief.", "What is 2?", "Two.", "Sure?", "Yes.", first="system")
+    example = encode("x", messages, tokenizer)
+    assert targets(example, tokenizer) == f"Two.{END}Yes.{END}"
+    assert decoded(example.input_ids, tokenizer) == (
+        "System:\nBe brief.\n\nUser:\nWhat is 2?\n\nAssistant:\nTwo.<|im_end|>\n\n"
+        "User:\nSure?\n\nAssistant:\nYes.<|im_end|>\n\n"
+    )
 
 
-def test_a_first_token_is_never_learned(tokenizer):
-    """Nothing comes before it that could predict it."""
+def test_without_a_template_the_tokenizers_own_first_token_comes_first(tokenizer):
+    from tokenizers.processors import TemplateProcessing
+
     tokenizer.chat_template = None
-    example = encode("x", [{"role": "assistant", "content": "one two three"}], tokenizer)
-    assert example.is_target == [False] + [True] * (len(example.input_ids) - 1)
-    assert decoded(example.input_ids, tokenizer) == f"one two three{END}"
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+        single="<|im_start|> $A", special_tokens=[("<|im_start|>", 0)]
+    )
+    assert tokenizer("one")["input_ids"][0] == 0
+    example = encode("x", chat("2?", "Two."), tokenizer)
+    assert decoded(example.input_ids, tokenizer) == (
+        "<|im_start|>User:\n2?\n\nAssistant:\nTwo.<|im_end|>\n\n"
+    )
 
 
-def test_a_template_that_rewrites_earlier_turns_is_refused(tokenizer):
+def test_a_template_that_rewrites_earlier_turns_gives_a_sample_per_answer(tmp_path, tokenizer):
     tokenizer.chat_template = REWRITING
     reasoned = "Hm.</think>Two."
     assert targets(encode("x", chat("2?", reasoned), tokenizer), tokenizer) == f"{reasoned}{END}"
     plain = encode("x", chat("2?", "Two.", "Sure?", reasoned), tokenizer)
     assert targets(plain, tokenizer) == f"Two.{END}{reasoned}{END}"
-    with pytest.raises(DataError, match=r"renders an earlier turn differently.* split the conv"):
-        encode("x", chat("2?", reasoned, "Sure?", "Yes."), tokenizer)
+    row = {"id": "x", "messages": chat("2?", reasoned, "Sure?", "Yes.")}
+    examples, summary = encode_file(write(tmp_path / "train.jsonl", row), tokenizer)
+    assert [example.sample_id for example in examples] == ["x/1", "x/2"]
+    assert [decoded(example.input_ids, tokenizer) for example in examples] == [
+        rendered(chat("2?", reasoned)),
+        rendered(chat("2?", "Two.", "Sure?", "Yes.")),
+    ]
+    assert [targets(example, tokenizer) for example in examples] == [reasoned + END, f"Yes.{END}"]
+    assert (summary.samples, summary.split) == (2, 1)
 
 
 def test_a_conversation_that_the_template_refuses_is_a_bad_row(tokenizer):
@@ -229,7 +247,7 @@ def encode_file(
     examples = list(
         encode_rows(
             read_rows(sources, rejects),
-            tokenizer,
+            Chat(tokenizer),
             max_length=max_length,
             on_long=on_long,
             vocabulary_size=vocabulary_size,
@@ -261,15 +279,16 @@ def error_of(path, tokenizer, **options) -> str:
         (b'["prompt", "completion"]', "not a JSON object"),
         (b"null", "not a JSON object"),
         (b'"text"', "not a JSON object"),
-        ({}, "needs 'messages', or 'prompt' and 'completion', or 'text'; has nothing"),
+        ({}, "needs 'messages', or 'prompt' and 'completion', or 'text', or the fields of"),
+        ({}, "has nothing"),
         ({"prompt": "2?", "answer": "Two."}, "has answer, prompt"),
         ({"completion": "Two."}, "has completion"),
         ({"prompt": 2, "completion": "Two."}, "'prompt' and 'completion' must be strings"),
-        ({"prompt": "2?", "completion": None}, "'prompt' and 'completion' must be strings"),
-        ({"prompt": "2?", "completion": ["Two."]}, "'prompt' and 'completion' must be strings"),
+        ({"prompt": "2?", "completion": None}, "has prompt"),
+        ({"prompt": "2?", "completion": ["Two."]}, "each message needs the strings"),
         ({"prompt": "2?", "completion": ""}, "'completion' is empty"),
         ({"prompt": "2?", "completion": " \n\t"}, "'completion' is empty"),
-        ({"messages": None}, "'messages' must be a non-empty list"),
+        ({"messages": None}, "has nothing"),
         ({"messages": []}, "'messages' must be a non-empty list"),
         ({"messages": {"role": "user"}}, "'messages' must be a non-empty list"),
         ({"messages": ["2?", "Two."]}, "each message needs the strings 'role' and 'content'"),
@@ -279,7 +298,6 @@ def error_of(path, tokenizer, **options) -> str:
         ({"messages": chat("2?")}, "no assistant message with text"),
         ({"messages": chat("2?", " ")}, "no assistant message with text"),
         ({"messages": [{"role": "bot", "content": "Two."}]}, "no assistant message with text"),
-        ({**GOOD, "id": None}, "'id' must be a string or an integer, got None"),
         ({**GOOD, "id": ["a"]}, "'id' must be a string or an integer, got ['a']"),
         ({**GOOD, "id": True}, "'id' must be a string or an integer, got True"),
     ],
@@ -388,27 +406,16 @@ def test_the_same_text_twice_is_two_samples(tmp_path, tokenizer):
     assert examples[0].input_ids == examples[2].input_ids
 
 
-class Letters:
-    """A tokenizer that takes no time: a token per letter."""
-
-    chat_template = None
-    eos_token = "."
-    all_special_ids = (ord("."),)
-
-    def __call__(self, text, *, add_special_tokens):
-        return {"input_ids": [ord(letter) for letter in text]}
-
-
-def test_thousands_of_copies_take_no_longer_than_thousands_of_texts(tmp_path):
+def test_thousands_of_copies_take_no_longer_than_thousands_of_texts(tmp_path, tokenizer):
     def seconds(prompts) -> float:
         path = write(tmp_path / "train.jsonl", *[{"prompt": p, "completion": "x"} for p in prompts])
         start = time.process_time()
-        examples, _ = encode_file(path, Letters())
+        examples, _ = encode_file(path, tokenizer)
         assert len({example.sample_id for example in examples}) == len(prompts)
         return time.process_time() - start
 
-    different = seconds([str(number) for number in range(10_000)])
-    assert seconds(["1"] * 10_000) < 5 * different
+    different = seconds([str(number) for number in range(2000)])
+    assert seconds(["1"] * 2000) < 5 * different
 
 
 def test_an_id_that_is_used_twice_names_both_places(tmp_path, tokenizer):
@@ -439,8 +446,8 @@ def test_a_sample_of_exactly_max_length_is_taken_whole(long_file, tokenizer):
             samples=3,
             tokens=sum(len(example.input_ids) for example in examples),
             supervised_tokens=sum(sum(example.is_target) for example in examples),
-            answers=3,
             domains=Counter({"": 3}),
+            formats=Counter({"prompt and completion": 3}),
         )
 
 
@@ -498,7 +505,6 @@ def test_every_token_of_plain_text_but_the_first_is_learned(tmp_path, tokenizer)
     assert example.is_target == [False] + [True] * (len(example.input_ids) - 1)
     assert decoded(example.input_ids, tokenizer) == text
     assert summary.supervised_tokens == summary.tokens - 1
-    assert summary.answers == 0  # so nothing has to end a turn
 
 
 def test_a_conversation_wins_over_text_and_half_of_one_does_not(tmp_path, tokenizer):
@@ -524,7 +530,7 @@ def test_text_that_is_longer_than_max_length_is_cut(tmp_path, tokenizer):
         ("", "'text' is empty"),
         (" \n", "'text' is empty"),
         (7, "'text' must be a string, got 7"),
-        (None, "'text' must be a string, got None"),
+        (None, "needs 'messages'"),
         ("I", "none of its first 1 tokens is to be learned"),
     ],
 )
@@ -544,7 +550,7 @@ def test_a_row_is_of_its_own_domain_or_of_its_files(tmp_path, tokenizer):
     assert summary.domains == {"sql": 1, "": 2, "radio": 1}
 
 
-@pytest.mark.parametrize("domain", [None, 7, ["sql"]])
+@pytest.mark.parametrize("domain", [7, ["sql"]])
 def test_a_domain_is_a_string(tmp_path, tokenizer, domain):
     path = write(tmp_path / "train.jsonl", GOOD, {"text": "one two", "domain": domain})
     assert f"{path}:2: 'domain' must be a string, got {domain!r}" in error_of(path, tokenizer)
@@ -558,30 +564,21 @@ WITHOUT_END = "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}\n{% en
 
 
 def test_a_template_that_never_ends_an_answer_is_refused(tmp_path, tokenizer):
-    path = write(tmp_path / "train.jsonl", GOOD, {"prompt": "3?", "completion": "Three."})
+    quoted = {"prompt": "What ends a turn?", "completion": f"It is {END}"}
+    path = write(tmp_path / "train.jsonl", GOOD, quoted)
     tokenizer.chat_template = WITHOUT_END
-    assert "not one of 2 answers has one: the model would not learn to stop" in error_of(
-        path, tokenizer
-    )
+    message = error_of(path, tokenizer)
+    assert message.startswith("2 unusable row(s)")
+    assert f"{path}:2: an answer must end with a special token, this one ends with" in message
     tokenizer.chat_template = None
     assert len(encode_file(path, tokenizer)[0]) == 2  # the end of text follows each answer
     tokenizer.eos_token = None
-    assert "use a chat template that writes it" in error_of(path, tokenizer)
+    assert "use a chat template that writes one" in error_of(path, tokenizer)
 
 
-def test_answers_without_an_end_are_counted_beside_those_with_one(tmp_path, tokenizer):
-    tokenizer.chat_template = WITHOUT_END.replace(
-        "\n{% endfor %}", "{% if 'Two' in m['content'] %}<|im_end|>{% endif %}\n{% endfor %}"
-    )
-    rows = [{"messages": chat("2?", "Two.", "3?", "Three.", "Bye.")}, GOOD]
-    _, summary = encode_file(write(tmp_path / "train.jsonl", *rows), tokenizer)
-    assert (summary.answers, summary.endless_answers) == (3, 1)
-
-
-def test_an_answer_that_was_cut_off_had_an_end(long_file, tokenizer):
-    _, summary = encode_file(long_file, tokenizer, max_length=25, on_long="truncate")
-    assert summary.truncated > 0
-    assert (summary.answers, summary.endless_answers) == (3, 0)
+def test_a_quoted_end_does_not_end_the_answer(tokenizer):
+    example = encode("x", chat("What ends a turn?", f"It is {END}, here."), tokenizer)
+    assert targets(example, tokenizer) == f"It is {END}, here.{END}"
 
 
 def test_a_token_that_is_marked_as_special_ends_a_turn_as_well(tokenizer):
@@ -754,7 +751,7 @@ def test_a_flipped_bit_in_a_parquet_file_with_checksums_is_noticed(tmp_path, tok
 @pytest.mark.parametrize(
     ("columns", "problem"),
     [
-        ({"question": ["2?"]}, "needs a column messages, or prompt and completion, or text; has q"),
+        ({"n": ["2?"]}, "needs a column messages, or prompt and completion, or text, or those of"),
         ({"text": [7]}, "row 1: 'text' must be a string, got 7"),
         ({"text": [["a"]]}, "row 1: 'text' must be a string, got ['a']"),
         ({"text": [b"a b"]}, "row 1: 'text' must be a string, got b'a b'"),
@@ -766,7 +763,7 @@ def test_a_flipped_bit_in_a_parquet_file_with_checksums_is_noticed(tmp_path, tok
         ({"text": ["a b", "c d"], "id": [7, 7]}, "row 2: id '7' was used before"),
         ({"text": ["a b"], "domain": [3]}, "row 1: 'domain' must be a string, got 3"),
         ({"text": [None, None]}, "row 2: needs 'messages'"),
-        ({}, "needs a column messages, or prompt and completion, or text; has none"),
+        ({}, "of another known form; has none"),
     ],
 )
 def test_bad_columns_and_rows_of_parquet_are_exit_code_4(tmp_path, tokenizer, columns, problem):
@@ -789,5 +786,7 @@ def test_text_that_is_no_utf8_is_exit_code_4(tmp_path, tokenizer):
 
 def test_ids_of_plain_text_rows_are_made_of_the_content(tokenizer):
     row = Row("x:1", {"text": "one two", "domain": "d"})
-    example = encode_row(row, tokenizer)
-    assert example == encode_text(sample_id_of(row.content), "one two", tokenizer, domain="d")
+    (example,) = encode_row(row, Chat(tokenizer))
+    ids = tokenizer("one two")["input_ids"]
+    mask = [False] + [True] * (len(ids) - 1)
+    assert example == Example(sample_id_of(row.content), ids, mask, "d")

@@ -417,7 +417,8 @@ def test_totals_say_of_files_what_their_list_would():
     from lrmc_ray.record.describe import summarize
 
     plan = dict.fromkeys(("samples", "tokens", "dropped", "truncated", "rejected"), 1)
-    plan["endless_answers"] = 0
+    plan["split_conversations"] = 0
+    plan["formats"] = {}
     parts = [described(1), described(2), described(5, domain="b"), described(9)]
     totals = PartTotals()
     kept = [totals.add(part) for part in parts]

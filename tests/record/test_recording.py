@@ -137,7 +137,7 @@ def test_bytes_are_those_of_the_columns(part):
 
 def test_a_summary_adds_files_up(part):
     plan = dict.fromkeys(("samples", "tokens", "dropped", "truncated"), 1)
-    plan |= {"rejected": 0, "endless_answers": 0}
+    plan |= {"rejected": 0, "split_conversations": 0, "formats": {}}
     fields = vars(part)
     one, two = summarize(plan, [fields]), summarize(plan, [fields, fields])
     for name in ("supervised_positions", "prompt_positions", "padding_candidates", "bytes"):

@@ -6,6 +6,7 @@ import random
 import pytest
 import torch
 
+from lrmc_ray.chat.template import Chat
 from lrmc_ray.errors import DataError
 from lrmc_ray.method.fast.packing import lay_out
 from lrmc_ray.models import attention_cost as measured_attention_cost
@@ -76,8 +77,9 @@ def test_the_estimate_is_what_many_steps_compute(
     texts = [json.dumps({**row, "prompt": rules + row["prompt"]}) + "\n" for row in rows]
     path.write_text("".join(texts))
     sources = find_sources([str(path)])
-    tokenizer = load_tokenizer(tiny_model)
-    ids = [encode_row(row, tokenizer).input_ids for row in read_rows(sources, Rejects())]
+    chat = Chat(load_tokenizer(tiny_model))
+    rows = read_rows(sources, Rejects())
+    ids = [example.input_ids for row in rows for example in encode_row(row, chat)]
     model = load_model(tiny_model)
     parameters = sum(p.numel() for p in model.parameters())
     cost = measured_attention_cost(model) if packing else float("inf")

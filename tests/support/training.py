@@ -7,6 +7,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from lrmc_ray.chat.template import Chat
 from lrmc_ray.config import TrainSettings
 from lrmc_ray.files.artifacts import file_digest, write_manifest
 from lrmc_ray.files.names import MODEL
@@ -26,10 +27,10 @@ STEPS = 6
 
 def record_of(model_directory, data, directory, *, domain_of=lambda number: "", k_min=2, tau=0.95):
     """What Stage 0 writes, position by position, without Ray."""
-    model, tokenizer = load_model(model_directory), load_tokenizer(model_directory)
+    model, chat = load_model(model_directory), Chat(load_tokenizer(model_directory))
     samples = []
     for number, line in enumerate(data.read_text().splitlines()):
-        example = encode_row(Row(f"line {number}", json.loads(line)), tokenizer)
+        (example,) = encode_row(Row(f"line {number}", json.loads(line)), chat)
         ids_T = torch.tensor(example.input_ids)
         is_supervised_P = torch.tensor(example.is_target[1:])
         with torch.no_grad():
