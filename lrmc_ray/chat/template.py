@@ -16,6 +16,9 @@ from typing import Any
 
 from lrmc_ray.errors import DataError
 
+RENDERING = 2
+"""Changes whenever prompts or answers are rendered, or told from each other, in another way."""
+
 Message = Mapping[str, Any]
 
 PLAIN_FORMAT = (
@@ -100,6 +103,20 @@ def opened_block(text: str) -> tuple[str, str] | None:
         if text.rfind(opened) > text.rfind(closed):
             return opened, closed
     return None
+
+
+def spoken_answer(prompt: str, text: str) -> str | None:
+    """What is said behind the think block that ``text`` begins with; None while it is open.
+
+    The block may have been opened by the prompt.
+    """
+    tags = opened_block(prompt) or next(
+        (tags for tags in THINK_TAGS if text.lstrip().startswith(tags[0])), None
+    )
+    if tags is None:
+        return text
+    _, closed, spoken = text.partition(tags[1])
+    return spoken.lstrip() if closed else None
 
 
 class Chat:

@@ -41,7 +41,7 @@ def score(model_directory: Path, request: ScoreRequest) -> ScoreResult:
         manager = task_manager([name for name, _ in request.tasks], Path(scratch), request.split)
         model = load_model(model_directory, dtype=dtype).to(device)
         tokenizer = load_tokenizer(model_directory)
-        lm = _language_model(model, tokenizer, request.batch_tokens)
+        lm = _language_model(model, tokenizer, request.batch_tokens, request.template_options)
         for name, group in request.tasks:
             samples = run_task(lm, manager, name, request.limit)
             rows.extend(task_rows(task_label(name), group, samples, tokenizer))
@@ -64,6 +64,7 @@ def slice_rows(
     items: int,
     batch_tokens: int,
     split: Split,
+    template_options: Mapping[str, Any] | None = None,
 ) -> list[dict[str, Any]]:
     """Rows of the smooth scores of the first ``items`` items of each task, of a model in memory.
 
@@ -78,7 +79,7 @@ def slice_rows(
     rows: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory() as scratch:
         manager = task_manager([name for name, _ in tasks], Path(scratch), split)
-        lm = _language_model(model, tokenizer, batch_tokens)
+        lm = _language_model(model, tokenizer, batch_tokens, template_options)
         for name, group in tasks:
             samples = run_task(lm, manager, name, items, is_slice=True)
             rows.extend(task_rows(task_label(name), group, samples, tokenizer))
@@ -95,12 +96,14 @@ def _quieten() -> None:
         logging.getLogger(name).setLevel(logging.ERROR)
 
 
-def _language_model(model: Any, tokenizer: Any, batch_tokens: int) -> Any:
+def _language_model(
+    model: Any, tokenizer: Any, batch_tokens: int, template_options: Mapping[str, Any] | None
+) -> Any:
     """The model as lm-eval runs it."""
     # Its base class is lm-eval's, which takes seconds to import and must be quiet before.
     from lrmc_ray.evaluate.prefix_lm import PrefixLM
 
-    return PrefixLM(model, tokenizer, batch_tokens=batch_tokens)
+    return PrefixLM(model, tokenizer, batch_tokens=batch_tokens, template_options=template_options)
 
 
 def run_task(

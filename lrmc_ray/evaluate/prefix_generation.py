@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 import torch
 from lm_eval.models.utils import postprocess_generated_text
 
-from lrmc_ray.evaluate.prefix_batches import ContextRow
+from lrmc_ray.evaluate.prefix_batches import ContextRow, Tokens
 from lrmc_ray.evaluate.prefix_memory import ContextMemory
 from lrmc_ray.evaluate.prefix_model import PrefixModel, SharedBatch
 
@@ -21,6 +21,8 @@ class GreedyGeneration:
         decode: from token ids to text.
         ends: tokens that end an answer and are no part of it.
         memory: keeps the contexts, whose gold answers are often scored next.
+        spoken: from what is written to a context to the answer in it, behind a closed think block;
+            None while the block is open.
     """
 
     def __init__(
@@ -29,8 +31,10 @@ class GreedyGeneration:
         decode: Callable[[list[int]], str],
         ends: set[int],
         memory: ContextMemory,
+        spoken: Callable[[Tokens, str], str | None] = lambda context, text: text,
     ) -> None:
         self._model, self._decode, self._ends, self._memory = model, decode, ends, memory
+        self._spoken = spoken
 
     def answers(
         self, rows: Iterable[ContextRow], stops: Sequence[str], most: int
@@ -55,7 +59,8 @@ class GreedyGeneration:
         mask_BT = model.mask(lengths_B, batch.prefix_length + hidden_BTD.shape[1], 0)
         last_B = lengths_B - batch.prefix_length - 1
         hidden_BD = hidden_BTD[torch.arange(len(last_B), device=model.device), last_B]
-        written = _Answers(len(batch.rows), self._decode, self._ends, stops)
+        contexts = [row.tokens for row in batch.rows]
+        written = _Answers(contexts, self._decode, self._ends, stops, self._spoken)
         for step in range(most):
             token_B = model.logits(hidden_BD).argmax(-1)
             going = written.add(token_B.tolist())
@@ -73,7 +78,7 @@ class GreedyGeneration:
             hidden_BD = hidden_BTD[:, -1]
         return [
             postprocess_generated_text(generation=text, stop=stops, think_end_token=None)
-            for text in written.texts
+            for text in written.spoken()
         ]
 
 
@@ -82,15 +87,25 @@ class _Answers:
 
     def __init__(
         self,
-        count: int,
+        contexts: Sequence[Tokens],
         decode: Callable[[list[int]], str],
         ends: set[int],
         stops: Sequence[str],
+        spoken: Callable[[Tokens, str], str | None],
     ) -> None:
-        self.texts = [""] * count
-        self._tokens: list[list[int]] = [[] for _ in range(count)]
-        self._going = list(range(count))  # which answer each row of the cache is
+        self._texts = [""] * len(contexts)
+        self._tokens: list[list[int]] = [[] for _ in contexts]
+        self._going = list(range(len(contexts)))  # which answer each row of the cache is
         self._decode, self._ends, self._stops = decode, ends, stops
+        self._contexts, self._spoken = contexts, spoken
+
+    def spoken(self) -> list[str]:
+        """The answers, without the think block before them; all of one whose block is open."""
+        answers = []
+        for context, text in zip(self._contexts, self._texts, strict=True):
+            answer = self._spoken(context, text)
+            answers.append(text if answer is None else answer)
+        return answers
 
     def add(self, tokens: Sequence[int]) -> list[int]:
         """Add one token to every answer that goes on; returns the rows of those that still do."""
@@ -99,8 +114,9 @@ class _Answers:
             if token in self._ends:
                 continue
             self._tokens[answer].append(token)
-            self.texts[answer] = self._decode(self._tokens[answer])
-            if not any(stop in self.texts[answer] for stop in self._stops):
+            text = self._texts[answer] = self._decode(self._tokens[answer])
+            spoken = self._spoken(self._contexts[answer], text)
+            if spoken is None or not any(stop in spoken for stop in self._stops):
                 rows.append(row)
         self._going = [self._going[row] for row in rows]
         return rows

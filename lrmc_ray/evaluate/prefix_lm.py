@@ -20,7 +20,7 @@ Shape suffixes: those of :mod:`lrmc_ray.method`.
 """
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -29,6 +29,8 @@ from lm_eval.models.huggingface import HFLM
 from lm_eval.models.utils import handle_stop_sequences, normalize_gen_kwargs
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
+from lrmc_ray.chat.template import Chat, spoken_answer
+from lrmc_ray.chat.tokens import bare_ids, split_ids
 from lrmc_ray.errors import DataError
 from lrmc_ray.evaluate.prefix_batches import BatchLimits, ContextRow, Tokens, context_rows
 from lrmc_ray.evaluate.prefix_generation import GreedyGeneration
@@ -47,9 +49,17 @@ class PrefixLM(HFLM):  # type: ignore[misc]  # lm-eval ships no types
         model: a causal LM.
         tokenizer: its tokenizer.
         batch_tokens: most positions of one forward pass, padding included.
+        template_options: what the chat template is given besides the messages.
     """
 
-    def __init__(self, model: Any, tokenizer: Any, *, batch_tokens: int) -> None:
+    def __init__(
+        self,
+        model: Any,
+        tokenizer: Any,
+        *,
+        batch_tokens: int,
+        template_options: Mapping[str, Any] | None = None,
+    ) -> None:
         super().__init__(
             pretrained=model, tokenizer=tokenizer, batch_size=8, device=str(model.device)
         )
@@ -64,8 +74,50 @@ class PrefixLM(HFLM):  # type: ignore[misc]  # lm-eval ships no types
                 "%s does not share keys and values between sequences; it is scored without",
                 type(model).__name__,
             )
+        self._chat = Chat(tokenizer, template_options)
+        self.chat_template_args = dict(template_options or {})
+        # The generation prompts that were asked for, each with what the template writes before
+        # the answer's own text; and the prompts of tokens that were generated from.
+        self._openings: dict[str, str] = {}
+        self._prompts: dict[Tokens, str] = {}
         ends = model.generation_config.eos_token_id
         self._ends = {tokenizer.eos_token_id, *(ends if isinstance(ends, list) else [ends])}
+
+    def apply_chat_template(
+        self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True
+    ) -> str:
+        """The prompt as recording renders it; what a task begins to answer itself, as lm-eval."""
+        if not add_generation_prompt and self._chat.has_template:
+            begun: str = super().apply_chat_template(chat_history, add_generation_prompt)
+            return begun
+        history = chat_history if add_generation_prompt else chat_history[:-1]
+        try:
+            prompt = self._chat.prompt(history)
+        except DataError:
+            history = [message for message in history if message["role"] != "system"]
+            prompt = self._chat.prompt(history)
+        self._openings[prompt] = self._chat.opening(history)
+        return prompt if add_generation_prompt else prompt + chat_history[-1]["content"]
+
+    def loglikelihood(self, requests: Any, disable_tqdm: bool = False) -> list[tuple[float, bool]]:
+        """Log-likelihood of each continuation, which is rendered as an answer is learned."""
+        for request in requests:
+            context, continuation = request.args
+            if opening := self._openings.get(context):
+                # The items keep what was scored, whose tokens are counted later.
+                request.arguments = (context, opening + continuation)
+        scored: list[tuple[float, bool]] = super().loglikelihood(requests, disable_tqdm)
+        return scored
+
+    def _encode_pair(self, context: str, continuation: str) -> tuple[list[int], list[int]]:
+        if context in self._openings:
+            return split_ids(self.tokenizer, context, continuation)
+        pair: tuple[list[int], list[int]] = super()._encode_pair(context, continuation)
+        return pair
+
+    def _spoken(self, context: Tokens, text: str) -> str | None:
+        prompt = self._prompts.get(context)
+        return text if prompt is None else spoken_answer(prompt, text)
 
     def loglikelihood_rolling(self, requests: Any, disable_tqdm: bool = False) -> list[float]:
         """Log-likelihood of each whole text, in windows of the model's length."""
@@ -181,10 +233,16 @@ class PrefixLM(HFLM):  # type: ignore[misc]  # lm-eval ships no types
             )
         rows: dict[Tokens, ContextRow] = {}
         for index, (context, _) in enumerate(arguments):
-            tokens = tuple(self.tok_encode(context, left_truncate_len=longest))
+            if context in self._openings:
+                tokens = tuple(bare_ids(self.tokenizer, context)[-longest:])
+                self._prompts[tokens] = context
+            else:
+                tokens = tuple(self.tok_encode(context, left_truncate_len=longest))
             row = rows.setdefault(tokens, ContextRow(tokens, len(tokens)))
             row.members.append((index, ()))
         self._memory.take()
-        generation = GreedyGeneration(self._shared, self.tok_decode, self._ends, self._memory)
+        generation = GreedyGeneration(
+            self._shared, self.tok_decode, self._ends, self._memory, self._spoken
+        )
         answers = dict(generation.answers(rows.values(), stops, most))
         return [answers[index] for index in range(len(arguments))]

@@ -1,6 +1,6 @@
 """What is asked of one scoring process, and what it answers."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import numpy as np
@@ -24,6 +24,8 @@ class ScoreRequest:
     """Texts of each task to measure drift on, by its group, unless ``drift_texts`` names them."""
     drift_texts: "dict[str, list[list[int]]] | None" = None
     """Token ids of the base model's texts by task; a tuned model is compared on the same ones."""
+    template_options: "dict[str, Any]" = field(default_factory=dict)
+    """What the chat template is given besides the messages."""
 
 
 @dataclass(frozen=True)

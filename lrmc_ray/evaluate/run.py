@@ -17,9 +17,10 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from lrmc_ray.chat.template import RENDERING
 from lrmc_ray.cluster.checks import check_files_shared, check_model_shared
 from lrmc_ray.cluster.resources import worker_slots
-from lrmc_ray.config import EvaluateSettings, RunSettings
+from lrmc_ray.config import RunSettings
 from lrmc_ray.evaluate.changes import receipt
 from lrmc_ray.evaluate.drift import BaseTexts, drift_metrics, read_base_texts, write_base_texts
 from lrmc_ray.evaluate.items import Scores
@@ -117,6 +118,8 @@ def _identity(
         "base": base.name if base else None,
         "tasks_version": VERSION,
         "tasks": task_fingerprints(names, split),
+        "rendering": RENDERING,
+        **({"template_options": options} if (options := settings.model.template_options) else {}),
         **chosen.model_dump(mode="json"),
     }
 
@@ -152,7 +155,7 @@ def _score(
         lambda _: check_files_shared(own_files([name for name, _ in tasks])),
     )
     before = read_base_texts(known.base) if known.base else None
-    requests = _requests(chosen, tasks, split, before, parallel)
+    requests = _requests(settings, tasks, split, before, parallel)
     run = score_here if here and fits_here(resources) else score_in_tasks
     results = run(model, requests, resources)
     rows = [row for result in results for row in result.rows]
@@ -175,13 +178,14 @@ def _score(
 
 
 def _requests(
-    chosen: EvaluateSettings,
+    settings: RunSettings,
     tasks: Sequence[tuple[str, Group]],
     split: Split,
     before: BaseTexts | None,
     parallel: int,
 ) -> list[ScoreRequest]:
     """The work, dealt to at most ``parallel`` hands."""
+    chosen = settings.evaluate
     # Dealt to the tasks, so that the texts are the same ones however many hands there are.
     shares: dict[Group, int] = {}
     groups: tuple[Group, Group] = ("domain", "general")
@@ -197,6 +201,7 @@ def _requests(
             split=split,
             drift_samples=shares,
             drift_texts=before.texts if before else None,
+            template_options=settings.model.template_options,
         )
         for hand in _divide(tasks, parallel)
     ]

@@ -21,6 +21,8 @@ def print_summary(summary: Mapping[str, Any]) -> None:
     for name, value in summary.items():
         if not isinstance(value, Mapping):
             print(f"{name:>30}  {value}")
+    for name, count in summary.get("formats", {}).items():
+        print(f"{'rows of ' + name:>30}  {count}")
     for domain, counts in summary["domains"].items():
         print(
             f"{'domain ' + (domain or '(none)'):>30}  "

@@ -60,6 +60,8 @@ class _Rendered:
 
 def _render(row: Row, chat: Chat) -> _Rendered:
     content = row.content
+    if row.problem:
+        return _Rendered(row, problem=row.problem)
     try:
         sample_id = sample_id_of(content)
         domain = content.get("domain")

@@ -223,11 +223,12 @@ def _warn(
 def _say(summary: EncodingSummary) -> None:
     """Which forms the rows have, and where a row became more than one sample."""
     forms = ", ".join(f"{count} of {name}" for name, count in summary.formats.items())
-    print(f"Rows of the training data: {forms}")
+    _log.info("Rows of the training data: %s", forms)
     if summary.split:
-        print(
-            f"{summary.split} conversation(s) became one sample per answer: the chat template "
-            "renders an earlier answer differently once a later turn follows"
+        _log.info(
+            "%d conversation(s) became one sample per answer: the chat template renders an "
+            "earlier answer differently once a later turn follows",
+            summary.split,
         )
 
 

@@ -38,6 +38,8 @@ class Row:
     content: Mapping[str, Any]
     domain: str = ""
     """Of the file; the row's own ``domain`` wins."""
+    problem: str = ""
+    """Why it could not be read; "" if it could."""
 
 
 class Rejects:
@@ -86,7 +88,7 @@ class Rejects:
 
 
 def read_rows(sources: Sequence[Source], rejects: Rejects) -> Iterator[Row]:
-    """Every row of the files; lines that are no JSON objects are rejected.
+    """Every row of the files, those that cannot be read with what is wrong; ``rejects`` counts all.
 
     Raises:
         IncompleteArtifactError: a file does not exist.
@@ -135,7 +137,7 @@ def _array_rows(source: Source, rejects: Rejects) -> Iterator[Row]:
             json.dumps(rows, ensure_ascii=False).encode()
         except (ValueError, RecursionError) as error:
             rejects.rows += 1
-            rejects.add(str(source.path), f"not valid JSON in UTF-8: {error}")
+            yield Row(str(source.path), {}, problem=f"not valid JSON in UTF-8: {error}")
             return
     for number, content in enumerate(rows, 1):
         rejects.rows += 1
@@ -143,7 +145,7 @@ def _array_rows(source: Source, rejects: Rejects) -> Iterator[Row]:
         if isinstance(content, dict):
             yield Row(place, without_nulls(content), source.domain)
         else:
-            rejects.add(place, "not a JSON object")
+            yield Row(place, {}, problem="not a JSON object")
 
 
 def _jsonl_rows(source: Source, rejects: Rejects) -> Iterator[Row]:
@@ -154,19 +156,19 @@ def _jsonl_rows(source: Source, rejects: Rejects) -> Iterator[Row]:
             rejects.rows += 1
             place = f"{source.path}:{number}"
             if len(line) == MAX_LINE_BYTES and not line.endswith(b"\n"):
-                rejects.add(place, f"longer than {MAX_LINE_BYTES} bytes")
+                yield Row(place, {}, problem=f"longer than {MAX_LINE_BYTES} bytes")
                 continue
             try:
                 content = json.loads(line.decode("utf-8-sig" if number == 1 else "utf-8"))
                 # JSON can spell half a surrogate pair, which no text contains.
                 json.dumps(content, ensure_ascii=False).encode()
             except (ValueError, RecursionError) as error:
-                rejects.add(place, f"not valid JSON in UTF-8: {error}")
+                yield Row(place, {}, problem=f"not valid JSON in UTF-8: {error}")
                 continue
             if isinstance(content, dict):
                 yield Row(place, without_nulls(content), source.domain)
             else:
-                rejects.add(place, "not a JSON object")
+                yield Row(place, {}, problem="not a JSON object")
     except OSError as error:  # of a packed file: one that is not packed fails elsewhere
         if source.path.suffix not in (".gz", ".zst"):
             raise
@@ -187,7 +189,7 @@ def _csv_rows(source: Source, rejects: Rejects) -> Iterator[Row]:
                 before = reader.line_num
                 rejects.rows += 1
                 if None in cells or None in cells.values():
-                    rejects.add(place, f"must have {len(reader.fieldnames or [])} cells")
+                    yield Row(place, {}, problem=f"must have {len(reader.fieldnames or [])} cells")
                     continue
                 content = {name: _cell(name, cell) for name, cell in cells.items() if cell}
                 yield Row(place, without_nulls(content), source.domain)

@@ -17,7 +17,7 @@ import math
 import statistics
 import time
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -72,6 +72,8 @@ class Rung:
     objective: Literal["combined", "budget"]
     forgetting_weight: float
     max_forgetting: float
+    template_options: Mapping[str, Any] = field(default_factory=dict)
+    """What the chat template is given besides the messages."""
 
 
 def rung_of(
@@ -109,6 +111,7 @@ def rung_of(
         objective=search.objective,
         forgetting_weight=search.forgetting_weight,
         max_forgetting=search.max_forgetting,
+        template_options=settings.model.template_options,
     )
 
 
@@ -345,6 +348,7 @@ class EarlyStopping:
             items=self.rung.items,
             batch_tokens=self.rung.batch_tokens,
             split="dev",
+            template_options=self.rung.template_options,
         )
 
 

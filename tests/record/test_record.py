@@ -67,7 +67,7 @@ CATALOGUE = {
     "half a surrogate pair": ([b'{"text": "a \\ud800"}'], 4, "surrogates not allowed"),
     "missing field": ([{"prompt": "2?"}], 4, "has prompt"),
     "wrong type": ([{**GOOD, "completion": 2}], 4, "must be strings"),
-    "null": ([{**GOOD, "prompt": None}], 4, "must be strings"),
+    "null": ([{**GOOD, "prompt": None}], 4, "has completion"),
     "nested null": ([{"messages": [None]}], 4, "each message needs"),
     "nothing but spaces": ([{**GOOD, "completion": " \t"}], 4, "'completion' is empty"),
     "an id twice": ([{**GOOD, "id": 1}, {"text": "a b", "id": 1}], 4, "was used before"),

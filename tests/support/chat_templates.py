@@ -1,0 +1,89 @@
+"""Chat templates that behave as those of well-known models do, and tokenizers to render them."""
+
+import importlib.util
+import re
+from pathlib import Path
+
+SPECIAL = re.compile(
+    r"<[|\uff5c][^<>{}|\uff5c ]+[|\uff5c]>|<\|?turn\|?>|</?s>|<(?:start|end)_of_turn>|<eos>|<bos>"
+    r"|<end_of_utterance>|<\|tool_response>|<tool_call\|>|\[gMASK\]|<sop>|\[/?INST\]"
+)
+ENDS = (
+    *(
+        "<|im_end|>",
+        "<\uff5cend\u2581of\u2581sentence\uff5c>",
+        "<|endoftext|>",
+        "<turn|>",
+        "<end_of_turn>",
+    ),
+    *("<|END_OF_TURN_TOKEN|>", "<|eot_id|>", "<|return|>", "<end_of_utterance>", "</s>", "<eos>"),
+)
+
+RETHINKING = (
+    "{% for m in messages %}"
+    "{% if m.role == 'assistant' %}{{ '<|Assistant|>' }}"
+    "{% if loop.last %}{{ m.content }}{% else %}{{ m.content.split('</think>')[-1] }}{% endif %}"
+    "<|end|>{% else %}{{ '<|' + m.role + '|>' + m.content }}{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|Assistant|><think>\n' }}{% endif %}"
+)
+"""The prompt opens a think block, as QwQ's does."""
+
+END_AND_MORE = (
+    "{% for m in messages %}{{ '<|' + m.role + '|>' + m.content + '<|end|>\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|assistant|>' }}{% else %}{{ '<eos>' }}{% endif %}"
+)
+"""Something stands behind the end of the last turn, as in Phi-3."""
+
+DEFAULT_SYSTEM = (
+    "{% if messages[0].role != 'system' %}{{ '[SYS]Be good.[/SYS]' }}{% endif %}"
+    "{% for m in messages %}{% if m.role == 'assistant' %}{{ m.content + '</s>' }}"
+    "{% else %}{{ '[INST]' + m.content + '[/INST]' }}{% endif %}{% endfor %}"
+)
+"""The generation prompt adds nothing, and a system prompt is there by default: Devstral."""
+
+FAULTY = "{% for m in messages %}{{ m.content + 1 }}{% endfor %}"
+
+MARKED = (
+    "{% for m in messages %}{{ '<|' + m.role + '|>' }}{% if m.role == 'assistant' %}"
+    "{% generation %}{{ m.content + '<|end|>' }}{% endgeneration %}"
+    "{% else %}{{ m.content + '<|end|>' }}{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|assistant|>' }}{% endif %}"
+)
+
+
+def shipped() -> dict[str, str]:
+    """The templates in the package ``trl``, by their names."""
+    spec = importlib.util.find_spec("trl")
+    assert spec is not None
+    assert spec.origin is not None
+    folder = Path(spec.origin).parent / "chat_templates"
+    return {path.stem: path.read_text("utf-8") for path in sorted(folder.glob("*.jinja"))}
+
+
+def tokenizer_for(template: str | None, *extra: str, prefix_space: bool = False):
+    """A byte-level BPE, or one with metaspaces, that knows the template's special tokens."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    special = sorted({*SPECIAL.findall(template or ""), "<bos>", "<eos>", *extra})
+    tokenizer = Tokenizer(models.BPE(unk_token="<eos>"))
+    if prefix_space:
+        tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first")
+        tokenizer.decoder = decoders.Metaspace(prepend_scheme="first")
+        alphabet = [chr(code) for code in range(33, 127)] + ["\n", "▁", "Ω", "é"]
+    else:
+        tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+        tokenizer.decoder = decoders.ByteLevel()
+        alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(
+        vocab_size=len(alphabet) + len(special) + 60,
+        special_tokens=special,
+        initial_alphabet=alphabet,
+        show_progress=False,
+    )
+    texts = ["\n\nTwo.\n\nU = R I\n\n\n", "Two and two", "Power? Ohm? the sum", "\n\n"] * 8
+    tokenizer.train_from_iterator(texts, trainer)
+    end = next(token for token in ENDS if token in special)
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<bos>", eos_token=end)
+    fast.chat_template = template
+    return fast
