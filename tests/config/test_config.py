@@ -108,9 +108,19 @@ learning_rate = number(lambda x: 0 < x < 1)
 seed = whole(0, 2**32 - 1)
 precision = one_of("fp32", "bf16")
 
+
+def options(value):
+    """A table of plain values; a number must be finite."""
+    return isinstance(value, dict) and all(
+        isinstance(part, str | bool | int) or (isinstance(part, float) and math.isfinite(part))
+        for part in value.values()
+    )
+
+
 RULES = {
     "model.name": text,
     "model.revision": optional(text),
+    "model.template_options": options,
     "data.train": texts,
     "data.max_length": whole(2),
     "data.on_long": one_of("error", "drop", "truncate"),
