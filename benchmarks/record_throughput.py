@@ -93,9 +93,9 @@ def shares(recorder: Any, rows: Sequence[Mapping[str, Any]], directory: Path) ->
 
 
 def start_ray(num_cpus: int) -> None:
-    from lrmc_ray.cluster.session import _ENVIRONMENT
+    from lrmc_ray.cluster.session import RAY_ENVIRONMENT
 
-    for name, value in {**_ENVIRONMENT, "RAY_AUTH_MODE": "disabled"}.items():
+    for name, value in {**RAY_ENVIRONMENT, "RAY_AUTH_MODE": "disabled"}.items():
         os.environ.setdefault(name, value)
     import logging
 

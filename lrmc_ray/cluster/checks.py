@@ -64,7 +64,7 @@ def check_storage_seen(uri: str) -> None:
     name = f".shared_{os.urandom(8).hex()}"
     storage.write(name, name.encode())
     try:
-        blind = _nodes_without(_reads, uri, name, seconds=CHECK_SECONDS + PROBE_SECONDS)
+        blind = _nodes_without(reads_storage, uri, name, seconds=CHECK_SECONDS + PROBE_SECONDS)
     finally:
         storage.delete(name)
     if blind:
@@ -157,7 +157,7 @@ def _has(path: str, sha256: str) -> bool:
         return False
 
 
-def _reads(uri: str, name: str) -> bool:
+def reads_storage(uri: str, name: str) -> bool:
     """Runs on a node: whether it reads the driver's object, and writes one."""
     try:
         check_storage(uri)  # within a time limit, which a client of its own does not keep

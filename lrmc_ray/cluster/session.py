@@ -20,7 +20,7 @@ _log = logging.getLogger(__name__)
 RAY_LOG = "ray.log"
 ANSWER_SECONDS = 10.0
 """How long a cluster's head may take to accept a connection."""
-_ENVIRONMENT = {
+RAY_ENVIRONMENT = {
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_DATA_DISABLE_PROGRESS_BARS": "1",  # the commands show their own
     "RAY_AIR_NEW_OUTPUT": "0",  # Tune's own tables on stdout
@@ -49,7 +49,8 @@ def watches_preemption() -> bool:
 
 
 @contextlib.contextmanager
-def _no_preemption() -> Iterator[None]:
+def no_preemption() -> Iterator[None]:
+    """Leave Ray's watcher of nodes that are taken away off, unless the user has set it."""
     if _PREEMPTION_WATCHER in os.environ:  # as the user wants it
         yield
         return
@@ -83,7 +84,7 @@ def ray_session(
         ResourceError: the cluster cannot be reached.
         IncompleteArtifactError: some node does not see the output directory, or the storage.
     """
-    for name, value in _ENVIRONMENT.items():
+    for name, value in RAY_ENVIRONMENT.items():
         os.environ.setdefault(name, value)
     import ray
     import ray.data
@@ -95,7 +96,7 @@ def ray_session(
         return
     with (
         contextlib.nullcontext() if verbose else _stderr_to(log),
-        _no_preemption() if address == "local" else contextlib.nullcontext(),
+        no_preemption() if address == "local" else contextlib.nullcontext(),
     ):
         handler = signal.getsignal(signal.SIGTERM)
         _start(address, num_cpus, verbose)
@@ -134,7 +135,7 @@ def _start(address: str, num_cpus: int | None, verbose: bool) -> None:
     _check_answers(address)
     try:
         # The nodes were started with an environment of their own.
-        env_vars = {name: os.environ[name] for name in _ENVIRONMENT if name != "RAY_AUTH_MODE"}
+        env_vars = {name: os.environ[name] for name in RAY_ENVIRONMENT if name != "RAY_AUTH_MODE"}
         ray.init(
             address=address,
             runtime_env={"env_vars": env_vars},

@@ -19,7 +19,7 @@ from lrmc_ray.cluster.resources import (
     cluster_nodes,
     worker_slots,
 )
-from lrmc_ray.cluster.session import _no_preemption, ray_session, watches_preemption
+from lrmc_ray.cluster.session import no_preemption, ray_session, watches_preemption
 from lrmc_ray.config import ResourceSettings
 from lrmc_ray.console import run_command
 from lrmc_ray.errors import IncompleteArtifactError, ResourceError
@@ -247,7 +247,7 @@ def test_a_machine_of_ones_own_is_watched_for_preemption_only_if_wanted(wanted, 
         monkeypatch.setenv(name, wanted)
     before = watches_preemption()
     assert before == (wanted != "0")
-    with _no_preemption():
+    with no_preemption():
         assert watches_preemption() == (wanted == "1")
     assert (os.environ.get(name), watches_preemption()) == (wanted, before)
 

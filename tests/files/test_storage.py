@@ -18,7 +18,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from lrmc_ray.cluster.checks import _reads
+from lrmc_ray.cluster.checks import reads_storage
 from lrmc_ray.compare import command as compare
 from lrmc_ray.compare import run as compare_run
 from lrmc_ray.config import check_storage_uri, load_settings
@@ -294,13 +294,13 @@ def test_a_node_must_read_what_the_driver_wrote_and_answer_in_time(
 ):
     uri = server.uri(f"{tmp_path.name}/p")
     Storage(uri).write("mark", b"mark")
-    assert _reads(uri, "mark")
-    assert not _reads(uri, "other")
-    assert not _reads((tmp_path / "of_its_own").as_uri(), "mark")
+    assert reads_storage(uri, "mark")
+    assert not reads_storage(uri, "other")
+    assert not reads_storage((tmp_path / "of_its_own").as_uri(), "mark")
     monkeypatch.setattr(storage, "CHECK_SECONDS", 4.0)
     start = time.monotonic()
-    assert not _reads(server.uri("x", port=nobody), "mark")
-    assert not _reads(server.uri("x", port=silent), "mark")
+    assert not reads_storage(server.uri("x", port=nobody), "mark")
+    assert not reads_storage(server.uri("x", port=silent), "mark")
     assert time.monotonic() - start < 10
 
 
