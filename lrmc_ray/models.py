@@ -48,6 +48,8 @@ def send_model(place: Place, directory: Path) -> str:
 WEIGHT_SUFFIX = ".safetensors"
 
 
+_TOKENIZERS = ["tokenizer.json", "tokenizer.model", "vocab.json"]
+
 TOKENIZER_FILES = (
     "tokenizer.json",
     "tokenizer.model",
@@ -64,6 +66,23 @@ TOKENIZER_FILES = (
 def _first_line(error: Exception) -> str:
     """The first line of an error's message; its class where there is none."""
     return next(iter(str(error).strip().splitlines()), type(error).__name__)
+
+
+def tokenizer_directory(settings: ModelSettings) -> Path:
+    """The directory that holds the model's tokenizer; a local one needs no weights.
+
+    Raises:
+        IncompleteArtifactError: it is no directory and the Hub does not have it or is out of reach.
+        DataError: the directory lacks a tokenizer.
+    """
+    if settings.name == DEMO or not Path(settings.name).is_dir():
+        return local_directory(settings)
+    directory = Path(settings.name).resolve()
+    if not any((directory / name).is_file() for name in _TOKENIZERS):
+        raise DataError(
+            f"model {settings.name} has no {' or '.join(_TOKENIZERS)}; save its tokenizer there"
+        )
+    return directory
 
 
 def local_directory(settings: ModelSettings) -> Path:
@@ -84,7 +103,7 @@ def local_directory(settings: ModelSettings) -> Path:
     for needed, remedy in (
         (["config.json"], "save the model with save_pretrained"),
         ([f"*{WEIGHT_SUFFIX}"], "save the weights as safetensors with save_pretrained"),
-        (["tokenizer.json", "tokenizer.model", "vocab.json"], "save its tokenizer there as well"),
+        (_TOKENIZERS, "save its tokenizer there as well"),
     ):
         if not any(any(directory.glob(pattern)) for pattern in needed):
             raise DataError(f"model {settings.name} has no {' or '.join(needed)}; {remedy}")

@@ -26,6 +26,8 @@ class Example:
     is_target: list[bool]
     """Whether the token is to be learned; [i] belongs to ``input_ids[i]``."""
     domain: str = ""
+    text: str = field(default="", compare=False, repr=False)
+    """What was tokenized."""
 
 
 @dataclass
@@ -104,7 +106,7 @@ def encode_batch(rows: Sequence[Row], chat: Chat) -> Iterator[tuple[Row, list[Ex
         elif one.text:
             yield one.row, [_text_example(one, chat.tokenizer)]
         else:
-            parts: list[tuple[list[int], list[bool]]] = []
+            parts: list[tuple[list[int], list[bool], str]] = []
             for part in one.renderings:
                 own = list(itertools.islice(prompts, len(part.answers)))
                 parts += _samples(part, next(whole), own, chat.tokenizer)
@@ -114,8 +116,8 @@ def encode_batch(rows: Sequence[Row], chat: Chat) -> Iterator[tuple[Row, list[Ex
             yield (
                 one.row,
                 [
-                    Example(name, ids, is_target, one.domain)
-                    for name, (ids, is_target) in zip(names, parts, strict=True)
+                    Example(name, ids, is_target, one.domain, text)
+                    for name, (ids, is_target, text) in zip(names, parts, strict=True)
                 ],
             )
 
@@ -136,13 +138,13 @@ def _text_example(one: _Rendered, tokenizer: Any) -> Example:
     """Nothing is added but what the tokenizer itself puts around a text, such as a first token."""
     input_ids = list(tokenizer(one.text, add_special_tokens=True)["input_ids"])
     is_target = [i > 0 for i in range(len(input_ids))]
-    return Example(one.sample_id, input_ids, is_target, one.domain)
+    return Example(one.sample_id, input_ids, is_target, one.domain, one.text)
 
 
 def _samples(
     part: Rendering, whole: Encoded, prompts: Sequence[list[int]], tokenizer: Any
-) -> Iterator[tuple[list[int], list[bool]]]:
-    """Token ids and mask of a rendering.
+) -> Iterator[tuple[list[int], list[bool], str]]:
+    """Token ids, mask and text of a rendering.
 
     Several where the tokens of an earlier prompt are others than those that it begins with: at
     inference the prompt comes alone, so that answer is a sample of its own.
@@ -160,7 +162,7 @@ def _samples(
                 first = rest.before(characters + start) + shift if start else len(prompt_ids)
                 last = rest.before(characters + stop) + shift
                 is_target[first:last] = [True] * (last - first)
-            yield _from_second(input_ids, is_target)
+            yield input_ids, _from_second(is_target), answer.prompt + answer.text
     if shared:
         is_target = [False] * len(whole.ids)
         for answer, prompt_ids in shared:
@@ -169,12 +171,12 @@ def _samples(
                 first = whole.before(begin + start) if start else len(prompt_ids)
                 last = whole.before(begin + stop)
                 is_target[first:last] = [True] * (last - first)
-        yield _from_second(whole.ids, is_target)
+        yield whole.ids, _from_second(is_target), part.text
 
 
-def _from_second(input_ids: list[int], is_target: list[bool]) -> tuple[list[int], list[bool]]:
+def _from_second(is_target: list[bool]) -> list[bool]:
     """Nothing precedes the first token, so nothing can predict it."""
-    return input_ids, [False, *is_target[1:]] if is_target else []
+    return [False, *is_target[1:]] if is_target else []
 
 
 class _SampleIds:

@@ -375,3 +375,37 @@ def test_a_type_that_would_run_code_when_read_runs_none(copy, capsys, tmp_path):
 
     verify(copy, capsys)
     assert not canary.exists()
+
+
+# Training data before anything is recorded
+
+
+def test_training_data_are_shown_without_weights(tmp_path, tiny_model, capsys):
+    model = tmp_path / "tokenizer"
+    load_tokenizer(tiny_model).save_pretrained(model)
+    data = tmp_path / "my.jsonl"
+    chat = [{"role": "user", "content": "Größe?"}, {"role": "assistant", "content": "2 m²"}]
+    rows = [{"messages": chat}, {"prompt": 3}, {"text": "one two"}]
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    argv = ["--data", str(data), "--model", str(model)]
+    assert run_command(main, [*argv, "--json"]) == 0
+    first, refused, text = map(json.loads, capsys.readouterr().out.splitlines())
+    rendered = "<|im_start|>user\nGröße?<|im_end|>\n<|im_start|>assistant\n2 m²<|im_end|>\n"
+    assert (first["place"], first["text"]) == (f"{data}:1", rendered)
+    tokenizer = load_tokenizer(tiny_model)
+    assert [t["id"] for t in first["tokens"]] == tokenizer(rendered)["input_ids"]
+    assert "".join(t["text"] for t in first["tokens"]) == rendered
+    assert "".join(t["text"] for t in first["tokens"] if t["learned"]) == "2 m²<|im_end|>"
+    assert refused.keys() == {"place", "problem"}
+    assert refused["place"] == f"{data}:2"
+    assert refused["problem"].endswith("has prompt")
+    assert (text["place"], text["text"]) == (f"{data}:3", "one two")
+    assert run_command(main, ["--data", f"{data}:3", "--model", str(model)]) == 0
+    shown = capsys.readouterr().out
+    assert "one two" in shown
+    assert "Größe" not in shown
+
+
+def test_inspect_wants_a_record_or_data(tmp_path):
+    assert run_command(main, []) == 2
+    assert run_command(main, [str(tmp_path), "--data", "x.jsonl"]) == 2

@@ -1,0 +1,94 @@
+"""Training data before anything is recorded: every row token by token, or why it is refused."""
+
+import itertools
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.text import Text
+
+from lrmc_ray.chat.template import Chat
+from lrmc_ray.config import ModelSettings
+from lrmc_ray.models import load_tokenizer, tokenizer_directory
+from lrmc_ray.record.encode import BATCH_ROWS, Example, encode_batch
+from lrmc_ray.record.rows import Rejects, Row, read_rows
+from lrmc_ray.record.sources import find_sources
+
+_PLACE = re.compile(r"(?P<name>.+):(?:row )?(?P<number>\d+)", re.DOTALL)
+
+
+def inspect_rows(names: Sequence[str], model: ModelSettings) -> Iterator[dict[str, Any]]:
+    """One object for every sample and every refused row, in the order of the rows.
+
+    Args:
+        names: files, folders and so on, or the place of one row as messages give it.
+        model: whose tokenizer renders; a directory needs no weights.
+
+    Raises:
+        IncompleteArtifactError: a name stands for no file, or the model is not there.
+        DataError: a file or the tokenizer cannot be read.
+    """
+    chat = Chat(load_tokenizer(tokenizer_directory(model)), model.template_options)
+    rows = itertools.chain.from_iterable(map(_rows_of, names))
+    while batch := list(itertools.islice(rows, BATCH_ROWS)):
+        for row, result in encode_batch(batch, chat):
+            if isinstance(result, str):
+                yield {"place": row.place, "problem": result}
+                continue
+            for example in result:
+                yield {
+                    "place": row.place,
+                    "text": example.text,
+                    "tokens": [
+                        {"id": token, "text": text, "learned": learned}
+                        for token, text, learned in zip(
+                            example.input_ids,
+                            _token_texts(example, chat.tokenizer),
+                            example.is_target,
+                            strict=True,
+                        )
+                    ],
+                }
+
+
+def _rows_of(name: str) -> Iterator[Row]:
+    match = _PLACE.fullmatch(name)
+    if match is None or Path(name).exists() or not Path(match["name"]).is_file():
+        yield from read_rows(find_sources([name]), Rejects())
+        return
+    for row in read_rows(find_sources([match["name"]]), Rejects()):
+        if row.place.rpartition(":")[2].removeprefix("row ") == match["number"]:
+            yield row
+
+
+def _token_texts(example: Example, tokenizer: Any) -> list[str]:
+    """The text of every token, so that together they are the whole text where that can be."""
+    texts = [str(tokenizer.decode([token])) for token in example.input_ids]
+    if "".join(texts) == example.text or not getattr(tokenizer, "is_fast", False):
+        return texts
+    encoded = tokenizer(
+        example.text, add_special_tokens=False, return_offsets_mapping=True, truncation=False
+    )
+    if encoded["input_ids"] != example.input_ids:
+        return texts
+    done, parts = 0, []
+    for _, stop in encoded["offset_mapping"]:
+        parts.append(example.text[done : max(done, stop)])
+        done = max(done, stop)
+    return parts
+
+
+def show_row(sample: Mapping[str, Any], console: Console) -> None:
+    """A sample in colours, what is learned in green; or why the row is refused."""
+    console.print(Text(f"\n{sample['place']}", style="bold"))
+    if "problem" in sample:
+        console.print(Text(f"refused: {sample['problem']}", style="red"))
+        return
+    text = Text()
+    for token in sample["tokens"]:
+        text.append(token["text"], style="green" if token["learned"] else "dim")
+    console.print(text)
+    learned = sum(token["learned"] for token in sample["tokens"])
+    console.print(Text(f"{learned} of {len(sample['tokens'])} tokens are learned", style="dim"))
