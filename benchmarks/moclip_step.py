@@ -25,6 +25,7 @@ from adam_atan2_pytorch import AdamAtan2
 from torch import Tensor
 from torch.optim import AdamW, Optimizer
 
+from lrmc_ray.method.fast.moclip_update import FastMoClip
 from lrmc_ray.method.moclip import MoClip
 
 VOCABULARY, HIDDEN, INTERMEDIATE, KEY_VALUE = 49_152, 576, 1_536, 3 * 64
@@ -48,10 +49,15 @@ OPTIMIZERS: dict[str, Callable[[list[Tensor]], Optimizer]] = {
     FOREACH: lambda params: AdamW(params, lr=1e-6, foreach=True),
     FUSED: lambda params: AdamW(params, lr=1e-6, fused=True),
     "adam-atan2-pytorch": lambda params: AdamAtan2(params, lr=1e-6, weight_decay=0.01),
-    "MoClip": lambda params: MoClip(params, lr=1e-6, weight_decay=0.01),
-    "MoClip, scale": lambda params: MoClip(params, lr=1e-6, weight_decay=0.01, clip="scale"),
-    "MoClip, project": lambda params: MoClip(params, lr=1e-6, weight_decay=0.01, clip="project"),
-    "MoClip, compiled": lambda params: MoClip(params, lr=1e-6, weight_decay=0.01, compiled=True),
+    "MoClip, plain": lambda params: MoClip(params, lr=1e-6, weight_decay=0.01),
+    "MoClip": lambda params: FastMoClip(params, lr=1e-6, weight_decay=0.01),
+    "MoClip, scale": lambda params: FastMoClip(params, lr=1e-6, weight_decay=0.01, clip="scale"),
+    "MoClip, project": lambda params: FastMoClip(
+        params, lr=1e-6, weight_decay=0.01, clip="project"
+    ),
+    "MoClip, compiled": lambda params: FastMoClip(
+        params, lr=1e-6, weight_decay=0.01, compiled=True
+    ),
 }
 
 

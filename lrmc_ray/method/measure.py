@@ -9,6 +9,7 @@
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
@@ -25,6 +26,8 @@ BATCH_TOKENS = 2048
 """Padded tokens of one forward pass over held-out samples."""
 CHUNK_ELEMENTS = 2**22
 """Of the [n, V] logits that the outside mass is taken from: 16 MiB in float32."""
+NUM_ANGLE_BINS = 36
+"""Bins of the histogram of theta, 5 degrees each."""
 _EVERY_SUPERVISED_POSITION = Activity(supervised=1, prompt=math.inf)
 
 
@@ -124,3 +127,63 @@ def outside_mass(
     rho_n = torch.cat(rho).double().clamp(0.0, 1.0)
     spread = float(rho_n.std()) if len(rho_n) > 1 else math.nan
     return OutsideMass(float(rho_n.mean()), spread / math.sqrt(len(rho_n)), len(rho_n))
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class AngleStatistics:
+    """Angles between gradient and momentum, before the cap, since the last report.
+
+    A count is one tensor in one step. Tensors without an angle (first step, zero gradient) and
+    groups with ``clip="none"`` are left out. Means are NaN where nothing was counted.
+    """
+
+    num_angles: int
+    mean_deg: float
+    clipped_share: float
+    """Share of the counted tensors that the cap changed. 0: it never binds; 1: it always does."""
+    clipped_element_share: float
+    """The same, each tensor weighted by its number of elements."""
+    histogram: tuple[int, ...]
+    """Counts of the angles in ``NUM_ANGLE_BINS`` bins from 0 to 180 degrees."""
+
+
+class AngleCounts:
+    """Sums of what :class:`AngleStatistics` reports; counting never waits for the device."""
+
+    def __init__(self) -> None:
+        self._totals: Tensor | None = None
+
+    def add(self, theta_G: Tensor, is_clipped_G: Tensor, numel_G: Tensor) -> None:
+        """Count the angles of one step.
+
+        Args:
+            theta_G: In radians; those that are not finite are left out.
+            is_clipped_G: Whether the cap has changed the gradient.
+            numel_G: Number of elements; 0 leaves a tensor out.
+        """
+        has_angle_G = (numel_G > 0) & theta_G.isfinite()
+        theta_deg_G = torch.where(has_angle_G, theta_G.rad2deg(), 0.0)
+        is_clipped_G = has_angle_G & is_clipped_G
+        bins_G = (theta_deg_G * (NUM_ANGLE_BINS / 180)).long().clamp(max=NUM_ANGLE_BINS - 1)
+        counts_5G = torch.stack(
+            (has_angle_G, theta_deg_G, is_clipped_G, numel_G * has_angle_G, numel_G * is_clipped_G)
+        )
+        if self._totals is None:
+            self._totals = numel_G.new_zeros(NUM_ANGLE_BINS + 5)
+        self._totals.index_add_(0, bins_G, counts_5G[0])
+        self._totals[NUM_ANGLE_BINS:] += counts_5G.sum(1)
+
+    def report(self) -> AngleStatistics:
+        """What was counted since the last report. Waits for the device."""
+        totals = [0.0] * (NUM_ANGLE_BINS + 5)
+        if self._totals is not None:
+            totals = self._totals.tolist()
+            self._totals = None
+        *histogram, num_angles, sum_deg, num_clipped, elements, clipped_elements = totals
+        return AngleStatistics(
+            num_angles=int(num_angles),
+            mean_deg=sum_deg / num_angles if num_angles else math.nan,
+            clipped_share=num_clipped / num_angles if num_angles else math.nan,
+            clipped_element_share=clipped_elements / elements if elements else math.nan,
+            histogram=tuple(map(int, histogram)),
+        )

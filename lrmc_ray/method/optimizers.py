@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from lrmc_ray.method.baselines.masked_adamw import MaskedAdamW
-from lrmc_ray.method.moclip import MoClip
+from lrmc_ray.method.fast.moclip_update import FastMoClip
 from lrmc_ray.method.names import OptimizerName, Schedule, check_choice
 
 
@@ -36,7 +36,7 @@ def make_optimizer(
             (0.9, 0.999) for the others.
         weight_decay: Decoupled, per unit of ``lr``.
         mofo_share: Share of each tensor that ``"mofo"`` moves in a step.
-        **moclip_options: Further arguments of ``MoClip``; the others have no use for them.
+        **moclip_options: Further arguments of ``FastMoClip``; the others have no use for them.
 
     Raises:
         ValueError: The name is unknown, or an option is out of range.
@@ -62,7 +62,7 @@ def make_optimizer(
         )
     if name == "adam_atan2":
         moclip_options = {**moclip_options, "clip": "none"}
-    return MoClip(
+    return FastMoClip(
         params, lr, betas=betas or (0.9, 0.99), weight_decay=weight_decay, **moclip_options
     )
 

@@ -13,9 +13,9 @@ from lrmc_ray.config import TrainSettings
 from lrmc_ray.errors import ConfigError
 from lrmc_ray.files.artifacts import PARTIAL
 from lrmc_ray.method.baselines.l2_sp import StartingPoint
+from lrmc_ray.method.fast.moclip_update import FastMoClip
 from lrmc_ray.method.losses import LanguageModel, LossSettings
 from lrmc_ray.method.microbatch import MicroBatch
-from lrmc_ray.method.moclip import MoClip
 from lrmc_ray.method.optimizers import make_optimizer
 from lrmc_ray.models import attention_cost, batch_hidden_states, head_of, load_model, save_model
 from lrmc_ray.train.trainable import TrainableModel
@@ -76,7 +76,7 @@ class Learner:
             ConfigError: the setting asks for it, and this node cannot compile.
         """
         optimizer = self.optimizer
-        if self.settings.compile_optimizer and isinstance(optimizer, MoClip):
+        if self.settings.compile_optimizer and isinstance(optimizer, FastMoClip):
             if optimizer.compiled:
                 return
             raise ConfigError(

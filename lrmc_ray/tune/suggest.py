@@ -169,7 +169,8 @@ def measured_angles(settings: RunSettings, record: Path) -> list[int]:
     """Histogram of the angles in a short run whose cap never binds, in this process."""
     import torch
 
-    from lrmc_ray.method.moclip import NUM_ANGLE_BINS, MoClip
+    from lrmc_ray.method.measure import NUM_ANGLE_BINS
+    from lrmc_ray.method.moclip import MoClip
     from lrmc_ray.method.workers import WorkerGroup
     from lrmc_ray.train.loop import TrainingRun
 

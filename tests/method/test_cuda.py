@@ -8,14 +8,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lrmc_ray.method import moclip
 from lrmc_ray.method.baselines.l2_sp import StartingPoint
 from lrmc_ray.method.baselines.vocabulary_loss import full_cross_entropy
+from lrmc_ray.method.fast import moclip_update
+from lrmc_ray.method.fast.moclip_update import FastMoClip
 from lrmc_ray.method.head import OutputHead
 from lrmc_ray.method.losses import LanguageModel, LossSettings
 from lrmc_ray.method.measure import outside_mass
 from lrmc_ray.method.microbatch import divide
-from lrmc_ray.method.moclip import MoClip
 from lrmc_ray.method.optimizers import make_optimizer
 from lrmc_ray.method.restricted_loss import draw_tail, restricted_cross_entropy
 from lrmc_ray.method.subsets import CandidateSets, select_candidates
@@ -315,14 +315,14 @@ def test_the_same_run_gives_the_same_bits(autocast):
 @pytest.mark.parametrize("compiled", [False, True])
 @pytest.mark.parametrize("clip", ["scale", "cautious", "momentum", "project", "rotate", "none"])
 def test_moclip_takes_the_cpus_steps(clip, compiled, monkeypatch):
-    monkeypatch.setattr(moclip, "_MIN_COMPILED_DEVICE_ELEMENTS", 1 << 14)
+    monkeypatch.setattr(moclip_update, "MIN_COMPILED_DEVICE_ELEMENTS", 1 << 14)
     start = [torch.randn(300, 70, generator=rng(1)), torch.randn(5000, generator=rng(2))]
     common = [torch.randn(x.shape, generator=rng(3)) for x in start]
     found = []
     for device, dtype in ((CUDA, torch.float32), (torch.device("cpu"), torch.float64)):
         params = [torch.nn.Parameter(x.clone().to(device, dtype)) for x in start]
         options = {"compiled": True} if compiled and device == CUDA else {}
-        optimizer = MoClip(params, lr=0.01, delta_max=45.0, clip=clip, **options)
+        optimizer = FastMoClip(params, lr=0.01, delta_max=45.0, clip=clip, **options)
         for step in range(6):
             for number, param in enumerate(params):
                 gradient = torch.randn(param.shape, generator=rng(10 * step + number))

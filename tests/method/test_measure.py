@@ -12,10 +12,12 @@ from lrmc_ray.method import measure
 from lrmc_ray.method.head import OutputHead
 from lrmc_ray.method.losses import LanguageModel
 from lrmc_ray.method.measure import held_out_batches, held_out_nll, outside_mass
+from lrmc_ray.method.moclip import MoClip
 from lrmc_ray.method.subsets import select_candidates
 from lrmc_ray.method.workers import WorkerGroup
 from lrmc_ray.models import batch_hidden_states, head_of
 from tests.support.method_inputs import inside, leaves, logits_problem, rng
+from tests.support.moclip_paths import CAPS, random, train
 from tests.support.plain_training import random_samples, tiny_llama
 
 torch.set_num_threads(1)
@@ -132,3 +134,40 @@ def test_held_out_batches_hold_samples_of_like_length_within_the_limit(monkeypat
         if start + rows < 20:
             assert (rows + 1) * lengths[start + rows] > 60
         start += rows
+
+
+# Angles
+
+
+def test_angle_statistics_by_hand():
+    """Angles of 90, 180 and 0 degrees in tensors of 2, 2 and 4 elements, cap 100 degrees."""
+    params = [torch.nn.Parameter(torch.zeros(n)) for n in (2, 2, 4)]
+    firsts = [torch.tensor([1.0, 0.0]), torch.tensor([1.0, 0.0]), torch.ones(4)]
+    seconds = [torch.tensor([0.0, 3.0]), torch.tensor([-2.0, 0.0]), torch.ones(4)]
+    optimizer = MoClip(params, lr=0.1, delta_max=100.0)
+    for gradients in (firsts, seconds):
+        for param, gradient in zip(params, gradients, strict=True):
+            param.grad = gradient
+        optimizer.step()
+    statistics = optimizer.angle_statistics()
+    assert statistics.num_angles == 3
+    assert statistics.mean_deg == pytest.approx(90.0, abs=1e-5)
+    assert statistics.clipped_share == pytest.approx(1 / 3)
+    assert statistics.clipped_element_share == pytest.approx(2 / 8)
+    assert len(statistics.histogram) == measure.NUM_ANGLE_BINS == 36
+    assert {i: n for i, n in enumerate(statistics.histogram) if n} == {0: 1, 18: 1, 35: 1}
+    empty = optimizer.angle_statistics()
+    assert empty.num_angles == sum(empty.histogram) == 0
+    assert math.isnan(empty.mean_deg)
+    assert math.isnan(empty.clipped_share)
+
+
+@pytest.mark.parametrize("clip", CAPS)
+@pytest.mark.parametrize(("delta_max", "share"), [(1.0, 1.0), (179.0, 0.0)])
+def test_a_cap_that_always_or_never_binds_shows(clip, delta_max, share):
+    param = torch.nn.Parameter(torch.zeros(30))
+    optimizer = MoClip([param], lr=0.1, clip=clip, delta_max=delta_max, betas=(0.5, 0.99))
+    train(optimizer, param, [100.0**i * random(30, seed=i).float() for i in range(5)])
+    statistics = optimizer.angle_statistics()
+    assert statistics.num_angles == 4
+    assert statistics.clipped_share == statistics.clipped_element_share == share

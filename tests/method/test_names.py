@@ -11,6 +11,7 @@ import pytest
 from lrmc_ray.config import TrainSettings
 from lrmc_ray.method import names
 from lrmc_ray.method.baselines.masked_adamw import MaskedAdamW
+from lrmc_ray.method.fast.moclip_update import FastMoClip
 from lrmc_ray.method.losses import LossSettings
 from lrmc_ray.method.moclip import MoClip
 from lrmc_ray.method.names import Clip, check_choice, choices
@@ -85,7 +86,7 @@ def test_defaults_of_the_method_are_those_of_the_settings(ours, shared):
 
 @pytest.mark.parametrize(
     ("ours", "name", "setting"),
-    [(MoClip, "compiled", "compile_optimizer"), (MaskedAdamW, "share", "mofo_share")],
+    [(FastMoClip, "compiled", "compile_optimizer"), (MaskedAdamW, "share", "mofo_share")],
 )
 def test_so_are_those_of_arguments_with_another_name(ours, name, setting):
     default = inspect.signature(ours).parameters[name].default
