@@ -1,7 +1,7 @@
 """The method of arXiv 2510.09152 in plain torch: candidate sets, losses, MoClip, the loop.
 
-Read ``subsets``, ``restricted_loss``, ``moclip`` and ``training_loop``: they are the paper. What
-is there for speed is in ``fast``, other people's methods are in ``baselines``.
+Read ``subsets``, ``restricted_loss``, ``angle_cap``, ``moclip`` and ``training_loop``: they are the
+paper. What is there for speed is in ``fast``, other people's methods are in ``baselines``.
 
 **Notation.** The capitals at the end of a name are the shape of the array: ``hidden_ND`` is
 [N, D]. They mean the same in the whole project:
