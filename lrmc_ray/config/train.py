@@ -53,8 +53,8 @@ class TrainSettings(Settings):
     """Largest angle between gradient and momentum, in degrees; 180 switches the cap off, that of
     weights, too."""
     clip: Clip = "cautious"
-    """Reading of the cap, see ``method/angle_cap.py``. ``cautious`` is ``scale``, and leaves out of a
-    step the weights that would move against their gradient."""
+    """Reading of the cap, see ``method/angle_cap.py``. ``cautious`` is ``scale``, and leaves out
+    of a step the weights that would move against their gradient."""
     angle: Angle = "tensor"
     """One angle per tensor, or one for the whole model."""
     second_moment: SecondMoment = "raw"
