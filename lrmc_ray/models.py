@@ -9,7 +9,7 @@ import contextlib
 import hashlib
 import json
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -207,6 +207,28 @@ def load_tokenizer(directory: Path) -> Any:
         return AutoTokenizer.from_pretrained(
             directory, local_files_only=True, trust_remote_code=False
         )
+
+
+def differing_text(directory: Path, tokenizer: Any, texts: Sequence[str]) -> str | None:
+    """The first of ``texts`` that ``tokenizer.json`` by itself gives other tokens for.
+
+    Some tokenizer classes of transformers build the normalizer and the pre-tokenizer themselves and
+    ignore those of the file, which other programs use.
+    """
+    file = directory / "tokenizer.json"
+    if not file.is_file() or not getattr(tokenizer, "is_fast", False):
+        return None
+    from tokenizers import Tokenizer
+
+    with _reading("tokenizer", directory):
+        by_itself = Tokenizer.from_file(str(file))
+    by_itself.no_truncation()
+    by_itself.no_padding()
+    theirs = by_itself.encode_batch_fast(list(texts), add_special_tokens=False)
+    for text, encoding in zip(texts, theirs, strict=True):
+        if encoding.ids != list(tokenizer(text, add_special_tokens=False)["input_ids"]):
+            return text
+    return None
 
 
 def load_model(directory: Path, *, dtype: "torch.dtype | None" = None) -> Any:

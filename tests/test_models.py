@@ -13,6 +13,7 @@ from lrmc_ray.errors import DataError, IncompleteArtifactError
 from lrmc_ray.method.head import head_logits
 from lrmc_ray.models import (
     cache_directory,
+    differing_text,
     head_of,
     hidden_states,
     load_model,
@@ -22,6 +23,7 @@ from lrmc_ray.models import (
     save_model,
     tokenizer_fingerprint,
 )
+from tests.support.chat_templates import tokenizer_for
 
 SIZES = {
     "vocab_size": 128,
@@ -359,3 +361,23 @@ def test_the_cache_is_where_the_environment_says(monkeypatch, tmp_path):
     monkeypatch.delenv("LRMC_CACHE")
     monkeypatch.setenv("HOME", str(tmp_path))
     assert cache_directory() == tmp_path / ".cache" / "lrmc_ray"
+
+
+@pytest.mark.parametrize(
+    ("tokenizer_class", "found"), [("PreTrainedTokenizerFast", None), ("Qwen2Tokenizer", "Two Ohm")]
+)
+def test_a_class_that_ignores_the_tokenizers_file_is_noticed(tmp_path, tokenizer_class, found):
+    from tokenizers import Tokenizer, normalizers
+
+    tokenizer_for(None).save_pretrained(tmp_path)
+    file = tmp_path / "tokenizer.json"
+    lower = Tokenizer.from_file(str(file))
+    lower.normalizer = normalizers.Lowercase()
+    lower.save(str(file))
+    config = json.loads((tmp_path / "tokenizer_config.json").read_text())
+    config["tokenizer_class"] = tokenizer_class
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
+    loaded = load_tokenizer(tmp_path)
+    is_lower = loaded("Two Ohm")["input_ids"] == loaded("two ohm")["input_ids"]
+    assert is_lower == (found is None)
+    assert differing_text(tmp_path, loaded, ["two", "Two Ohm"]) == found

@@ -319,6 +319,25 @@ class Chat:
         following = after.removeprefix(before).lstrip() if after.startswith(before) else ""
         return next((t for t in self._special if following.startswith(t)), "")
 
+    @cached_property
+    def _headers(self) -> frozenset[str]:
+        """Special tokens that every conversation is rendered with."""
+        messages = [
+            {"role": role, "content": text}
+            for role, text in zip(("user", "assistant", "user"), _PROBE, strict=True)
+        ]
+        try:
+            return frozenset(self._found(self.prompt(messages)))
+        except DataError:
+            return frozenset()
+
+    def last_header(self, prompt: str) -> int:
+        """Where the last special token of ``prompt`` begins; 0 without one.
+
+        A tokenizer cuts at these first, so that what comes before has no part in the tokens behind.
+        """
+        return max([0, *(prompt.rfind(token) for token in self._headers)])
+
     def _found(self, text: str) -> Iterator[str]:
         """The special tokens in ``text``, in their order."""
         pattern = "|".join(map(re.escape, sorted(self._special, key=len, reverse=True)))

@@ -30,7 +30,7 @@ def add_run_arguments(parser: argparse.ArgumentParser, *, default_space: str | N
         "--train-data",
         metavar="[DOMAIN=]FILE",
         action="append",
-        help="JSONL or Parquet file, folder or pattern, with messages, or prompt and completion, "
+        help="file, folder, pattern or data set of the Hub, with messages, or prompt and completion, "
         "or text in every row; may be given several times",
     )
     parser.add_argument(

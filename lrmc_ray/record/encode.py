@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from lrmc_ray.chat.template import Answer, Chat, Rendering
-from lrmc_ray.chat.tokens import Encoded, continued, encode_all, ids_of_all
+from lrmc_ray.chat.tokens import Encoded, bare_ids, continued, encode_all, ids_of_all
 from lrmc_ray.errors import DataError
 from lrmc_ray.record.formats import conversation_of, format_of, is_plain_text
 from lrmc_ray.record.rows import Rejects, Row, sample_id_of
@@ -97,7 +97,13 @@ def encode_batch(rows: Sequence[Row], chat: Chat) -> Iterator[tuple[Row, list[Ex
     whole = iter(encode_all(chat.tokenizer, [part.text for part in all_renderings]))
     prompts = iter(
         ids_of_all(
-            chat.tokenizer, [answer.prompt for part in all_renderings for answer in part.answers]
+            chat.tokenizer,
+            [
+                answer.prompt[chat.last_header(answer.prompt) if answer is not last else 0 :]
+                for part in all_renderings
+                for last in part.answers[-1:]
+                for answer in part.answers
+            ],
         )
     )
     for one in rendered:
@@ -109,7 +115,7 @@ def encode_batch(rows: Sequence[Row], chat: Chat) -> Iterator[tuple[Row, list[Ex
             parts: list[tuple[list[int], list[bool], str]] = []
             for part in one.renderings:
                 own = list(itertools.islice(prompts, len(part.answers)))
-                parts += _samples(part, next(whole), own, chat.tokenizer)
+                parts += _samples(part, next(whole), own, chat)
             names = [one.sample_id]
             if len(parts) > 1:
                 names = [f"{one.sample_id}/{number}" for number in range(1, len(parts) + 1)]
@@ -142,15 +148,30 @@ def _text_example(one: _Rendered, tokenizer: Any) -> Example:
 
 
 def _samples(
-    part: Rendering, whole: Encoded, prompts: Sequence[list[int]], tokenizer: Any
+    part: Rendering, whole: Encoded, prompts: Sequence[list[int]], chat: Chat
 ) -> Iterator[tuple[list[int], list[bool], str]]:
     """Token ids, mask and text of a rendering.
 
     Several where the tokens of an earlier prompt are others than those that it begins with: at
     inference the prompt comes alone, so that answer is a sample of its own.
+
+    Args:
+        part: the rendering.
+        whole: its tokens.
+        prompts: token ids of every answer's prompt; of all but the last only from its last special
+            token on, before which the tokens are those of the whole.
+        chat: renders and tokenizes.
     """
+    tokenizer = chat.tokenizer
     shared: list[tuple[Answer, list[int]]] = []
-    for answer, prompt_ids in zip(part.answers, prompts, strict=True):
+    for answer, own_ids in zip(part.answers, prompts, strict=True):
+        prompt_ids = own_ids
+        if answer is not part.answers[-1] and (start := chat.last_header(answer.prompt)):
+            before = whole.before(start)
+            if whole.ids[before : before + len(own_ids)] == own_ids:
+                prompt_ids = whole.ids[: before + len(own_ids)]
+            else:
+                prompt_ids = bare_ids(tokenizer, answer.prompt)
         if whole.ids[: len(prompt_ids)] == prompt_ids:
             shared.append((answer, prompt_ids))
         else:

@@ -24,7 +24,7 @@ from lrmc_ray.files.artifacts import (
 )
 from lrmc_ray.files.fault_points import passed
 from lrmc_ray.files.place import Place, place_of
-from lrmc_ray.models import load_tokenizer, local_directory, vocabulary_size
+from lrmc_ray.models import differing_text, load_tokenizer, local_directory, vocabulary_size
 from lrmc_ray.record.encode import EncodingSummary, encode_rows
 from lrmc_ray.record.examples import ExamplesWriter
 from lrmc_ray.record.identity import identify
@@ -38,6 +38,9 @@ _log = logging.getLogger(__name__)
 SMALLEST_SHARD_TOKENS = 4096
 LARGEST_SHARD_TOKENS = 16_384
 """Bounds the memory of an actor, which holds a shard's candidates: 6 bytes each, 100 MB at most."""
+
+COMPARED_TEXTS = 512
+"""Samples on which the tokenizer is compared with its file by itself."""
 
 MAX_NAMED = 5
 """Files that are not read which a message names."""
@@ -152,6 +155,7 @@ def tokenize(prepared: Preparation) -> dict[str, Any]:
             "use the tokenizer that belongs to the model"
         )
     summary = EncodingSummary()
+    texts: list[str] = []
     path = prepared.partial / EXAMPLES
     with (
         ExamplesWriter(path) as writer,
@@ -169,8 +173,11 @@ def tokenize(prepared: Preparation) -> dict[str, Any]:
         ):
             bar.advance()
             writer.add(example)
+            if len(texts) < COMPARED_TEXTS:
+                texts.append(example.text)
     _warn(summary, rejects, prepared.final / REJECTS, chat, data.train)
     _say(summary)
+    _compare_tokenizers(prepared.model_directory, tokenizer, texts)
     return {
         **{
             name: getattr(summary, name)
@@ -217,6 +224,17 @@ def _warn(
             len(unread),
             ", ".join(str(path) for path in unread[:MAX_NAMED]),
             ", ..." if len(unread) > MAX_NAMED else "",
+        )
+
+
+def _compare_tokenizers(directory: Path, tokenizer: Any, texts: Sequence[str]) -> None:
+    """Warn where other programs, which read ``tokenizer.json`` alone, see other tokens."""
+    if (text := differing_text(directory, tokenizer, texts)) is not None:
+        _log.warning(
+            "%s: transformers builds the tokenizer from the class in tokenizer_config.json (%s), "
+            "and tokenizer.json by itself gives other tokens, first for %r; if tokenizer.json "
+            'is right, set "tokenizer_class": "PreTrainedTokenizerFast", else save it again',
+            *(directory, type(tokenizer).__name__, text[:60]),
         )
 
 
