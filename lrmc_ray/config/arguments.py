@@ -30,8 +30,8 @@ def add_run_arguments(parser: argparse.ArgumentParser, *, default_space: str | N
         "--train-data",
         metavar="[DOMAIN=]FILE",
         action="append",
-        help="file, folder, pattern or data set of the Hub, with messages, or prompt and completion, "
-        "or text in every row; may be given several times",
+        help="file, folder, pattern or data set of the Hub, with messages, or prompt and "
+        "completion, or text in every row; may be given several times",
     )
     parser.add_argument(
         "--domain-tasks", metavar="TASKS", help="comma-separated tasks that should improve"
