@@ -35,12 +35,14 @@ case $1 in
   -c) @ANSWER@ ;;
   -m)
     case $2:$3 in
-      venv:*)
+      venv:--without-pip)
         echo "$0 $*" >>"$FAKE/made"
-        mkdir -p "$3/bin" "$3/lib/python3.11/site-packages"
-        touch "$3/pyvenv.cfg"
+        mkdir -p "$4/bin" "$4/lib/python3.11/site-packages"
+        touch "$4/pyvenv.cfg"
+        cp "$0" "$4/bin/python"
+        ;;
+      ensurepip:--default-pip)
         if [ -f "$FAKE/while_making" ]; then . "$FAKE/while_making"; fi
-        cp "$0" "$3/bin/python"
         ;;
       pip:--version) ;;
       pip:install)
@@ -241,7 +243,7 @@ def test_the_first_call_installs_and_runs(machine: Machine, shell: list[str]) ->
     program = [str(shutil.which(shell[0])), *shell[1:], str(machine.clone / "lrmc")]
     done = machine.run("tune", "--output", "my runs", program=program)
     assert done.returncode == 0, done.stderr
-    assert machine.made == [f"{machine.pythons}/python3.11 -m venv {machine.venv}"]
+    assert machine.made == [f"{machine.pythons}/python3.11 -m venv --without-pip {machine.venv}"]
     assert machine.installs == [project("[demo,lora]"), MODEL]
     assert machine.arguments == ["tune", "--output", "my runs"]
     assert done.stdout == "what the command prints\n"
@@ -418,7 +420,7 @@ def test_it_is_found_through_links_and_on_the_path(machine: Machine, tmp_path: P
         done = machine.run("tune", "x y", program=program, cwd=cwd, CDPATH=str(tmp_path))
         assert (done.returncode, done.stdout) == (0, "what the command prints\n"), done.stderr
         assert machine.arguments == ["tune", "x y"]
-    assert machine.made == [f"{machine.pythons}/python3.11 -m venv {machine.venv}"]
+    assert machine.made == [f"{machine.pythons}/python3.11 -m venv --without-pip {machine.venv}"]
     assert len(machine.installs) == 2
 
 
@@ -486,7 +488,9 @@ def test_what_was_there_before_the_interruption_is_not_forgotten(machine: Machin
 
 
 def test_it_goes_on_after_kill_9_amid_the_making_of_the_environment(machine: Machine) -> None:
-    machine.hook("while_making", 'echo "$$" >"$FAKE/maker"; touch "$3/left"; exec sleep 300')
+    machine.hook(
+        "while_making", 'echo "$$" >"$FAKE/maker"; touch "${0%/*}/../left"; exec sleep 300'
+    )
     process = machine.start("tune")
     wait_until(lambda: (machine.venv / "left").exists() and (machine.lock / "worker").exists())
     os.killpg(process.pid, signal.SIGKILL)
@@ -541,15 +545,17 @@ def test_a_failure_of_pip_is_shown_and_the_same_command_goes_on(machine: Machine
         """
         echo 'Collecting torch==2.13.0'
         echo 'ERROR: Could not install packages due to an OSError: [Errno 28] No space left' >&2
+        for line in 1 2 3 4 5 6 7 8 9 10 11 12 13 14 15; do echo "  line $line of a traceback"; done
         exit 7
         """,
     )
     done = machine.run("tune")
     assert (done.returncode, done.stdout) == (1, "")
     assert done.stderr.splitlines()[2:] == [
-        f"lrmc: python -m pip failed with exit code 7. The end of {machine.venv}/install.log:",
-        "    Collecting torch==2.13.0",
+        f"lrmc: python -m pip failed with exit code 7. The end of "
+        f"{machine.venv}/install.log, and its errors:",
         "    ERROR: Could not install packages due to an OSError: [Errno 28] No space left",
+        *[f"      line {line} of a traceback" for line in range(1, 16)],
         "lrmc: Once that is mended, type the same command again: it goes on from there.",
     ]
     assert not machine.lock.exists()
@@ -601,7 +607,9 @@ def test_a_moved_clone_makes_its_environment_again(machine: Machine, tmp_path: P
     done = machine.run("tune")
     assert done.returncode == 0
     assert f"lrmc: {machine.venv} was moved here from {old}; making it again\n" in done.stderr
-    assert machine.made[1:] == [f"{machine.pythons}/python3.11 -m venv {machine.venv}"]
+    assert machine.made[1:] == [
+        f"{machine.pythons}/python3.11 -m venv --without-pip {machine.venv}"
+    ]
     assert machine.installs[2:] == [project("[demo,lora]"), MODEL]
     assert not (machine.venv / "old").exists()
     assert machine.stamp[:2] == [str(machine.venv), str(machine.clone)]
@@ -637,7 +645,9 @@ def test_the_environment_may_lie_elsewhere(machine: Machine, tmp_path: Path) -> 
     for name in ("an env", str(elsewhere / "an env"), f"{elsewhere}/../else where/an env/"):
         done = machine.run("tune", cwd=elsewhere, LRMC_VENV=name)
         assert done.returncode == 0, done.stderr
-    assert machine.made == [f"{machine.pythons}/python3.11 -m venv {elsewhere}/an env"]
+    assert machine.made == [
+        f"{machine.pythons}/python3.11 -m venv --without-pip {elsewhere}/an env"
+    ]
     assert len(machine.installs) == 2
     assert not machine.venv.exists()
 
@@ -851,7 +861,7 @@ def test_the_oldest_supported_python_is_preferred(
     for name in names:
         machine.add_python(name, """printf '\\nwhole 3 12 %s' "$0" """)
     assert machine.run("--help").returncode == 0
-    assert machine.made == [f"{machine.pythons}/{chosen} -m venv {machine.venv}"]
+    assert machine.made == [f"{machine.pythons}/{chosen} -m venv --without-pip {machine.venv}"]
 
 
 def test_one_that_does_not_run_is_passed_over_for_one_of_the_same_name(
@@ -861,13 +871,13 @@ def test_one_that_does_not_run_is_passed_over_for_one_of_the_same_name(
     machine.add_python("python3.11", "exit 127", shims)
     machine.path.insert(0, shims)
     assert machine.run("--help").returncode == 0
-    assert machine.made == [f"{machine.pythons}/python3.11 -m venv {machine.venv}"]
+    assert machine.made == [f"{machine.pythons}/python3.11 -m venv --without-pip {machine.venv}"]
 
 
 def test_the_python_can_be_named(machine: Machine, tmp_path: Path) -> None:
     named = machine.add_python("py", """printf '\\nwhole 3 13 %s' "$0" """, tmp_path / "my python")
     assert machine.run("--help", LRMC_PYTHON=str(named)).returncode == 0
-    assert machine.made == [f"{named} -m venv {machine.venv}"]
+    assert machine.made == [f"{named} -m venv --without-pip {machine.venv}"]
 
 
 def test_an_unsuitable_python_that_is_named_is_an_error(machine: Machine, tmp_path: Path) -> None:
