@@ -22,7 +22,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from lrmc_ray.chat.template import Chat
+from lrmc_ray.chat.answers import Chat
 from lrmc_ray.config import ModelSettings
 from lrmc_ray.evaluate.harness import run_task
 from lrmc_ray.evaluate.item_rows import task_rows

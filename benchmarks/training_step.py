@@ -77,7 +77,7 @@ def status_bytes(field: str) -> int:
 
 def make_samples(args: argparse.Namespace) -> list[Any]:
     """Recorded as Stage 0 does: tau 0.99, at most 1,024 and 64 candidates."""
-    from lrmc_ray.chat.template import Chat
+    from lrmc_ray.chat.answers import Chat
     from lrmc_ray.config import ModelSettings
     from lrmc_ray.method.microbatch import Sample
     from lrmc_ray.method.subsets import select_candidates

@@ -29,7 +29,8 @@ from lm_eval.models.huggingface import HFLM
 from lm_eval.models.utils import handle_stop_sequences, normalize_gen_kwargs
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
-from lrmc_ray.chat.template import Chat, spoken_answer
+from lrmc_ray.chat.answers import Chat
+from lrmc_ray.chat.conversation import spoken_answer
 from lrmc_ray.chat.tokens import bare_ids, split_ids
 from lrmc_ray.errors import DataError
 from lrmc_ray.evaluate.prefix_batches import BatchLimits, ContextRow, Tokens, context_rows

@@ -17,7 +17,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from lrmc_ray.chat.template import RENDERING
+from lrmc_ray.chat.answers import RENDERING
 from lrmc_ray.cluster.checks import check_files_shared, check_model_shared
 from lrmc_ray.cluster.resources import worker_slots
 from lrmc_ray.config import RunSettings

@@ -7,7 +7,8 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from lrmc_ray.chat.template import Answer, Chat, Rendering
+from lrmc_ray.chat.answers import Chat
+from lrmc_ray.chat.conversation import Answer, Rendering
 from lrmc_ray.chat.tokens import Encoded, bare_ids, continued, encode_all, ids_of_all
 from lrmc_ray.errors import DataError
 from lrmc_ray.record.formats import conversation_of, format_of, is_plain_text

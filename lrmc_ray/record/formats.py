@@ -9,7 +9,7 @@ import json
 from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
-from lrmc_ray.chat.template import REASONING, Conversation
+from lrmc_ray.chat.conversation import REASONING, Conversation
 from lrmc_ray.errors import DataError
 
 SHAREGPT_ROLES = {

@@ -19,6 +19,38 @@ from lrmc_ray.errors import ConfigError
 
 def main(argv: Sequence[str]) -> int:
     """The command ``lrmc inspect``."""
+    arguments = _parser().parse_args(argv)
+    if (arguments.directory is None) == (arguments.data is None):
+        raise ConfigError("give either a record's directory or --data, not both or none")
+    if arguments.data is not None:
+        return _inspect_data(arguments)
+    import torch
+
+    from lrmc_ray.record.inspect import find_record, show_record, shown_samples, verify
+    from lrmc_ray.record.parts import Records
+
+    torch.set_num_threads(1)  # the tensors are small: more threads were fifteen times slower
+    setup_logging()
+    if arguments.sample < 0:
+        raise ConfigError(f"--sample must be at least 0, got {arguments.sample}")
+    records = Records(find_record(arguments.directory))
+    result: dict[str, Any] = {
+        "directory": str(records.directory),
+        "identity": records.manifest["identity"],
+        "summary": records.manifest["summary"],
+    }
+    if arguments.verify:
+        result["verified"] = verify(records)
+    if arguments.sample:
+        result["samples"] = list(shown_samples(records, arguments.sample, arguments.model))
+    if arguments.json:
+        print(json.dumps(result))
+    else:
+        show_record(result)
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="lrmc inspect",
         description="What a record holds. Green tokens are learned, dim ones are the prompt; K is "
@@ -57,35 +89,7 @@ def main(argv: Sequence[str]) -> int:
         action="store_true",
         help="as one JSON object on stdout; with --data one in a line for every sample",
     )
-    arguments = parser.parse_args(argv)
-    if (arguments.directory is None) == (arguments.data is None):
-        raise ConfigError("give either a record's directory or --data, not both or none")
-    if arguments.data is not None:
-        return _inspect_data(arguments)
-    import torch
-
-    from lrmc_ray.record.inspect import find_record, show_record, shown_samples, verify
-    from lrmc_ray.record.parts import Records
-
-    torch.set_num_threads(1)  # the tensors are small: more threads were fifteen times slower
-    setup_logging()
-    if arguments.sample < 0:
-        raise ConfigError(f"--sample must be at least 0, got {arguments.sample}")
-    records = Records(find_record(arguments.directory))
-    result: dict[str, Any] = {
-        "directory": str(records.directory),
-        "identity": records.manifest["identity"],
-        "summary": records.manifest["summary"],
-    }
-    if arguments.verify:
-        result["verified"] = verify(records)
-    if arguments.sample:
-        result["samples"] = list(shown_samples(records, arguments.sample, arguments.model))
-    if arguments.json:
-        print(json.dumps(result))
-    else:
-        show_record(result)
-    return 0
+    return parser
 
 
 def _inspect_data(arguments: argparse.Namespace) -> int:

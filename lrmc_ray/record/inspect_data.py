@@ -9,7 +9,7 @@ from typing import Any
 from rich.console import Console
 from rich.text import Text
 
-from lrmc_ray.chat.template import Chat
+from lrmc_ray.chat.answers import Chat
 from lrmc_ray.config import ModelSettings
 from lrmc_ray.models import load_tokenizer, tokenizer_directory
 from lrmc_ray.record.encode import BATCH_ROWS, Example, encode_batch

@@ -9,7 +9,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from lrmc_ray.chat.template import Chat
+from lrmc_ray.chat.answers import Chat
 from lrmc_ray.config import DataSettings, RunSettings
 from lrmc_ray.console import progress
 from lrmc_ray.errors import DataError

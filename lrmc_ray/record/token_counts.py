@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lrmc_ray.chat.template import Chat
+from lrmc_ray.chat.answers import Chat
 from lrmc_ray.errors import DataError
 from lrmc_ray.models import load_tokenizer
 from lrmc_ray.record.encode import encode_row

@@ -8,7 +8,7 @@ import functools
 
 import pytest
 
-from lrmc_ray.chat.template import Chat
+from lrmc_ray.chat.answers import Chat
 from lrmc_ray.errors import DataError
 from lrmc_ray.record.encode import encode_row
 from lrmc_ray.record.rows import Row

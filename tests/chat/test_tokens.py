@@ -2,7 +2,7 @@
 
 import pytest
 
-from lrmc_ray.chat.template import Chat
+from lrmc_ray.chat.answers import Chat
 from lrmc_ray.chat.tokens import split_ids
 from lrmc_ray.errors import DataError
 from lrmc_ray.record.encode import encode_row

@@ -5,7 +5,8 @@ import torch
 from lm_eval.api.instance import Instance
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from lrmc_ray.chat.template import Chat, spoken_answer
+from lrmc_ray.chat.answers import Chat
+from lrmc_ray.chat.conversation import spoken_answer
 from lrmc_ray.evaluate.prefix_lm import PrefixLM
 from lrmc_ray.record.encode import encode_row
 from lrmc_ray.record.rows import Row

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lrmc_ray.chat.template import Chat
+from lrmc_ray.chat.answers import Chat
 from lrmc_ray.errors import DataError, IncompleteArtifactError
 from lrmc_ray.models import load_tokenizer
 from lrmc_ray.record.encode import EncodingSummary, Example, encode_row, encode_rows

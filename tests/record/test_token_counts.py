@@ -6,7 +6,7 @@ import random
 import pytest
 import torch
 
-from lrmc_ray.chat.template import Chat
+from lrmc_ray.chat.answers import Chat
 from lrmc_ray.errors import DataError
 from lrmc_ray.method.fast.packing import lay_out
 from lrmc_ray.models import attention_cost as measured_attention_cost

@@ -7,7 +7,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from lrmc_ray.chat.template import Chat
+from lrmc_ray.chat.answers import Chat
 from lrmc_ray.config import TrainSettings
 from lrmc_ray.files.artifacts import file_digest, write_manifest
 from lrmc_ray.files.names import MODEL
