@@ -98,6 +98,7 @@ def search(work: Path, arguments: argparse.Namespace, rule: str) -> dict[str, An
         )
     assert code == 0, f"exit code {code}"
     studies = [json.loads(path.read_text()) for path in (work / "runs").glob("*/study.json")]
+    study: dict[str, Any]
     (study,) = [s for s in studies if s["settings"]["search"]["early_stopping"] == rule]
     return study
 

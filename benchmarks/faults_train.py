@@ -221,7 +221,8 @@ def damage_checkpoint(directory: Path, rng: random.Random) -> str:
     content = bytearray(path.read_bytes())
     if how == "bit flipped":
         content[rng.randrange(len(content))] ^= 1 << rng.randrange(8)
-    path.write_bytes({"emptied": b"", "torn": content[: len(content) // 2]}.get(how, content))
+    damaged = {"emptied": bytearray(), "torn": content[: len(content) // 2]}.get(how, content)
+    path.write_bytes(damaged)
     return f"{newest.name}/{path.name} {how}"
 
 
@@ -272,7 +273,11 @@ def run_faults(
     faults = []
     for number, kind in enumerate(kinds):
         goal = machine.step() + rng.randint(*STEPS_BETWEEN)
-        wait_until(lambda goal=goal: machine.step() >= goal, machine, f"steps before {kind}")
+
+        def has_run(goal: int = goal) -> bool:
+            return machine.step() >= goal
+
+        wait_until(has_run, machine, f"steps before {kind}")
         time.sleep(rng.random() * 0.3)
         if kind in ("worker", "raylet", "preemption"):
             wait_until(lambda: bool(machine.workers()), machine, "workers")
@@ -287,7 +292,7 @@ def run_faults(
             is_new = last["attempt"] > attempts or kind == "preemption"
             return bool(is_new and last["step"] > struck_at)
 
-        fault = {"kind": kind, "step": struck_at, "detail": detail}
+        fault: dict[str, Any] = {"kind": kind, "step": struck_at, "detail": detail}
         try:
             wait_until(is_over, machine, f"recovery from {kind}")
             fault |= {"recovered": True, "seconds": time.monotonic() - start}

@@ -30,7 +30,8 @@ from lrmc_ray.evaluate.items import Scores
 from lrmc_ray.evaluate.prefix_lm import PrefixLM
 from lrmc_ray.evaluate.statistics import paired_bootstrap
 from lrmc_ray.evaluate.task_files import task_manager
-from lrmc_ray.models import cache_directory, load_model, load_tokenizer, local_directory
+from lrmc_ray.files.artifacts import cache_directory
+from lrmc_ray.models import load_model, load_tokenizer, local_directory
 from lrmc_ray.record.encode import encode_row
 from lrmc_ray.record.rows import Row
 from lrmc_ray.tasks.demo.files import demo_files
@@ -56,7 +57,8 @@ def fine_tuned(directory: Path, tokenizer: Any, lr: float, args: argparse.Namesp
             target_BT[row, : len(example.input_ids)] = torch.tensor(example.is_target)
         hidden_BTD = model.base_model(input_ids=ids_BT, use_cache=False).last_hidden_state
         wanted_BT = target_BT[:, 1:]
-        F.cross_entropy(head(hidden_BTD[:, :-1][wanted_BT]), ids_BT[:, 1:][wanted_BT]).backward()
+        loss = F.cross_entropy(head(hidden_BTD[:, :-1][wanted_BT]), ids_BT[:, 1:][wanted_BT])
+        loss.backward()  # type: ignore[no-untyped-call]  # torch leaves it without types
         optimizer.step()
         optimizer.zero_grad()
     return model.eval()

@@ -95,7 +95,9 @@ def peak_bytes(function: Callable[[], object], device: str) -> int | None:
 
     def status(field: str) -> int:
         text = Path("/proc/self/status").read_text()
-        return int(re.search(rf"{field}:\s+(\d+) kB", text).group(1)) * 1024
+        found = re.search(rf"{field}:\s+(\d+) kB", text)
+        assert found is not None, f"no {field} in /proc/self/status"
+        return int(found.group(1)) * 1024
 
     ctypes.CDLL("libc.so.6").malloc_trim(0)
     Path("/proc/self/clear_refs").write_text("5")  # resets the high-water mark
@@ -141,7 +143,8 @@ def measure(args: argparse.Namespace) -> dict[str, object]:
             "extra_bytes": memory[name],
             "first_step_seconds": first[name],
         }
-        used = "-" if memory[name] is None else f"{memory[name] / 1e6:.1f}"
+        extra = memory[name]
+        used = "-" if extra is None else f"{extra / 1e6:.1f}"
         print(
             f"{name:20s}{value * 1e3:11.1f}{min(seconds[name]) * 1e3:11.1f}"
             f"{value / median[FOREACH]:11.2f}{value / median[FUSED]:11.2f}{used:>11s}"

@@ -12,7 +12,6 @@ token that DistillKit (arcee-ai) publishes for its compressed logits at k = 50.
 import argparse
 import io
 import json
-import sys
 import tempfile
 import time
 from collections.abc import Sequence
@@ -195,7 +194,7 @@ def compare(title: str, samples: Sequence[Sample]) -> dict[str, Any]:
             "write_seconds": write,
             "read_seconds": read,
         }
-        values = (f"{len(content)}", f"{len(content) / num_supervised:.1f}")
+        values: tuple[str, ...] = (f"{len(content)}", f"{len(content) / num_supervised:.1f}")
         values += (f"{size / num_candidates:.3f}", f"{size / raw:.1%}")
         values += (f"{write * 1e3:.0f}", f"{read * 1e3:.0f}")
         print(f"{name:34s}" + "".join(f"{value:>13s}" for value in values), flush=True)
@@ -295,4 +294,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

@@ -147,7 +147,9 @@ def peak_bytes(function: Callable[[], object], device: torch.device) -> int | No
 
     def status(field: str) -> int:
         text = Path("/proc/self/status").read_text()
-        return int(re.search(rf"{field}:\s+(\d+) kB", text).group(1)) * 1024
+        found = re.search(rf"{field}:\s+(\d+) kB", text)
+        assert found is not None, f"no {field} in /proc/self/status"
+        return int(found.group(1)) * 1024
 
     ctypes.CDLL("libc.so.6").malloc_trim(0)
     Path("/proc/self/clear_refs").write_text("5")  # resets the high-water mark
@@ -164,7 +166,7 @@ def measure(size: str, args: argparse.Namespace) -> dict[str, object]:
     candidates = zipf_candidates(num_rows, vocabulary_size, mean_size, generator)
     candidates.check(vocabulary_size)
     nnz = candidates.token_ids.numel()
-    distinct = candidates.token_ids.unique().numel()
+    distinct = candidates.token_ids.unique().numel()  # type: ignore[no-untyped-call]
     candidates = candidates.to(device)
     hidden = torch.randn(num_rows, hidden_size, generator=generator)
     weight = torch.randn(vocabulary_size, hidden_size, generator=generator) / math.sqrt(hidden_size)
@@ -175,7 +177,7 @@ def measure(size: str, args: argparse.Namespace) -> dict[str, object]:
     def step(method: Method) -> Callable[[], None]:
         def run() -> None:
             hidden.grad = None
-            method(hidden, weight, candidates).backward()
+            method(hidden, weight, candidates).backward()  # type: ignore[no-untyped-call]
 
         return run
 

@@ -19,7 +19,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections import Counter
+from collections import defaultdict
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -80,9 +80,9 @@ class ProcessorTime:
                     if not is_vague or key not in self._titles:
                         self._titles[key] = title.rpartition("/")[2].removeprefix("ray::")
 
-    def between(self, began: float, ended: float) -> Counter[str]:
+    def between(self, began: float, ended: float) -> dict[str, float]:
         """Seconds of all processes from ``began`` to ``ended`` (of the epoch), by kind."""
-        total: Counter[str] = Counter()
+        total: defaultdict[str, float] = defaultdict(float)
         for key, readings in self._seconds.items():
             before = max((used for at, used in readings if at < began), default=0.0)
             until = max((used for at, used in readings if at <= ended), default=before)
@@ -90,7 +90,7 @@ class ProcessorTime:
         return total
 
 
-def seconds_per_trial(work: Path, trials: int, cpus: int) -> tuple[float, float, Counter[str]]:
+def seconds_per_trial(work: Path, trials: int, cpus: int) -> tuple[float, float, dict[str, float]]:
     """Seconds per trial by the clock, those of its own training and scoring, processor time."""
     from lrmc_ray.cluster.session import ray_session
     from lrmc_ray.tune.command import main as tune
@@ -141,9 +141,9 @@ def main(argv: Sequence[str]) -> int:
     header = ("trials", "seconds per trial", "in training, scoring", "processor seconds")
     print("".join(f"{title:>22}" for title in header), file=sys.stderr)
     for trials, (total, own, used) in rows.items():
-        cells = (total, own, used.total())
+        cells = (total, own, sum(used.values()))
         print(f"{trials:22}" + "".join(f"{cell:22.2f}" for cell in cells), file=sys.stderr)
-        for kind, seconds in used.most_common(8):
+        for kind, seconds in sorted(used.items(), key=lambda item: -item[1])[:8]:
             print(f"{kind:>66} {seconds:21.2f}", file=sys.stderr)
     fewest, most = min(rows), max(rows)
     print(
@@ -151,7 +151,7 @@ def main(argv: Sequence[str]) -> int:
             {
                 **{f"seconds_per_trial_{trials}": round(row[0], 2) for trials, row in rows.items()},
                 **{
-                    f"processor_seconds_{trials}": round(row[2].total(), 2)
+                    f"processor_seconds_{trials}": round(sum(row[2].values()), 2)
                     for trials, row in rows.items()
                 },
                 "ratio": round(rows[most][0] / rows[fewest][0], 3),

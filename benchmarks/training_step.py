@@ -72,16 +72,19 @@ def clock_of(args: argparse.Namespace) -> Callable[[], float]:
 
 def status_bytes(field: str) -> int:
     text = Path("/proc/self/status").read_text()
-    return int(re.search(rf"{field}:\s+(\d+) kB", text).group(1)) * 1024
+    found = re.search(rf"{field}:\s+(\d+) kB", text)
+    assert found is not None, f"no {field} in /proc/self/status"
+    return int(found.group(1)) * 1024
 
 
 def make_samples(args: argparse.Namespace) -> list[Any]:
     """Recorded as Stage 0 does: tau 0.99, at most 1,024 and 64 candidates."""
     from lrmc_ray.chat.answers import Chat
     from lrmc_ray.config import ModelSettings
+    from lrmc_ray.files.artifacts import cache_directory
     from lrmc_ray.method.microbatch import Sample
     from lrmc_ray.method.subsets import select_candidates
-    from lrmc_ray.models import cache_directory, load_model, load_tokenizer, local_directory
+    from lrmc_ray.models import load_model, load_tokenizer, local_directory
     from lrmc_ray.record.encode import encode_row
     from lrmc_ray.record.rows import Row
     from lrmc_ray.tasks.built import ct_files
@@ -140,13 +143,14 @@ def run_ours(args: argparse.Namespace, samples: Sequence[Any], name: str) -> lis
     model = load_model(local_directory(ModelSettings())).to(args.device).train()
     if name in RECOMPUTE:
         recompute_activations(model, RECOMPUTE[name])
+    compiled: dict[str, Any] = {"compiled": True} if name.endswith("compiled") else {}
     steps = train(
         LanguageModel(lambda batch: batch_hidden_states(model, batch), head_of(model)),
         make_optimizer(
             "adamw" if is_full else "moclip",
             model.parameters(),
             lr=LR,
-            **({"compiled": True} if name.endswith("compiled") else {}),
+            **compiled,
         ),
         lambda step: list(samples[step * args.batch_size : (step + 1) * args.batch_size]),
         LossSettings(
@@ -234,17 +238,19 @@ def run_theirs(args: argparse.Namespace, samples: Sequence[Any], name: str) -> l
             "disable_tqdm": True,
         }
         shared = {"model": model, "train_dataset": Dataset.from_list(rows), "callbacks": [Clock()]}
+        base: type[Trainer] = Trainer
         if name == "sft":
             from trl import SFTConfig, SFTTrainer
 
             options |= {"max_length": None, "gradient_checkpointing": False}
-            base, extra = SFTTrainer, {"processing_class": tokenizer}
+            base = SFTTrainer
+            extra: dict[str, Any] = {"processing_class": tokenizer}
             arguments: Any = SFTConfig(**options)
         else:
-            base, extra = Trainer, {"data_collator": pad}
+            extra = {"data_collator": pad}
             arguments = TrainingArguments(**options)
 
-        class InOrder(base):  # type: ignore[misc, valid-type]
+        class InOrder(base):  # type: ignore[misc, valid-type]  # its base is chosen above
             def _get_train_sampler(self, dataset: Any = None) -> Any:
                 return SequentialSampler(dataset if dataset is not None else self.train_dataset)
 

@@ -182,7 +182,7 @@ def download(folder: Path) -> list[Path]:
 
 def main() -> int:
     """Build the files; returns the exit code."""
-    from lrmc_ray.models import cache_directory
+    from lrmc_ray.files.artifacts import cache_directory
     from lrmc_ray.tasks.built import ct_directory
 
     parser = argparse.ArgumentParser(

@@ -34,7 +34,7 @@ def questions(wheel: Path) -> list[dict[str, str]]:
 
 def main() -> int:
     """Build the file; returns the exit code."""
-    from lrmc_ray.models import cache_directory
+    from lrmc_ray.files.artifacts import cache_directory
     from lrmc_ray.tasks.built import spider_file
 
     parser = argparse.ArgumentParser(

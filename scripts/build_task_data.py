@@ -108,8 +108,8 @@ def _noun_synsets() -> dict[int, Row]:
         if line.startswith("  "):
             continue
         data, _, gloss = line.partition(" | ")
-        offset, file, _, num_words, *rest = data.split()
-        num_words = int(num_words, 16)
+        offset, file, _, count, *rest = data.split()
+        num_words = int(count, 16)
         pointers = rest[2 * num_words + 1 :]
         synsets[int(offset)] = {
             "file": file,

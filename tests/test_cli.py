@@ -140,7 +140,7 @@ def test_an_empty_list_of_tasks_is_a_config_error(option):
 # Commands: exit codes, and what stands on stderr
 
 
-def command(*argv: object, directory, env=None) -> subprocess.CompletedProcess:
+def command(*argv: object, directory, env=None) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         [sys.executable, "-m", *map(str, argv)],
         capture_output=True,

@@ -248,8 +248,13 @@ def test_code_in_a_model_directory_never_runs(is_known_architecture, copy_of_mod
     (copy_of_model / "config.json").write_text(json.dumps(config))
     (copy_of_model / "tokenizer_config.json").write_text(json.dumps(tokenizer))
 
-    asked = []
-    monkeypatch.setattr("builtins.input", lambda question="": asked.append(question) or "y")
+    asked: list[str] = []
+
+    def answer(question=""):
+        asked.append(question)
+        return "y"
+
+    monkeypatch.setattr("builtins.input", answer)
     if is_known_architecture:
         assert type(load_model(copy_of_model)).__module__.startswith("transformers.models.llama")
         assert type(load_tokenizer(copy_of_model)).__module__.startswith("transformers.")

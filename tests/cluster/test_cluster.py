@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -239,7 +240,7 @@ class Trial:
         (found,) = self._shared.glob(self._pattern)
         return found
 
-    def lines(self) -> list:
+    def lines(self) -> list[Any]:
         lines = [
             line
             for path in self._shared.glob(f"{self._pattern}/{METRICS}")
@@ -286,7 +287,7 @@ def used(directory: Path) -> list[list[str]]:
     return [lines[step] for step in sorted(lines)]
 
 
-def parts(recorded: Path) -> list:
+def parts(recorded: Path) -> list[Any]:
     return [
         (file["name"], file["rows"], file["sha256"])
         for file in read_manifest(recorded, made_by="record")["files"]

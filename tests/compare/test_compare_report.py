@@ -130,7 +130,7 @@ def test_loss_spikes_by_hand(losses, spikes):
 
 def test_a_spike_is_three_deviations_above_the_ten_steps_before():
     before = [5.0] + [1.0, 2.0] * 5
-    limit = np.mean(before[1:]) + 3 * np.std(before[1:], ddof=1)
+    limit = float(np.mean(before[1:]) + 3 * np.std(before[1:], ddof=1))
     assert loss_spikes([*before, limit - 1e-9]) == 0
     assert loss_spikes([*before, limit + 1e-9]) == 1
 

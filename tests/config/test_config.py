@@ -527,7 +527,7 @@ def test_overrides_leave_what_they_are_laid_over_unchanged():
 
 def test_settings_cannot_be_changed():
     with pytest.raises(ValueError, match="frozen"):
-        run_settings().train.lr = 1.0
+        run_settings().train.lr = 1.0  # type: ignore[misc]  # the checker knows that it is frozen
 
 
 # Files

@@ -1,5 +1,7 @@
 """What is scored is what is learned, on the chat template of Qwen3 and on others."""
 
+from typing import Any
+
 import pytest
 import torch
 from lm_eval.api.instance import Instance
@@ -55,10 +57,13 @@ def test_the_text_scored_is_the_text_learned(name, options, before, behind, monk
     prompt = lm.apply_chat_template(HISTORY)
     assert prompt.endswith(before)
     request = Instance("loglikelihood", {}, (prompt, SQL), 0)
-    asked = []
-    monkeypatch.setattr(
-        lm, "_loglikelihood_tokens", lambda requests, **_: asked.extend(requests) or [(0.0, True)]
-    )
+    asked: list[Any] = []
+
+    def answer(requests, **_):
+        asked.extend(requests)
+        return [(0.0, True)]
+
+    monkeypatch.setattr(lm, "_loglikelihood_tokens", answer)
     lm.loglikelihood([request], disable_tqdm=True)
     ((_, context_ids, answer_ids),) = asked
     assert context_ids == example.input_ids[:start]

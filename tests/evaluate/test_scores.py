@@ -249,7 +249,7 @@ def objective_deltas(base: Scores, tuned: Scores, task: str) -> np.ndarray:
 
 def relative_change(base: Scores, tuned: Scores, task: str = "english") -> float:
     before, after = base.metric(task, "cross_entropy"), tuned.metric(task, "cross_entropy")
-    return 1 - (after.weights @ after.values) / (before.weights @ before.values)
+    return float(1 - (after.weights @ after.values) / (before.weights @ before.values))
 
 
 def test_the_headline_numbers_follow_their_definitions(base, tuned):

@@ -37,7 +37,7 @@ documents = st.dictionaries(
 )
 
 
-def start(code: str, *arguments: object) -> subprocess.Popen:
+def start(code: str, *arguments: object) -> subprocess.Popen[str]:
     return subprocess.Popen(
         [sys.executable, "-c", code, *map(str, arguments)],
         stdout=subprocess.PIPE,

@@ -14,6 +14,7 @@ import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -401,9 +402,14 @@ def test_a_recording_that_was_killed_goes_on(
     is_committed = point in ("storage.record_committed", "record.manifest_written")
     assert ("manifest.json" in server.objects(f"{prefix}/records/{local.name}")) == is_committed
     done = len(StoredRecord(Storage(server.uri(prefix)), local.name).described())
-    begun = []
+    begun: list[Any] = []
     original = Recorder.record
-    monkeypatch.setattr(Recorder, "record", lambda s, x: begun.append(x) or original(s, x))
+
+    def begin(recorder, shard):
+        begun.append(shard)
+        return original(recorder, shard)
+
+    monkeypatch.setattr(Recorder, "record", begin)
     final = record(settings, tmp_path / ("one" if is_same_machine else "two"))
     assert_same_record(final, local)
     assert len(begun) == (0 if is_committed else len(Records(final).parts) - done)
@@ -418,7 +424,7 @@ def test_an_actor_that_was_thought_dead_changes_nothing(
 ):
     """It writes its file again behind the end, on a processor that rounds otherwise."""
     settings = settings_for(tiny_model, data, server.uri(f"{tmp_path.name}/p"))
-    options = {}
+    options: dict[str, Any] = {}
 
     def keeping(prepared, shards, tokenizer_size):
         options.update(recorder_options(prepared, tokenizer_size), shard=shards[0])
@@ -452,7 +458,8 @@ def test_another_command_finishes_the_same_record_first(
     prefix = f"{tmp_path.name}/p"
     settings = settings_for(tiny_model, data, server.uri(prefix))
     number = len(Records(local).parts) if number == "last" else number
-    seen, faster = [], []
+    seen: list[str] = []
+    faster: list[Path] = []
 
     def otherwise(prepared, shards, tokenizer_size):
         recorder = Recorder(**recorder_options(prepared, tokenizer_size) | {"tau": 0.95})

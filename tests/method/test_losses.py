@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -84,7 +85,8 @@ def test_head_options_reach_every_loss():
             step=0,
         )
         expected = plain_gradients(Plain(), samples, loss)
-        assert largest_difference([p.grad for p in parameters], expected) < 1e-10
+        gradients: list[Any] = [p.grad for p in parameters]
+        assert largest_difference(gradients, expected) < 1e-10
 
 
 @pytest.mark.parametrize("tail_samples", [0, VOCABULARY])

@@ -93,7 +93,7 @@ def test_held_out_nll_is_the_mean_over_all_supervised_positions():
     """Against the whole logits of each sample alone, whatever its candidates are."""
     model = tiny_llama()
     samples = random_samples(7, seed=4)
-    total = count = 0
+    total, count = 0.0, 0
     for sample in samples:
         logits_TV = model(input_ids=sample.input_ids_T[None]).logits[0].detach()
         for position in sample.positions_P[sample.is_supervised_P].tolist():

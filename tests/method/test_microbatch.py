@@ -1,6 +1,7 @@
 import dataclasses
 import itertools
 import math
+from typing import Any
 
 import hypothesis.strategies as st
 import pytest
@@ -126,7 +127,7 @@ def test_every_active_position_meets_its_own_token_and_candidates(seed, activity
     samples = [random_sample(generator, name=str(i)) for i in range(5)]
     batch = collate(samples, activity, trim=trim)
 
-    expected = {True: [], False: []}
+    expected: dict[bool, list[Any]] = {True: [], False: []}
     lengths = []
     for sample in samples:
         length = 0

@@ -4,6 +4,7 @@ import copy
 import math
 import pickle
 import threading
+from typing import Any
 
 import adam_atan2_pytorch
 import numpy as np
@@ -484,7 +485,8 @@ def test_two_shards_agree_with_the_whole(kind, clip, angle):
             optimizer.step()
         return [param.detach() for param in params], optimizer.angle_statistics()
 
-    barrier, tables = threading.Barrier(2, timeout=60), [None, None]
+    barrier = threading.Barrier(2, timeout=60)
+    tables: list[Any] = [None, None]
 
     def all_reduce(rank: int):
         def reduce_dots(table: Tensor) -> None:
@@ -495,7 +497,7 @@ def test_two_shards_agree_with_the_whole(kind, clip, angle):
 
         return reduce_dots
 
-    shards = [None, None]
+    shards: list[Any] = [None, None]
 
     def work(rank: int) -> None:
         parts = [slice(cut) if rank == 0 else slice(cut, None) for cut in cuts]

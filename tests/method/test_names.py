@@ -34,7 +34,7 @@ def literals(path: Path) -> list[tuple[str, ...]]:
             parts = node.slice.elts if isinstance(node.slice, ast.Tuple) else []
             values = tuple(part.value for part in parts if isinstance(part, ast.Constant))
             if len(values) > 1 and all(isinstance(value, str) for value in values):
-                found.append(values)
+                found.append(tuple(map(str, values)))
     return found
 
 

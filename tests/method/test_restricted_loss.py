@@ -2,6 +2,7 @@
 
 import itertools
 import math
+from typing import Any
 
 import numpy as np
 import pytest
@@ -42,7 +43,7 @@ fast = settings(deadline=None, max_examples=30, derandomize=True)
 BACKENDS = ("sparse", "gather", "dense")
 
 
-HEADS = (
+HEADS: tuple[dict[str, Any], ...] = (
     {},
     {"logit_scale": 0.3},
     {"softcap": 2.0},

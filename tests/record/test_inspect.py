@@ -2,6 +2,7 @@
 
 import json
 import random
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -63,7 +64,7 @@ def copy(recorded, tmp_path):
     return shutil.copytree(recorded, tmp_path / "record")
 
 
-def inspect(*argv, capsys) -> dict:
+def inspect(*argv, capsys) -> dict[str, Any]:
     assert run_command(main, [*map(str, argv), "--json"]) == 0
     return json.loads(capsys.readouterr().out)
 

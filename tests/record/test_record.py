@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -57,7 +58,7 @@ def settings_for(model: Path, *data: object, overrides: tuple[str, ...] = ()):
 # Bad input, with its exit code, before Ray starts and before a model is loaded
 
 BAD = json.dumps({"prompt": "2?"}).encode()
-CATALOGUE = {
+CATALOGUE: dict[str, tuple[list[Any], int, str]] = {
     # JSONL
     "broken line": ([GOOD, b'{"prompt": "2?", '], 4, ":2: not valid JSON"),
     "empty file": ([], 4, "no rows"),
@@ -416,7 +417,8 @@ COUNTS = (
 def test_totals_say_of_files_what_their_list_would():
     from lrmc_ray.record.describe import summarize
 
-    plan = dict.fromkeys(("samples", "tokens", "dropped", "truncated", "rejected"), 1)
+    counts = ("samples", "tokens", "dropped", "truncated", "rejected")
+    plan: dict[str, Any] = dict.fromkeys(counts, 1)
     plan["split_conversations"] = 0
     plan["formats"] = {}
     parts = [described(1), described(2), described(5, domain="b"), described(9)]

@@ -2,6 +2,7 @@
 
 import random
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -136,7 +137,7 @@ def test_bytes_are_those_of_the_columns(part):
 
 
 def test_a_summary_adds_files_up(part):
-    plan = dict.fromkeys(("samples", "tokens", "dropped", "truncated"), 1)
+    plan: dict[str, Any] = dict.fromkeys(("samples", "tokens", "dropped", "truncated"), 1)
     plan |= {"rejected": 0, "split_conversations": 0, "formats": {}}
     fields = vars(part)
     one, two = summarize(plan, [fields]), summarize(plan, [fields, fields])
@@ -157,7 +158,7 @@ def tree_of_rows(seed: int) -> list[dict[str, object]]:
     """Rows with beginnings in common, some supervised there and some not, in shuffled order."""
     rng = random.Random(seed)
     trunk = [rng.randrange(512) for _ in range(12)]
-    rows = []
+    rows: list[dict[str, object]] = []
     for number in range(14):
         if number == 13:  # one that shares nothing
             trunk = [(token + 7) % 512 for token in trunk]

@@ -78,8 +78,8 @@ def test_the_estimate_is_what_many_steps_compute(
     path.write_text("".join(texts))
     sources = find_sources([str(path)])
     chat = Chat(load_tokenizer(tiny_model))
-    rows = read_rows(sources, Rejects())
-    ids = [example.input_ids for row in rows for example in encode_row(row, chat)]
+    usable = read_rows(sources, Rejects())
+    ids = [example.input_ids for row in usable for example in encode_row(row, chat)]
     model = load_model(tiny_model)
     parameters = sum(p.numel() for p in model.parameters())
     cost = measured_attention_cost(model) if packing else float("inf")

@@ -10,7 +10,7 @@ class Counted(TorchDispatchMode):
 
     def __init__(self):
         super().__init__()
-        self.calls = collections.Counter()
+        self.calls: collections.Counter[str] = collections.Counter()
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         self.calls[func.overloadpacket.__name__] += 1

@@ -126,7 +126,7 @@ def packages(build, tmp_path_factory):
     if shutil.which("dpkg-deb") is None:
         pytest.skip("no dpkg-deb on this machine: the packages were not read")
     folder = tmp_path_factory.mktemp("debs")
-    debs = []
+    debs: list[Path] = []
     for package in build.PACKAGES:
         root = folder / package
         files = root / "usr/share" / package / "E"

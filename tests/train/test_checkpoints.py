@@ -5,6 +5,7 @@ import pickle
 import random
 import shutil
 import zipfile
+from typing import Any
 
 import pytest
 import torch
@@ -17,7 +18,7 @@ from tests.support.faults import DAMAGES, flip_a_bit
 torch.set_num_threads(1)
 
 
-def state_of(step: int) -> dict:
+def state_of(step: int) -> dict[str, Any]:
     generator = torch.Generator().manual_seed(step)
     return {
         "step": step,

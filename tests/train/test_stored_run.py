@@ -9,6 +9,7 @@ import random
 import shutil
 import threading
 import time
+from typing import Any
 
 import pytest
 import torch
@@ -229,7 +230,7 @@ def test_an_attempt_that_was_cut_off_ends_when_another_has_taken_over(cluster, a
     """The first one lives on, and comes to its next checkpoint when the second one has finished."""
     first = cluster.run_on("one")
     samples_of_step = first.fresh.samples_of_step
-    others = []
+    others: list[Any] = []
 
     def taken_over(step):
         if step == 5 and not others:

@@ -2,6 +2,7 @@
 
 import json
 import time
+from typing import Any
 
 import pytest
 
@@ -33,8 +34,13 @@ def test_the_time_limit_is_ten_times_the_longest_run_and_never_short(chosen, cos
 
 
 def test_an_overdue_trial_gets_its_cause_once(tmp_path):
-    killed = []
-    running = RunningTrials(tmp_path, kill=lambda path: killed.append(path) or True)
+    killed: list[Any] = []
+
+    def kill(path):
+        killed.append(path)
+        return True
+
+    running = RunningTrials(tmp_path, kill=kill)
     now = time.time()
     running.handed_out = {0: now - 60.0, 2: now - 60.0, 3: now - 60.0, 4: now - 60.0}
     # Trial 0 has not begun yet, and 4 only in an earlier sitting.

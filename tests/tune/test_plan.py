@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -40,7 +41,7 @@ def data(tmp_path):
     return make_data(tmp_path / "train.jsonl", num_rows=60)
 
 
-def planned(tiny_model, data, output, *more, capsys) -> dict:
+def planned(tiny_model, data, output, *more, capsys) -> dict[str, Any]:
     argv = ["--model", tiny_model, "--train-data", data, "--output", output, "--json", *more]
     assert run_command(main, list(map(str, argv))) == 0
     return json.loads(capsys.readouterr().out)
@@ -167,7 +168,7 @@ def test_random_rows_are_random_distinct_and_enough(
 # A search on a cluster
 
 
-def planned_search(tiny_model, data, output, *more, capsys) -> dict:
+def planned_search(tiny_model, data, output, *more, capsys) -> dict[str, Any]:
     argv = ["--model", tiny_model, "--train-data", data, "--output", output, "--json", *more]
     code = run_command(main, list(map(str, argv)))
     said = capsys.readouterr()

@@ -12,6 +12,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -207,7 +208,7 @@ def test_a_node_scores_what_it_fetched(storage, tiny_model, monkeypatch, kind):
 
     monkeypatch.setattr("lrmc_ray.evaluate.processes.score", score)
     storage.publish("x/model", files_below(tiny_model))
-    expected = (model_fingerprint(tiny_model), "request")
+    expected: Any = (model_fingerprint(tiny_model), "request")
     assert score_part("x/model", "request", 1, StoredPlace(storage.uri), kind == "base") == expected
     left = [path.name for path in storage.cache.rglob("*.safetensors")]
     assert left == (["model.safetensors"] if kind == "base" else [])

@@ -50,6 +50,6 @@ def test_a_penalty_is_within_the_gradient_that_is_clipped_and_taken():
             ]
             norm = torch.stack([g.norm() for g in whole]).norm()
             for parameter, gradient in zip(plain.parameters(), whole, strict=True):
-                parameter -= gradient * 0.01 / (norm + 1e-6)
+                parameter.sub_(gradient * 0.01 / (norm + 1e-6))
     weights = [[p.detach() for p in m.parameters()] for m in (model, plain)]
     assert largest_difference(*weights) < 1e-12

@@ -24,6 +24,7 @@ BACKENDS = ("sparse", "gather", "dense")
 def true_weight_gradient(hidden: Tensor, weight: Tensor, sets: CandidateSets) -> Tensor:
     (weight,) = leaves(weight)
     masked_cross_entropy(hidden @ weight.T, sets).sum().backward()
+    assert weight.grad is not None
     return weight.grad
 
 
@@ -120,7 +121,7 @@ def test_every_way_to_the_weights_gradient_agrees(tail):
     assert not padded.grad[40:].any()
 
     (w,) = leaves(weight)
-    seen = []
+    seen: list[Tensor] = []
     w.register_hook(seen.append)
     sparse_loss(hidden, w, sets, tail=tail).backward()
     close(sum(seen))
@@ -173,6 +174,7 @@ def test_tied_weights_get_both_parts(has_grad):
         if has_grad:
             embedding.weight.grad = torch.ones_like(embedding.weight)
         loss(torch.tanh(embedding(input_ids_N)), embedding.weight).backward()
+        assert embedding.weight.grad is not None
         return embedding.weight.grad
 
     torch.testing.assert_close(
@@ -203,7 +205,7 @@ def test_distributed_data_parallel_sees_the_gradient(tmp_path):
 
         def record(state, bucket):
             reduced.append(bucket.buffer().clone())
-            future = torch.futures.Future()
+            future: torch.futures.Future[Tensor] = torch.futures.Future()
             future.set_result(bucket.buffer())
             return future
 

@@ -252,7 +252,7 @@ def test_the_compiled_update_is_compiled_once_and_equals_the_plain_one(clips):
         for clip, compiled in itertools.product(clips, [False, True]):
             params = [torch.nn.Parameter(start.clone()) for start in starts]
             options = {"lr": 0.01, "clip": clip, "weight_decay": 0.1, "delta_max": 60.0}
-            optimizer = FastMoClip(params, compiled=True, **options)
+            optimizer: MoClip = FastMoClip(params, compiled=True, **options)
             if not compiled:
                 optimizer = MoClip(params, **options)
             for i, step in enumerate(zip(*gradients, strict=True)):

@@ -7,6 +7,7 @@ import sys
 import threading
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 from jinja2.sandbox import ImmutableSandboxedEnvironment
@@ -274,7 +275,10 @@ def test_the_wheels_model_has_the_files_weights_and_answers(tmp_path, monkeypatc
         "x",
     ]
     chat = [{"role": "user", "content": "What is the capital of France?"}]
-    inputs = tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_tensors="pt")
-    output = model.generate(**inputs, max_new_tokens=30, do_sample=False)
+    inputs: Any = tokenizer.apply_chat_template(
+        chat, add_generation_prompt=True, return_tensors="pt"
+    )
+    generate: Any = model.generate  # type: ignore[misc]  # its types ask for another base class
+    output = generate(**inputs, max_new_tokens=30, do_sample=False)
     answer = tokenizer.decode(output[0, inputs["input_ids"].shape[1] :])
     assert answer == "The capital of France is Paris.<|im_end|>"
