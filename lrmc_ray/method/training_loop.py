@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from lrmc_ray.method.losses import LanguageModel, LossSettings, loss_sums
 from lrmc_ray.method.microbatch import MicroBatch, Sample, divide
 from lrmc_ray.method.names import Reduction
+from lrmc_ray.method.step_result import Gradients, StepResult, summarize
 from lrmc_ray.method.workers import WorkerGroup, add_in_order, sum_gradients, waves
 
 
@@ -51,43 +52,6 @@ class StepOptions:
     supervised position, on the worker that computes it."""
     penalize: Callable[[], None] | None = None
     """Adds the gradient of a penalty on the weights to theirs."""
-
-
-@dataclass(frozen=True)
-class StepResult:
-    """What one step did; sums are over the global batch."""
-
-    step: int
-    sample_ids: list[str]
-    loss: float
-    """Mean over supervised positions, in nats."""
-    anchor: float
-    """Mean over prompt positions of the KL to the base model, in nats."""
-    grad_norm: float
-    lr: float
-    num_supervised: int
-    num_active: int
-    num_tokens: int
-    num_processed: int
-    num_padded: int
-    """Token slots of the forward passes."""
-    num_shared: int
-    """Processed tokens of prefixes that another sequence of the micro-batch brought along."""
-    mean_candidates: float
-    """Mean size of the candidate sets of active supervised positions."""
-    is_applied: bool
-    """False if the gradient was not finite and the update was left out."""
-    bad_steps: int
-    """Steps in a row, this one the last, whose update was left out."""
-
-
-@dataclass(frozen=True)
-class Gradients:
-    """What the backward passes of one global batch leave beside the gradients themselves."""
-
-    loss_sum: float
-    anchor_sum: float
-    micro_batches: list[MicroBatch]
 
 
 def micro_batch_seed(seed: int, step: int, index: int) -> int:
@@ -147,10 +111,10 @@ def compute_gradients(
             sums_M2[index, 0] = main.detach()
             sums_M2[index, 1] = anchor.detach()
         add_in_order(total, ordered, group, sources=len(wave))
-    for tensor, gradient in total.items():
-        tensor.grad = gradient
     for parameter in parameters:
-        if parameter.grad is None:
+        if parameter in total:
+            parameter.grad = total[parameter]
+        elif parameter.grad is None:
             parameter.grad = torch.zeros_like(parameter)
     if options.reduction == "fast":
         sum_gradients(parameters, group)
@@ -202,10 +166,7 @@ def train(
         )
         if options.penalize is not None:
             options.penalize()
-        norm = nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
-        if options.max_grad_norm is not None:
-            nn.utils.clip_grads_with_norm_(parameters, options.max_grad_norm, norm)
-        grad_norm = float(norm)
+        grad_norm = clip_gradients(parameters, options.max_grad_norm)
         lr = lr_of_step(step)
         if math.isfinite(grad_norm) and math.isfinite(gradients.loss_sum):
             bad_steps = 0
@@ -221,36 +182,12 @@ def train(
                     "or look for broken samples at this step in ledger.jsonl"
                 )
         optimizer.zero_grad(set_to_none=True)
-        yield _summarize(step, samples, gradients, grad_norm, lr, bad_steps)
+        yield summarize(step, samples, gradients, grad_norm, lr, bad_steps)
 
 
-def _summarize(
-    step: int,
-    samples: list[Sample],
-    gradients: Gradients,
-    grad_norm: float,
-    lr: float,
-    bad_steps: int,
-) -> StepResult:
-    batches = gradients.micro_batches
-    supervised = sum(batch.num_supervised for batch in batches)
-    prompt = sum(batch.num_prompt for batch in batches)
-    active = sum(len(batch.supervised.row_N) for batch in batches)
-    candidates = sum(len(batch.supervised.candidates.token_ids) for batch in batches)
-    return StepResult(
-        step=step,
-        sample_ids=[sample.sample_id for sample in samples],
-        loss=gradients.loss_sum / supervised,
-        anchor=gradients.anchor_sum / max(1, prompt),
-        grad_norm=grad_norm,
-        lr=lr,
-        num_supervised=supervised,
-        num_active=active,
-        num_tokens=sum(batch.num_tokens for batch in batches),
-        num_processed=sum(batch.num_processed for batch in batches),
-        num_padded=sum(batch.input_ids_BT.numel() for batch in batches),
-        num_shared=sum(batch.num_shared for batch in batches),
-        mean_candidates=candidates / max(1, active),
-        is_applied=bad_steps == 0,
-        bad_steps=bad_steps,
-    )
+def clip_gradients(parameters: Sequence[nn.Parameter], max_norm: float | None) -> float:
+    """The norm of all gradients together, which are then scaled down to ``max_norm``."""
+    norm = nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+    if max_norm is not None:
+        nn.utils.clip_grads_with_norm_(parameters, max_norm, norm)
+    return float(norm)

@@ -23,7 +23,8 @@ import torch
 from lrmc_ray.config import TrainSettings
 from lrmc_ray.files.names import MODEL
 from lrmc_ray.method.optimizers import learning_rate
-from lrmc_ray.method.training_loop import StepOptions, StepResult
+from lrmc_ray.method.step_result import StepResult
+from lrmc_ray.method.training_loop import StepOptions
 from lrmc_ray.method.training_loop import train as training_steps
 from lrmc_ray.method.workers import WorkerGroup
 from lrmc_ray.record.parts import Records

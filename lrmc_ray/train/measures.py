@@ -20,7 +20,7 @@ from lrmc_ray.files.names import LEDGER, METRICS
 from lrmc_ray.method.head import OutputHead
 from lrmc_ray.method.measure import held_out_batches, held_out_nll, outside_mass
 from lrmc_ray.method.microbatch import MicroBatch, Sample
-from lrmc_ray.method.training_loop import StepResult
+from lrmc_ray.method.step_result import StepResult
 from lrmc_ray.method.workers import WorkerGroup
 from lrmc_ray.train.learner import Learner
 from lrmc_ray.train.ledger import Ledger

@@ -17,7 +17,8 @@ from lrmc_ray.method.baselines.l2_sp import StartingPoint
 from lrmc_ray.method.losses import LanguageModel, LossSettings
 from lrmc_ray.method.microbatch import Sample, active_length
 from lrmc_ray.method.optimizers import make_optimizer
-from lrmc_ray.method.training_loop import StepOptions, StepResult, train
+from lrmc_ray.method.step_result import StepResult
+from lrmc_ray.method.training_loop import StepOptions, train
 from lrmc_ray.method.workers import WorkerGroup
 from lrmc_ray.models import batch_hidden_states, head_of
 from tests.support.plain_training import base_llama, random_sample, random_samples, tiny_llama
