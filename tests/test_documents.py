@@ -4,13 +4,20 @@ import re
 import sys
 from pathlib import Path
 
+import pytest
+
+import lrmc_ray.method
 from lrmc_ray import cli, errors
 from lrmc_ray.config.compare import CompareSpace
 from scripts.build_settings_page import PAGE, page
 from tests.support.documents import (
     DOCUMENTS,
+    README,
     ROOT,
     all_markdown,
+    anchors,
+    fenced,
+    links,
     lrmc_commands,
 )
 
@@ -31,6 +38,38 @@ def rows(path: Path, heading: str) -> list[list[str]]:
 def test_there_are_documents_to_look_at():
     assert len(DOCUMENTS) > 12
     assert {*DOCUMENTS, ROOT / "lrmc_ray" / "tasks" / "README.md"} <= set(all_markdown())
+
+
+@pytest.mark.parametrize("path", all_markdown(), ids=lambda path: str(path.relative_to(ROOT)))
+def test_links_lead_somewhere(path):
+    for link in links(path):
+        if re.match(r"[a-z]+:", link):
+            continue
+        name, _, anchor = link.partition("#")
+        target = (path.parent / name).resolve() if name else path
+        assert target.exists(), f"{link} leads nowhere"
+        assert target.is_relative_to(ROOT), f"{link} leaves the repository"
+        if anchor:
+            assert anchor in anchors(target), f"{link}: {target.name} has no such heading"
+
+
+def test_every_named_file_exists():
+    pattern = re.compile(r"`((?:[\w-]+/)+[\w-]+\.(?:py|toml|yaml))`")
+    named = {
+        (path, name) for path in DOCUMENTS for name in pattern.findall(path.read_text("utf-8"))
+    }
+    assert len(named) > 20
+    for path, name in named:
+        found = [folder / name for folder in (ROOT, ROOT / "lrmc_ray") if (folder / name).exists()]
+        assert found, f"{path.name}: there is no {name}"
+
+
+def test_the_readme_fits_a_first_look():
+    text = README.read_text("utf-8")
+    assert len(text.encode()) <= 8192
+    (shown,) = fenced(text, "")
+    assert max(map(len, shown.splitlines())) <= 80
+    assert not re.search(r"\([^()\]]*\([^()]*\)[^()]*\)", re.sub(r"\]\([^)]*\)", "]", text))
 
 
 def test_every_named_setting_exists():
@@ -75,6 +114,13 @@ def test_the_tables_are_complete():
     codes = {code for cell in listed for code in cell.split(", ")}
     classes = [errors.LrmcError, *errors.LrmcError.__subclasses__()]
     assert {str(kind.exit_code) for kind in classes} <= codes
+
+
+def test_there_is_one_notation():
+    """The method's docstring has it for those who read code, the documents for the others."""
+    docstring = lrmc_ray.method.__doc__ or ""
+    in_code = dict(re.findall(r"^([A-Z])  +(.+)$", docstring, flags=re.M))
+    assert in_code == dict(rows(DOCS / "method.md", "Notation"))
 
 
 def test_the_settings_page_is_what_the_settings_say():

@@ -1,49 +1,56 @@
-"""What the README tells people to type does what it says, here on a small model."""
+"""What the documents tell people to type does what they say, here on a small model."""
 
 import json
-import re
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-README = Path(__file__).parent.parent / "README.md"
+from tests.support.documents import block
 
 
-def block(name: str) -> str:
-    """The commands behind the marker ``name``."""
-    found = re.search(rf"<!-- {name} -->\n```bash\n(.*?)```", README.read_text("utf-8"), re.DOTALL)
-    assert found, f"README has no block {name}"
-    return found[1]
-
-
-@pytest.mark.ray
-@pytest.mark.timeout(600)
-def test_the_example_of_own_data_runs_as_it_stands(tiny_model, tmp_path):
-    commands = block("own-data")
-    assert len(commands.splitlines()) <= 25
-    commands = commands.replace(".venv/bin/python", sys.executable)
-    (tmp_path / "my_model").symlink_to(tiny_model)
-    commands = commands.replace("--model demo", "--model my_model --json evaluate.limit=8")
+def run(name: str, tiny_model: Path, directory: Path) -> dict[str, Any]:
+    """The study of the search that the block ``name`` starts, with the report beside it."""
+    commands = block(name)
+    assert commands.count("./lrmc tune") == 1
+    commands = commands.replace("./lrmc tune", f"{sys.executable} -m lrmc_ray tune --json")
+    (directory / "my_model").symlink_to(tiny_model)
+    shorter = "search.trials=2 train.steps=4 evaluate.limit=8"
     done = subprocess.run(
-        ["bash", "-euo", "pipefail", "-c", commands],
-        cwd=tmp_path,
+        ["bash", "-euo", "pipefail", "-c", f"{commands.rstrip()} --model my_model {shorter}"],
+        cwd=directory,
         capture_output=True,
         text=True,
         check=False,
         timeout=500,
     )
     assert done.returncode == 0, done.stderr[-3000:]
-    result = json.loads(done.stdout.splitlines()[-1])
-    directory = next((tmp_path / "my_runs").glob("*/study.json")).parent
-    study = json.loads((directory / "study.json").read_text())
+    assert json.loads(done.stdout.splitlines()[-1])
+    study = next((directory / "my_runs").glob("*/study.json"))
+    assert study.with_name("report.html").stat().st_size > 10_000
+    assert (study.parent / "best_model" / "model.safetensors").is_file()
+    return json.loads(study.read_text())
+
+
+@pytest.mark.ray
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize(
+    ("name", "samples", "tasks"),
+    [
+        ("own-data", 2, {"kinds", "wordnet"}),
+        ("own-data-in-full", 3, {"my_task", "wordnet", "plain_english"}),
+    ],
+)
+def test_the_examples_of_own_data_run_as_they_stand(tiny_model, tmp_path, name, samples, tasks):
+    study = run(name, tiny_model, tmp_path)
     assert [trial["state"] for trial in study["trials"]] == ["COMPLETE", "COMPLETE"]
     assert [trial["role"] for trial in study["trials"]] == ["defaults", "yardstick"]
-    assert study["record"]["samples"] == 3
-    tasks = {name.split("/")[2] for name in study["trials"][0]["results"] if name.count("/") == 3}
-    assert {"wordnet", "plain_english"} <= tasks
-    assert any("my_task" in name for name in study["trials"][0]["results"])
-    assert (directory / "report.html").stat().st_size > 10_000
-    assert (directory / "best_model" / "model.safetensors").is_file()
-    assert result
+    assert study["record"]["samples"] == samples
+    names = [name.split("/") for name in study["trials"][0]["results"]]
+    assert {parts[2] for parts in names if len(parts) == 4} == tasks
+
+
+def test_the_example_in_the_readme_is_short():
+    assert len(block("own-data").splitlines()) == 5

@@ -24,9 +24,9 @@ from lrmc_ray.record.actors import Recorder, recorder_options
 from lrmc_ray.train.ledger import read_ledger
 from tests.cluster.lab import ROOT, lab, missing
 from tests.cluster.launch import write_config
+from tests.support.documents import block
 from tests.support.tiny import make_data, make_model
 from tests.support.training import run_alone
-from tests.test_readme import block
 
 pytestmark = [
     pytest.mark.cluster,
@@ -56,15 +56,15 @@ def hosts(tmp_path_factory):
 def up(hosts):
     """The cluster file, filled in, behind `ray up`; `ray down` when the tests have ended."""
     config = write_config(hosts, cpus=1)
-    hosts.run("laptop", readme("(umask", config))
-    assert " 0 failed" in hosts.run("laptop", readme("lrmc doctor", config)).stdout
-    hosts.run("laptop", readme("ray up", config).replace("ray up", "ray up -y"), timeout=180)
+    hosts.run("laptop", typed("(umask", config))
+    assert " 0 failed" in hosts.run("laptop", typed("lrmc doctor", config)).stdout
+    hosts.run("laptop", typed("ray up", config).replace("ray up", "ray up -y"), timeout=180)
     wait_for(lambda: alive(hosts) == 3, "three nodes", seconds=150)
     return config
 
 
-def readme(start: str, config: Path) -> str:
-    """The README's command that begins with ``start``, for the file that is filled in."""
+def typed(start: str, config: Path) -> str:
+    """The documented command that begins with ``start``, for the file that is filled in."""
     lines = block("cluster").replace("\\\n", " ").splitlines()
     (line,) = [line for line in lines if line.startswith(start)]
     return line.partition("  #")[0].replace("clusters/local.yaml", str(config))
@@ -100,7 +100,7 @@ def test_a_search_survives_a_host_that_is_cut_off_and_comes_back(hosts, up, tmp_
     more = (
         f"--space smoke --domain-tasks capitals --general-tasks plain_english {' '.join(SETTINGS)}"
     )
-    command = readme("ray exec", up).rstrip().removesuffix("'") + f" {more} > /mnt/shared/log 2>&1'"
+    command = typed("ray exec", up).rstrip().removesuffix("'") + f" {more} > /mnt/shared/log 2>&1'"
     log = hosts.shared / "log"
     # As a user does, from outside, by ssh.
     tune = hosts.start("laptop", command, tmp_path / "ray_exec.log")
@@ -211,7 +211,7 @@ def test_an_output_that_is_not_shared_is_refused_at_the_start(hosts, up):
 
 
 def test_ray_down_stops_ray_on_every_host(hosts, up):
-    hosts.run("laptop", readme("ray down", up).replace("ray down", "ray down -y"), timeout=120)
+    hosts.run("laptop", typed("ray down", up).replace("ray down", "ray down -y"), timeout=120)
 
     def left() -> list[str]:
         """Ray's processes that live; nobody on these hosts buries the dead."""

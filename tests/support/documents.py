@@ -46,7 +46,8 @@ def links(path: Path) -> list[str]:
 
 def anchors(path: Path) -> set[str]:
     """Names of a document's headings, as code hosts and mkdocs make them."""
-    headings = re.findall(r"^#+ (.+)$", _FENCE.sub("", path.read_text("utf-8")), flags=re.M)
+    text = re.sub(r"\[([^\]]*)\]\([^)]*\)", r"\1", _FENCE.sub("", path.read_text("utf-8")))
+    headings = re.findall(r"^#+ (.+)$", text, flags=re.M)
     return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
 
 
