@@ -23,10 +23,10 @@ from lrmc_ray.cluster.session import no_preemption, ray_session, watches_preempt
 from lrmc_ray.config import ResourceSettings
 from lrmc_ray.console import run_command
 from lrmc_ray.errors import IncompleteArtifactError, ResourceError
-from lrmc_ray.evaluate import run as evaluate
+from lrmc_ray.evaluate import command as evaluate
 from lrmc_ray.record import command as record
-from lrmc_ray.train import driver as train
-from lrmc_ray.tune import run as tune
+from lrmc_ray.train import command as train
+from lrmc_ray.tune import command as tune
 from tests.support.tiny import make_data
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(300)]
@@ -75,7 +75,7 @@ IMPOSSIBLE = {
 
 
 @pytest.mark.parametrize("override", IMPOSSIBLE)
-@pytest.mark.parametrize("stage", [record, train, evaluate, tune], ids=lambda m: m.__name__[9:])
+@pytest.mark.parametrize("stage", [record, train, evaluate, tune], ids=lambda m: m.__name__.split(".")[1])
 def test_the_impossible_answers_at_once(
     cluster, tiny_model, data, tmp_path, capsys, stage, override
 ):
