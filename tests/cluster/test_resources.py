@@ -75,7 +75,9 @@ IMPOSSIBLE = {
 
 
 @pytest.mark.parametrize("override", IMPOSSIBLE)
-@pytest.mark.parametrize("stage", [record, train, evaluate, tune], ids=lambda m: m.__name__.split(".")[1])
+@pytest.mark.parametrize(
+    "stage", [record, train, evaluate, tune], ids=lambda m: m.__name__.split(".")[1]
+)
 def test_the_impossible_answers_at_once(
     cluster, tiny_model, data, tmp_path, capsys, stage, override
 ):
