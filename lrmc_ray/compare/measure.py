@@ -82,12 +82,12 @@ class Estimate:
         return bool(known) and all(interval.distinguishable for interval in known)
 
 
-def estimate(values_S: Sequence[float], replicates_SB: Sequence[FloatArray] = ()) -> Estimate:
-    """The mean of one value per seed; ``replicates_SB`` are each value's, over the same items."""
+def estimate(values_S: Sequence[float], replicates_SZ: Sequence[FloatArray] = ()) -> Estimate:
+    """The mean of one value per seed; ``replicates_SZ`` are each value's, over the same items."""
     mean = float(np.mean(values_S))
     over_items = None
-    if len(replicates_SB):
-        over_items = percentile_interval(mean, np.mean(replicates_SB, axis=0))
+    if len(replicates_SZ):
+        over_items = percentile_interval(mean, np.mean(replicates_SZ, axis=0))
     return Estimate(mean, mean_interval(values_S) if len(values_S) > 1 else None, over_items)
 
 

@@ -10,7 +10,7 @@ Reads ``compare.json`` and the items behind every score; every interval is compu
 The general tasks have one set of items, so it is halved: items at even places of a task help to
 choose the learning rate, those at odd places are reported. Domain questions have two splits.
 
-Shape suffixes: S = seeds, B = bootstrap resamples.
+Shape suffixes: those of :mod:`lrmc_ray.method`.
 """
 
 import math

@@ -67,7 +67,7 @@ class Comparison:
     forgetting_weight: float
     seed: int
     domain_gain_replicates: FloatArray
-    """Bootstrap replicates, shape [B]; replicate b has the same resampled items in every comparison
+    """Bootstrap replicates, shape [Z]; replicate z has the same resampled items in every comparison
     with the same tasks and seed, so two comparisons can be subtracted."""
     forgetting_replicates: FloatArray
 
@@ -131,44 +131,44 @@ def compare(
         )
     compared = [_compare_task(task, base, tuned, seed, resamples) for task in base.tasks]
     gain: dict[str, float] = {}
-    gain_B: dict[str, FloatArray] = {}
+    gain_Z: dict[str, FloatArray] = {}
     for group in GROUPS:
-        own = [(change, task_B) for change, task_B, _ in compared if change.group == group]
+        own = [(change, task_Z) for change, task_Z, _ in compared if change.group == group]
         if not own:
             raise DataError(
                 f"a comparison needs at least one task of each group, got no {group} task; "
                 f"add one to {group}_tasks and evaluate again"
             )
         gain[group] = float(np.mean([change.objective.value for change, _ in own]))
-        gain_B[group] = np.mean([task_B for _, task_B in own], axis=0)
-    forgetting_B = -gain_B["general"]
+        gain_Z[group] = np.mean([task_Z for _, task_Z in own], axis=0)
+    forgetting_Z = -gain_Z["general"]
     return Comparison(
         tasks=tuple(change for change, _, _ in compared),
-        domain_gain=percentile_interval(gain["domain"], gain_B["domain"]),
-        forgetting=percentile_interval(-gain["general"], forgetting_B),
+        domain_gain=percentile_interval(gain["domain"], gain_Z["domain"]),
+        forgetting=percentile_interval(-gain["general"], forgetting_Z),
         combined=percentile_interval(
             gain["domain"] + forgetting_weight * gain["general"],
-            gain_B["domain"] - forgetting_weight * forgetting_B,
+            gain_Z["domain"] - forgetting_weight * forgetting_Z,
         ),
         general_ce_delta=_general_ce_delta(compared),
         forgetting_weight=forgetting_weight,
         seed=seed,
-        domain_gain_replicates=gain_B["domain"],
-        forgetting_replicates=forgetting_B,
+        domain_gain_replicates=gain_Z["domain"],
+        forgetting_replicates=forgetting_Z,
     )
 
 
 def _general_ce_delta(compared: Sequence[_Compared]) -> Interval | None:
     """Mean change of the cross-entropy of general texts, nats per token, if there are any."""
     texts = [
-        (change.metric("cross_entropy").delta.value, deltas_B["cross_entropy"])
-        for change, _, deltas_B in compared
+        (change.metric("cross_entropy").delta.value, deltas_Z["cross_entropy"])
+        for change, _, deltas_Z in compared
         if change.kind == "text" and change.group == "general"
     ]
     if not texts:
         return None
     value = float(np.mean([delta for delta, _ in texts]))
-    return percentile_interval(value, np.mean([delta_B for _, delta_B in texts], axis=0))
+    return percentile_interval(value, np.mean([delta_Z for _, delta_Z in texts], axis=0))
 
 
 def _compare_task(task: str, base: Scores, tuned: Scores, seed: int, resamples: int) -> _Compared:
@@ -188,28 +188,28 @@ def _compare_task(task: str, base: Scores, tuned: Scores, seed: int, resamples: 
     first = next(iter(before.values()))
     # The name, not the position: adding a task must not change the others' draws.
     rng = np.random.default_rng([seed, zlib.crc32(task.encode())])
-    values_MN = np.stack([side[metric].values for side in (before, after) for metric in before])
-    means_MB = bootstrap_means(values_MN, first.weights, resamples=resamples, rng=rng)
-    before_B = dict(zip(before, means_MB[: len(before)], strict=True))
-    after_B = dict(zip(before, means_MB[len(before) :], strict=True))
-    deltas_B = {metric: after_B[metric] - before_B[metric] for metric in before}
+    values_AI = np.stack([side[metric].values for side in (before, after) for metric in before])
+    means_AZ = bootstrap_means(values_AI, first.weights, resamples=resamples, rng=rng)
+    before_Z = dict(zip(before, means_AZ[: len(before)], strict=True))
+    after_Z = dict(zip(before, means_AZ[len(before) :], strict=True))
+    deltas_Z = {metric: after_Z[metric] - before_Z[metric] for metric in before}
     changes = {
         metric: MetricChange(
             metric=metric,
             before=items.value,
             after=after[metric].value,
             delta=percentile_interval(
-                after[metric].value.value - items.value.value, deltas_B[metric]
+                after[metric].value.value - items.value.value, deltas_Z[metric]
             ),
         )
         for metric, items in before.items()
     }
     metric = OBJECTIVE_METRIC[first.kind]
-    objective, objective_B = changes[metric].delta, deltas_B[metric]
+    objective, objective_Z = changes[metric].delta, deltas_Z[metric]
     if first.kind == "text":
-        objective_B = 1.0 - after_B[metric] / before_B[metric]
+        objective_Z = 1.0 - after_Z[metric] / before_Z[metric]
         ratio = changes[metric].after.value / changes[metric].before.value
-        objective = percentile_interval(1.0 - ratio, objective_B)
+        objective = percentile_interval(1.0 - ratio, objective_Z)
     change = TaskChange(
         task=task,
         group=first.group,
@@ -218,7 +218,7 @@ def _compare_task(task: str, base: Scores, tuned: Scores, seed: int, resamples: 
         objective=objective,
         metrics=tuple(changes.values()),
     )
-    return change, objective_B, deltas_B
+    return change, objective_Z, deltas_Z
 
 
 @dataclass(frozen=True)
@@ -243,15 +243,15 @@ def difference(first: Comparison, second: Comparison) -> Difference:
         or len(first.domain_gain_replicates) != len(second.domain_gain_replicates)
     ):
         raise ValueError("both comparisons must have the same tasks, seed, resamples and weight")
-    gain_B = first.domain_gain_replicates - second.domain_gain_replicates
-    forgetting_B = first.forgetting_replicates - second.forgetting_replicates
+    gain_Z = first.domain_gain_replicates - second.domain_gain_replicates
+    forgetting_Z = first.forgetting_replicates - second.forgetting_replicates
     gain = first.domain_gain.value - second.domain_gain.value
     forgetting = first.forgetting.value - second.forgetting.value
     weight = first.forgetting_weight
     return Difference(
-        domain_gain=percentile_interval(gain, gain_B),
-        forgetting=percentile_interval(forgetting, forgetting_B),
-        combined=percentile_interval(gain - weight * forgetting, gain_B - weight * forgetting_B),
+        domain_gain=percentile_interval(gain, gain_Z),
+        forgetting=percentile_interval(forgetting, forgetting_Z),
+        combined=percentile_interval(gain - weight * forgetting, gain_Z - weight * forgetting_Z),
     )
 
 

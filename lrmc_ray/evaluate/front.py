@@ -3,7 +3,7 @@
 A point is (gain, forgetting): gain is better when larger, forgetting when smaller. Everything here
 is plain NumPy on arrays.
 
-Shape suffixes: T = trials, F = trials on the front, B = bootstrap resamples.
+Shape suffixes: those of :mod:`lrmc_ray.method`.
 """
 
 from collections.abc import Sequence
@@ -24,14 +24,14 @@ Fixed, so that searches over the same tasks can be compared.
 """
 
 
-def on_front(gain_T: ArrayLike, forgetting_T: ArrayLike) -> BoolArray:
-    """Which trials no other trial beats, shape [T] (or [T, B], each column on its own).
+def on_front(gain_J: ArrayLike, forgetting_J: ArrayLike) -> BoolArray:
+    """Which trials no other trial beats, shape [J] (or [J, Z], each column on its own).
 
     One trial beats another if it is at least as good in both objectives and better in one. So
     equal points are on the front together or not at all.
     """
-    gain = np.asarray(gain_T, dtype=np.float64)
-    forgetting = np.asarray(forgetting_T, dtype=np.float64)
+    gain = np.asarray(gain_J, dtype=np.float64)
+    forgetting = np.asarray(forgetting_J, dtype=np.float64)
     if not (np.isfinite(gain).all() and np.isfinite(forgetting).all()):
         raise ValueError("gain and forgetting must be finite; leave failed trials out")
     front = np.ones(gain.shape, dtype=bool)
@@ -49,9 +49,9 @@ def pareto_front(points: Sequence[tuple[float, float]]) -> list[int]:
     """
     if not points:
         return []
-    gain_T, forgetting_T = np.asarray(points, dtype=np.float64).T
-    front = np.flatnonzero(on_front(gain_T, forgetting_T))
-    return [int(index) for index in front[np.argsort(forgetting_T[front], kind="stable")]]
+    gain_J, forgetting_J = np.asarray(points, dtype=np.float64).T
+    front = np.flatnonzero(on_front(gain_J, forgetting_J))
+    return [int(index) for index in front[np.argsort(forgetting_J[front], kind="stable")]]
 
 
 def knee(points: Sequence[tuple[float, float]]) -> int | None:
@@ -92,14 +92,14 @@ def hypervolume(points: Sequence[tuple[float, float]], reference: tuple[float, f
     return area
 
 
-def front_probability(gain_TB: ArrayLike, forgetting_TB: ArrayLike) -> FloatArray:
-    """Share of the bootstrap replicates in which each trial is on the front, shape [T].
+def front_probability(gain_JZ: ArrayLike, forgetting_JZ: ArrayLike) -> FloatArray:
+    """Share of the bootstrap replicates in which each trial is on the front, shape [J].
 
     Column b must hold the same resampled items for all trials (``changes.compare`` with one
     seed does), or the trials' common luck is counted as a difference between them.
     """
-    probability_T: FloatArray = on_front(gain_TB, forgetting_TB).mean(axis=1, dtype=np.float64)
-    return probability_T
+    probability_J: FloatArray = on_front(gain_JZ, forgetting_JZ).mean(axis=1, dtype=np.float64)
+    return probability_J
 
 
 @dataclass(frozen=True, slots=True)
@@ -144,44 +144,44 @@ def choose(
 
 
 def hypervolume_replicates(
-    gain_TB: ArrayLike, forgetting_TB: ArrayLike, reference: tuple[float, float]
+    gain_JZ: ArrayLike, forgetting_JZ: ArrayLike, reference: tuple[float, float]
 ) -> FloatArray:
-    """``hypervolume`` of the first 1, 2, ... T trials in every replicate, shape [T, B].
+    """``hypervolume`` of the first 1, 2, ... J trials in every replicate, shape [J, Z].
 
     The area is a maximum over noisy points, so its replicates lie above it on average.
     """
     least_gain, most_forgetting = reference
     # A point that does not beat the reference is moved onto its edge, where it has no area.
-    above_TB = np.maximum(np.asarray(gain_TB, dtype=np.float64), least_gain)
-    below_TB = np.minimum(np.asarray(forgetting_TB, dtype=np.float64), most_forgetting)
-    area_TB = np.empty_like(above_TB)
-    for count in range(1, len(above_TB) + 1):
-        order_tB = np.argsort(below_TB[:count], axis=0, kind="stable")
-        gain_tB = np.take_along_axis(above_TB[:count], order_tB, axis=0)
-        forgetting_tB = np.take_along_axis(below_TB[:count], order_tB, axis=0)
-        covered_tB = np.maximum.accumulate(gain_tB, axis=0)
-        rise_tB = np.diff(covered_tB, axis=0, prepend=least_gain)
-        area_TB[count - 1] = (rise_tB * (most_forgetting - forgetting_tB)).sum(axis=0)
-    return area_TB
+    above_JZ = np.maximum(np.asarray(gain_JZ, dtype=np.float64), least_gain)
+    below_JZ = np.minimum(np.asarray(forgetting_JZ, dtype=np.float64), most_forgetting)
+    area_JZ = np.empty_like(above_JZ)
+    for count in range(1, len(above_JZ) + 1):
+        order_jZ = np.argsort(below_JZ[:count], axis=0, kind="stable")
+        gain_jZ = np.take_along_axis(above_JZ[:count], order_jZ, axis=0)
+        forgetting_jZ = np.take_along_axis(below_JZ[:count], order_jZ, axis=0)
+        covered_jZ = np.maximum.accumulate(gain_jZ, axis=0)
+        rise_jZ = np.diff(covered_jZ, axis=0, prepend=least_gain)
+        area_JZ[count - 1] = (rise_jZ * (most_forgetting - forgetting_jZ)).sum(axis=0)
+    return area_JZ
 
 
-def knee_replicates(gain_TB: ArrayLike, forgetting_TB: ArrayLike) -> NDArray[np.intp]:
-    """``knee`` of every replicate: indices of trials, shape [B]."""
+def knee_replicates(gain_JZ: ArrayLike, forgetting_JZ: ArrayLike) -> NDArray[np.intp]:
+    """``knee`` of every replicate: indices of trials, shape [Z]."""
     # By ascending forgetting, as the front is walked.
-    order_TB = np.argsort(np.asarray(forgetting_TB, dtype=np.float64), axis=0, kind="stable")
-    rising_TB = np.take_along_axis(np.asarray(gain_TB, dtype=np.float64), order_TB, axis=0)
-    spent_TB = np.take_along_axis(np.asarray(forgetting_TB, dtype=np.float64), order_TB, axis=0)
-    front_TB = on_front(rising_TB, spent_TB)
+    order_JZ = np.argsort(np.asarray(forgetting_JZ, dtype=np.float64), axis=0, kind="stable")
+    rising_JZ = np.take_along_axis(np.asarray(gain_JZ, dtype=np.float64), order_JZ, axis=0)
+    spent_JZ = np.take_along_axis(np.asarray(forgetting_JZ, dtype=np.float64), order_JZ, axis=0)
+    front_JZ = on_front(rising_JZ, spent_JZ)
 
-    def scaled(values_TB: FloatArray) -> FloatArray:
-        low_B = np.where(front_TB, values_TB, np.inf).min(axis=0)
-        high_B = np.where(front_TB, values_TB, -np.inf).max(axis=0)
-        range_B = np.where(high_B > low_B, high_B - low_B, 1.0)
-        return np.asarray((values_TB - low_B) / range_B)
+    def scaled(values_JZ: FloatArray) -> FloatArray:
+        low_Z = np.where(front_JZ, values_JZ, np.inf).min(axis=0)
+        high_Z = np.where(front_JZ, values_JZ, -np.inf).max(axis=0)
+        range_Z = np.where(high_Z > low_Z, high_Z - low_Z, 1.0)
+        return np.asarray((values_JZ - low_Z) / range_Z)
 
-    x_TB, y_TB = scaled(spent_TB), scaled(rising_TB)
+    x_JZ, y_JZ = scaled(spent_JZ), scaled(rising_JZ)
     # The front's two ends lie on the line by construction; rounding must not make one win.
-    is_end_TB = (x_TB <= 0.0) | (x_TB >= 1.0)
-    above_TB = np.where(front_TB, np.where(is_end_TB, 0.0, y_TB - x_TB), -np.inf)
-    chosen_B = np.take_along_axis(order_TB, above_TB.argmax(axis=0)[None], axis=0)[0]
-    return np.asarray(chosen_B, dtype=np.intp)
+    is_end_JZ = (x_JZ <= 0.0) | (x_JZ >= 1.0)
+    above_JZ = np.where(front_JZ, np.where(is_end_JZ, 0.0, y_JZ - x_JZ), -np.inf)
+    chosen_Z = np.take_along_axis(order_JZ, above_JZ.argmax(axis=0)[None], axis=0)[0]
+    return np.asarray(chosen_Z, dtype=np.intp)

@@ -13,7 +13,7 @@ Kinds of task, their metrics, and the score that the objective uses:
 - ``text``: ``cross_entropy`` in nats per token, weighted by the number of tokens; objective: its
   relative change, 1 - after / before, so that more is better here too.
 
-Shape suffixes: N = items of a task, B = bootstrap resamples.
+Shape suffixes: those of :mod:`lrmc_ray.method`.
 """
 
 import itertools
@@ -93,9 +93,9 @@ class MetricItems:
     metric: str
     item_ids: tuple[str, ...]
     values: FloatArray
-    """Shape [N]."""
+    """Shape [I]."""
     weights: FloatArray
-    """Shape [N]."""
+    """Shape [I]."""
     outputs: tuple[str | None, ...]
 
     @cached_property
@@ -277,19 +277,19 @@ def _check_items(items: MetricItems) -> None:
         if first == second:
             raise DataError(f"{where}: item {first!r} occurs more than once")
     lowest, highest = _RANGES.get(items.metric, (-np.inf, np.inf))
-    values_N, weights_N = items.values, items.weights
-    is_valid_N = (values_N >= lowest - _ROUNDING) & (values_N <= highest + _ROUNDING)
+    values_I, weights_I = items.values, items.weights
+    is_valid_I = (values_I >= lowest - _ROUNDING) & (values_I <= highest + _ROUNDING)
     if items.metric == "cross_entropy":
-        is_valid_N = values_N > 0.0  # The objective divides by it.
-    for index in np.flatnonzero(~(is_valid_N & np.isfinite(values_N))):
+        is_valid_I = values_I > 0.0  # The objective divides by it.
+    for index in np.flatnonzero(~(is_valid_I & np.isfinite(values_I))):
         rule = "finite and positive" if items.kind == "text" else f"in [{lowest:g}, {highest:g}]"
         raise DataError(
-            f"{where}: values must be {rule}, got {values_N[index]} for "
+            f"{where}: values must be {rule}, got {values_I[index]} for "
             f"item {items.item_ids[index]!r}; the model or the task is broken there"
         )
-    for index in np.flatnonzero(~(np.isfinite(weights_N) & (weights_N > 0.0))):
+    for index in np.flatnonzero(~(np.isfinite(weights_I) & (weights_I > 0.0))):
         raise DataError(
-            f"{where}: weights must be finite and positive, got {weights_N[index]} for "
+            f"{where}: weights must be finite and positive, got {weights_I[index]} for "
             f"item {items.item_ids[index]!r}"
         )
 

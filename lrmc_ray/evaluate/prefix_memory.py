@@ -1,6 +1,6 @@
 """Contexts that answers were generated from, kept until their gold answers have been scored.
 
-Shape suffixes: those of :mod:`lrmc_ray.method`; O = the last ``OVERLAP + 1`` tokens of a context.
+Shape suffixes: those of :mod:`lrmc_ray.method`.
 """
 
 import copy

@@ -2,8 +2,7 @@
 
 Everything here is plain NumPy on arrays: it knows nothing about models, tasks or files.
 
-Shape suffixes of this module and of those that call it: N = items of a task, M = rows that share
-those items (for example before and after), B = bootstrap resamples.
+Shape suffixes: those of :mod:`lrmc_ray.method`.
 """
 
 import math
@@ -48,27 +47,27 @@ class Interval:
         return Interval(-self.value, -self.high, -self.low)
 
 
-def _as_weights(weights_N: ArrayLike | None, num_items: int) -> FloatArray:
+def _as_weights(weights_I: ArrayLike | None, num_items: int) -> FloatArray:
     """Equal weights by default."""
-    return np.ones(num_items) if weights_N is None else np.asarray(weights_N, dtype=np.float64)
+    return np.ones(num_items) if weights_I is None else np.asarray(weights_I, dtype=np.float64)
 
 
 def bootstrap_means(
-    values_MN: ArrayLike,
-    weights_N: ArrayLike | None = None,
+    values_AI: ArrayLike,
+    weights_I: ArrayLike | None = None,
     *,
     resamples: int,
     rng: np.random.Generator,
 ) -> FloatArray:
-    """Weighted means of every row over the same resampled items, shape [M, B].
+    """Weighted means of every row over the same resampled items, shape [A, Z].
 
     Each resample draws N of the N items with replacement and uses them for all rows, so the
     rows stay paired: differences and ratios of the returned rows are paired replicates.
     """
-    values_MN = np.atleast_2d(np.asarray(values_MN, dtype=np.float64))
-    num_items = values_MN.shape[1]
-    weights_N = _as_weights(weights_N, num_items)
-    sums_KN = np.vstack([values_MN * weights_N, weights_N])
+    values_AI = np.atleast_2d(np.asarray(values_AI, dtype=np.float64))
+    num_items = values_AI.shape[1]
+    weights_I = _as_weights(weights_I, num_items)
+    sums_XI = np.vstack([values_AI * weights_I, weights_I])
     block = max(1, _MAX_BLOCK_CELLS // num_items)
     means = []
     for start in range(0, resamples, block):
@@ -76,28 +75,28 @@ def bootstrap_means(
         drawn = rng.integers(num_items, size=(rows, num_items))
         drawn += num_items * np.arange(rows)[:, None]
         # How often each item was drawn: one matrix product then serves every row.
-        counts_BN = np.bincount(drawn.ravel(), minlength=rows * num_items).reshape(rows, num_items)
-        sums_KB = sums_KN @ counts_BN.T
-        means.append(sums_KB[:-1] / sums_KB[-1])
+        counts_ZI = np.bincount(drawn.ravel(), minlength=rows * num_items).reshape(rows, num_items)
+        sums_XZ = sums_XI @ counts_ZI.T
+        means.append(sums_XZ[:-1] / sums_XZ[-1])
     return np.concatenate(means, axis=1)
 
 
 def percentile_interval(
-    value: float, replicates_B: ArrayLike, *, confidence: float = CONFIDENCE
+    value: float, replicates_Z: ArrayLike, *, confidence: float = CONFIDENCE
 ) -> Interval:
     """``value`` with the central ``confidence`` share of its bootstrap replicates.
 
     Always contains ``value``, which rounding, or one very heavy item, could put outside.
     """
     tail = (1.0 - confidence) / 2.0
-    low, high = np.quantile(np.asarray(replicates_B, dtype=np.float64), [tail, 1.0 - tail])
+    low, high = np.quantile(np.asarray(replicates_Z, dtype=np.float64), [tail, 1.0 - tail])
     return Interval(float(value), min(float(low), float(value)), max(float(high), float(value)))
 
 
 def paired_bootstrap(
-    before_N: ArrayLike,
-    after_N: ArrayLike,
-    weights_N: ArrayLike | None = None,
+    before_I: ArrayLike,
+    after_I: ArrayLike,
+    weights_I: ArrayLike | None = None,
     *,
     resamples: int = 2000,
     seed: int = 0,
@@ -108,33 +107,33 @@ def paired_bootstrap(
     Percentile bootstrap (Efron 1979). It needs a few dozen items: where hardly any item
     changes, or all change alike, the resamples hardly differ and the interval is too short.
     """
-    values_MN = np.stack([np.asarray(before_N, dtype=np.float64), np.asarray(after_N)])
-    weights_N = _as_weights(weights_N, values_MN.shape[1])
+    values_AI = np.stack([np.asarray(before_I, dtype=np.float64), np.asarray(after_I)])
+    weights_I = _as_weights(weights_I, values_AI.shape[1])
     rng = np.random.default_rng(seed)
-    before_B, after_B = bootstrap_means(values_MN, weights_N, resamples=resamples, rng=rng)
-    before, after = np.average(values_MN, axis=1, weights=weights_N)
-    return percentile_interval(after - before, after_B - before_B, confidence=confidence)
+    before_Z, after_Z = bootstrap_means(values_AI, weights_I, resamples=resamples, rng=rng)
+    before, after = np.average(values_AI, axis=1, weights=weights_I)
+    return percentile_interval(after - before, after_Z - before_Z, confidence=confidence)
 
 
-def weighted_standard_error(values_N: ArrayLike, weights_N: ArrayLike | None = None) -> float:
+def weighted_standard_error(values_I: ArrayLike, weights_I: ArrayLike | None = None) -> float:
     """Standard error of the weighted mean over items, weights taken as given.
 
     The linearised variance of a ratio estimator (Cochran, Sampling Techniques, 6.13),
     sum (w_i (x_i - mean))^2 / (sum w)^2 * N / (N - 1); with equal weights s / sqrt(N).
     """
-    values_N = np.asarray(values_N, dtype=np.float64)
-    num_items = len(values_N)
+    values_I = np.asarray(values_I, dtype=np.float64)
+    num_items = len(values_I)
     if num_items < 2:
         raise ValueError(f"a standard error needs at least 2 values, got {num_items}")
-    weights_N = _as_weights(weights_N, num_items)
-    residuals_N = weights_N * (values_N - np.average(values_N, weights=weights_N))
-    variance = np.sum(residuals_N**2) / np.sum(weights_N) ** 2 * num_items / (num_items - 1)
+    weights_I = _as_weights(weights_I, num_items)
+    residuals_I = weights_I * (values_I - np.average(values_I, weights=weights_I))
+    variance = np.sum(residuals_I**2) / np.sum(weights_I) ** 2 * num_items / (num_items - 1)
     return math.sqrt(variance)
 
 
 def mean_interval(
-    values_N: ArrayLike,
-    weights_N: ArrayLike | None = None,
+    values_I: ArrayLike,
+    weights_I: ArrayLike | None = None,
     *,
     confidence: float = CONFIDENCE,
 ) -> Interval:
@@ -145,11 +144,11 @@ def mean_interval(
     """
     from scipy import stats
 
-    values_N = np.asarray(values_N, dtype=np.float64)
-    weights_N = _as_weights(weights_N, len(values_N))
-    error = weighted_standard_error(values_N, weights_N)
-    mean = float(np.average(values_N, weights=weights_N))
-    half = float(stats.t.ppf((1.0 + confidence) / 2.0, df=len(values_N) - 1)) * error
+    values_I = np.asarray(values_I, dtype=np.float64)
+    weights_I = _as_weights(weights_I, len(values_I))
+    error = weighted_standard_error(values_I, weights_I)
+    mean = float(np.average(values_I, weights=weights_I))
+    half = float(stats.t.ppf((1.0 + confidence) / 2.0, df=len(values_I) - 1)) * error
     return Interval(mean, mean - half, mean + half)
 
 
@@ -168,9 +167,9 @@ def mean_of_independent(intervals: Sequence[Interval]) -> Interval:
 
 
 def rank_correlation(
-    x_N: ArrayLike,
-    y_N: ArrayLike,
-    groups_N: Sequence[str],
+    x_I: ArrayLike,
+    y_I: ArrayLike,
+    groups_I: Sequence[str],
     *,
     resamples: int = 2000,
     seed: int = 0,
@@ -185,18 +184,18 @@ def rank_correlation(
     """
     from scipy import stats
 
-    x_N = np.asarray(x_N, dtype=np.float64)
-    y_N = np.asarray(y_N, dtype=np.float64)
-    members = [np.flatnonzero(np.asarray(groups_N) == group) for group in sorted(set(groups_N))]
-    if len(members) < MIN_GROUPS or np.ptp(x_N) == 0.0 or np.ptp(y_N) == 0.0:
+    x_I = np.asarray(x_I, dtype=np.float64)
+    y_I = np.asarray(y_I, dtype=np.float64)
+    members = [np.flatnonzero(np.asarray(groups_I) == group) for group in sorted(set(groups_I))]
+    if len(members) < MIN_GROUPS or np.ptp(x_I) == 0.0 or np.ptp(y_I) == 0.0:
         return None
     rng = np.random.default_rng(seed)
     replicates = []
     for _ in range(resamples):
         drawn = np.concatenate([members[g] for g in rng.integers(len(members), size=len(members))])
-        if np.ptp(x_N[drawn]) > 0.0 and np.ptp(y_N[drawn]) > 0.0:
-            replicates.append(stats.spearmanr(x_N[drawn], y_N[drawn]).statistic)
-    value = float(stats.spearmanr(x_N, y_N).statistic)
+        if np.ptp(x_I[drawn]) > 0.0 and np.ptp(y_I[drawn]) > 0.0:
+            replicates.append(stats.spearmanr(x_I[drawn], y_I[drawn]).statistic)
+    value = float(stats.spearmanr(x_I, y_I).statistic)
     return percentile_interval(value, replicates, confidence=confidence)
 
 

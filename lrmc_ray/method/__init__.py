@@ -19,6 +19,13 @@ P     recorded positions of one sample
 M     micro-batches of a global batch
 G     tensors of an optimizer, each with its gradient
 Q     tokens whose log-probability is wanted
+O     tokens at the end of a context that an answer may begin with
+I     items of a task
+A     arrays of scores over the same items, for example before and after
+Z     bootstrap resamples
+J     trials of a search
+F     trials on the front of gain against forgetting
+S     seeds
 X     any other number, said beside the name
 ====  ==============================================================================
 

@@ -33,13 +33,13 @@ class Surface:
     """Shape [len(y), len(x)]."""
 
 
-def surface(x_T: Sequence[float], y_T: Sequence[float], z_T: Sequence[float]) -> Surface | None:
+def surface(x_J: Sequence[float], y_J: Sequence[float], z_J: Sequence[float]) -> Surface | None:
     """A thin-plate spline through the points; None where they are too few or on one line."""
     from scipy.interpolate import RBFInterpolator
     from scipy.spatial import Delaunay, QhullError
 
-    points = np.column_stack([x_T, y_T]).astype(np.float64)
-    values = np.asarray(z_T, dtype=np.float64)
+    points = np.column_stack([x_J, y_J]).astype(np.float64)
+    values = np.asarray(z_J, dtype=np.float64)
     span = np.ptp(points, axis=0) if len(points) else np.zeros(2)
     if len(np.unique(points, axis=0)) < FEWEST_TRIALS or (span == 0).any():
         return None
@@ -86,28 +86,28 @@ class TradeOff:
 def trade_off(comparisons: Sequence[Comparison], *, max_forgetting: float) -> TradeOff:
     """The trade-off of at least one comparison, all made with the same base, tasks and seed."""
     points = [(one.domain_gain.value, one.forgetting.value) for one in comparisons]
-    gain_TB = np.stack([one.domain_gain_replicates for one in comparisons])
-    forgetting_TB = np.stack([one.forgetting_replicates for one in comparisons])
+    gain_JZ = np.stack([one.domain_gain_replicates for one in comparisons])
+    forgetting_JZ = np.stack([one.forgetting_replicates for one in comparisons])
     bend = knee(points)
     assert bend is not None  # There is at least one point.
-    knee_B = knee_replicates(gain_TB, forgetting_TB)
-    columns_B = np.arange(len(knee_B))
-    area_TB = hypervolume_replicates(gain_TB, forgetting_TB, HYPERVOLUME_REFERENCE)
+    knee_Z = knee_replicates(gain_JZ, forgetting_JZ)
+    columns_Z = np.arange(len(knee_Z))
+    area_JZ = hypervolume_replicates(gain_JZ, forgetting_JZ, HYPERVOLUME_REFERENCE)
     counts = range(1, len(points) + 1)
     return TradeOff(
         front=tuple(pareto_front(points)),
-        front_probability=tuple(map(float, front_probability(gain_TB, forgetting_TB))),
+        front_probability=tuple(map(float, front_probability(gain_JZ, forgetting_JZ))),
         knee=bend,
-        knee_probability=tuple(float(np.mean(knee_B == t)) for t in range(len(points))),
-        knee_gain=percentile_interval(points[bend][0], gain_TB[knee_B, columns_B]),
-        knee_forgetting=percentile_interval(points[bend][1], forgetting_TB[knee_B, columns_B]),
+        knee_probability=tuple(float(np.mean(knee_Z == t)) for t in range(len(points))),
+        knee_gain=percentile_interval(points[bend][0], gain_JZ[knee_Z, columns_Z]),
+        knee_forgetting=percentile_interval(points[bend][1], forgetting_JZ[knee_Z, columns_Z]),
         hypervolume=tuple(
             percentile_interval(
-                hypervolume(points[:count], HYPERVOLUME_REFERENCE), area_TB[count - 1]
+                hypervolume(points[:count], HYPERVOLUME_REFERENCE), area_JZ[count - 1]
             )
             for count in counts
         ),
         budget_probability=tuple(
-            float(np.mean(row_B <= max_forgetting)) for row_B in forgetting_TB
+            float(np.mean(row_Z <= max_forgetting)) for row_Z in forgetting_JZ
         ),
     )

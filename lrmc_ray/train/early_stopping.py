@@ -217,19 +217,19 @@ def slice_change(
                 f"{task}: item {missing[0]!r} of the slice is not in the base model's scores; "
                 "evaluate the base again with the same task files"
             )
-        before_N = np.array([known[row["item_id"]] for row in own])
-        after_N = np.array([row["value"] for row in own])
-        change_N = after_N - before_N
+        before_I = np.array([known[row["item_id"]] for row in own])
+        after_I = np.array([row["value"] for row in own])
+        change_I = after_I - before_I
         if metric == "cross_entropy":
-            weights_N = np.array([row["weight"] for row in own])
-            change_N = -change_N * weights_N / np.mean(weights_N * before_N)
-        if not np.isfinite(change_N).all():
+            weights_I = np.array([row["weight"] for row in own])
+            change_I = -change_I * weights_I / np.mean(weights_I * before_I)
+        if not np.isfinite(change_I).all():
             raise DataError(
                 f"{task}: {metric} must be finite on the way, too; the tuned model is broken, "
                 "lower train.lr"
             )
-        error = float(np.std(change_N, ddof=1)) / math.sqrt(len(own)) if len(own) > 1 else math.inf
-        gains[own[0]["group"]].append((float(np.mean(change_N)), error))
+        error = float(np.std(change_I, ddof=1)) / math.sqrt(len(own)) if len(own) > 1 else math.inf
+        gains[own[0]["group"]].append((float(np.mean(change_I)), error))
     domain_gain = statistics.fmean(gain for gain, _ in gains["domain"])
     forgetting = -statistics.fmean(gain for gain, _ in gains["general"])
     return SliceChange(

@@ -2,12 +2,14 @@
 
 import ast
 import inspect
+import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
+from lrmc_ray import method
 from lrmc_ray.config import TrainSettings
 from lrmc_ray.method import names
 from lrmc_ray.method.baselines.masked_adamw import MaskedAdamW
@@ -91,3 +93,37 @@ def test_defaults_of_the_method_are_those_of_the_settings(ours, shared):
 def test_so_are_those_of_arguments_with_another_name(ours, name, setting):
     default = inspect.signature(ours).parameters[name].default
     assert default == TrainSettings.model_fields[setting].default
+
+
+def test_the_documents_notation_is_that_of_the_package():
+    """Every letter means the same in both."""
+    table = re.findall(r"^([A-Z])  +(.+)$", method.__doc__, re.MULTILINE)
+    page = (PACKAGE.parent / "docs" / "method.md").read_text(encoding="utf-8")
+    notation = page[page.index("## Notation") :].partition("\n## ")[0]
+    assert re.findall(r"^\| ([A-Z]) \| (.+) \|$", notation, re.MULTILINE) == table
+    assert len(table) == len({letter for letter, _ in table}) > 12
+
+
+def names_in(path: Path) -> set[str]:
+    """Of variables, arguments and fields."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Name):
+            found.add(node.id)
+        elif isinstance(node, ast.arg):
+            found.add(node.arg)
+        elif isinstance(node, ast.Attribute):
+            found.add(node.attr)
+    return found
+
+
+def test_every_suffix_is_in_the_notation_and_no_other_letter():
+    """A small letter is part of what the capital counts; a digit is a length."""
+    letters = set(re.findall(r"^([A-Z])  ", method.__doc__, re.MULTILINE))
+    found: dict[str, tuple[Path, str]] = {}
+    for path in PACKAGE.rglob("*.py"):
+        for name in names_in(path):
+            if suffix := re.fullmatch(r"[a-z][a-z0-9_]*_([a-z]?[A-Z]+[a-z]?)[0-9]*", name):
+                found |= {letter.upper(): (path, name) for letter in suffix[1]}
+    assert {letter: where for letter, where in found.items() if letter not in letters} == {}
+    assert set(found) == letters

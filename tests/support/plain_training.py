@@ -3,7 +3,7 @@
 Every sample goes through the whole Hugging Face model, untrimmed and with its attention mask, and
 every loss is taken from the full logits at one position at a time. Autograd does the rest.
 
-Shape suffixes: B = sequences, T = tokens, V = vocabulary size.
+Shape suffixes: those of ``lrmc_ray.method``.
 """
 
 import dataclasses

@@ -3,7 +3,7 @@
 The tests compare the package with these. Nothing here imports the package, so a mistake would
 have to be made twice, in two different ways, to go unseen.
 
-Shape suffixes: N = positions, V = vocabulary size. Losses are sums over positions, in nats;
+Shape suffixes: those of ``lrmc_ray.method``. Losses are sums over positions, in nats;
 whoever calls divides by the number of positions.
 """
 
