@@ -41,7 +41,7 @@ def loss_by_transformers(model_directory: Path, rows: list[dict[str, str]]) -> f
 
     model = AutoModelForCausalLM.from_pretrained(model_directory, dtype=torch.float32)
     tokenizer = AutoTokenizer.from_pretrained(model_directory)
-    total = count = 0
+    total, count = 0.0, 0
     for row in rows:
         prompt = f"<|im_start|>user\n{row['prompt']}<|im_end|>\n<|im_start|>assistant\n"
         prompt_ids = tokenizer.encode(prompt, add_special_tokens=False)
