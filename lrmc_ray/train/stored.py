@@ -133,7 +133,8 @@ class StoredRun:
     def _send_metrics(self) -> None:
         path = self.directory / METRICS
         size = path.stat().st_size if path.is_file() else -1
-        if size > self._sent:
+        # An attempt that was cut off must not overwrite what a later one has written.
+        if size > self._sent and self._is_alone():
             self.storage.put(path, f"{self.name}/{METRICS}")
             self._sent = size
 
@@ -151,8 +152,12 @@ class StoredRun:
         """Copy the decision about a trial, before anybody acts on it."""
         self.storage.put(self.directory / RUNG, f"{self.name}/{RUNG}")
 
+    def _is_alone(self) -> bool:
+        """Whether no later attempt has taken over."""
+        return self.storage.read(f"{self.name}/{WRITER}") == self._token.encode()
+
     def _check_alone(self) -> None:
-        if self.storage.read(f"{self.name}/{WRITER}") != self._token.encode():
+        if not self._is_alone():
             raise DirectoryInUseError(
                 f"{self.storage.place(self.name)} may be written by one attempt at a time, and a "
                 "later one has taken over; this one ends"
