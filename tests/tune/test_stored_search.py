@@ -293,12 +293,12 @@ def test_a_search_and_an_evaluation_by_way_of_the_storage(
     assert_scored_as_here(Path(reported["scores"][1]), other)
 
 
-def command_of(tmp_path, tiny_model, module, *more):
+def command_of(tmp_path, tiny_model, stage, *more):
     data = tmp_path / "train.jsonl"
     if not data.exists():
         make_data(data, num_rows=24)
     return [
-        *(sys.executable, "-m", f"lrmc_ray.{module}", "--model", str(tiny_model)),
+        *(sys.executable, "-m", "lrmc_ray", stage, "--model", str(tiny_model)),
         *("--train-data", str(data), "--domain-tasks", "capitals"),
         *("--general-tasks", "plain_english", "--json", "evaluate.limit=6"),
         *("evaluate.drift_samples=2", *more),
