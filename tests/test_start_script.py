@@ -398,7 +398,8 @@ def test_the_tests_run_in_the_clone_and_all_else_where_it_is_called(
     assert machine.arguments == ["-m", "pytest", "-m", "slow", "tests/end_to_end"]
     assert (machine.notes / "folder").read_text() == f"{machine.clone}\n"
     machine.run("test", cwd=elsewhere)
-    assert machine.arguments == ["-m", "pytest", "-q"]
+    processes = ["-n", "logical", "--maxprocesses", "4", "--dist", "loadgroup"]
+    assert machine.arguments == ["-m", "pytest", "-q", *processes]
     machine.run("tune", cwd=elsewhere)
     assert (machine.notes / "folder").read_text() == f"{elsewhere}\n"
 

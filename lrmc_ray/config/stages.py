@@ -134,11 +134,9 @@ class ResourceSettings(Settings):
     """CPU cores, and torch threads, of a worker or an actor."""
     gpus_per_worker: float = Field(0, ge=0)
     """GPUs of a worker or an actor; a fraction lets several share one."""
-    custom: dict[str, Annotated[float, Field(gt=0)]] = Field(
-        default_factory=dict, exclude_if=lambda options: not options
-    )
+    custom: dict[str, Annotated[float, Field(gt=0)]] = Field(default_factory=dict)
     """Custom resources of a worker or an actor, as nodes were started with: ``{nvme = 1}``."""
-    labels: dict[str, str] = Field(default_factory=dict, exclude_if=lambda options: not options)
+    labels: dict[str, str] = Field(default_factory=dict)
     """Labels that the node of a worker or an actor must have:
     ``{"ray.io/accelerator-type" = "L4"}``."""
     storage: str | None = None

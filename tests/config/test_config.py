@@ -525,6 +525,17 @@ def test_overrides_leave_what_they_are_laid_over_unchanged():
     assert values == {"train": {"lr": 1e-3}}
 
 
+def test_every_setting_is_among_the_values_but_for_options_that_a_template_is_not_given():
+    """A file that says what was used says it for every setting, an empty one as well."""
+    settings = load_settings(None, [])
+    values = settings.model_dump()
+    for section in type(settings).model_fields:
+        own = getattr(type(getattr(settings, section)), "model_fields", None)
+        if own is not None:
+            assert own.keys() - values[section].keys() <= {"template_options"}, section
+    assert (values["resources"]["custom"], values["resources"]["labels"]) == ({}, {})
+
+
 def test_settings_cannot_be_changed():
     with pytest.raises(ValueError, match="frozen"):
         run_settings().train.lr = 1.0  # type: ignore[misc]  # the checker knows that it is frozen
