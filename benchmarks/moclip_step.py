@@ -11,20 +11,17 @@ moments, writes all but the gradient, and reads gradient and momentum once more 
 """
 
 import argparse
-import ctypes
 import json
-import platform
-import re
 import statistics
 import time
 from collections.abc import Callable
-from pathlib import Path
 
 import torch
 from adam_atan2_pytorch import AdamAtan2
 from torch import Tensor
 from torch.optim import AdamW, Optimizer
 
+from benchmarks.peak_memory import peak_bytes
 from lrmc_ray.method.fast.moclip_update import FastMoClip
 from lrmc_ray.method.moclip import MoClip
 
@@ -83,29 +80,6 @@ def bandwidth_bytes_per_second(device: str) -> float:
     return 2 * source.nbytes / min(timed(lambda: target.copy_(source), device) for _ in range(8))
 
 
-def peak_bytes(function: Callable[[], object], device: str) -> int | None:
-    """Peak memory during ``function`` over that before it; None where it cannot be read."""
-    if device == "cuda":
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
-        function()
-        return torch.cuda.max_memory_allocated() - before
-    if platform.system() != "Linux":
-        return None
-
-    def status(field: str) -> int:
-        text = Path("/proc/self/status").read_text()
-        found = re.search(rf"{field}:\s+(\d+) kB", text)
-        assert found is not None, f"no {field} in /proc/self/status"
-        return int(found.group(1)) * 1024
-
-    ctypes.CDLL("libc.so.6").malloc_trim(0)
-    Path("/proc/self/clear_refs").write_text("5")  # resets the high-water mark
-    before = status("VmRSS")
-    function()
-    return status("VmHWM") - before
-
-
 def measure(args: argparse.Namespace) -> dict[str, object]:
     generator = torch.Generator().manual_seed(args.seed)
     device = args.device
@@ -117,7 +91,7 @@ def measure(args: argparse.Namespace) -> dict[str, object]:
     numel = sum(param.numel() for param in params)
     steps = {name: make(params).step for name, make in OPTIMIZERS.items()}
     first = {name: timed(step, device) for name, step in steps.items()}
-    memory = {name: peak_bytes(step, device) for name, step in steps.items()}
+    memory = {name: peak_bytes(step, torch.device(device)) for name, step in steps.items()}
     seconds: dict[str, list[float]] = {name: [] for name in steps}
     for _ in range(args.repeats):
         for name, step in steps.items():

@@ -14,20 +14,17 @@ twice and adding to their gradients once takes at the memory bandwidth measured 
 """
 
 import argparse
-import ctypes
 import json
 import math
-import platform
-import re
 import statistics
 import time
 from collections.abc import Callable
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from benchmarks.peak_memory import peak_bytes
 from lrmc_ray.method.baselines.vocabulary_loss import full_cross_entropy
 from lrmc_ray.method.head import OutputHead
 from lrmc_ray.method.restricted_loss import draw_tail, restricted_cross_entropy
@@ -133,29 +130,6 @@ def timed(
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     return clock() - start
-
-
-def peak_bytes(function: Callable[[], object], device: torch.device) -> int | None:
-    """Peak memory during ``function`` over that before it; None where it cannot be read."""
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
-        before = torch.cuda.memory_allocated(device)
-        function()
-        return torch.cuda.max_memory_allocated(device) - before
-    if platform.system() != "Linux":
-        return None
-
-    def status(field: str) -> int:
-        text = Path("/proc/self/status").read_text()
-        found = re.search(rf"{field}:\s+(\d+) kB", text)
-        assert found is not None, f"no {field} in /proc/self/status"
-        return int(found.group(1)) * 1024
-
-    ctypes.CDLL("libc.so.6").malloc_trim(0)
-    Path("/proc/self/clear_refs").write_text("5")  # resets the high-water mark
-    before = status("VmRSS")
-    function()
-    return status("VmHWM") - before
 
 
 def measure(size: str, args: argparse.Namespace) -> dict[str, object]:

@@ -108,8 +108,7 @@ def compute_gradients(
             main, anchor = loss_sums(hidden_BTD, head, batch, loss, tail, base_logits)
             mean = main / num_supervised + loss.anchor_weight * anchor / num_prompt
             mean.backward()  # type: ignore[no-untyped-call]
-            sums_M2[index, 0] = main.detach()
-            sums_M2[index, 1] = anchor.detach()
+            sums_M2[index] = torch.stack([main, anchor]).detach()
         add_in_order(total, ordered, group, sources=len(wave))
     for parameter in parameters:
         if parameter in total:
@@ -119,8 +118,7 @@ def compute_gradients(
     if options.reduction == "fast":
         sum_gradients(parameters, group)
     group.sum_(sums_M2)  # each row is zero on all workers but one, so this is exact
-    loss_sum, anchor_sum = sums_M2.sum(dim=0).tolist()
-    return Gradients(loss_sum, anchor_sum, micro_batches)
+    return Gradients(*sums_M2.sum(dim=0).tolist(), micro_batches)
 
 
 def train(
