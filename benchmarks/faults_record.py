@@ -260,7 +260,7 @@ def digest_of(sample: Any) -> str:
 
 
 def rows_of(directory: Path) -> Counter[tuple[str, str]]:
-    from lrmc_ray.record.parts import Records
+    from lrmc_ray.record.reader import Records
 
     records = Records(directory)
     samples = (records[index] for index in range(len(records)))
@@ -271,7 +271,7 @@ def audit(campaign: Campaign, reference: Counter[tuple[str, str]]) -> None:
     """Compare the finished record with the one that was never interrupted; begin another."""
     from lrmc_ray.errors import LrmcError
     from lrmc_ray.files.artifacts import is_finished
-    from lrmc_ray.record.parts import Records
+    from lrmc_ray.record.reader import Records
 
     (final,) = campaign.finals
     if not is_finished(final):
@@ -340,7 +340,7 @@ def damages(directory: Path, rng: random.Random, number: int) -> Iterator[tuple[
 def first_bad_file(directory: Path) -> str | None:
     """The name of the file that reading the record complains of."""
     from lrmc_ray.errors import DataError
-    from lrmc_ray.record.parts import Records
+    from lrmc_ray.record.reader import Records
 
     records = Records(directory)
     for part, info in enumerate(records.parts):

@@ -179,7 +179,7 @@ def _index(work: Path, samples: int) -> dict[str, float]:
     from lrmc_ray.config import TrainSettings
     from lrmc_ray.files.artifacts import file_digest, write_manifest
     from lrmc_ray.record.names import INDEX
-    from lrmc_ray.record.parts import Records
+    from lrmc_ray.record.reader import Records
     from lrmc_ray.train.samples import TrainingSamples
 
     rows = 1000

@@ -75,7 +75,7 @@ def loaded_by(code: str, *, setup: str = "") -> tuple[set[str], str, float]:
 
 
 def room_of(name: str) -> str:
-    """``lrmc_ray.record.parts`` is of the room ``record``."""
+    """``lrmc_ray.record.reader`` is of the room ``record``."""
     return name.split(".")[1] if "." in name else name
 
 

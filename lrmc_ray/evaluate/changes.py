@@ -3,12 +3,14 @@
 import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import pyarrow as pa
 
 from lrmc_ray.errors import DataError
 from lrmc_ray.evaluate.items import GROUPS, OBJECTIVE_METRIC, Scores, check_same_items
+from lrmc_ray.evaluate.objective import combined_objective
 from lrmc_ray.evaluate.statistics import (
     FloatArray,
     Interval,
@@ -142,13 +144,13 @@ def compare(
         gain[group] = float(np.mean([change.objective.value for change, _ in own]))
         gain_Z[group] = np.mean([task_Z for _, task_Z in own], axis=0)
     forgetting_Z = -gain_Z["general"]
+    combined = partial(combined_objective, forgetting_weight=forgetting_weight)
     return Comparison(
         tasks=tuple(change for change, _, _ in compared),
         domain_gain=percentile_interval(gain["domain"], gain_Z["domain"]),
         forgetting=percentile_interval(-gain["general"], forgetting_Z),
         combined=percentile_interval(
-            gain["domain"] + forgetting_weight * gain["general"],
-            gain_Z["domain"] - forgetting_weight * forgetting_Z,
+            combined(gain["domain"], -gain["general"]), combined(gain_Z["domain"], forgetting_Z)
         ),
         general_ce_delta=_general_ce_delta(compared),
         forgetting_weight=forgetting_weight,
@@ -247,11 +249,11 @@ def difference(first: Comparison, second: Comparison) -> Difference:
     forgetting_Z = first.forgetting_replicates - second.forgetting_replicates
     gain = first.domain_gain.value - second.domain_gain.value
     forgetting = first.forgetting.value - second.forgetting.value
-    weight = first.forgetting_weight
+    combined = partial(combined_objective, forgetting_weight=first.forgetting_weight)
     return Difference(
         domain_gain=percentile_interval(gain, gain_Z),
         forgetting=percentile_interval(forgetting, forgetting_Z),
-        combined=percentile_interval(gain - weight * forgetting, gain_Z - weight * forgetting_Z),
+        combined=percentile_interval(combined(gain, forgetting), combined(gain_Z, forgetting_Z)),
     )
 
 

@@ -8,11 +8,13 @@ Shape suffixes: those of :mod:`lrmc_ray.method`.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from lrmc_ray.config.search import Objective
+from lrmc_ray.evaluate.objective import combined_objective
 from lrmc_ray.evaluate.statistics import FloatArray
 
 BoolArray = NDArray[np.bool_]
@@ -131,7 +133,8 @@ def choose(
         return None
     indices = range(len(points))
     if objective == "combined":
-        best = max(indices, key=lambda i: points[i][0] - forgetting_weight * points[i][1])
+        combined = partial(combined_objective, forgetting_weight=forgetting_weight)
+        best = max(indices, key=lambda i: combined(*points[i]))
         return Choice(best, True)
     if objective == "pareto":
         bend = knee(points)

@@ -18,7 +18,7 @@ from lrmc_ray.method.microbatch import Sample
 from lrmc_ray.models import load_tokenizer, local_directory, tokenizer_fingerprint
 from lrmc_ray.record.describe import print_summary
 from lrmc_ray.record.names import MADE_BY
-from lrmc_ray.record.parts import Records
+from lrmc_ray.record.reader import Records
 
 TOP = 5
 """Candidates of a position that are shown."""

@@ -27,7 +27,7 @@ def main(argv: Sequence[str]) -> int:
     import torch
 
     from lrmc_ray.record.inspect import find_record, show_record, shown_samples, verify
-    from lrmc_ray.record.parts import Records
+    from lrmc_ray.record.reader import Records
 
     torch.set_num_threads(1)  # the tensors are small: more threads were fifteen times slower
     setup_logging()

@@ -19,10 +19,10 @@ from lrmc_ray.files.artifacts import file_digest
 from lrmc_ray.files.place import Place
 from lrmc_ray.files.storage import Storage
 from lrmc_ray.record.describe import describe
-from lrmc_ray.record.finished import FinishedRecord
 from lrmc_ray.record.names import EXAMPLES, INDEX
 from lrmc_ray.record.schema import read_part
 from lrmc_ray.record.stored import StoredRecord
+from lrmc_ray.record.verified_files import FinishedRecord
 
 _log = logging.getLogger(__name__)
 
@@ -64,8 +64,8 @@ class Recording(Protocol):
     def replaced(self, parts: Sequence[Mapping[str, Any]]) -> bool:
         """Whether a file is not the one that was counted any more."""
 
-    def commit(self, manifest: Mapping[str, Any], final: Path) -> bool:
-        """Declare the record finished; False if another command was faster, whose record is it."""
+    def claim(self, manifest: Mapping[str, Any], final: Path) -> bool:
+        """Make the record this command's; False if another command was faster."""
 
 
 class LocalRecording:
@@ -125,7 +125,7 @@ class LocalRecording:
         """
         return any(file_digest(self._partial / part["name"]) != part["sha256"] for part in parts)
 
-    def commit(self, manifest: Mapping[str, Any], final: Path) -> bool:
+    def claim(self, manifest: Mapping[str, Any], final: Path) -> bool:
         """True: the manifest in the directory is all that it takes."""
         return True
 
@@ -203,7 +203,7 @@ class StoredRecording:
         """False: the names of objects end in their digests."""
         return False
 
-    def commit(self, manifest: Mapping[str, Any], final: Path) -> bool:
+    def claim(self, manifest: Mapping[str, Any], final: Path) -> bool:
         """Write the manifest to the storage, unless another command has."""
         self._record.put(self._partial / INDEX, manifest["index"]["sha256"])
         if not self._record.commit(manifest):

@@ -9,7 +9,6 @@ or a node died, replaces itself, and a command that was killed goes on with the 
 """
 
 import logging
-import os
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -22,14 +21,13 @@ from lrmc_ray.files.artifacts import (
     file_digest,
     is_finished,
     lock_directory,
-    publish,
-    write_manifest,
 )
 from lrmc_ray.files.fault_points import passed
 from lrmc_ray.record.actors import run_actors
+from lrmc_ray.record.commit import commit
 from lrmc_ray.record.describe import PartTotals, describe, summarize
 from lrmc_ray.record.examples import write_index
-from lrmc_ray.record.names import EXAMPLES, INDEX, REJECTS, VIEW
+from lrmc_ray.record.names import EXAMPLES, INDEX
 from lrmc_ray.record.prepare import Preparation, prepare, read_or_make_plan
 from lrmc_ray.record.recording import Part, Recording
 
@@ -68,7 +66,7 @@ def record(settings: RunSettings, output: Path) -> Path:
 
 
 def _record(prepared: Preparation, recording: Recording) -> None:
-    """Record the shards that are missing, write the manifest, and give the directory its name."""
+    """Record the shards that are missing, and commit the record with its manifest."""
     start = time.monotonic()
     partial = prepared.partial
     plan = read_or_make_plan(prepared)
@@ -93,18 +91,7 @@ def _record(prepared: Preparation, recording: Recording) -> None:
         "summary": summarize(plan, [totals.sums]),
         "seconds": round(time.monotonic() - start, 2),
     }
-    if not recording.commit(manifest, prepared.final):
-        return
-    kept = {".lock", VIEW, INDEX, *(part["name"] for part in parts)}
-    if plan["rejected"]:
-        kept.add(REJECTS)
-    for name in os.listdir(partial):
-        if name not in kept:
-            (partial / name).unlink()
-    write_manifest(partial, manifest)
-    passed("record.manifest_written")
-    publish(partial, prepared.final, manifest)
-    passed("record.published")
+    commit(manifest, partial, prepared.final, recording, {part["name"] for part in parts})
 
 
 def _record_shards(

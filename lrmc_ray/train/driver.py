@@ -162,7 +162,7 @@ def run_identity(settings: RunSettings, record: Path) -> dict[str, Any]:
 
 def _audit(settings: RunSettings, record: Path, directory: Path, *, steps: int) -> dict[str, Any]:
     """Whether every sample was used as it should, as the ledger has it."""
-    from lrmc_ray.record.parts import Records
+    from lrmc_ray.record.reader import Records
     from lrmc_ray.train.samples import TrainingSamples
 
     samples = TrainingSamples(Records(record), settings.train)

@@ -27,6 +27,7 @@ from lrmc_ray.config import RunSettings
 from lrmc_ray.errors import DataError
 from lrmc_ray.evaluate.harness import slice_rows
 from lrmc_ray.evaluate.items import Scores
+from lrmc_ray.evaluate.objective import combined_objective
 from lrmc_ray.files.artifacts import write_json
 from lrmc_ray.files.names import RUNG
 from lrmc_ray.files.place import Place
@@ -236,7 +237,7 @@ def slice_change(
         domain_gain=domain_gain,
         forgetting=forgetting,
         forgetting_error=math.hypot(*(e for _, e in gains["general"])) / len(gains["general"]),
-        combined=domain_gain - forgetting_weight * forgetting,
+        combined=combined_objective(domain_gain, forgetting, forgetting_weight=forgetting_weight),
     )
 
 

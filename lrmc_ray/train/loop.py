@@ -27,7 +27,7 @@ from lrmc_ray.method.step_result import StepResult
 from lrmc_ray.method.training_loop import StepOptions
 from lrmc_ray.method.training_loop import train as training_steps
 from lrmc_ray.method.workers import WorkerGroup
-from lrmc_ray.record.parts import Records
+from lrmc_ray.record.reader import Records
 from lrmc_ray.train.early_stopping import EarlyStopping, Rung
 from lrmc_ray.train.learner import Learner
 from lrmc_ray.train.measures import Costs, Counts, HeldOut, Probe, StepLog, step_metrics

@@ -20,7 +20,7 @@ from lrmc_ray.config import TrainSettings
 from lrmc_ray.errors import ConfigError
 from lrmc_ray.method.microbatch import Sample, cut_sample
 from lrmc_ray.method.subsets import CandidateSets, without_added_gold
-from lrmc_ray.record.parts import Records
+from lrmc_ray.record.reader import Records
 
 _COPIES_KEY = 2**63
 """Marks the random numbers that choose extra copies; no epoch has such a number."""

@@ -149,7 +149,7 @@ def suggest_delta_max(histogram: Sequence[int]) -> FoundRange:
 def recorded_candidates(record: Path) -> "CandidateSets":
     """Candidates of up to ``POSITIONS`` supervised positions, from samples all over the record."""
     from lrmc_ray.method.subsets import CandidateSets
-    from lrmc_ray.record.parts import Records
+    from lrmc_ray.record.reader import Records
 
     records = Records(record)
     order = np.random.default_rng(0).permutation(len(records))

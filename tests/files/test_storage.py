@@ -36,8 +36,8 @@ from lrmc_ray.record import run as record_run
 from lrmc_ray.record import stored as stored_record
 from lrmc_ray.record.actors import Recorder, recorder_options
 from lrmc_ray.record.names import EXAMPLES, INDEX, VIEW
-from lrmc_ray.record.parts import Records
 from lrmc_ray.record.prepare import prepare
+from lrmc_ray.record.reader import Records
 from lrmc_ray.record.run import record
 from lrmc_ray.record.stored import StoredRecord
 from lrmc_ray.train import command as train

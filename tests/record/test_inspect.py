@@ -18,7 +18,7 @@ from lrmc_ray.record import run as record_run
 from lrmc_ray.record.actors import Recorder, recorder_options
 from lrmc_ray.record.inspect import describe_sample, spread_evenly
 from lrmc_ray.record.inspect_command import main
-from lrmc_ray.record.parts import Records
+from lrmc_ray.record.reader import Records
 from lrmc_ray.record.run import record
 from tests.support.tiny import make_data, make_model
 

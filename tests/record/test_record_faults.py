@@ -22,8 +22,8 @@ from lrmc_ray.record import prepare as prepare_module
 from lrmc_ray.record import run as record_run
 from lrmc_ray.record.actors import Recorder, recorder_options
 from lrmc_ray.record.names import EXAMPLES, PLAN
-from lrmc_ray.record.parts import Records
 from lrmc_ray.record.prepare import prepare
+from lrmc_ray.record.reader import Records
 from lrmc_ray.record.run import record
 from tests.support.tiny import make_data
 

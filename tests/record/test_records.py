@@ -19,8 +19,8 @@ from lrmc_ray.errors import DataError, IncompleteArtifactError
 from lrmc_ray.files.artifacts import MANIFEST, file_digest, write_manifest
 from lrmc_ray.method.microbatch import Sample
 from lrmc_ray.method.subsets import CandidateSets
-from lrmc_ray.record import finished, schema
-from lrmc_ray.record.parts import Records, to_sample
+from lrmc_ray.record import schema, verified_files
+from lrmc_ray.record.reader import Records, to_sample
 from lrmc_ray.record.schema import RECORD_SCHEMA, read_part, to_table, write_part
 
 torch.set_num_threads(1)
@@ -556,7 +556,7 @@ def reads_of(monkeypatch, opened: Records, indices) -> list[str]:
         read.append(path.name)
         return read_part(path, provenance)
 
-    monkeypatch.setattr(finished, "read_part", counted)
+    monkeypatch.setattr(verified_files, "read_part", counted)
     for index in indices:
         assert opened[index].sample_id == f"sample {index} \u00fc"
     return read

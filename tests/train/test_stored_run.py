@@ -23,7 +23,7 @@ from lrmc_ray.files.metrics_log import read_metrics
 from lrmc_ray.files.names import CHECKPOINT_NOW, CHECKPOINTS, LEDGER, METRICS, MODEL
 from lrmc_ray.files.storage import COMMITTED, Storage
 from lrmc_ray.record.names import VIEW
-from lrmc_ray.record.parts import Records
+from lrmc_ray.record.reader import Records
 from lrmc_ray.train import stored as stored_run
 from lrmc_ray.train.checkpoints import list_checkpoints
 from lrmc_ray.train.ledger import audit_ledger, read_ledger

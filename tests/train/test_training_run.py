@@ -18,7 +18,7 @@ from lrmc_ray.files.names import CHECKPOINT_NOW, CHECKPOINTS, LEDGER, METRICS, M
 from lrmc_ray.method.measure import outside_mass
 from lrmc_ray.method.subsets import CandidateSets, select_candidates
 from lrmc_ray.models import load_model
-from lrmc_ray.record.parts import Records
+from lrmc_ray.record.reader import Records
 from lrmc_ray.train import trainable as recompute
 from lrmc_ray.train.checkpoints import list_checkpoints
 from lrmc_ray.train.ledger import audit_ledger

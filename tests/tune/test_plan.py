@@ -16,7 +16,7 @@ from lrmc_ray.record import prepare as prepare_module
 from lrmc_ray.record import run as record_run
 from lrmc_ray.record.actors import Recorder, recorder_options
 from lrmc_ray.record.names import EXAMPLES
-from lrmc_ray.record.parts import Records
+from lrmc_ray.record.reader import Records
 from lrmc_ray.record.run import record
 from lrmc_ray.tune import plan as plan_module
 from lrmc_ray.tune.plan import main

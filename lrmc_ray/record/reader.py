@@ -18,7 +18,7 @@ import torch
 from lrmc_ray.errors import DataError
 from lrmc_ray.method.microbatch import Sample
 from lrmc_ray.method.subsets import CandidateSets
-from lrmc_ray.record.finished import FinishedRecord
+from lrmc_ray.record.verified_files import FinishedRecord
 
 
 def to_sample(table: pa.Table, row: int, *, vocabulary_size: int, source: str) -> Sample:
