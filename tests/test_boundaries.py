@@ -81,7 +81,7 @@ def room_of(name: str) -> str:
 
 def test_there_are_modules_to_look_at():
     assert {"lrmc_ray", "lrmc_ray.config", "lrmc_ray.method.moclip"} <= set(MODULES)
-    assert "lrmc_ray.method.subsets.CandidateSets" in imports_of(PACKAGE / "record" / "parts.py")
+    assert "lrmc_ray.method.subsets.CandidateSets" in imports_of(PACKAGE / "record" / "reader.py")
     assert {room_of(name) for name in MODULES} == {"lrmc_ray", "__main__", "cli"}.union(*FLOORS)
 
 
