@@ -132,20 +132,18 @@ def run_ours(args: argparse.Namespace, samples: Sequence[Any], name: str) -> lis
     from lrmc_ray.method.workers import WorkerGroup
     from lrmc_ray.models import (
         attention_cost,
-        batch_hidden_states,
         head_of,
         load_model,
         local_directory,
     )
-    from lrmc_ray.train.trainable import recompute_activations
+    from lrmc_ray.train.recompute import Recomputation
 
     is_full = name.startswith("full")
     model = load_model(local_directory(ModelSettings())).to(args.device).train()
-    if name in RECOMPUTE:
-        recompute_activations(model, RECOMPUTE[name])
+    recomputation = Recomputation(model, RECOMPUTE.get(name, False))
     compiled: dict[str, Any] = {"compiled": True} if name.endswith("compiled") else {}
     steps = train(
-        LanguageModel(lambda batch: batch_hidden_states(model, batch), head_of(model)),
+        LanguageModel(recomputation.forward, head_of(model)),
         make_optimizer(
             "adamw" if is_full else "moclip",
             model.parameters(),

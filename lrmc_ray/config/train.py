@@ -92,7 +92,9 @@ class TrainSettings(Settings):
     gradient_checkpointing: Literal["auto", False, "selective", "full"] = "auto"
     """What the backward pass computes again, for less memory and the same result: ``selective``
     what is cheap (norms, activation functions), ``full`` whole layers, about a third more time,
-    ``auto`` what is cheap in micro-batches of 2,048 tokens and more, and nothing in others."""
+    ``auto`` what is cheap in micro-batches of 2,048 tokens and more, and nothing in others. The
+    first such batch proves that gradients stay the same; otherwise ``auto`` takes less, and says
+    so."""
     batch_size: int = Field(8, ge=1)
     """Samples per step, over all workers."""
     micro_batches: int = Field(4, ge=1)

@@ -18,6 +18,7 @@ from lrmc_ray.method.losses import LanguageModel, LossSettings
 from lrmc_ray.method.microbatch import MicroBatch
 from lrmc_ray.method.optimizers import make_optimizer
 from lrmc_ray.models import attention_cost, batch_hidden_states, head_of, load_model, save_model
+from lrmc_ray.train.recompute import Recomputation
 from lrmc_ray.train.trainable import TrainableModel
 
 
@@ -42,6 +43,7 @@ class Learner:
         self.model_directory = model_directory
         self.trainable = TrainableModel(load_model(model_directory).to(device), settings)
         self.model = self.trainable.model
+        self.recomputation = Recomputation(self.model, settings.gradient_checkpointing)
         self.head = head_of(self.model)
         parameters = list(self.trainable.parameters.values())
         self.optimizer = _optimizer(settings, parameters)
@@ -62,7 +64,7 @@ class Learner:
 
     def hidden_states(self, batch: MicroBatch) -> Tensor:
         """Final hidden states [B, T, D] of the model that is trained."""
-        return batch_hidden_states(self.model, batch)
+        return self.recomputation.forward(batch)
 
     @property
     def language_model(self) -> LanguageModel:

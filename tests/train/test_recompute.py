@@ -12,8 +12,11 @@ from transformers import (
     Qwen3Config,
 )
 
-from lrmc_ray.models import hidden_states
-from lrmc_ray.train.trainable import recompute_activations
+from benchmarks.tiny_models import make
+from lrmc_ray.errors import ConfigError
+from lrmc_ray.method.layout import pad
+from lrmc_ray.train import recompute
+from lrmc_ray.train.recompute import Recomputation
 from tests.support.operators import Counted
 
 torch.set_num_threads(1)
@@ -42,22 +45,21 @@ CONFIGS = {
     ),
 }
 """Norms in other places, learned positions, dropout on layers, experts that tokens choose."""
-IDS_BT = torch.randint(97, (3, 20), generator=torch.Generator().manual_seed(1))
+BATCH = pad(list(torch.randint(97, (3, 20), generator=torch.Generator().manual_seed(1))))
 
 
 def make_model(name, which, attention="sdpa"):
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(CONFIGS[name], attn_implementation=attention)
-    if which:
-        recompute_activations(model, which)
-    return model.train()
+    return Recomputation(model.train(), which)
 
 
-def step(model, *, autocast=False):
+def step(recomputation, *, autocast=False):
     """The hidden states and all gradients of one pass with dropout, and the number drawn next."""
+    model = recomputation.model
     torch.manual_seed(3)
     with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
-        hidden_BTD = hidden_states(model, IDS_BT)
+        hidden_BTD = recomputation.forward(BATCH)
     hidden_BTD.float().pow(3).sum().backward()
     gradients = {name: p.grad for name, p in model.base_model.named_parameters()}
     return hidden_BTD.detach(), gradients, torch.rand(1)
@@ -93,12 +95,14 @@ def test_the_same_bits_under_autocast(which):
 def test_dropout_does_something():
     model = make_model("gpt2", False)
     dropped = step(model)[0]
-    assert not torch.equal(step(model.eval())[0], dropped)
+    model.model.eval()
+    assert not torch.equal(step(model)[0], dropped)
 
 
 def count(which):
     """Operators of one pass over the three layers of the Llama, forward and backward."""
     model = make_model("llama", which)
+    model.forward(BATCH)  # the proof is behind us
     with Counted() as counted:
         step(model)
     return counted.calls
@@ -124,11 +128,10 @@ def kept_bytes(which, *, num_layers):
     model = AutoModelForCausalLM.from_config(
         LlamaConfig(**{**SHAPE, "num_hidden_layers": num_layers})
     )
-    if which:
-        recompute_activations(model, which)
-    hidden_states(model.train(), IDS_BT).sum().backward()  # what is made once is there now
+    recomputation = Recomputation(model.train(), which)
+    recomputation.forward(BATCH).sum().backward()  # what is made once is there now
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
-        hidden_BTD = hidden_states(model, IDS_BT)
+        hidden_BTD = recomputation.forward(BATCH)
     assert hidden_BTD.requires_grad
     return sum(event.self_cpu_memory_usage for event in recorded.events())
 
@@ -149,24 +152,78 @@ def test_a_layer_keeps_what_it_should():
     for which, expected in floats.items():
         per_layer = kept_bytes(which, num_layers=3) - kept_bytes(which, num_layers=2)
         random_state = torch.get_rng_state().nbytes if which else 0
-        assert per_layer == 4 * expected * IDS_BT.numel() + random_state, which
+        assert per_layer == 4 * expected * BATCH.input_ids_BT.numel() + random_state, which
 
 
 def test_a_model_that_transformers_cannot_do_it_with_is_left_alone_unless_it_was_asked_for():
-    model = make_model("llama", False)
-    model.supports_gradient_checkpointing = False
     expected = step(make_model("llama", False))
-    recompute_activations(model, "auto")
-    assert_same(step(model), expected)
-    with pytest.raises(ValueError, match="does not support"):
-        recompute_activations(model, "selective")
+    model = make_model("llama", False).model
+    model.supports_gradient_checkpointing = False
+    assert_same(step(Recomputation(model, "auto")), expected)
+    with pytest.raises(ConfigError, match=r"must be one that LlamaForCausalLM \(llama\) can do"):
+        Recomputation(model, "selective")
 
 
 def test_a_model_that_computes_no_gradient_is_left_alone():
     expected, model = make_model("llama", False), make_model("llama", "selective")
     for one in (expected, model):
-        one.eval()
+        one.model.eval()
     with Counted() as counted, torch.no_grad():
-        hidden = hidden_states(model, IDS_BT)
-    assert torch.equal(hidden, hidden_states(expected, IDS_BT))
+        hidden = model.forward(BATCH)
+    assert torch.equal(hidden, expected.forward(BATCH))
     assert counted.calls["silu"] == 3
+
+
+BY_POSITION = ["gpt2", "gpt_neox", "falcon", "bloom", "mpt", "gptj", "gpt_neo", "mamba", "mamba2"]
+"""Their heads pass the token ids to the body by position."""
+
+
+@pytest.mark.parametrize("model_type", BY_POSITION)
+def test_models_that_take_ids_by_position(model_type, monkeypatch):
+    """Short batches and long ones, and the model's own forward pass, which ``auto`` met once."""
+    expected = step(Recomputation(make(model_type).train(), False))
+    model = make(model_type).train()
+    auto = Recomputation(model, "auto")
+    model(input_ids=BATCH.input_ids_BT)
+    assert_same(step(auto), expected)
+    assert auto.way is None
+    monkeypatch.setattr(recompute, "MANY_TOKENS", BATCH.input_ids_BT.numel())
+    model.zero_grad()
+    assert_same(step(auto), expected)
+    assert auto.way in ("selective", "full")
+
+
+@pytest.mark.parametrize(("model_type", "said"), [("gpt_oss", "mutated"), ("gemma3n_text", "%")])
+def test_a_way_that_changes_gradients_is_not_taken(model_type, said, monkeypatch, caplog):
+    """GPT-OSS and Gemma 3n add to the results of products in place."""
+    expected = step(Recomputation(make(model_type).train(), False))
+    monkeypatch.setattr(recompute, "MANY_TOKENS", 1)
+    auto = Recomputation(make(model_type).train(), "auto")
+    assert_same(step(auto), expected)
+    assert auto.way == "full"
+    (line,) = [
+        record.getMessage() for record in caplog.records if record.name == recompute.__name__
+    ]
+    assert "does not stand train.gradient_checkpointing (selective: " in line
+    assert said in line
+    assert "whole layers are computed again instead" in line
+    assert_same(step(Recomputation(make(model_type).train(), "full")), expected)
+    with pytest.raises(ConfigError, match=f"got 'selective': .*{said}.* leave it at 'auto'"):
+        step(Recomputation(make(model_type).train(), "selective"))
+
+
+def test_where_no_way_is_right_all_is_kept(monkeypatch, caplog):
+    """A layer whose result depends on how often it was called."""
+    monkeypatch.setattr(recompute, "MANY_TOKENS", 1)
+    auto = make_model("llama", "auto")
+    mlp = auto.model.model.layers[0].mlp
+    calls = []
+
+    def scale(_module, _args, output):
+        calls.append(1)
+        return output * (1 + 0.1 * len(calls))
+
+    mlp.register_forward_hook(scale)
+    auto.forward(BATCH)
+    assert auto.way is None
+    assert "all activations are kept instead" in caplog.text
