@@ -6,6 +6,7 @@ evaluation mode. :data:`SIZES` is what is made small in every configuration that
 """
 
 import dataclasses
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -213,9 +214,15 @@ def make_config(model_type: str, **options: Any) -> Any:
     """
     config_class = CONFIG_MAPPING[model_type]
     known = {field.name for field in dataclasses.fields(config_class)}
-    renamed = config_class.attribute_map
-    sizes = {n: v for n, v in SIZES.items() if n in known or renamed.get(n) in known}
-    sizes |= OPTIONS.get(model_type, {})
+
+    def own(values: Mapping[str, Any]) -> dict[str, Any]:
+        """Under the class's own names, so that no setting is given under two."""
+        renamed = {n: m for n, m in config_class.attribute_map.items() if m in known}
+        return {renamed.get(name, name): value for name, value in values.items()}
+
+    sizes = {name: value for name, value in own(SIZES).items() if name in known}
+    sizes |= own(OPTIONS.get(model_type, {}))
+    options = own(options)
     for part, default in config_class.sub_configs_defaults.items():
         given = {**sizes.pop(part, {}), **options.pop(part, {})}
         if default.model_type in CONFIG_MAPPING:

@@ -19,7 +19,7 @@ STAGES = {"record", "train", "evaluate", "tune", "compare", "report"}
 FLOORS = [
     {"errors", "method"},
     {"console", "config"},
-    {"files", "chat"},
+    {"files", "chat", "model_borders"},
     {"tasks"},
     {"models"},
     {"cluster"},
