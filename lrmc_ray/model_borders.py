@@ -111,6 +111,17 @@ def attention_borders(config: Any) -> Borders:
     )
 
 
+def longest_packed(config: Any) -> float:
+    """Tokens of the longest sequence that can be packed into one row with others; infinity for any.
+
+    Up to there a token sees all that come before it in its sequence, and nothing depends on how
+    long the row is.
+    """
+    borders = attention_borders(config)
+    found = [n for n in (borders.whole, borders.rope_border) if n is not None]
+    return float(min(found, default=float("inf")))
+
+
 def _layers(config: Any) -> Iterator[Any]:
     """The configuration of every layer; once where they are all alike."""
     if getattr(config, "is_heterogeneous", False):

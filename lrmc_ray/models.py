@@ -9,6 +9,7 @@ import contextlib
 import hashlib
 import json
 import shutil
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -22,6 +23,7 @@ from lrmc_ray.files.artifacts import (
     fingerprint,
 )
 from lrmc_ray.files.place import Place
+from lrmc_ray.model_borders import attention_borders, longest_packed
 
 if TYPE_CHECKING:
     import torch
@@ -297,13 +299,23 @@ def head_of(model: Any) -> "OutputHead":
     return head
 
 
+def body_of(model: Any) -> Any:
+    """The part of a causal LM that gives the hidden states, without its output head.
+
+    Some classes are not named in their own checkpoints, and are their own ``base_model`` then
+    (the text model of Llama 4).
+    """
+    body = model.base_model
+    return getattr(model, "model", model) if body is model else body
+
+
 def hidden_states(model: Any, input_ids_BT: "Tensor") -> "Tensor":
     """Final hidden states [B, T, D], the input of the output head.
 
     Sequences are padded on the right: in a causal model nothing before the padding sees it, so no
     mask is needed.
     """
-    output = model.base_model(input_ids=input_ids_BT, use_cache=False)
+    output = body_of(model)(input_ids=input_ids_BT, use_cache=False)
     hidden: Tensor = output.last_hidden_state
     return hidden
 
@@ -321,7 +333,7 @@ def batch_hidden_states(model: Any, batch: "MicroBatch | Layout") -> "Tensor":
     # Added to the scores of attention: every implementation takes such a mask.
     mask_TT = torch.zeros(batch.is_visible_TT.shape, dtype=dtype, device=batch.input_ids_BT.device)
     mask_TT.masked_fill_(~batch.is_visible_TT, torch.finfo(dtype).min)
-    output = model.base_model(
+    output = body_of(model)(
         input_ids=batch.input_ids_BT,
         position_ids=batch.position_ids_BT,
         attention_mask=mask_TT[None, None],
@@ -331,41 +343,48 @@ def batch_hidden_states(model: Any, batch: "MicroBatch | Layout") -> "Tensor":
     return hidden
 
 
+_TRIED_TOKENS = 64
+_FEWEST_TOKENS = 4
+"""Of a sequence with which packing is tried, and below which it is never worth it."""
+
+
 def attention_cost(model: Any) -> float:
     """What it costs a token to see one more, in units of its matrix products with the weights.
 
     Infinity where sequences cannot be packed: the model does not take a mask and positions of our
-    own, or looks no further back than a window.
+    own. Those longer than :func:`lrmc_ray.model_borders.longest_packed` cannot be packed either.
     """
     import torch
 
-    from lrmc_ray.method.microbatch import Activity, Sample, collate
-    from lrmc_ray.method.subsets import CandidateSets
+    from lrmc_ray.method.fast.packing import pack
+    from lrmc_ray.method.layout import pad
 
     config = model.config.get_text_config()
-    if getattr(config, "sliding_window", None) and getattr(config, "use_sliding_window", True):
+    length = int(min(longest_packed(config), _TRIED_TOKENS))
+    if length < _FEWEST_TOKENS or _has_windows_of_its_own(model):
         return float("inf")
     generator = torch.Generator().manual_seed(0)
-    ids_T = torch.randint(1, config.vocab_size, (9,), generator=generator)
-    samples = []
-    for name, end in (("a", [1, 2, 3]), ("b", [4, 5, 6, 7, 8])):
-        ends_T = torch.tensor(end) % config.vocab_size
-        ids = torch.cat([ids_T, ends_T, ends_T[:1]])
-        gold = ids[1:].int()
-        n = len(gold)
-        sets = CandidateSets(torch.arange(n + 1), gold, torch.zeros(n).half(), gold)
-        samples.append(Sample(name, ids, torch.arange(n), torch.ones(n, dtype=torch.bool), sets))
-    activity = Activity(supervised=1, prompt=1)
+    ids_T = torch.randint(1, config.vocab_size, (2 * length,), generator=generator)
+    # Two sequences with a common beginning, of unequal lengths.
+    common = length // 2
+    other_T = torch.cat([ids_T[:common], ids_T[length : 2 * length - common - 1]])
+    sequences = [ids_T[:length], other_T]
     was_training = model.training
     model.eval()
     found = []
     try:
-        for cost in (float("inf"), 0.0):
-            batch = collate(samples, activity, attention_cost=cost).to(model.device)
-            where = batch.supervised
+        for layout in (pad(sequences), pack(sequences)):
             with torch.no_grad():
-                found.append(batch_hidden_states(model, batch)[where.row_N, where.column_N].float())
-    except (TypeError, ValueError, RuntimeError):
+                hidden_BTD = batch_hidden_states(model, layout.to(model.device)).float()
+            found.append(
+                torch.cat(
+                    [
+                        hidden_BTD[row, columns_T]
+                        for row, columns_T in zip(layout.rows, layout.columns, strict=True)
+                    ]
+                )
+            )
+    except (TypeError, ValueError, RuntimeError, AttributeError, IndexError):
         return float("inf")  # it does not take such arguments
     finally:
         model.train(was_training)
@@ -375,6 +394,21 @@ def attention_cost(model: Any) -> float:
     embeddings = {id(model.get_input_embeddings().weight), id(model.get_output_embeddings().weight)}
     weights = sum(p.numel() for p in model.parameters() if id(p) not in embeddings)
     return float(2 * config.num_hidden_layers * config.hidden_size / weights)
+
+
+_MASKS = (
+    "create_sliding_window_causal_mask",
+    "create_chunked_causal_mask",
+    "create_masks_for_generate",
+)
+"""Functions of transformers that make windows and chunks, and pass on a mask that is given."""
+
+
+def _has_windows_of_its_own(model: Any) -> bool:
+    """Whether the model's code cuts windows by places in the row, whatever mask it is given."""
+    borders = attention_borders(model.config)
+    code = sys.modules[type(body_of(model)).__module__]
+    return bool(borders.windows or borders.chunks) and not any(hasattr(code, n) for n in _MASKS)
 
 
 def save_model(model: Any, tokenizer_directory: Path, directory: Path) -> None:

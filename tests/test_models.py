@@ -1,4 +1,5 @@
 import json
+import math
 import os
 import shutil
 import subprocess
@@ -8,10 +9,15 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from benchmarks.tiny_models import make
 from lrmc_ray.config import ModelSettings
 from lrmc_ray.errors import DataError, IncompleteArtifactError
+from lrmc_ray.method.fast.packing import lay_out
 from lrmc_ray.method.head import head_logits
+from lrmc_ray.model_borders import longest_packed
 from lrmc_ray.models import (
+    attention_cost,
+    batch_hidden_states,
     cache_directory,
     differing_text,
     head_of,
@@ -386,3 +392,45 @@ def test_a_class_that_ignores_the_tokenizers_file_is_noticed(tmp_path, tokenizer
     is_lower = loaded("Two Ohm")["input_ids"] == loaded("two ohm")["input_ids"]
     assert is_lower == (found is None)
     assert differing_text(tmp_path, loaded, ["two", "Two Ohm"]) == found
+
+
+PACKED = {
+    "llama": ({}, 200),
+    "gpt_neo": ({"window_size": 16}, 0),  # its layers cut windows by places in the row
+    "doge": ({"keep_window_size": 16}, 16),
+    "mistral": ({"sliding_window": 16}, 16),
+    "gemma3_text": ({"sliding_window": 16}, 16),
+    "gpt_oss": ({"sliding_window": 16}, 16),
+    "llama4_text": ({"attention_chunk_size": 16}, 16),
+    "deepseek_v2": ({}, 200),
+    "deepseek_v3": ({}, 200),
+    "glm4_moe_lite": ({}, 200),
+    "minicpm3": ({}, 200),
+    "mamba2": ({}, 0),
+    "bloom": ({}, 0),
+}
+"""Types, options, and the tokens of the longest sample that is packed, of 200 at most."""
+
+
+@pytest.mark.parametrize("model_type", PACKED)
+def test_samples_are_packed_where_that_is_exact_and_only_there(model_type):
+    """Samples as long as the window and one longer, against every sample alone."""
+    options, longest = PACKED[model_type]
+    model = make(model_type, **options)
+    cost = 0.0 if longest else math.inf
+    assert math.isfinite(attention_cost(model)) == (longest > 0)
+    rng = torch.Generator().manual_seed(1)
+    for length in sorted({longest or 16, 17, 200}):
+        stem_T = torch.randint(3, 120, (length - 4,), generator=rng)
+        ends = [torch.randint(3, 120, (n,), generator=rng) for n in (4, 2, 3)]
+        sequences = [torch.cat([stem_T, end_T]) for end_T in ends]
+        layout = lay_out(sequences, cost, longest_packed(model.config))
+        assert (layout.is_visible_TT is not None) == (length <= longest)
+        if model_type == "doge" and length > longest:
+            continue  # its own selection of keys sees what comes behind, padding included
+        with torch.no_grad():
+            hidden_BTD = batch_hidden_states(model, layout)
+            for ids_T, row, columns_T in zip(sequences, layout.rows, layout.columns, strict=True):
+                alone_TD = hidden_states(model, ids_T[None])[0]
+                error = (hidden_BTD[row, columns_T] - alone_TD).norm() / alone_TD.norm()
+                assert error < 1e-5, (length, float(error))

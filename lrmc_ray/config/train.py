@@ -88,7 +88,8 @@ class TrainSettings(Settings):
     """Names of the linear layers that get an adapter; by default all but the output head."""
     packing: bool = True
     """Compute prefixes that samples of a micro-batch share once, without padding, where that is
-    cheaper; the loss is the same up to rounding."""
+    cheaper; the loss is the same up to rounding. Models with windows of attention are packed while
+    every sample is within the shortest one."""
     gradient_checkpointing: Literal["auto", False, "selective", "full"] = "auto"
     """What the backward pass computes again, for less memory and the same result: ``selective``
     what is cheap (norms, activation functions), ``full`` whole layers, about a third more time,

@@ -127,6 +127,7 @@ def collate(
     *,
     trim: bool = True,
     attention_cost: float = math.inf,
+    pack_up_to: float = math.inf,
 ) -> MicroBatch:
     """Put ``samples`` into one micro-batch.
 
@@ -137,13 +138,14 @@ def collate(
             gradient is the same without it, only slower.
         attention_cost: what it costs a token to see one more, in units of what else it costs. The
             cheaper layout is taken; infinity, the default, always pads.
+        pack_up_to: tokens of the longest sequence that may be packed, see ``lay_out``.
     """
     lengths = [
         active_length(sample, activity) if trim else len(sample.input_ids_T) for sample in samples
     ]
     kept = [(s, n) for s, n in zip(samples, lengths, strict=True) if n > 0]
     sequences = [sample.input_ids_T[:length] for sample, length in kept]
-    layout = lay_out(sequences, attention_cost)
+    layout = lay_out(sequences, attention_cost, pack_up_to)
     active = [activity.of(sample) for sample, _ in kept]
     return MicroBatch(
         input_ids_BT=layout.input_ids_BT,
@@ -201,10 +203,17 @@ def divide(
     *,
     trim: bool = True,
     attention_cost: float = math.inf,
+    pack_up_to: float = math.inf,
 ) -> list[MicroBatch]:
     """The fixed micro-batches of a global batch; see ``deal`` and ``collate``."""
     return [
-        collate([samples[i] for i in part], activity, trim=trim, attention_cost=attention_cost)
+        collate(
+            [samples[i] for i in part],
+            activity,
+            trim=trim,
+            attention_cost=attention_cost,
+            pack_up_to=pack_up_to,
+        )
         for part in deal(samples, num_micro_batches, activity)
     ]
 

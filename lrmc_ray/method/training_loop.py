@@ -40,6 +40,8 @@ class StepOptions:
     """Leave out tokens without an influence on the gradient, see ``collate``."""
     attention_cost: float = math.inf
     """What it costs a token to see one more, see ``collate``; infinity pads every sequence."""
+    pack_up_to: float = math.inf
+    """Tokens of the longest sequence that may be packed, see ``lay_out``."""
     max_grad_norm: float | None = None
     """Gradients are scaled down to this norm; None leaves them."""
     max_bad_steps: int = 5
@@ -158,6 +160,7 @@ def train(
             loss.activity,
             trim=options.trim,
             attention_cost=options.attention_cost,
+            pack_up_to=options.pack_up_to,
         )
         gradients = compute_gradients(
             model, parameters, micro_batches, loss, options, group, step=step

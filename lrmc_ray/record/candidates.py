@@ -15,6 +15,7 @@ from lrmc_ray.method.fast.packing import lay_out
 from lrmc_ray.method.head import head_logits
 from lrmc_ray.method.microbatch import Sample
 from lrmc_ray.method.subsets import CandidateSets, select_candidates
+from lrmc_ray.model_borders import longest_packed
 from lrmc_ray.models import attention_cost, batch_hidden_states, head_of, load_model
 
 BATCH_TOKENS = 2048
@@ -52,6 +53,7 @@ class CandidateRecorder:
         self._model = load_model(model_directory).to(self._device)
         self._head = head_of(self._model)
         self._attention_cost = attention_cost(self._model)
+        self._pack_up_to = longest_packed(self._model.config)
         self._tau, self._k_min, self._k_max = tau, k_min, k_max
         self._prompt_k_max = prompt_k_max
 
@@ -68,7 +70,7 @@ class CandidateRecorder:
         ids = [torch.tensor(row["input_ids"], dtype=torch.int64) for row in rows]
         positions, supervised, wanted = [], [], []
         with torch.inference_mode():
-            layout = lay_out(ids, self._attention_cost)
+            layout = lay_out(ids, self._attention_cost, self._pack_up_to)
             hidden_BTD = batch_hidden_states(self._model, layout.to(self._device))
             hidden_XD = hidden_BTD.flatten(0, 1)
             for row, ids_T, line, columns_T in zip(

@@ -27,6 +27,7 @@ from lrmc_ray.method.step_result import StepResult
 from lrmc_ray.method.training_loop import StepOptions
 from lrmc_ray.method.training_loop import train as training_steps
 from lrmc_ray.method.workers import WorkerGroup
+from lrmc_ray.model_borders import longest_packed
 from lrmc_ray.record.reader import Records
 from lrmc_ray.train.early_stopping import EarlyStopping, Rung
 from lrmc_ray.train.learner import Learner
@@ -170,6 +171,7 @@ class TrainingRun:
                 reduction=settings.reduction,
                 autocast=learner.autocast,
                 attention_cost=learner.attention_cost,
+                pack_up_to=longest_packed(learner.model.config),
                 max_grad_norm=settings.max_grad_norm,
                 max_bad_steps=settings.max_bad_steps,
                 base=learner.base,

@@ -16,16 +16,20 @@ from torch import Tensor
 from lrmc_ray.method.layout import Layout, pad
 
 
-def lay_out(sequences: Sequence[Tensor], attention_cost: float) -> Layout:
+def lay_out(
+    sequences: Sequence[Tensor], attention_cost: float, longest: float = math.inf
+) -> Layout:
     """The cheaper of the two layouts.
 
     Args:
         sequences: Token ids of each, int64 [T].
         attention_cost: What it costs a token to see one more, in units of what else it costs;
             infinity always pads.
+        longest: Tokens of the longest sequence that may be packed: beyond a window of the model's
+            attention a token sees less than its ancestors.
     """
     padded = pad(sequences)
-    if not math.isfinite(attention_cost):
+    if not math.isfinite(attention_cost) or any(len(ids_T) > longest for ids_T in sequences):
         return padded
     packed = pack(sequences)
     cheaper = _cost(packed, attention_cost) < _cost(padded, attention_cost)
