@@ -81,7 +81,7 @@ SIZES: dict[str, Any] = {
         16,
     ),
     "index_head_dim": 16,
-    "index_n_heads": 2,
+    "index_n_heads": 16,  # with few, keys tie at a score of 0, and which is selected is chance
     "index_topk": 24,
     "index_block_size": 8,
     "index_topk_blocks": 3,
@@ -123,6 +123,15 @@ _ASSISTANT = {
         "vocab_size_per_layer_input": 0,
     },
 }
+
+_BORDERS = (
+    "sliding_window",
+    "sliding_window_size",
+    "window_size",
+    "attention_window_size",
+    "attention_chunk_size",
+    "keep_window_size",
+)
 
 OPTIONS: dict[str, dict[str, Any]] = {
     **dict.fromkeys(
@@ -187,7 +196,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     },
     "qwen4_exp_text": {
         **_LINEAR_FIRST,
-        "indexer_n_heads": 2,
+        "indexer_n_heads": 16,
         "indexer_kv_heads": 1,
         "indexer_head_dim": 16,
         "indexer_budget": 24,
@@ -203,6 +212,25 @@ OPTIONS: dict[str, dict[str, Any]] = {
 def causal_types() -> list[str]:
     """Every model type that ``AutoModelForCausalLM`` has a class for."""
     return sorted(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
+
+
+def short_borders(model_type: str, length: int = 24) -> dict[str, Any]:
+    """Options that make every window and chunk of a type ``length`` tokens; {} without any."""
+    config_class = CONFIG_MAPPING[model_type]
+    if part := config_class.sub_configs_defaults.get("text_config"):
+        inner = short_borders(part.model_type, length) if part.model_type in CONFIG_MAPPING else {}
+        return {"text_config": inner} if inner else {}
+    known = {field.name for field in dataclasses.fields(config_class)}
+    options: dict[str, Any] = {name: length for name in _BORDERS if name in known}
+    if "local_attention" in known:
+        options["local_attention"] = 2 * length  # to both sides
+    if "use_sliding_window" in known:
+        options |= {"use_sliding_window": True}
+        if "max_window_layers" in known:
+            options |= {"max_window_layers": 1}
+        else:
+            options |= {"layer_types": ["sliding_attention", "full_attention"]}
+    return options
 
 
 def make_config(model_type: str, **options: Any) -> Any:

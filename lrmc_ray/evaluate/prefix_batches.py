@@ -33,6 +33,29 @@ class ContextRow:
             len(continuation) > 1 for _, continuation in self.members
         )
 
+    @property
+    def growth(self) -> int:
+        """Tokens that the longest of its continuations adds to its cache."""
+        if not self.branches:
+            return 0
+        return max(len(continuation) for _, continuation in self.members) - 1
+
+    @property
+    def reach(self) -> int:
+        """Tokens of the longest sequence that is computed from it."""
+        return len(self.tokens) + self.growth
+
+    def apart(self) -> list["ContextRow"]:
+        """The same requests with every continuation in a row of its own, so that none branches."""
+        if not self.branches:
+            return [self]
+        rows: dict[Tokens, ContextRow] = {}
+        for request, continuation in self.members:
+            tokens = self.tokens + continuation[:-1]
+            row = rows.setdefault(tokens, ContextRow(tokens, self.context_length))
+            row.members.append((request, continuation))
+        return list(rows.values())
+
 
 def context_rows(
     requests: Sequence[tuple[Any, Sequence[int], Sequence[int]]], max_length: int
@@ -103,23 +126,29 @@ class BatchLimits:
         return positions <= MAX_KEPT_FACTOR * self.batch_tokens
 
     def batches(
-        self, rows: Sequence[ContextRow], prefix_length: int, *, room: int = 0
+        self,
+        rows: Sequence[ContextRow],
+        prefix_length: int,
+        *,
+        room: int = 0,
+        equal: bool = False,
     ) -> Iterator[list[ContextRow]]:
-        """Rows of about equal length, longest first, as many as fit; branching rows apart.
+        """Rows of about equal length, longest first, as many as fit.
 
         Args:
             rows: all of one family.
             prefix_length: what they share.
             room: positions that each will still add to the cache.
+            equal: whether their lengths must be equal.
         """
-        for branches in (False, True):
-            same = [row for row in rows if row.branches == branches]
-            same.sort(key=lambda row: (len(row.tokens), row.tokens), reverse=True)
-            lengths = [len(row.tokens) - prefix_length for row in same]
-            for part in self.slices(lengths, kept=prefix_length, room=room):
-                yield same[part]
+        ordered = sorted(rows, key=lambda row: (len(row.tokens), row.tokens), reverse=True)
+        lengths = [len(row.tokens) - prefix_length for row in ordered]
+        for part in self.slices(lengths, kept=prefix_length, room=room, equal=equal):
+            yield ordered[part]
 
-    def slices(self, lengths: Sequence[int], *, kept: int, room: int = 0) -> Iterator[slice]:
+    def slices(
+        self, lengths: Sequence[int], *, kept: int, room: int = 0, equal: bool = False
+    ) -> Iterator[slice]:
         """Slices of sequences that are run together.
 
         A batch ends where it is full, or where padding would cost more than another pass.
@@ -128,6 +157,7 @@ class BatchLimits:
             lengths: of the sequences, longest first.
             kept: positions of the cache that each sequence starts with.
             room: positions that each will still add to the cache, one pass per position.
+            equal: whether the lengths of a slice must be equal.
         """
         worth = PADDING_WORTH_A_PASS * (1 + room // 8)
         start = padding = 0
@@ -138,7 +168,7 @@ class BatchLimits:
             if num_rows > 1 and (
                 num_rows * longest > self.batch_tokens
                 or not self.may_keep(num_rows * (kept + longest + room))
-                or padding > worth
+                or padding > (0 if equal else worth)
             ):
                 yield slice(start, index)
                 start, padding = index, 0

@@ -56,8 +56,8 @@ class GreedyGeneration:
         hidden_BTD, cache = model.run(batch, keep=True)
         self._memory.remember(batch, hidden_BTD, cache)
         lengths_B = torch.tensor(batch.lengths, device=model.device)
-        mask_BT = model.mask(lengths_B, batch.prefix_length + hidden_BTD.shape[1], 0)
-        last_B = lengths_B - batch.prefix_length - 1
+        mask_BT = batch.mask(model.device)
+        last_B = torch.tensor(batch.ends, device=model.device) - 1
         hidden_BD = hidden_BTD[torch.arange(len(last_B), device=model.device), last_B]
         contexts = [row.tokens for row in batch.rows]
         written = _Answers(contexts, self._decode, self._ends, stops, self._spoken)

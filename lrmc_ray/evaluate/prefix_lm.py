@@ -10,8 +10,9 @@ with the same question. lm-eval's own ``HFLM`` runs every request from its first
 - the output head is applied only where something is scored or generated;
 - an answer that has ended leaves the batch, and a batch ends with its last answer.
 
-What is scored stays the same, and so do the scores, up to rounding. Sampled generation, and models
-whose cache or head does not fit (:func:`supports`), are left to ``HFLM`` itself.
+What is scored stays the same, and so do the scores, up to rounding: ``prefix_sharing`` says how far
+a model's windows, chunks and rotary frequencies let rows share. Sampled generation, and models
+whose cache or head does not fit, are left to ``HFLM`` itself.
 
 This module is the interface that lm-eval calls; ``prefix_model`` runs batches, ``prefix_scores``
 and ``prefix_generation`` ask for them.
@@ -36,11 +37,21 @@ from lrmc_ray.errors import DataError
 from lrmc_ray.evaluate.prefix_batches import BatchLimits, ContextRow, Tokens, context_rows
 from lrmc_ray.evaluate.prefix_generation import GreedyGeneration
 from lrmc_ray.evaluate.prefix_memory import ContextMemory
-from lrmc_ray.evaluate.prefix_model import PrefixModel, supports
+from lrmc_ray.evaluate.prefix_model import PrefixModel
 from lrmc_ray.evaluate.prefix_scores import ContinuationScores, last_logprobs
+from lrmc_ray.evaluate.prefix_sharing import Sharing
+from lrmc_ray.method.head import OutputHead
 from lrmc_ray.models import head_of
 
 _log = logging.getLogger(__name__)
+
+
+def _head_or_none(model: Any) -> OutputHead | None:
+    """The output head, if hidden states times head give the model's logits."""
+    try:
+        return head_of(model)
+    except DataError:
+        return None
 
 
 class PrefixLM(HFLM):  # type: ignore[misc]  # lm-eval ships no types
@@ -68,8 +79,9 @@ class PrefixLM(HFLM):  # type: ignore[misc]  # lm-eval ships no types
         limits = BatchLimits(batch_tokens)
         self._memory = ContextMemory(limits)
         self._shared: PrefixModel | None = None
-        if supports(model):
-            self._shared = PrefixModel(model, head_of(model), limits)
+        self._sharing = Sharing(model)
+        if (head := _head_or_none(model)) is not None and self._sharing.is_possible:
+            self._shared = PrefixModel(model, head, limits, self._sharing)
         else:
             _log.warning(
                 "%s does not share keys and values between sequences; it is scored without",
@@ -151,14 +163,25 @@ class PrefixLM(HFLM):  # type: ignore[misc]  # lm-eval ships no types
     ) -> list[tuple[float, bool]]:
         """Log-likelihood, and whether greedy decoding writes it, of each continuation."""
         if self._shared is None:
-            answers: list[tuple[float, bool]] = super()._loglikelihood_tokens(
-                requests, disable_tqdm, override_bs
-            )
-            return answers
+            return self._plain_loglikelihoods(requests, disable_tqdm)
         scores = ContinuationScores(self._shared, len(requests))
         rows = context_rows(requests, self.max_length)
         scores.score(scores.score_remembered(self._memory.take(), rows))
         return scores.answers()
+
+    def _plain_loglikelihoods(
+        self, requests: Sequence[tuple[Any, list[int], list[int]]], disable_tqdm: bool
+    ) -> list[tuple[float, bool]]:
+        """lm-eval's own; rows of other rotary frequencies share no batch."""
+        sides: dict[int, list[int]] = {}
+        for index, (_, context, continuation) in enumerate(requests):
+            length = min(len(context) + len(continuation) - 1, self.max_length)
+            sides.setdefault(self._sharing.borders.side(length), []).append(index)
+        answers: dict[int, tuple[float, bool]] = {}
+        for indices in sides.values():
+            found = super()._loglikelihood_tokens([requests[i] for i in indices], disable_tqdm)
+            answers.update(zip(indices, found, strict=True))
+        return [answers[index] for index in range(len(requests))]
 
     @torch.inference_mode()
     def last_logprobs(self, texts: Sequence[Sequence[int]], count: int) -> np.ndarray:
@@ -184,9 +207,12 @@ class PrefixLM(HFLM):  # type: ignore[misc]  # lm-eval ships no types
         answers: list[str | None] = [None] * len(requests)
         greedy: dict[str, list[int]] = {}
         others: list[int] = []
+        crossing: list[int] = []
         for index, request in enumerate(requests):
             settings = normalize_gen_kwargs(request.args[1], self.max_gen_toks)
-            if self._is_greedy(settings):
+            if self._crosses_rope(request.args[0], settings["max_gen_toks"]):
+                crossing.append(index)
+            elif self._is_greedy(settings):
                 greedy.setdefault(repr(sorted(settings.items())), []).append(index)
             else:
                 others.append(index)
@@ -194,11 +220,28 @@ class PrefixLM(HFLM):  # type: ignore[misc]  # lm-eval ships no types
             written = self._generate([requests[index].args for index in indices])
             for index, text in zip(indices, written, strict=True):
                 answers[index] = text
-        if others:
-            texts = super().generate_until([requests[index] for index in others], disable_tqdm)
-            for index, text in zip(others, texts, strict=True):
+        usual = self.batch_size_per_gpu
+        for indices, batch_size in ((others, usual), (crossing, 1)):
+            self.batch_size_per_gpu = batch_size
+            part = [requests[index] for index in indices]
+            texts = super().generate_until(part, disable_tqdm) if part else []
+            for index, text in zip(indices, texts, strict=True):
                 answers[index] = text
+        self.batch_size_per_gpu = usual
         return [answer for answer in answers if answer is not None]
+
+    def _crosses_rope(self, context: str, most: int) -> bool:
+        """Whether an answer may end where rotary frequencies are others than at its beginning."""
+        if self._sharing.borders.rope_border is None:
+            return False
+        longest = max(1, self.max_length - most)
+        return self._sharing.crosses_rope(len(self._prompt(context, longest)) + most)
+
+    def _prompt(self, context: str, longest: int) -> Tokens:
+        """The last tokens of a prompt, ``longest`` at most."""
+        if context in self._openings:
+            return tuple(bare_ids(self.tokenizer, context)[-longest:])
+        return tuple(self.tok_encode(context, left_truncate_len=longest))
 
     def _is_greedy(self, settings: dict[str, Any]) -> bool:
         """Whether the next token is the most probable one, and nothing else has a say."""
@@ -234,11 +277,9 @@ class PrefixLM(HFLM):  # type: ignore[misc]  # lm-eval ships no types
             )
         rows: dict[Tokens, ContextRow] = {}
         for index, (context, _) in enumerate(arguments):
+            tokens = self._prompt(context, longest)
             if context in self._openings:
-                tokens = tuple(bare_ids(self.tokenizer, context)[-longest:])
                 self._prompts[tokens] = context
-            else:
-                tokens = tuple(self.tok_encode(context, left_truncate_len=longest))
             row = rows.setdefault(tokens, ContextRow(tokens, len(tokens)))
             row.members.append((index, ()))
         self._memory.take()

@@ -23,8 +23,10 @@ class KeptContexts:
     rows: dict[Tokens, int]
     """Row of each context."""
     lengths: list[int]
-    kept: int
-    """Positions of the cache, padding included."""
+    mask_BT: torch.Tensor
+    """1 where a place of the cache holds a token of its row."""
+    has_gaps: bool
+    """Whether padding stands between a context and what may follow it."""
     own_lengths: list[int]
     """Tokens of each row after the shared prefix."""
     last_BOD: torch.Tensor
@@ -63,21 +65,20 @@ class ContextMemory:
             hidden_BTD: hidden states after the prefix.
             cache: copied.
         """
-        kept = batch.prefix_length + hidden_BTD.shape[1]
-        positions = sum(len(contexts.lengths) * contexts.kept for contexts in self._contexts)
-        if not self._limits.may_keep(positions + len(batch.rows) * kept):
+        positions = sum(contexts.mask_BT.numel() for contexts in self._contexts)
+        if not self._limits.may_keep(positions + len(batch.rows) * batch.kept):
             return
-        own_lengths = [length - batch.prefix_length for length in batch.lengths]
         device = hidden_BTD.device
-        ends_BO = torch.tensor(own_lengths, device=device)[:, None]
+        ends_BO = torch.tensor(batch.ends, device=device)[:, None]
         ends_BO = (ends_BO - OVERLAP - 1 + torch.arange(OVERLAP + 1, device=device)).clamp(0)
         rows_BO = torch.arange(len(batch.rows), device=device)[:, None]
         self._contexts.append(
             KeptContexts(
                 rows={row.tokens: index for index, row in enumerate(batch.rows)},
                 lengths=batch.lengths,
-                kept=kept,
-                own_lengths=own_lengths,
+                mask_BT=batch.mask(device),
+                has_gaps=batch.has_gaps,
+                own_lengths=batch.own_lengths,
                 last_BOD=hidden_BTD[rows_BO, ends_BO],
                 cache=copy.deepcopy(cache),
             )

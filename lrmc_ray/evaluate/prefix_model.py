@@ -4,82 +4,15 @@ Shape suffixes: those of :mod:`lrmc_ray.method`.
 """
 
 import copy
-import logging
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
-from lrmc_ray.errors import DataError
 from lrmc_ray.evaluate.prefix_batches import BatchLimits, ContextRow, Tokens, prefix_families
+from lrmc_ray.evaluate.prefix_sharing import Sharing, forward
 from lrmc_ray.method.head import OutputHead, head_logits
-from lrmc_ray.models import head_of
-
-_log = logging.getLogger(__name__)
-
-
-def supports(model: Any) -> bool:
-    """Whether prefixes of ``model`` can be shared: its cache and its masks do what they promise.
-
-    Compares a few tokens that are run from a shared prefix, after a gap that is masked, with the
-    same tokens in one pass.
-    """
-    try:
-        head = head_of(model)
-    except DataError:
-        return False
-    tokens_T = torch.arange(3, 27, device=model.device) % head.vocabulary_size
-    try:
-        with torch.inference_mode():
-            whole_TD = forward(model, tokens_T[None]).last_hidden_state[0]
-            first = forward(model, tokens_T[None, :12], use_cache=True)
-            cache = first.past_key_values
-            cache.batch_select_indices(torch.tensor([0, 0], device=model.device))
-            # A row of 8 tokens, and one of 5 with a gap of 3, as padding leaves it.
-            ids_BT = torch.stack([tokens_T[12:20], tokens_T[12:20]])
-            ids_BT[1, 5:] = 0
-            second = forward(model, ids_BT, cache=cache, use_cache=True)
-            mask_BT = torch.ones((2, 24), dtype=torch.long, device=model.device)
-            mask_BT[1, 17:20] = 0
-            positions_BT = torch.arange(4, device=model.device) + torch.tensor(
-                [[20], [17]], device=model.device
-            )
-            third = forward(
-                model,
-                torch.stack([tokens_T[20:24], tokens_T[17:21]]),
-                cache=second.past_key_values,
-                mask_BT=mask_BT,
-                positions_BT=positions_BT,
-            )
-    except Exception as failure:
-        # Whatever a foreign architecture raises here, it says that it does not fit.
-        _log.debug("%s does not support shared prefixes: %r", type(model).__name__, failure)
-        return False
-    actual_TD = torch.cat([third.last_hidden_state[0], third.last_hidden_state[1]])
-    expected_TD = torch.cat([whole_TD[20:24], whole_TD[17:21]])
-    tolerance = 1e-3 if actual_TD.dtype == torch.float32 else 5e-2
-    error = (actual_TD - expected_TD).norm() / expected_TD.norm()
-    return bool(error < tolerance)
-
-
-def forward(
-    model: Any,
-    ids_BT: torch.Tensor,
-    *,
-    cache: Any = None,
-    mask_BT: torch.Tensor | None = None,
-    positions_BT: torch.Tensor | None = None,
-    use_cache: bool = False,
-) -> Any:
-    """The model's body on ``ids_BT``, which follow what ``cache`` holds."""
-    return model.base_model(
-        input_ids=ids_BT,
-        past_key_values=cache,
-        attention_mask=mask_BT,
-        position_ids=positions_BT,
-        use_cache=use_cache or cache is not None,
-    )
 
 
 @dataclass(frozen=True)
@@ -90,25 +23,62 @@ class SharedBatch:
     prefix_length: int
     prefix_cache: Any
     """Keys and values of the prefix, as one sequence; None without a prefix."""
+    is_left: bool = False
+    """Whether padding stands before the rows, which then have no prefix."""
 
     @property
     def lengths(self) -> list[int]:
         """Tokens of each row, those of the prefix included."""
         return [len(row.tokens) for row in self.rows]
 
+    @property
+    def own_lengths(self) -> list[int]:
+        """Tokens of each row after the prefix."""
+        return [length - self.prefix_length for length in self.lengths]
+
+    @property
+    def kept(self) -> int:
+        """Places of the cache once the rows have been run, padding included."""
+        return max(self.lengths)
+
+    @property
+    def has_gaps(self) -> bool:
+        """Whether padding stands between a row and what will follow it."""
+        return not self.is_left and min(self.lengths) < self.kept
+
+    @property
+    def starts(self) -> list[int]:
+        """Column of each row's first token after the prefix."""
+        longest = max(self.own_lengths)
+        return [longest - length if self.is_left else 0 for length in self.own_lengths]
+
+    @property
+    def ends(self) -> list[int]:
+        """Column behind each row's last token."""
+        return [start + own for start, own in zip(self.starts, self.own_lengths, strict=True)]
+
+    def mask(self, device: torch.device) -> torch.Tensor:
+        """1 where a place of the cache holds a token of the row, [B, T]."""
+        starts_B = torch.tensor(self.starts, device=device)[:, None]
+        ends_B = starts_B + torch.tensor(self.lengths, device=device)[:, None]
+        columns_T = torch.arange(self.kept, device=device)
+        return ((columns_T >= starts_B) & (columns_T < ends_B)).long()
+
 
 class PrefixModel:
     """A causal LM, run in batches of rows with a shared prefix.
 
     Args:
-        model: one that :func:`supports` accepts.
+        model: one whose sharing is possible.
         head: its output head.
         limits: how much is computed at once.
+        sharing: what its cache may be used for.
     """
 
-    def __init__(self, model: Any, head: OutputHead, limits: BatchLimits) -> None:
+    def __init__(self, model: Any, head: OutputHead, limits: BatchLimits, sharing: Sharing) -> None:
         self.model = model
         self.limits = limits
+        self.sharing = sharing
         self.device: torch.device = model.device
         self._head = head
 
@@ -123,10 +93,44 @@ class PrefixModel:
             rows: in any order.
             room: positions that each will still add to the cache.
         """
-        for prefix, family in prefix_families(rows):
+        sharing = self.sharing
+        sharers, others = [], []
+        for row in rows:
+            # A step for each token takes whole batches, and those of a prefix would be too small.
+            fits = sharing.allows_gap if room else sharing.allows
+            if fits(row.reach + room):
+                sharers.append(row)
+            else:
+                others += row.apart()
+        for prefix, family in prefix_families(sharers):
             cache = self._run_prefix(prefix)
-            for batch in self.limits.batches(family, len(prefix), room=room):
-                yield SharedBatch(batch, len(prefix), cache)
+            yield from self._batches(family, len(prefix), cache, room)
+        for side in sorted({sharing.borders.side(row.reach) for row in others}):
+            part = [row for row in others if sharing.borders.side(row.reach) == side]
+            yield from self._batches(part, 0, None, room)
+
+    def _batches(
+        self, rows: Sequence[ContextRow], prefix_length: int, cache: Any, room: int
+    ) -> Iterator[SharedBatch]:
+        """Batches of one family: those that nothing follows, and those with gaps where they may be.
+
+        Where they may not, rows without a prefix are padded on the left, and those with one must be
+        of equal length.
+        """
+        for branches in (False, True):
+            same = [row for row in rows if row.branches == branches]
+            growth = room + max((row.growth for row in same), default=0)
+            far = [
+                row
+                for row in same
+                if growth and not self.sharing.allows_gap(len(row.tokens) + growth)
+            ]
+            near = [row for row in same if row not in far]
+            for batch in self.limits.batches(near, prefix_length, room=room):
+                yield SharedBatch(batch, prefix_length, cache)
+            is_left = not prefix_length
+            for batch in self.limits.batches(far, prefix_length, room=room, equal=not is_left):
+                yield SharedBatch(batch, prefix_length, cache, is_left=is_left)
 
     def _run_prefix(self, prefix: Tokens) -> Any:
         if not prefix:
@@ -135,18 +139,29 @@ class PrefixModel:
         return forward(self.model, ids_BT, use_cache=True).past_key_values
 
     def run(self, batch: SharedBatch, *, keep: bool) -> tuple[torch.Tensor, Any]:
-        """Hidden states of the rows after the prefix, padded on the right, and their cache.
+        """Hidden states of the rows after the prefix, and their cache.
 
         Args:
             batch: what to run.
             keep: whether the cache is wanted.
         """
-        ids_BT = self.pad([row.tokens[batch.prefix_length :] for row in batch.rows])
-        cache = None
+        own = [row.tokens[batch.prefix_length :] for row in batch.rows]
+        ids_BT = self.pad(own, batch.starts)
+        cache = mask_BT = positions_BT = None
         if batch.prefix_cache is not None:
             cache = copy.deepcopy(batch.prefix_cache)
             cache.batch_repeat_interleave(len(batch.rows))
-        output = forward(self.model, ids_BT, cache=cache, use_cache=keep)
+        if batch.is_left:
+            mask_BT = batch.mask(self.device)
+            positions_BT = (mask_BT.cumsum(1) - 1).clamp_min(0)
+        output = forward(
+            self.model,
+            ids_BT,
+            cache=cache,
+            mask_BT=mask_BT,
+            positions_BT=positions_BT,
+            use_cache=keep,
+        )
         return output.last_hidden_state, output.past_key_values
 
     def go_on(
@@ -157,7 +172,7 @@ class PrefixModel:
         Args:
             ids_BT: the tokens.
             cache: used up.
-            mask_BT: see :meth:`mask`.
+            mask_BT: 1 where a place, cached or new, holds a token of the row.
             positions_BT: of the tokens in their sequences.
         """
         output = forward(
@@ -165,21 +180,17 @@ class PrefixModel:
         )
         return output.last_hidden_state, output.past_key_values
 
-    def pad(self, rows: Sequence[Sequence[int]]) -> torch.Tensor:
-        """Token ids [B, T]; what stands in the padding on the right is never seen."""
-        ids_BT = torch.zeros((len(rows), max(map(len, rows))), dtype=torch.long)
-        for index, row in enumerate(rows):
-            ids_BT[index, : len(row)] = torch.tensor(row)
-        return ids_BT.to(self.device)
-
-    def mask(self, lengths_B: torch.Tensor, kept: int, new: int) -> torch.Tensor:
-        """1 where a cached position holds a token of the row, and for all new ones.
+    def pad(
+        self, rows: Sequence[Sequence[int]], starts: Sequence[int] | None = None
+    ) -> torch.Tensor:
+        """Token ids [B, T]; what stands in the padding is never seen.
 
         Args:
-            lengths_B: tokens of each row of the cache.
-            kept: positions of the cache, padding included.
-            new: positions that are added.
+            rows: of unequal lengths.
+            starts: column of the first token of each; 0 by default.
         """
-        cached_BT = torch.arange(kept, device=self.device) < lengths_B[:, None]
-        ones_BT = torch.ones((len(lengths_B), new), dtype=torch.bool, device=self.device)
-        return torch.cat([cached_BT, ones_BT], dim=1).long()
+        ids_BT = torch.zeros((len(rows), max(map(len, rows))), dtype=torch.long)
+        for index, row in enumerate(rows):
+            start = starts[index] if starts is not None else 0
+            ids_BT[index, start : start + len(row)] = torch.tensor(row)
+        return ids_BT.to(self.device)

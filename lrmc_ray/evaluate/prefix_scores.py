@@ -70,8 +70,8 @@ class ContinuationScores:
         hidden_BTD, cache = self._model.run(batch, keep=branching)
         queries = WantedTokens()
         children: list[_Child] = []
-        for index, row in enumerate(batch.rows):
-            position = row.context_length - 1 - batch.prefix_length
+        for index, (row, start) in enumerate(zip(batch.rows, batch.starts, strict=True)):
+            position = start + row.context_length - 1 - batch.prefix_length
             for request, continuation in row.members:
                 if row.branches and len(continuation) > 1:
                     queries.add(index, position, continuation[:1], request)
@@ -80,8 +80,8 @@ class ContinuationScores:
                     queries.add(index, position, continuation, request)
         self._answer(queries, hidden_BTD)
         if children:
-            kept = batch.prefix_length + hidden_BTD.shape[1]
-            self._score_children(children, batch.lengths, kept, cache)
+            mask_BT = batch.mask(self._model.device)
+            self._score_children(children, batch.lengths, mask_BT, cache)
 
     def score_remembered(
         self, memory: Iterable[KeptContexts], rows: Sequence[ContextRow]
@@ -94,7 +94,8 @@ class ContinuationScores:
             for row in rows:
                 context = row.tokens[: row.context_length]
                 starts = [contexts.find(context, answer) for _, answer in row.members]
-                if None in starts:
+                longest = max(len(answer) for _, answer in row.members)
+                if None in starts or not self._may_follow(contexts, len(context), longest):
                     left.append(row)
                     continue
                 for (request, answer), start in zip(row.members, starts, strict=True):
@@ -107,24 +108,35 @@ class ContinuationScores:
             if queries.rows:
                 self._answer(queries, contexts.last_BOD)
             if children:
-                self._score_children(children, contexts.lengths, contexts.kept, contexts.cache)
+                self._score_children(children, contexts.lengths, contexts.mask_BT, contexts.cache)
         return rows
 
+    def _may_follow(self, contexts: KeptContexts, context: int, answer: int) -> bool:
+        """Whether an answer of so many tokens may continue from a context of so many."""
+        sharing = self._model.sharing
+        if contexts.has_gaps and not sharing.allows_gap(contexts.mask_BT.shape[1] + answer):
+            return False
+        return sharing.allows(context + answer)
+
     def _score_children(
-        self, children: Sequence[_Child], lengths: Sequence[int], kept: int, cache: Any
+        self,
+        children: Sequence[_Child],
+        lengths: Sequence[int],
+        mask_BT: torch.Tensor,
+        cache: Any,
     ) -> None:
         """Score what follows the first token of continuations, from their contexts' cache.
 
         Args:
             children: the continuations.
             lengths: tokens of each row of the cache.
-            kept: positions of the cache, padding included.
+            mask_BT: 1 where a place of the cache holds a token of its row.
             cache: used up.
         """
         model = self._model
         children = sorted(children, key=lambda child: len(child.continuation), reverse=True)
         longest_first = [len(child.continuation) - 1 for child in children]
-        for where in model.limits.slices(longest_first, kept=kept):
+        for where in model.limits.slices(longest_first, kept=mask_BT.shape[1]):
             part = children[where]
             parents_B = torch.tensor([child.parent for child in part], device=model.device)
             grown = copy.deepcopy(cache) if where.stop < len(children) else cache
@@ -134,7 +146,7 @@ class ContinuationScores:
             hidden_BTD, _ = model.go_on(
                 ids_BT,
                 grown,
-                mask_BT=model.mask(lengths_B, kept, ids_BT.shape[1]),
+                mask_BT=torch.cat([mask_BT[parents_B], torch.ones_like(ids_BT)], dim=1),
                 positions_BT=lengths_B[:, None]
                 + torch.arange(ids_BT.shape[1], device=model.device),
             )
@@ -186,8 +198,7 @@ def last_logprobs(
         row.members.append((index, ()))
     for batch in model.shared_batches(rows.values()):
         hidden_BTD, _ = model.run(batch, keep=False)
-        for row, hidden_TD in zip(batch.rows, hidden_BTD, strict=True):
-            end = len(row.tokens) - batch.prefix_length
+        for row, end, hidden_TD in zip(batch.rows, batch.own_lengths, hidden_BTD, strict=True):
             logits_NV = model.logits(hidden_TD[end - count : end])
             logprobs_NV = logits_NV.log_softmax(-1).cpu().numpy()
             for index, _ in row.members:

@@ -11,7 +11,7 @@ from lm_eval.models.huggingface import HFLM
 from lrmc_ray.errors import DataError
 from lrmc_ray.evaluate.prefix_batches import MIN_SHARED_TOKENS, ContextRow, prefix_families
 from lrmc_ray.evaluate.prefix_lm import PrefixLM
-from lrmc_ray.evaluate.prefix_model import supports
+from lrmc_ray.evaluate.prefix_sharing import Sharing
 from lrmc_ray.models import load_model, load_tokenizer
 
 TOLERANCE = {"rel": 2e-5, "abs": 2e-4}
@@ -349,7 +349,7 @@ def test_a_prompt_must_fit(shared):
 
 
 def test_supported_models(model):
-    assert supports(model)
+    assert Sharing(model).is_possible
 
 
 def test_a_model_that_ignores_its_mask_is_not_supported(model, monkeypatch):
@@ -359,4 +359,4 @@ def test_a_model_that_ignores_its_mask_is_not_supported(model, monkeypatch):
         return inner(self, *args, **{**kwargs, "attention_mask": None})
 
     monkeypatch.setattr(type(model.base_model), "forward", forward)
-    assert not supports(model)
+    assert not Sharing(model).is_possible

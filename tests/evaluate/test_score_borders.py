@@ -1,0 +1,151 @@
+"""Scores beyond windows, chunks and rotary borders, against lm-eval's own of every row alone."""
+
+import random
+
+import pytest
+import torch
+
+from benchmarks.tiny_models import causal_types, make, short_borders
+from lrmc_ray.evaluate import prefix_sharing
+from lrmc_ray.evaluate.prefix_lm import PrefixLM
+from lrmc_ray.evaluate.prefix_sharing import Sharing
+from lrmc_ray.model_borders import Borders
+from tests.support import scoring
+from tests.support.scoring import choices, instances, sentence
+
+LONG = {
+    "rope_parameters": {
+        "rope_type": "longrope",
+        "rope_theta": 10_000.0,
+        "short_factor": [1.0] * 4,
+        "long_factor": [4.0] * 4,
+    },
+    "original_max_position_embeddings": 32,
+}
+DYNAMIC = {
+    "rope_parameters": {"rope_type": "dynamic", "rope_theta": 10_000.0, "factor": 4.0},
+    "max_position_embeddings": 64,
+}
+WINDOW = 24
+PAIRS = [
+    *choices([6, 18, 21, 24, 25, 26, 30, 30, 41, 55], header=16),
+    *choices([40, 60, 60], header=35, seed=1),
+    *choices([5, 9, 52], header=3, seed=2),
+]
+"""Contexts on both sides of the window, of unequal lengths, with and without a common beginning."""
+
+COMMON = ["mistral", "gemma3_text", "gpt_oss", "gpt_neo", "llama4_text", "doge"]
+NOT_BUILT = {
+    *("blt", "dots3_note", "fuyu", "gemma3n", "got_ocr2", "moss_transcribe_diarize"),
+    *("musicgen", "musicgen_melody", "phi4_multimodal"),
+    *("gemma4_assistant", "gemma4_unified_assistant"),
+}
+"""Types that are not built small, or not at all."""
+WINDOWED = [
+    model_type
+    for model_type in causal_types()
+    if model_type not in NOT_BUILT and short_borders(model_type)
+]
+
+
+def generations(pairs):
+    return [(context, {"until": ["w009"], "max_gen_toks": 6}) for context, _ in pairs[::3]]
+
+
+def assert_scored_as_alone(model, pairs, *, batch_tokens=400):
+    """Log-likelihoods, generations, and gold answers from the prompts that were generated from."""
+    plain = scoring.plain_model(model)
+    ours = PrefixLM(model, scoring.tokenizer(), batch_tokens=batch_tokens)
+    requests = instances("loglikelihood", pairs)
+    theirs = plain.loglikelihood(requests, disable_tqdm=True)
+
+    def assert_equal(answers):
+        assert [is_greedy for _, is_greedy in answers] == [is_greedy for _, is_greedy in theirs]
+        values = torch.tensor([value for value, _ in answers])
+        expected = torch.tensor([value for value, _ in theirs])
+        torch.testing.assert_close(values, expected, rtol=2e-5, atol=2e-4)
+
+    assert_equal(ours.loglikelihood(requests))
+    generate = instances("generate_until", generations(pairs))
+    assert ours.generate_until(generate) == plain.generate_until(generate, disable_tqdm=True)
+    assert_equal(ours.loglikelihood(requests))
+
+
+@pytest.mark.parametrize("model_type", COMMON)
+def test_scores_beyond_a_window_are_lm_evals(model_type):
+    model = make(model_type, **short_borders(model_type, WINDOW))
+    assert Sharing(model).allows(80)
+    assert_scored_as_alone(model, PAIRS)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("model_type", sorted(set(WINDOWED) - set(COMMON)))
+def test_scores_beyond_a_window_are_lm_evals_for_every_type(model_type):
+    assert_scored_as_alone(make(model_type, **short_borders(model_type, WINDOW)), PAIRS)
+
+
+@pytest.mark.parametrize("most_proven", [WINDOW, WINDOW - 1])
+def test_a_wide_window_shares_within_itself_alone(most_proven, monkeypatch):
+    monkeypatch.setattr(prefix_sharing, "MOST_PROVEN", most_proven)
+    model = make("gemma2", sliding_window=WINDOW)
+    sharing = Sharing(model)
+    assert sharing.allows(WINDOW)
+    assert sharing.allows(WINDOW + 1) == (most_proven == WINDOW)
+    assert_scored_as_alone(model, PAIRS)
+
+
+@pytest.mark.parametrize(
+    ("model_type", "options", "border"), [("phi3", LONG, 32), ("llama", DYNAMIC, 64)]
+)
+def test_nothing_is_shared_beyond_a_rotary_border(model_type, options, border):
+    """Dynamic NTK scaling: lm-eval cuts a row at the model's length, so none is beyond it."""
+    model = make(model_type, **options)
+    sharing = Sharing(model)
+    assert sharing.allows(border)
+    assert not sharing.allows(border + 1)
+    pairs = [pair for pair in PAIRS if len(pair[0].split()) + 8 < 64 or model_type == "phi3"]
+    assert_scored_as_alone(model, pairs)
+
+
+def test_a_gap_that_the_model_counts_as_tokens_is_noticed():
+    model = make("mistral", sliding_window=8)
+    assert Sharing(model).is_possible
+    hidden = Sharing(model)
+    hidden.borders = Borders()
+    assert not hidden.is_possible
+
+
+def test_a_model_that_ignores_its_mask_shares_nothing_beyond_its_window(monkeypatch):
+    model = make("mistral", sliding_window=WINDOW)
+    inner = type(model.base_model).forward
+
+    def forward(self, *args, **kwargs):
+        return inner(self, *args, **{**kwargs, "attention_mask": None})
+
+    monkeypatch.setattr(type(model.base_model), "forward", forward)
+    sharing = Sharing(model)
+    assert not sharing.allows(WINDOW + 1)
+
+
+def test_what_is_shared_beyond_a_window_is_run_once():
+    """The header, each question and of each answer all but its last token: no more than that."""
+    model = make("gemma3_text", sliding_window=WINDOW)
+    rng = random.Random(0)
+    header = sentence(rng, 60)
+    contexts = [f"{header} {sentence(rng, 10)}" for _ in range(5)]
+    pairs = [(context, f" {sentence(rng, 3)}") for context in contexts for _ in range(4)]
+    lm = PrefixLM(model, scoring.tokenizer(), batch_tokens=400)
+    assert Sharing(model).allows(80)
+    positions = []
+    handle = model.base_model.register_forward_pre_hook(
+        lambda _module, _args, kwargs: positions.append(kwargs["input_ids"].numel()),
+        with_kwargs=True,
+    )
+    requests = instances("loglikelihood", pairs)
+    lm.loglikelihood(requests)
+    first = sum(positions)
+    positions.clear()
+    lm.loglikelihood(requests)
+    handle.remove()
+    assert sum(positions) == 60 + 5 * 10 + 20 * 2
+    assert first > sum(positions)  # what was tried out before the first long row
