@@ -19,7 +19,6 @@ are in it.
     default          as `python -m lrmc_ray.train`: the same in 4 micro-batches
     ..., selective   with train.gradient_checkpointing = "selective"
     ..., layers      with train.gradient_checkpointing = "full"
-    ..., compiled    with train.compile_optimizer = true
 
 The samples are those of the NL2SQL demo, or with --data ct radio exam questions (built by
 scripts/build_ct.py), whose prompts share the beginning of the chat template alone. With --length
@@ -50,7 +49,6 @@ RECOMPUTE: dict[str, Literal["selective", "full"]] = {
 }
 VARIANTS = (
     *("trainer", "sft", "full, padded", "full", "restricted", "anchored", "tail", "default"),
-    "restricted, compiled",
     *RECOMPUTE,
 )
 LR = 1e-5
@@ -141,14 +139,12 @@ def run_ours(args: argparse.Namespace, samples: Sequence[Any], name: str) -> lis
     is_full = name.startswith("full")
     model = load_model(local_directory(ModelSettings())).to(args.device).train()
     recomputation = Recomputation(model, RECOMPUTE.get(name, False))
-    compiled: dict[str, Any] = {"compiled": True} if name.endswith("compiled") else {}
     steps = train(
         LanguageModel(recomputation.forward, head_of(model)),
         make_optimizer(
             "adamw" if is_full else "moclip",
             model.parameters(),
             lr=LR,
-            **compiled,
         ),
         lambda step: list(samples[step * args.batch_size : (step + 1) * args.batch_size]),
         LossSettings(

@@ -62,9 +62,6 @@ class TrainSettings(Settings):
     atan2_scale: float = Field(1.0, gt=0)
     """Factor a of the step a * atan2(m, sqrt(v)). With 1 a learning rate means what it does to
     AdamW, where the step is small; Adam-atan2 has 1.27, which is a larger learning rate."""
-    compile_optimizer: bool = False
-    """Compile the step of ``moclip`` and ``adam_atan2``: a third of its time, after some seconds at
-    the first; needs a C++ compiler on every node. Its rounding is its own."""
     schedule: Schedule = "constant"
     """Learning rate after the warm-up; linear and cosine end at 0."""
     warmup_steps: int = Field(0, ge=0)

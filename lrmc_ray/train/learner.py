@@ -10,10 +10,8 @@ import torch
 from torch import Tensor
 
 from lrmc_ray.config import TrainSettings
-from lrmc_ray.errors import ConfigError
 from lrmc_ray.files.artifacts import PARTIAL
 from lrmc_ray.method.baselines.l2_sp import StartingPoint
-from lrmc_ray.method.fast.moclip_update import FastMoClip
 from lrmc_ray.method.losses import LanguageModel, LossSettings
 from lrmc_ray.method.microbatch import MicroBatch
 from lrmc_ray.method.optimizers import make_optimizer
@@ -71,21 +69,6 @@ class Learner:
         """The model that is trained, as losses and measurements take it."""
         return LanguageModel(self.hidden_states, self.head)
 
-    def check_compiled(self) -> None:
-        """Refuse to go on uncompiled: other workers, or this one later, would round otherwise.
-
-        Raises:
-            ConfigError: the setting asks for it, and this node cannot compile.
-        """
-        optimizer = self.optimizer
-        if self.settings.compile_optimizer and isinstance(optimizer, FastMoClip):
-            if optimizer.compiled:
-                return
-            raise ConfigError(
-                "train.compile_optimizer = true needs a C++ compiler on every node, and there is "
-                "none that works on this one; install one (apt install g++), or set it to false"
-            )
-
     def state(self) -> dict[str, Any]:
         """What a checkpoint keeps."""
         return {"model": self.trainable.state(), "optimizer": self.optimizer.state_dict()}
@@ -134,7 +117,6 @@ def _optimizer_options(settings: TrainSettings) -> dict[str, Any]:
         "angle": settings.angle,
         "second_moment": settings.second_moment,
         "atan2_scale": settings.atan2_scale,
-        "compiled": settings.compile_optimizer,
     }
     if settings.optimizer == "moclip":
         options |= {"delta_max": settings.delta_max, "clip": settings.clip}

@@ -125,7 +125,6 @@ class TrainingRun:
         with self._written() as log:
             last = time.monotonic()
             for result in self.steps():
-                self.learner.check_compiled()
                 done = result.step + 1
                 metrics = self._measure(result, time.monotonic() - last)
                 self.is_pruned = self._is_hopeless(done, metrics)

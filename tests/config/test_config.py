@@ -149,7 +149,6 @@ RULES = {
     "train.angle": one_of("tensor", "global"),
     "train.second_moment": one_of("raw", "capped"),
     "train.atan2_scale": positive,
-    "train.compile_optimizer": lambda value: type(value) is bool,
     "train.schedule": one_of("constant", "linear", "cosine"),
     "train.warmup_steps": whole(0),
     "train.steps": whole(1),

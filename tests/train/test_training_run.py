@@ -9,7 +9,6 @@ import shutil
 import pytest
 import torch
 from safetensors.torch import load_file
-from torch._inductor.utils import fresh_cache
 from transformers import AutoModelForCausalLM
 
 from lrmc_ray.errors import ConfigError, DataError
@@ -88,7 +87,6 @@ VARIANTS = {
     "dft, c_adamw": {"loss": "dft", "optimizer": "c_adamw"},
     "kl_to_base, mofo": {"loss": "kl_to_base", "optimizer": "mofo"},
     "without gold": {"keep_gold": False},
-    "compiled step": {"compile_optimizer": True},
 }
 
 
@@ -112,36 +110,6 @@ def test_killed_and_resumed_ends_in_the_same_bits(start, tmp_path, name):
     # Training did something.
     base = load_file(again.learner.model_directory / "model.safetensors")
     assert any(not torch.equal(base[k], v) for k, v in model_of(tmp_path / "whole").items())
-
-
-def test_a_compiled_step_is_the_same_but_for_rounding(start, tmp_path, undisturbed):
-    run = start(compile_optimizer=True)
-    run.run()
-    assert run.learner.optimizer.compiled
-    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] >= 2
-    plain, compiled = model_of(undisturbed.whole), model_of(tmp_path / "training")
-    assert any(not torch.equal(plain[name], compiled[name]) for name in plain)
-    for name, tensor in plain.items():
-        # A step is at most 1.27 pi / 2 of the learning rate, 1e-3 here; most differ by far less.
-        difference = (tensor - compiled[name]).abs()
-        assert difference.mean() < 2e-6, name
-
-
-def test_without_a_compiler_a_compiled_step_is_refused(start, tmp_path):
-    """It would round otherwise than that of a worker which has one."""
-    torch._dynamo.reset()
-    no_compiler = torch._inductor.config.patch("cpp.cxx", (None, "/nonexistent"))
-    run = start(compile_optimizer=True)
-    said = r"compile_optimizer = true needs a C\+\+ compiler on every node"
-    with (
-        fresh_cache(),
-        no_compiler,
-        pytest.warns(RuntimeWarning, match="No working C.. compiler"),
-        pytest.raises(ConfigError, match=said),
-    ):
-        run.run()
-    assert not list((tmp_path / "training").glob(f"{CHECKPOINTS}/*"))
-    torch._dynamo.reset()
 
 
 @pytest.mark.parametrize("name", ["state.pt", "manifest.json"])
