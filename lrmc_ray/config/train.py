@@ -82,7 +82,8 @@ class TrainSettings(Settings):
     lora_alpha: int = Field(16, ge=1)
     """Adapters are scaled by lora_alpha / lora_rank."""
     lora_targets: Patterns = ()
-    """Names of the linear layers that get an adapter; by default all but the output head."""
+    """Names of the linear layers and stacked experts that get an adapter; by default all that can:
+    not the output head, routers, and layers whose weight the model reads past them."""
     packing: bool = True
     """Compute prefixes that samples of a micro-batch share once, without padding, where that is
     cheaper; the loss is the same up to rounding. Models with windows of attention are packed while

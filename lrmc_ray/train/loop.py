@@ -13,6 +13,7 @@ the model. What a step is made of, and what happens beside the steps, is elsewhe
 """
 
 import contextlib
+import logging
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -36,6 +37,8 @@ from lrmc_ray.train.refresh import FreshCandidates
 from lrmc_ray.train.resume import Checkpoints, only_writer
 from lrmc_ray.train.run_files import RunFiles
 from lrmc_ray.train.samples import TrainingSamples
+
+_log = logging.getLogger(__name__)
 
 
 class TrainingRun:
@@ -88,6 +91,8 @@ class TrainingRun:
                 rung, files=files, model_directory=model_directory, group=group
             )
         self.counts = Counts()
+        if group.rank == 0 and (adapters := self.learner.trainable.adapters) is not None:
+            _log.info("%.0f %% of the model's weights have an adapter", 100 * adapters.share)
         self.costs = Costs(device)
         self.first_step = 0
         self.bad_steps = 0

@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Any
 
 from lrmc_ray.config import TrainSettings
 from lrmc_ray.errors import ConfigError, DataError
+from lrmc_ray.train.adapters import Adapters
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -19,10 +20,9 @@ class TrainableModel:
         Raises:
             ConfigError: a pattern fits no parameter or layer, or nothing is left to train.
         """
-        self._peft: Any = None
+        self.adapters: Adapters | None = None
         if settings.lora_rank:
-            self._peft = _with_adapters(model, settings)
-            model = self._peft.get_base_model()
+            self.adapters = Adapters(model, settings)
         else:
             _freeze(model, settings.freeze)
         self.model = model.train()
@@ -59,8 +59,12 @@ class TrainableModel:
                 parameter.copy_(state[name])
 
     def merged(self) -> Any:
-        """The model to save, adapters merged into its weights; training cannot go on after it."""
-        return self.model if self._peft is None else self._peft.merge_and_unload()
+        """The model to save, adapters merged into its weights; training cannot go on after it.
+
+        Raises:
+            TrainingError: the merged model computes something else.
+        """
+        return self.model if self.adapters is None else self.adapters.merge()
 
 
 def _freeze(model: Any, patterns: tuple[str, ...]) -> None:
@@ -74,29 +78,3 @@ def _freeze(model: Any, patterns: tuple[str, ...]) -> None:
     for name, parameter in model.named_parameters():
         is_frozen = any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)
         parameter.requires_grad_(not is_frozen)
-
-
-def _with_adapters(model: Any, settings: TrainSettings) -> Any:
-    import torch
-
-    try:
-        from peft import LoraConfig, get_peft_model
-    except ImportError:
-        raise ConfigError(
-            f"train.lora_rank = {settings.lora_rank} needs the package peft, which is not "
-            "installed; run `pip install 'lrmc-ray[lora]'`, or set it to 0"
-        ) from None
-    config = LoraConfig(
-        task_type="CAUSAL_LM",
-        r=settings.lora_rank,
-        lora_alpha=settings.lora_alpha,
-        target_modules=list(settings.lora_targets) or "all-linear",
-    )
-    torch.manual_seed(settings.seed)  # every worker draws the same adapters
-    try:
-        return get_peft_model(model, config)
-    except ValueError as error:
-        raise ConfigError(
-            f"train.lora_targets must name linear layers, got {list(settings.lora_targets)}: "
-            f"{str(error).splitlines()[0]}"
-        ) from None
