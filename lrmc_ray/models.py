@@ -23,7 +23,8 @@ from lrmc_ray.files.artifacts import (
     fingerprint,
 )
 from lrmc_ray.files.place import Place
-from lrmc_ray.model_borders import attention_borders, longest_packed
+from lrmc_ray.model_borders import attention_borders, longest_packed, text_config
+from lrmc_ray.model_checks import check_causal, differs
 
 if TYPE_CHECKING:
     import torch
@@ -155,10 +156,19 @@ def vocabulary_size(directory: Path) -> int:
     Raises:
         DataError: the configuration does not say.
     """
-    config = json.loads((directory / "config.json").read_text(encoding="utf-8"))
-    size = config.get("vocab_size", config.get("text_config", {}).get("vocab_size"))
+    file = directory / "config.json"
+    written = json.loads(file.read_text(encoding="utf-8"))
+    size = written.get("vocab_size", written.get("text_config", {}).get("vocab_size"))
+    if not isinstance(size, int):  # some are saved without it, as their class has a default
+        from transformers import AutoConfig
+
+        with _reading("configuration", directory):
+            config = AutoConfig.from_pretrained(
+                directory, local_files_only=True, trust_remote_code=False
+            )
+        size = getattr(text_config(config), "vocab_size", None)
     if not isinstance(size, int):
-        raise DataError(f"{directory / 'config.json'} has no vocab_size; save the model again")
+        raise DataError(f"{file} has no vocab_size; save the model again")
     return size
 
 
@@ -260,41 +270,55 @@ def load_model(directory: Path, *, dtype: "torch.dtype | None" = None) -> Any:
     return model.eval()
 
 
+_SOFT_CAPS = ("final_logit_softcapping", "output_logit_soft_cap", "logits_soft_cap")
+"""Names under which configurations say the bound on the logits."""
+
+
 def head_of(model: Any) -> "OutputHead":
-    """The output head of ``model``, checked against the model's own logits.
+    """The output head of a causal model, checked against the model's own logits.
 
     Raises:
-        DataError: hidden states times head do not give the model's logits, so neither the recorded
-            sets nor the sparse loss would be right.
+        DataError: the model is not causal, or hidden states times head do not give its logits, so
+            neither the recorded sets nor the sparse loss would be right.
     """
     import torch
 
     from lrmc_ray.method.head import OutputHead, head_logits
 
-    config = model.config.get_text_config()
+    name = f"{type(model).__name__} (model_type {model.config.model_type})"
+    config = text_config(model.config)
     layer = model.get_output_embeddings()
-    if layer is None:
-        raise DataError(f"{type(model).__name__} has no output head; a causal LM is needed")
+    if layer is None or not hasattr(layer, "weight"):
+        raise DataError(f"{name} has no output head; a causal LM is needed")
+    check_causal(model)
     scale = float(getattr(config, "logit_scale", None) or 1.0)
     scale /= float(getattr(config, "logits_scaling", None) or 1.0)
+    caps = [value for cap in _SOFT_CAPS if (value := getattr(config, cap, None)) is not None]
     head = OutputHead(
         weight_VD=layer.weight,
         bias_V=getattr(layer, "bias", None),
         logit_scale=scale,
-        softcap=getattr(config, "final_logit_softcapping", None),
+        softcap=float(caps[0]) if caps else None,
     )
     ids_BT = torch.arange(1, 9, device=layer.weight.device)[None] % layer.weight.shape[0]
     was_training = model.training
     model.eval()  # dropout would make two forward passes differ
-    with torch.no_grad():
-        expected_TV = model(input_ids=ids_BT, use_cache=False).logits[0].float()
-        actual_TV = head_logits(hidden_states(model, ids_BT)[0], head).float()
-    model.train(was_training)
-    if not torch.allclose(expected_TV, actual_TV, atol=1e-2, rtol=1e-2):
-        difference = (expected_TV - actual_TV).abs().max().item()
+    try:
+        with torch.no_grad():
+            expected_TV = model(input_ids=ids_BT, use_cache=False).logits[0]
+            actual_TV = head_logits(hidden_states(model, ids_BT)[0], head)
+        difference = differs(model, expected_TV, actual_TV)
+    except (AttributeError, TypeError, ValueError, RuntimeError) as error:
         raise DataError(
-            f"the head of {type(model).__name__} is not supported: logits made from its hidden "
-            f"states differ by {difference:.3g} from its own"
+            f"the body of {name} does not give hidden states for its head: {_first_line(error)}; "
+            "choose another model"
+        ) from error
+    finally:
+        model.train(was_training)
+    if difference is not None:
+        raise DataError(
+            f"the head of {name} is not supported: logits made from its hidden states differ from "
+            f"its own by {difference:.2g} of their spread; choose another model"
         )
     return head
 

@@ -20,7 +20,7 @@ FLOORS = [
     {"errors", "method"},
     {"console", "config"},
     {"files", "chat", "model_borders"},
-    {"tasks"},
+    {"tasks", "model_checks"},
     {"models"},
     {"cluster"},
     {"record", "evaluate"},

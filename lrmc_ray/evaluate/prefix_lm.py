@@ -41,6 +41,7 @@ from lrmc_ray.evaluate.prefix_model import PrefixModel
 from lrmc_ray.evaluate.prefix_scores import ContinuationScores, last_logprobs
 from lrmc_ray.evaluate.prefix_sharing import Sharing
 from lrmc_ray.method.head import OutputHead
+from lrmc_ray.model_checks import check_causal
 from lrmc_ray.models import head_of
 
 _log = logging.getLogger(__name__)
@@ -72,6 +73,7 @@ class PrefixLM(HFLM):  # type: ignore[misc]  # lm-eval ships no types
         batch_tokens: int,
         template_options: Mapping[str, Any] | None = None,
     ) -> None:
+        check_causal(model)
         super().__init__(
             pretrained=model, tokenizer=tokenizer, batch_size=8, device=str(model.device)
         )

@@ -1,0 +1,71 @@
+"""Whether a loaded model is causal, tried on a few tokens, before any work is done with it."""
+
+from typing import Any
+
+from lrmc_ray.errors import DataError
+from lrmc_ray.model_borders import attention_borders
+
+_TOKENS = 24
+_WIDEST_CHUNK = 128
+"""Chunks of more tokens are not reached by the trial."""
+
+
+def differs(model: Any, expected: Any, actual: Any) -> float | None:
+    """Largest difference of two tensors of logits in units of their spread; None if it is noise.
+
+    Args:
+        model: that made them; its number format says how much noise there is.
+        expected: tensor.
+        actual: tensor of the same shape.
+    """
+    expected, actual = expected.float(), actual.float()
+    difference = float((expected - actual).abs().max() / expected.std().clamp_min(1e-12))
+    tolerance = 1e-3 if model.dtype.itemsize >= 4 else 5e-2
+    return None if difference <= tolerance else difference
+
+
+def check_causal(model: Any) -> None:
+    """Compare the logits of a sequence with those of its beginning alone.
+
+    Recording, training and scoring all pad on the right and read the logits of every position, so
+    that nothing may depend on what follows.
+
+    Raises:
+        DataError: earlier logits see later tokens, or the model needs more than token ids.
+    """
+    import torch
+
+    name = f"{type(model).__name__} (model_type {model.config.model_type})"
+    length, beginning = _TOKENS, 2 * _TOKENS // 3
+    chunks = [size for size in attention_borders(model.config).chunks if size <= _WIDEST_CHUNK]
+    if chunks:  # what a chunk holds may depend on how many there are
+        length, beginning = 2 * max(chunks) + _TOKENS, max(chunks) - 4
+    generator = torch.Generator().manual_seed(0)
+    was_training = model.training
+    model.eval()  # dropout would make two forward passes differ
+    try:
+        vocabulary_size = model.get_input_embeddings().weight.shape[0]
+        ids_BT = torch.randint(vocabulary_size, (1, length), generator=generator)
+        ids_BT = ids_BT.to(model.device)
+        with torch.no_grad():
+            whole_TV = model(input_ids=ids_BT, use_cache=False).logits[0, :beginning]
+            alone_TV = model(input_ids=ids_BT[:, :beginning], use_cache=False).logits[0]
+    except Exception as error:  # whatever an architecture raises that needs more than token ids
+        reason = next(iter(str(error).strip().splitlines()), "")
+        raise DataError(
+            f"{name} does not give logits for token ids alone ({type(error).__name__}: "
+            f"{reason[:200]}); choose a causal language model of text"
+        ) from error
+    finally:
+        model.train(was_training)
+    if not bool(torch.isfinite(alone_TV).all()):
+        raise DataError(
+            f"{name} gives logits that are not finite in {model.dtype}; load it in another "
+            "precision, or choose another model"
+        )
+    if (difference := differs(model, alone_TV, whole_TV)) is not None:
+        raise DataError(
+            f"{name} is not causal: with more tokens behind them its logits move by "
+            f"{difference:.2g} of their spread; choose a model whose logits see earlier tokens "
+            "only (of an encoder, is_decoder = true in its config.json)"
+        )
