@@ -16,6 +16,8 @@ STAGES = {
     "compare": "methods against each other at equal budget, with intervals over seeds",
     "suggest": "ranges of tau and delta_max worth searching",
     "report": "table, figure and report.html of a finished or running search",
+    "ls": "what lies in an output directory, and how large it is",
+    "prune": "remove what no report needs; asks first",
     "doctor": "is everything in place, and what to do where it is not",
     "mlflow-sync": "bring MLflow up to date with the files of a search",
 }
@@ -24,6 +26,8 @@ _MODULES = {
     "plan": "tune.plan",
     "inspect": "record.inspect_command",
     "suggest": "tune.suggest",
+    "ls": "outputs.ls_command",
+    "prune": "outputs.prune_command",
     "doctor": "cluster.doctor",
     "mlflow-sync": "report.mlflow_command",
 }

@@ -27,6 +27,7 @@ FLOORS = [
     {"train", "report"},
     {"tune"},
     {"compare"},
+    {"outputs"},
 ]
 """Rooms from the ground up. A room imports those below it; rooms of one floor never each other."""
 WITH_RAY = {"cluster", "record", "train", "evaluate", "tune", "compare"}

@@ -1,0 +1,1 @@
+"""What lies in an output directory, and what of it can go."""
