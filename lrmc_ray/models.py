@@ -435,6 +435,18 @@ def _has_windows_of_its_own(model: Any) -> bool:
     return bool(borders.windows or borders.chunks) and not any(hasattr(code, n) for n in _MASKS)
 
 
+def dropped_parts(model: Any, directory: Path) -> str | None:
+    """What is said where ``model`` is only the text part of the one in ``directory``."""
+    whole = json.loads((directory / "config.json").read_text(encoding="utf-8")).get("model_type")
+    if whole == model.config.model_type:
+        return None
+    return (
+        f"{directory} holds a {whole} model, of which transformers loads the text part alone; that "
+        f"is what is trained and saved, as a {model.config.model_type} model without the other "
+        "parts"
+    )
+
+
 def save_model(model: Any, tokenizer_directory: Path, directory: Path) -> None:
     """Save ``model`` as safetensors beside a copy of the tokenizer in ``tokenizer_directory``."""
     model.save_pretrained(directory, safe_serialization=True)

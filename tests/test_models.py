@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from benchmarks.tiny_models import make
+from benchmarks.tiny_models import make, make_config
 from lrmc_ray.config import ModelSettings
 from lrmc_ray.errors import DataError, IncompleteArtifactError
 from lrmc_ray.method.fast.packing import lay_out
@@ -20,6 +20,7 @@ from lrmc_ray.models import (
     batch_hidden_states,
     cache_directory,
     differing_text,
+    dropped_parts,
     head_of,
     hidden_states,
     load_model,
@@ -450,3 +451,12 @@ def test_samples_are_packed_where_that_is_exact_and_only_there(model_type):
                 alone_TD = hidden_states(model, ids_T[None])[0]
                 error = (hidden_BTD[row, columns_T] - alone_TD).norm() / alone_TD.norm()
                 assert error < 1e-5, (length, float(error))
+
+
+def test_it_is_said_that_a_composite_model_becomes_its_text_part(tmp_path):
+    make_config("qwen3_5").save_pretrained(tmp_path)
+    said = dropped_parts(make("qwen3_5"), tmp_path)
+    assert "holds a qwen3_5 model, of which transformers loads the text part alone" in said
+    assert "saved, as a qwen3_5_text model" in said
+    make_config("gemma3").save_pretrained(tmp_path)
+    assert dropped_parts(make("gemma3"), tmp_path) is None

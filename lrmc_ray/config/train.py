@@ -37,6 +37,10 @@ class TrainSettings(Settings):
     the paper's loss."""
     anchor_weight: float = Field(1.0, ge=0)
     """Weight of the KL to the base model on prompt positions; 0 is the paper."""
+    router_loss: float = Field(0.0, ge=0)
+    """Weight of the load-balancing loss of a mixture's routers; 0 leaves it out, as transformers
+    does. Models that balance by a bias of their own (DeepSeek-V3) do without. The load of the
+    busiest expert is logged either way."""
     optimizer: OptimizerName = "moclip"
     """``adam_atan2`` is MoClip without the cap, the others are baselines."""
     lr: float = Field(3e-5, gt=0, lt=1)

@@ -75,6 +75,8 @@ class MicroBatch:
     """Packed: each token's place in its sequence."""
     is_visible_TT: Tensor | None
     """Packed: boolean, whether the token of the row sees that of the column."""
+    is_token_BT: Tensor
+    """False where there is padding, boolean."""
     supervised: LossPositions
     anchored: LossPositions
     num_supervised: int
@@ -95,6 +97,7 @@ class MicroBatch:
             input_ids_BT=self.input_ids_BT.to(device),
             position_ids_BT=moved(self.position_ids_BT, device),
             is_visible_TT=moved(self.is_visible_TT, device),
+            is_token_BT=self.is_token_BT.to(device),
             supervised=self.supervised.to(device),
             anchored=self.anchored.to(device),
         )
@@ -146,11 +149,15 @@ def collate(
     kept = [(s, n) for s, n in zip(samples, lengths, strict=True) if n > 0]
     sequences = [sample.input_ids_T[:length] for sample, length in kept]
     layout = lay_out(sequences, attention_cost, pack_up_to)
+    is_token_BT = torch.zeros_like(layout.input_ids_BT, dtype=torch.bool)
+    for row, columns_T in zip(layout.rows, layout.columns, strict=True):
+        is_token_BT[row, columns_T] = True
     active = [activity.of(sample) for sample, _ in kept]
     return MicroBatch(
         input_ids_BT=layout.input_ids_BT,
         position_ids_BT=layout.position_ids_BT,
         is_visible_TT=layout.is_visible_TT,
+        is_token_BT=is_token_BT,
         supervised=_loss_positions(
             [(s, a & s.is_supervised_P) for (s, _), a in zip(kept, active, strict=True)], layout
         ),

@@ -52,6 +52,9 @@ class StepOptions:
     probe: Callable[[int, Tensor, MicroBatch], None] | None = None
     """Called with the step and the hidden states of the first micro-batch that has an active
     supervised position, on the worker that computes it."""
+    router_loss: Callable[[MicroBatch], Tensor | None] | None = None
+    """A loss of the forward pass over a micro-batch, a mean over its tokens: that of
+    the routers of a mixture of experts. Micro-batches count by their tokens."""
     penalize: Callable[[], None] | None = None
     """Adds the gradient of a penalty on the weights to theirs."""
 
@@ -85,6 +88,7 @@ def compute_gradients(
     head, device = model.head, model.head.weight_VD.device
     num_supervised = sum(batch.num_supervised for batch in micro_batches)
     num_prompt = max(1, sum(batch.num_prompt for batch in micro_batches))
+    num_tokens = sum(int(batch.is_token_BT.sum()) for batch in micro_batches)
     tail = loss.tail_of_step(step, head)
     # With one worker backward itself adds the micro-batches in order, each to ``.grad`` at once,
     # but the head's gradient comes in several parts: of candidates, tail and anchor.
@@ -109,6 +113,9 @@ def compute_gradients(
                 options.probe(step, hidden_BTD.detach(), batch)
             main, anchor = loss_sums(hidden_BTD, head, batch, loss, tail, base_logits)
             mean = main / num_supervised + loss.anchor_weight * anchor / num_prompt
+            extra = options.router_loss(batch) if options.router_loss else None
+            if extra is not None:
+                mean = mean + extra * (int(batch.is_token_BT.sum()) / num_tokens)
             mean.backward()  # type: ignore[no-untyped-call]
             sums_M2[index] = torch.stack([main, anchor]).detach()
         add_in_order(total, ordered, group, sources=len(wave))

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lrmc_ray.config import TrainSettings
@@ -158,7 +159,7 @@ def _places(model: Any) -> _Places:
             if module is head:
                 continue
             mixer = type(model.get_submodule(name.rpartition(".")[0])).__name__.lower()
-            if type(module).forward not in (nn.Linear.forward, Conv1D.forward):
+            if not _is_product(module):
                 refused[name] = f"is a {type(module).__name__}, which computes more than a product"
             elif id(module.weight) in shared:
                 refused[name] = "shares its weight with another layer"
@@ -182,6 +183,19 @@ def _places(model: Any) -> _Places:
             else:
                 refused[place] = "is in a module that is never called"
     return _Places(layers, experts, refused)
+
+
+@torch.no_grad()
+def _is_product(layer: Any) -> bool:
+    """Whether a linear layer, of whatever class, computes its product and nothing else."""
+    if not isinstance(layer, nn.Linear) or type(layer).forward is nn.Linear.forward:
+        return True
+    input_ND = layer.weight.new_ones(2, layer.weight.shape[1])
+    try:
+        output: Any = layer(input_ND)
+        return torch.allclose(output, F.linear(input_ND, layer.weight, layer.bias), rtol=1e-3)
+    except (RuntimeError, TypeError, ValueError, AttributeError):
+        return False  # it takes or gives something else
 
 
 def _shared_weights(model: Any) -> set[int]:

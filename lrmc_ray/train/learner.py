@@ -17,6 +17,7 @@ from lrmc_ray.method.microbatch import MicroBatch
 from lrmc_ray.method.optimizers import make_optimizer
 from lrmc_ray.models import attention_cost, batch_hidden_states, head_of, load_model, save_model
 from lrmc_ray.train.recompute import Recomputation
+from lrmc_ray.train.routers import Routers
 from lrmc_ray.train.trainable import TrainableModel
 
 
@@ -58,6 +59,7 @@ class Learner:
             base_kl_weight=settings.base_kl_weight,
         )
         self.autocast = torch.bfloat16 if settings.precision == "bf16" else None
+        self.routers = Routers(self.model, settings.router_loss)
         self.attention_cost = attention_cost(self.model) if settings.packing else math.inf
 
     def hidden_states(self, batch: MicroBatch) -> Tensor:

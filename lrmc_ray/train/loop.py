@@ -29,6 +29,7 @@ from lrmc_ray.method.training_loop import StepOptions
 from lrmc_ray.method.training_loop import train as training_steps
 from lrmc_ray.method.workers import WorkerGroup
 from lrmc_ray.model_borders import longest_packed
+from lrmc_ray.models import dropped_parts
 from lrmc_ray.record.reader import Records
 from lrmc_ray.train.early_stopping import EarlyStopping, Rung
 from lrmc_ray.train.learner import Learner
@@ -93,6 +94,8 @@ class TrainingRun:
         self.counts = Counts()
         if group.rank == 0 and (adapters := self.learner.trainable.adapters) is not None:
             _log.info("%.0f %% of the model's weights have an adapter", 100 * adapters.share)
+        if group.rank == 0 and (dropped := dropped_parts(self.learner.model, model_directory)):
+            _log.warning("%s", dropped)
         self.costs = Costs(device)
         self.first_step = 0
         self.bad_steps = 0
@@ -180,6 +183,7 @@ class TrainingRun:
                 max_bad_steps=settings.max_bad_steps,
                 base=learner.base,
                 probe=self.probe.measure,
+                router_loss=learner.routers.loss,
                 penalize=learner.penalty.add_gradient if learner.penalty else None,
             ),
             self.group,
@@ -207,6 +211,7 @@ class TrainingRun:
             outside=self.probe.shared(result.step),
             optimizer=self.learner.optimizer,
         )
+        metrics |= self.learner.routers.report(self.group)
         return metrics | self.held_out.score(done)
 
     def _is_hopeless(self, done: int, metrics: dict[str, float]) -> bool:
