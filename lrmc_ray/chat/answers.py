@@ -9,7 +9,7 @@ conversation up to it alone, as it is when the model has to give it.
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from lrmc_ray.chat.checks import check_answer, check_rendered
+from lrmc_ray.chat.checks import check_answer, check_rendered, left_out, unrendered_fields
 from lrmc_ray.chat.conversation import (
     Answer,
     Conversation,
@@ -20,10 +20,11 @@ from lrmc_ray.chat.conversation import (
     opened_block,
 )
 from lrmc_ray.chat.ends import TurnEnds, shared_length
+from lrmc_ray.chat.spoken import AnswerForm
 from lrmc_ray.chat.template import PROBE, REFUSES, Template
 from lrmc_ray.errors import DataError
 
-RENDERING = 2
+RENDERING = 3
 """Changes whenever prompts or answers are rendered, or told from each other, in another way."""
 
 
@@ -33,19 +34,24 @@ class Chat(Template):
     def __init__(self, tokenizer: Any, options: Mapping[str, Any] | None = None) -> None:
         super().__init__(tokenizer, options)
         self._ends = TurnEnds(self)
+        self.unrendered: set[str] = set()
+        """Fields of tools' results that the template left out, and that say nothing by themselves:
+        results stand in the order of their calls."""
+        self._left_out: dict[tuple[tuple[Any, ...], ...], int | None] = {}
 
     def last_header(self, prompt: str) -> int:
         """Where the last special token of ``prompt`` begins; see :class:`TurnEnds`."""
         return self._ends.last_header(prompt)
 
-    def opening(self, messages: Sequence[Message]) -> str:
-        """What the template writes between the generation prompt and the answer's own text.
+    def form(self, messages: Sequence[Message]) -> AnswerForm:
+        """What the template writes around the text of the answer behind ``messages``.
 
         Raises:
-            DataError: see :meth:`render`.
+            DataError: see :meth:`answer`.
         """
         answer = self.answer([*messages, {"role": "assistant", "content": PROBE[1]}])
-        return answer.text[: answer.text.index(PROBE[1])]
+        opening, _, closing = answer.text[: answer.end].partition(PROBE[1])
+        return AnswerForm(answer.prompt, opening, closing, self.special, self.markers)
 
     def answer(self, messages: Sequence[Message], tools: Sequence[Any] = ()) -> Answer:
         """The last message, which is the assistant's, in the context of those before it.
@@ -130,10 +136,23 @@ class Chat(Template):
                 problems.append(problem)
         raise next((p for p in problems if REFUSES not in str(p)), problems[0])
 
+    def _first_left_out(self, messages: Sequence[Message], tools: Sequence[Any]) -> int | None:
+        """Index of the first message that the template never renders among such roles."""
+        shape = (
+            *((m["role"], bool(m.get("content")), bool(m.get("tool_calls"))) for m in messages),
+            (bool(tools),),
+        )
+        if shape not in self._left_out:
+            self._left_out[shape] = left_out(messages, lambda others: self.render(others, tools))
+        return self._left_out[shape]
+
     def _renderings(self, conversation: Conversation) -> list[Rendering]:
         messages, tools = conversation.messages, conversation.tools
         whole = self.render(messages, tools)
-        check_rendered(conversation, whole)
+        check_rendered(conversation, whole, self._first_left_out(messages, tools))
+        self.unrendered |= unrendered_fields(
+            messages, whole, lambda others: self.render(others, tools)
+        )
         if tools and whole == self.render(messages):
             raise DataError(
                 "the chat template does not render 'tools'; use a model whose template does, or "

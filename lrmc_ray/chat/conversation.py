@@ -74,28 +74,24 @@ def opened_block(text: str) -> tuple[str, str] | None:
     return None
 
 
-def spoken_answer(prompt: str, text: str) -> str | None:
-    """What is said behind the think block that ``text`` begins with; None while it is open.
-
-    The block may have been opened by the prompt.
-    """
-    tags = opened_block(prompt) or next(
-        (tags for tags in THINK_TAGS if text.lstrip().startswith(tags[0])), None
-    )
-    if tags is None:
-        return text
-    _, closed, spoken = text.partition(tags[1])
-    return spoken.lstrip() if closed else None
-
-
 def continue_block(tail: str, message: Message, tags: tuple[str, str], blank: str) -> str:
-    """``tail``, the rendered answer, continued from a think block that is already open."""
+    """``tail``, the rendered answer, continued from a think block that is already open.
+
+    Args:
+        tail: the answer.
+        message: it.
+        tags: of the block.
+        blank: what the prompt has behind the tag; where there is nothing, nothing stands around
+            the closing tag either.
+    """
     opened, closed = tags
     if tail.startswith(opened):
         rest = tail[len(opened) :]
         return rest.lstrip() if blank else rest
     reasoning = next((str(message[name]) for name in REASONING if message.get(name)), "")
     reasoning = reasoning or split_reasoning(message.get("content") or "")[0]
+    if not blank:
+        return f"{reasoning.strip()}{closed}{tail.removeprefix(closed)}"
     between = f"{reasoning.strip()}\n" if reasoning else "\n"
     return f"{between}{closed}\n\n{tail.removeprefix(closed).lstrip()}"
 

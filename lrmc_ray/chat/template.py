@@ -46,6 +46,8 @@ class Template:
         self.tokenizer = tokenizer
         self.options = dict(options or {})
         self.special = tuple(sorted(set(special_tokens(tokenizer).values()) - {""}))
+        added = getattr(tokenizer, "added_tokens_decoder", {}).values()
+        self.markers = tuple(sorted({*self.special, *map(str, added)} - {""}))
         self._arguments = dict(self.options)
         if not self.has_template:
             self._arguments |= {

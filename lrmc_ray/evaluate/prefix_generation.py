@@ -3,11 +3,12 @@
 Shape suffixes: those of :mod:`lrmc_ray.method`.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 import torch
 from lm_eval.models.utils import postprocess_generated_text
 
+from lrmc_ray.evaluate.plain_generation import Said, has_stopped
 from lrmc_ray.evaluate.prefix_batches import ContextRow, Tokens
 from lrmc_ray.evaluate.prefix_memory import ContextMemory
 from lrmc_ray.evaluate.prefix_model import PrefixModel, SharedBatch
@@ -18,23 +19,15 @@ class GreedyGeneration:
 
     Args:
         model: writes.
-        decode: from token ids to text.
+        said: finds the answer in what was written to a context.
         ends: tokens that end an answer and are no part of it.
         memory: keeps the contexts, whose gold answers are often scored next.
-        spoken: from what is written to a context to the answer in it, behind a closed think block;
-            None while the block is open.
     """
 
     def __init__(
-        self,
-        model: PrefixModel,
-        decode: Callable[[list[int]], str],
-        ends: set[int],
-        memory: ContextMemory,
-        spoken: Callable[[Tokens, str], str | None] = lambda context, text: text,
+        self, model: PrefixModel, said: Said, ends: set[int], memory: ContextMemory
     ) -> None:
-        self._model, self._decode, self._ends, self._memory = model, decode, ends, memory
-        self._spoken = spoken
+        self._model, self._said, self._ends, self._memory = model, said, ends, memory
 
     def answers(
         self, rows: Iterable[ContextRow], stops: Sequence[str], most: int
@@ -60,7 +53,7 @@ class GreedyGeneration:
         last_B = torch.tensor(batch.ends, device=model.device) - 1
         hidden_BD = hidden_BTD[torch.arange(len(last_B), device=model.device), last_B]
         contexts = [row.tokens for row in batch.rows]
-        written = _Answers(contexts, self._decode, self._ends, stops, self._spoken)
+        written = _Answers(contexts, self._said, self._ends, stops)
         for step in range(most):
             token_B = model.logits(hidden_BD).argmax(-1)
             going = written.add(token_B.tolist())
@@ -78,7 +71,7 @@ class GreedyGeneration:
             hidden_BD = hidden_BTD[:, -1]
         return [
             postprocess_generated_text(generation=text, stop=stops, think_end_token=None)
-            for text in written.spoken()
+            for text in written.texts()
         ]
 
 
@@ -86,37 +79,27 @@ class _Answers:
     """What has been written of the answers of one batch, and which of them go on."""
 
     def __init__(
-        self,
-        contexts: Sequence[Tokens],
-        decode: Callable[[list[int]], str],
-        ends: set[int],
-        stops: Sequence[str],
-        spoken: Callable[[Tokens, str], str | None],
+        self, contexts: Sequence[Tokens], said: Said, ends: set[int], stops: Sequence[str]
     ) -> None:
-        self._texts = [""] * len(contexts)
+        self._answers = [said(context, []) for context in contexts]
         self._tokens: list[list[int]] = [[] for _ in contexts]
         self._going = list(range(len(contexts)))  # which answer each row of the cache is
-        self._decode, self._ends, self._stops = decode, ends, stops
-        self._contexts, self._spoken = contexts, spoken
+        self._contexts, self._said, self._ends, self._stops = contexts, said, ends, stops
 
-    def spoken(self) -> list[str]:
-        """The answers, without the think block before them; all of one whose block is open."""
-        answers = []
-        for context, text in zip(self._contexts, self._texts, strict=True):
-            answer = self._spoken(context, text)
-            answers.append(text if answer is None else answer)
-        return answers
+    def texts(self) -> list[str]:
+        """The answers."""
+        return [answer.text for answer in self._answers]
 
     def add(self, tokens: Sequence[int]) -> list[int]:
         """Add one token to every answer that goes on; returns the rows of those that still do."""
         rows = []
-        for row, (answer, token) in enumerate(zip(self._going, tokens, strict=True)):
+        for row, (index, token) in enumerate(zip(self._going, tokens, strict=True)):
             if token in self._ends:
                 continue
-            self._tokens[answer].append(token)
-            text = self._texts[answer] = self._decode(self._tokens[answer])
-            spoken = self._spoken(self._contexts[answer], text)
-            if spoken is None or not any(stop in spoken for stop in self._stops):
+            self._tokens[index].append(token)
+            answer = self._said(self._contexts[index], self._tokens[index])
+            self._answers[index] = answer
+            if not has_stopped(answer, self._stops):
                 rows.append(row)
         self._going = [self._going[row] for row in rows]
         return rows

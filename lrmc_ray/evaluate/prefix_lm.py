@@ -31,9 +31,11 @@ from lm_eval.models.utils import handle_stop_sequences, normalize_gen_kwargs
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
 from lrmc_ray.chat.answers import Chat
-from lrmc_ray.chat.conversation import spoken_answer
+from lrmc_ray.chat.spoken import AnswerForm, Spoken
+from lrmc_ray.chat.template import special_tokens
 from lrmc_ray.chat.tokens import bare_ids, split_ids
 from lrmc_ray.errors import DataError
+from lrmc_ray.evaluate.plain_generation import write_answers
 from lrmc_ray.evaluate.prefix_batches import BatchLimits, ContextRow, Tokens, context_rows
 from lrmc_ray.evaluate.prefix_generation import GreedyGeneration
 from lrmc_ray.evaluate.prefix_memory import ContextMemory
@@ -91,10 +93,11 @@ class PrefixLM(HFLM):  # type: ignore[misc]  # lm-eval ships no types
             )
         self._chat = Chat(tokenizer, template_options)
         self.chat_template_args = dict(template_options or {})
-        # The generation prompts that were asked for, each with what the template writes before
-        # the answer's own text; and the prompts of tokens that were generated from.
-        self._openings: dict[str, str] = {}
-        self._prompts: dict[Tokens, str] = {}
+        # What the template writes around the answers to the generation prompts that were asked
+        # for, and to the tokens that were generated from.
+        self._forms: dict[str, AnswerForm] = {}
+        self._asked: dict[Tokens, AnswerForm] = {}
+        self._special = set(special_tokens(tokenizer))
         ends = model.generation_config.eos_token_id
         self._ends = {tokenizer.eos_token_id, *(ends if isinstance(ends, list) else [ends])}
 
@@ -111,28 +114,32 @@ class PrefixLM(HFLM):  # type: ignore[misc]  # lm-eval ships no types
         except DataError:
             history = [message for message in history if message["role"] != "system"]
             prompt = self._chat.prompt(history)
-        self._openings[prompt] = self._chat.opening(history)
+        self._forms[prompt] = self._chat.form(history)
         return prompt if add_generation_prompt else prompt + chat_history[-1]["content"]
 
     def loglikelihood(self, requests: Any, disable_tqdm: bool = False) -> list[tuple[float, bool]]:
         """Log-likelihood of each continuation, which is rendered as an answer is learned."""
         for request in requests:
             context, continuation = request.args
-            if opening := self._openings.get(context):
+            if form := self._forms.get(context):
                 # The items keep what was scored, whose tokens are counted later.
-                request.arguments = (context, opening + continuation)
+                request.arguments = (context, form.opening + continuation)
         scored: list[tuple[float, bool]] = super().loglikelihood(requests, disable_tqdm)
         return scored
 
     def _encode_pair(self, context: str, continuation: str) -> tuple[list[int], list[int]]:
-        if context in self._openings:
+        if context in self._forms:
             return split_ids(self.tokenizer, context, continuation)
         pair: tuple[list[int], list[int]] = super()._encode_pair(context, continuation)
         return pair
 
-    def _spoken(self, context: Tokens, text: str) -> str | None:
-        prompt = self._prompts.get(context)
-        return text if prompt is None else spoken_answer(prompt, text)
+    def _said(self, context: Tokens, ids: Sequence[int]) -> Spoken:
+        """The answer in the tokens that were written to ``context``."""
+        form = self._asked.get(context)
+        if form is None:
+            return Spoken(self.tok_decode(ids))
+        # Special tokens say where reasoning and channels begin and end.
+        return form.spoken(self.tok_decode(ids, self._special.isdisjoint(ids)))
 
     def loglikelihood_rolling(self, requests: Any, disable_tqdm: bool = False) -> list[float]:
         """Log-likelihood of each whole text, in windows of the model's length."""
@@ -205,21 +212,21 @@ class PrefixLM(HFLM):  # type: ignore[misc]  # lm-eval ships no types
 
     @torch.inference_mode()
     def generate_until(self, requests: Any, disable_tqdm: bool = False) -> list[str]:
-        """The greedy continuation of each context, cut at the first stop string."""
-        answers: list[str | None] = [None] * len(requests)
-        greedy: dict[str, list[int]] = {}
+        """What is said to each context, cut at the first stop string."""
+        answers: list[str] = [""] * len(requests)
+        groups: dict[tuple[str, bool], list[int]] = {}
         others: list[int] = []
         crossing: list[int] = []
         for index, request in enumerate(requests):
-            settings = normalize_gen_kwargs(request.args[1], self.max_gen_toks)
-            if self._crosses_rope(request.args[0], settings["max_gen_toks"]):
-                crossing.append(index)
-            elif self._is_greedy(settings):
-                greedy.setdefault(repr(sorted(settings.items())), []).append(index)
+            context, arguments = request.args
+            settings = normalize_gen_kwargs(arguments, self.max_gen_toks)
+            crosses = self._crosses_rope(context, settings["max_gen_toks"])
+            if context in self._forms or (self._is_greedy(settings) and not crosses):
+                groups.setdefault((repr(sorted(settings.items())), crosses), []).append(index)
             else:
-                others.append(index)
-        for indices in greedy.values():
-            written = self._generate([requests[index].args for index in indices])
+                (crossing if crosses else others).append(index)
+        for (_, crosses), indices in groups.items():
+            written = self._generate([requests[index].args for index in indices], alone=crosses)
             for index, text in zip(indices, written, strict=True):
                 answers[index] = text
         usual = self.batch_size_per_gpu
@@ -230,20 +237,14 @@ class PrefixLM(HFLM):  # type: ignore[misc]  # lm-eval ships no types
             for index, text in zip(indices, texts, strict=True):
                 answers[index] = text
         self.batch_size_per_gpu = usual
-        return [answer for answer in answers if answer is not None]
+        return answers
 
     def _crosses_rope(self, context: str, most: int) -> bool:
         """Whether an answer may end where rotary frequencies are others than at its beginning."""
         if self._sharing.borders.rope_border is None:
             return False
         longest = max(1, self.max_length - most)
-        return self._sharing.crosses_rope(len(self._prompt(context, longest)) + most)
-
-    def _prompt(self, context: str, longest: int) -> Tokens:
-        """The last tokens of a prompt, ``longest`` at most."""
-        if context in self._openings:
-            return tuple(bare_ids(self.tokenizer, context)[-longest:])
-        return tuple(self.tok_encode(context, left_truncate_len=longest))
+        return self._sharing.crosses_rope(len(self._context_tokens(context, longest)) + most)
 
     def _is_greedy(self, settings: dict[str, Any]) -> bool:
         """Whether the next token is the most probable one, and nothing else has a say."""
@@ -264,9 +265,10 @@ class PrefixLM(HFLM):  # type: ignore[misc]  # lm-eval ships no types
         }
         return all(getattr(config, name, None) in allowed for name, allowed in neutral.items())
 
-    def _generate(self, arguments: Sequence[tuple[str, dict[str, Any]]]) -> list[str]:
-        """Answers to contexts that all have the same settings, greedy ones."""
-        assert self._shared is not None
+    def _generate(
+        self, arguments: Sequence[tuple[str, dict[str, Any]]], *, alone: bool
+    ) -> list[str]:
+        """Answers to contexts that all have the same settings, one by one if ``alone``."""
         settings = normalize_gen_kwargs(arguments[0][1], self.max_gen_toks)
         # lm-eval adds the end of the turn as a string; here it is known by its id.
         stops = [stop for stop in handle_stop_sequences(settings["until"], eos=None) if stop]
@@ -277,16 +279,47 @@ class PrefixLM(HFLM):  # type: ignore[misc]  # lm-eval ships no types
                 f"max_gen_toks must leave room for a prompt, got {most} of the model's "
                 f"{self.max_length} positions; lower it in the task file"
             )
+        contexts = [self._context_tokens(context, longest) for context, _ in arguments]
+        if alone or self._shared is None or not self._is_greedy(settings):
+            options = {k: v for k, v in settings.items() if k not in ("until", "max_gen_toks")}
+            size = 1 if alone else self.batch_size
+            return self._generate_plainly(contexts, stops, most, options, size)
         rows: dict[Tokens, ContextRow] = {}
-        for index, (context, _) in enumerate(arguments):
-            tokens = self._prompt(context, longest)
-            if context in self._openings:
-                self._prompts[tokens] = context
+        for index, tokens in enumerate(contexts):
             row = rows.setdefault(tokens, ContextRow(tokens, len(tokens)))
             row.members.append((index, ()))
         self._memory.take()
-        generation = GreedyGeneration(
-            self._shared, self.tok_decode, self._ends, self._memory, self._spoken
-        )
+        generation = GreedyGeneration(self._shared, self._said, self._ends, self._memory)
         answers = dict(generation.answers(rows.values(), stops, most))
         return [answers[index] for index in range(len(arguments))]
+
+    def _context_tokens(self, context: str, longest: int) -> Tokens:
+        """The last tokens of a context, ``longest`` at most."""
+        form = self._forms.get(context)
+        if form is None:
+            return tuple(self.tok_encode(context, left_truncate_len=longest))
+        tokens = tuple(bare_ids(self.tokenizer, context)[-longest:])
+        self._asked[tokens] = form
+        return tokens
+
+    def _generate_plainly(
+        self,
+        contexts: Sequence[Tokens],
+        stops: Sequence[str],
+        most: int,
+        options: dict[str, Any],
+        batch_size: int,
+    ) -> list[str]:
+        padding = self.tokenizer.pad_token_id
+        answers: list[str] = []
+        for start in range(0, len(contexts), batch_size):
+            answers += write_answers(
+                self.model,
+                contexts[start : start + batch_size],
+                stops,
+                most,
+                self._said,
+                padding=self.tokenizer.eos_token_id if padding is None else padding,
+                options=options,
+            )
+        return answers

@@ -65,8 +65,10 @@ def conversation_of(row: Mapping[str, Any]) -> Conversation:
     learned = [m for m in messages if m["role"] == "assistant" and _says_something(m)]
     if not learned:
         raise DataError("no assistant message with text, so nothing to learn")
-    unlearned = frozenset(i for i, message in enumerate(messages) if not _is_learned(message))
-    if all(i in unlearned for i, m in enumerate(messages) if m["role"] == "assistant"):
+    is_learned = [_is_learned(message) for message in messages]
+    answers = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
+    unlearned = frozenset(i for i in answers if not is_learned[i])
+    if len(unlearned) == len(answers):
         raise DataError(
             "every answer has 'weight' 0 or 'train' false, so there is nothing to learn; remove "
             "the row, or one of these marks"
@@ -180,7 +182,11 @@ def _prompt(row: Mapping[str, Any]) -> list[dict[str, Any]]:
         if isinstance(prompt, str)
         else _messages(prompt, "prompt")
     )
-    # Of a prompt no answer is learned.
+    if any(m.get("train") is True for m in before):
+        raise DataError(
+            "'train' of a message in 'prompt' is true, and of such a row only the completion is "
+            "learned; remove the mark, or write the row as 'messages'"
+        )
     before = [{**m, "train": False} if m["role"] == "assistant" else m for m in before]
     if isinstance(completion, str):
         return [*before, {"role": "assistant", "content": completion}]
@@ -295,6 +301,11 @@ def _is_learned(message: Mapping[str, Any]) -> bool:
         DataError: they say neither yes nor no.
     """
     weight, train = message.get("weight", 1), message.get("train", True)
+    if message["role"] != "assistant" and message.get("train") is True:
+        raise DataError(
+            f"'train' of a message of the role {message['role']!r} is true, and only what the "
+            "assistant says is learned; remove the mark, or give it the role 'assistant'"
+        )
     if weight not in (0, 1) or not isinstance(weight, int | float):
         raise DataError(f"'weight' of a message must be 0 or 1, got {weight!r}")
     if not isinstance(train, bool):
@@ -305,11 +316,11 @@ def _is_learned(message: Mapping[str, Any]) -> bool:
 def _cleaned(message: Mapping[str, Any]) -> dict[str, Any]:
     """The fields that chat templates read, those that say nothing left out."""
     cleaned = {"role": message["role"], "content": message["content"]}
-    for name in ("tool_calls", *REASONING):
+    for name in ("tool_calls", *REASONING, "name"):
         if message.get(name):
             cleaned[name] = message[name]
-    if message["role"] == "tool":
-        cleaned |= {name: message[name] for name in ("name", "tool_call_id") if name in message}
+    if message["role"] == "tool" and message.get("tool_call_id"):
+        cleaned["tool_call_id"] = message["tool_call_id"]
     return cleaned
 
 

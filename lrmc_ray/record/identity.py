@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from lrmc_ray.chat.answers import RENDERING
 from lrmc_ray.config import RunSettings
 from lrmc_ray.errors import DataError, IncompleteArtifactError
 from lrmc_ray.files.artifacts import (
@@ -28,6 +29,7 @@ _IDENTITY = {
     "k_min": "k_min",
     "k_max": "k_max",
     "prompt_k_max": "prompt_k_max",
+    "rendering": "version of the code that renders conversations",
     "schema": "schema version",
 }
 """Fields of a record's identity, as messages call them. Paths, names and times are not in it."""
@@ -57,6 +59,7 @@ def identify(
         "k_min": settings.record.k_min,
         "k_max": settings.record.k_max,
         "prompt_k_max": settings.record.prompt_k_max,
+        "rendering": RENDERING,
         "schema": SCHEMA_VERSION,
     }
     assert identity.keys() == _IDENTITY.keys()
@@ -74,7 +77,8 @@ def check_fits(record: Path, settings: RunSettings, model_directory: Path) -> No
         IncompleteArtifactError: ``record`` is not finished.
     """
     recorded = read_manifest(record, made_by=MADE_BY).get("identity", {})
-    names = ["model", "chat_template", "tokenizer", "data", "max_length", "on_long", "schema"]
+    names = ["model", "chat_template", "tokenizer", "data", "max_length", "on_long"]
+    names += ["rendering", "schema"]
     sources: list[Source] = []
     try:
         sources = training_sources(settings)

@@ -218,6 +218,12 @@ def _warn(
             "the tokenizer has no chat template; conversations are rendered in the plain format "
             "'User:', 'Assistant:', each in a line of its own, here and in scoring",
         )
+    if chat.unrendered:
+        _log.warning(
+            "the chat template does not render %s of tools' results; each is taken for that of the "
+            "call in the same place, which is so in all rows",
+            " and ".join(map(repr, sorted(chat.unrendered))),
+        )
     if unread := unread_files(names):
         _log.warning(
             "%d file(s) in the folders of the training data are not read: %s%s",

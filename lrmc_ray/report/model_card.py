@@ -24,8 +24,8 @@ path = "."  # this directory, or its name on the Hub
 tokenizer = AutoTokenizer.from_pretrained(path)
 model = AutoModelForCausalLM.from_pretrained(path)
 messages = [{"role": "user", "content": "Your question"}]
-inputs = tokenizer.apply_chat_template(
-    messages, add_generation_prompt=True, return_dict=True, return_tensors="pt"
+OPTIONSinputs = tokenizer.apply_chat_template(
+    messages, add_generation_prompt=True, GIVENreturn_dict=True, return_tensors="pt"
 )
 output = model.generate(**inputs, max_new_tokens=128, do_sample=False)
 print(tokenizer.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True))
@@ -36,7 +36,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 path = "."  # this directory, or its name on the Hub
 tokenizer = AutoTokenizer.from_pretrained(path)
 model = AutoModelForCausalLM.from_pretrained(path)
-inputs = tokenizer("Your prompt", return_tensors="pt")
+# The form in which conversations were learned. What was learned as plain text is given as it is.
+inputs = tokenizer("User:\\nYour question\\n\\nAssistant:\\n", return_tensors="pt")
 output = model.generate(**inputs, max_new_tokens=128, do_sample=False)
 print(tokenizer.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True))
 """
@@ -78,7 +79,7 @@ def write_model_card(directory: Path, study_dir: Path) -> Path:
         _scores_table(study.verdict.comparison),
         _headline(study.verdict.comparison),
         "## Use\n",
-        f"```python\n{_CHAT_CODE if _has_chat_template(directory) else _PLAIN_CODE}```\n",
+        f"```python\n{_code(directory, _section(settings, 'model'))}```\n",
         "## Training data\n",
         "".join(f"- {_DEMO_DATA if source == DEMO else source}\n" for source in sources),
         "## Training settings\n",
@@ -189,6 +190,18 @@ def _two_columns(title: str, rows: Sequence[tuple[str, str]]) -> str:
     lines = [f"| {title} | value |", "|---|---|"]
     lines += [f"| {name} | {value} |".replace("\n", " ") for name, value in rows]
     return "\n".join(lines) + "\n"
+
+
+def _code(directory: Path, model: Mapping[str, Any]) -> str:
+    """Code that renders a question as the model was taught."""
+    if not _has_chat_template(directory):
+        return _PLAIN_CODE
+    options = model.get("template_options")
+    line = (
+        f"options = {dict(options)!r}  # of the chat template, as in training\n" if options else ""
+    )
+    given = "**options, " if options else ""
+    return _CHAT_CODE.replace("OPTIONS", line).replace("GIVEN", given)
 
 
 def _has_chat_template(directory: Path) -> bool:

@@ -1,5 +1,6 @@
 """What is scored is what is learned, on the chat template of Qwen3 and on others."""
 
+import functools
 from typing import Any
 
 import pytest
@@ -8,7 +9,6 @@ from lm_eval.api.instance import Instance
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from lrmc_ray.chat.answers import Chat
-from lrmc_ray.chat.conversation import spoken_answer
 from lrmc_ray.evaluate.prefix_lm import PrefixLM
 from lrmc_ray.record.encode import encode_row
 from lrmc_ray.record.rows import Row
@@ -44,6 +44,8 @@ def language_model(tokenizer, **options):
         ),
         ("qwen3_6", {}, "<|im_start|>assistant\n<think>\n", "\n</think>\n\n"),
         ("qwen2_5", {}, "<|im_start|>assistant\n", ""),
+        ("gptoss", {}, "<|start|>assistant", "<|channel|>final<|message|>"),
+        ("muse_glimmer", {}, "assistant", " to=user<|message|>"),
         (None, {}, "Assistant:\n", ""),
     ],
 )
@@ -72,27 +74,73 @@ def test_the_text_scored_is_the_text_learned(name, options, before, behind, monk
     assert tokenizer.decode(answer_ids) == behind + SQL
 
 
+def form_of(name, *, template=None, **options):
+    tokenizer = tokenizer_for(template or shipped()[name])
+    return Chat(tokenizer, options).form(HISTORY)
+
+
 @pytest.mark.parametrize(
-    ("prompt", "written", "spoken"),
+    ("name", "options", "written", "spoken"),
     [
-        ("assistant\n", "SELECT 1;", "SELECT 1;"),
-        ("assistant\n", "<think>\n\n", None),
-        ("assistant\n", "<think>\n\n</think>\n\nSELECT 1;", "SELECT 1;"),
-        ("assistant\n<think>\n", "One;\n\nand one.\n", None),
-        ("assistant\n<think>\n", "One;\n\n</think>\n\nSELECT 1;", "SELECT 1;"),
-        ("assistant\n<think>\n\n</think>\n\n", "SELECT 1;", "SELECT 1;"),
-        ("Say </think>", "<think>", None),
+        ("qwen3", {}, "SELECT 1;", ("SELECT 1;", True, False)),
+        ("qwen3", {}, "<think>\n\n", ("<think>\n\n", False, False)),
+        ("qwen3", {}, "<think>\n\n</think>\n\nSELECT 1;", ("SELECT 1;", True, False)),
+        ("qwen3", {}, "Two.<|im_end|>\nmore", ("Two.", True, True)),
+        ("qwen3", {"enable_thinking": False}, "SELECT 1;", ("SELECT 1;", True, False)),
+        ("qwen3_6", {}, "One;\n\nand one.\n", ("One;\n\nand one.\n", False, False)),
+        ("qwen3_6", {}, "One;\n\n</think>\n\nSELECT 1;", ("SELECT 1;", True, False)),
+        ("gptoss", {}, "", ("", False, False)),
+        ("gptoss", {}, "<|channel|>", ("", False, False)),
+        ("gptoss", {}, "<|channel|>analysis<|message|>One;\n\nand", ("", False, False)),
+        (
+            "gptoss",
+            {},
+            "<|channel|>analysis<|message|>One;\n\n<|end|><|start|>assistant<|channel|>final"
+            "<|message|>SELECT 1;<|return|>",
+            ("SELECT 1;", True, True),
+        ),
+        (
+            "gptoss",
+            {},
+            "<|channel|>final <|constrain|>json<|message|>{}",
+            ("{}", True, False),
+        ),
+        (
+            "gptoss",
+            {},
+            ' to=functions.f<|channel|>commentary json<|message|>{"x": 1}<|call|>',
+            ("", False, False),
+        ),
+        ("gptoss", {}, "No channel at all.", ("No channel at all.", True, False)),
+        ("muse_glimmer", {}, " to=us", ("", False, False)),
+        ("muse_glimmer", {}, " to=user<|message|>Two.<|eot|>", ("Two.", True, True)),
+        ("cohere2", {}, "Two.<|END_RESPONSE|>", ("Two.", True, True)),
     ],
 )
-def test_the_answer_stands_behind_a_closed_think_block(prompt, written, spoken):
-    assert spoken_answer(prompt, written) == spoken
+def test_the_answer_in_what_is_written(name, options, written, spoken):
+    said = form_of(name, **options).spoken(written)
+    assert (said.text, said.has_begun, said.has_ended) == spoken
 
 
-def test_stop_strings_do_not_stop_within_a_think_block(monkeypatch):
+def test_a_quoted_think_block_opens_none():
     tokenizer = tokenizer_for(shipped()["qwen3"])
+    form = Chat(tokenizer).form([{"role": "user", "content": "Say </think>"}])
+    assert form.spoken("<think>").has_begun is False
+
+
+SETTINGS = {"until": [";", "\n\n"], "max_gen_toks": 96, "do_sample": False}
+WRITTEN = {
+    "qwen3": "<think>\n\n</think>\n\nTwo;\n\nTwo",
+    "gptoss": "<|channel|>analysis<|message|>One; one.\n\nSo.<|end|><|start|>assistant"
+    "<|channel|>final<|message|>Two;\n\nTwo",
+}
+
+
+@pytest.mark.parametrize("name", WRITTEN)
+def test_stop_strings_do_not_stop_within_reasoning(name, monkeypatch):
+    tokenizer = tokenizer_for(shipped()[name])
     lm = language_model(tokenizer)
-    script = tokenizer("<think>\n\n</think>\n\nTwo;\n\nTwo", add_special_tokens=False)["input_ids"]
-    steps = iter(script)
+    steps = iter(tokenizer(WRITTEN[name], add_special_tokens=False)["input_ids"])
 
     def logits(hidden_BD):
         return torch.nn.functional.one_hot(
@@ -100,6 +148,53 @@ def test_stop_strings_do_not_stop_within_a_think_block(monkeypatch):
         ).float()
 
     monkeypatch.setattr(lm._shared, "logits", logits)
-    settings = {"until": [";", "\n\n"], "max_gen_toks": 64, "do_sample": False}
-    request = Instance("generate_until", {}, (lm.apply_chat_template(HISTORY), settings), 0)
+    request = Instance("generate_until", {}, (lm.apply_chat_template(HISTORY), SETTINGS), 0)
     assert lm.generate_until([request], disable_tqdm=True) == ["Two"]
+    assert next(steps, None) is not None  # nothing is written behind the stop string
+
+
+@pytest.mark.parametrize(
+    "settings", [SETTINGS, {**SETTINGS, "do_sample": True, "temperature": 0.5}]
+)
+@pytest.mark.parametrize("name", WRITTEN)
+def test_nor_where_transformers_generates(name, settings, monkeypatch):
+    """As it does for models whose passes cannot be shared, and for sampled answers."""
+    tokenizer = tokenizer_for(shipped()[name])
+    lm = language_model(tokenizer)
+    monkeypatch.setattr(lm, "_shared", None)
+    steps = iter(tokenizer(WRITTEN[name], add_special_tokens=False)["input_ids"])
+    forward = lm.model.forward
+
+    @functools.wraps(forward)
+    def scripted(*args, **kwargs):
+        output = forward(*args, **kwargs)
+        output.logits[:, -1] = -1e9
+        output.logits[:, -1, next(steps)] = 0.0
+        return output
+
+    monkeypatch.setattr(lm.model, "forward", scripted)
+    longer = [*HISTORY[:1], {"role": "user", "content": "Two? And two?"}]
+    requests = [
+        Instance("generate_until", {}, (lm.apply_chat_template(history), settings), 0)
+        for history in (HISTORY, longer)
+    ]
+    assert lm.generate_until(requests, disable_tqdm=True) == ["Two", "Two"]
+    assert next(steps, None) is not None
+
+
+def test_transformers_writes_what_shared_passes_write(monkeypatch):
+    lm = language_model(tokenizer_for(shipped()["qwen2_5"]))
+    with torch.no_grad():  # so that what is written depends on the prompt
+        for name, parameter in lm.model.named_parameters():
+            parameter.mul_(1 if "norm" in name else 30)
+    prompts = [
+        lm.apply_chat_template([{"role": "user", "content": text}])
+        for text in ("Two?", "Ohm? the sum of one and two")
+    ]
+    requests = [
+        Instance("generate_until", {}, (p, {**SETTINGS, "max_gen_toks": 8}), 0) for p in prompts
+    ]
+    shared = lm.generate_until(requests, disable_tqdm=True)
+    monkeypatch.setattr(lm, "_shared", None)
+    assert lm.generate_until(requests, disable_tqdm=True) == shared
+    assert len(set(shared)) == 2

@@ -110,6 +110,13 @@ def test_an_answer_with_such_a_mark_is_not_learned(mark):
         conversation_of({"messages": [USER, {**TWO, **mark}]})
 
 
+def test_marks_that_learn_nothing_of_others_change_nothing():
+    marked = [{**SYSTEM, "weight": 0}, {**USER, "train": False, "weight": 1}, {**TWO, "weight": 1}]
+    assert conversation_of({"messages": marked}) == conversation_of(
+        {"messages": [SYSTEM, USER, TWO]}
+    )
+
+
 def test_answers_within_a_prompt_are_not_learned():
     row = {"prompt": [USER, TWO, USER], "completion": [TWO]}
     assert conversation_of(row).unlearned == {1}
@@ -122,6 +129,10 @@ def test_answers_within_a_prompt_are_not_learned():
         ({"prompt": "2?", "completion": "3", "label": False}, "'label' is false"),
         ({"messages": [USER, {**TWO, "weight": 0.5}]}, "'weight' of a message must be 0 or 1"),
         ({"messages": [USER, {**TWO, "train": "no"}]}, "'train' of a message must be true or"),
+        ({"messages": [{**USER, "train": True}, TWO]}, "of the role 'user' is true, and only"),
+        ({"messages": [{**SYSTEM, "train": True}, TWO]}, "of the role 'system' is true, and only"),
+        ({"messages": [USER, {**TWO, "weight": 2}]}, "must be 0 or 1, got 2"),
+        ({"prompt": [USER, {**TWO, "train": True}], "completion": [TWO]}, "only the completion"),
         ({"messages": [USER, {**TWO, "audio": {"id": "x"}}]}, "'audio' of a message cannot be"),
         ({"messages": [{"role": "user", "content": [{"type": "image"}]}, TWO]}, "got 'image'"),
         ({"conversations": [{"from": "alien", "value": "x"}]}, "'from' must be one of human"),

@@ -335,11 +335,18 @@ def test_training_needs_the_record_but_not_the_data(tmp_path, model, data):
         check_fits(record, settings, model)
 
 
-def test_a_record_of_another_schema_is_refused_by_name(tmp_path, model, data):
+@pytest.mark.parametrize(
+    ("field", "value", "told"),
+    [
+        ("schema", "1", r"another schema version \(1\)"),
+        ("rendering", None, r"another version of the code that renders conversations \(None\)"),
+    ],
+)
+def test_a_record_of_another_version_is_refused_by_name(tmp_path, model, data, field, value, told):
     record = tmp_path / "record"
     record.mkdir()
-    write_manifest(record, {"identity": {**identity_of(model, data), "schema": "1"}})
-    with pytest.raises(DataError, match=r"another schema version \(1\)"):
+    write_manifest(record, {"identity": {**identity_of(model, data), field: value}})
+    with pytest.raises(DataError, match=told):
         check_fits(record, settings_for(model, data), model)
 
 

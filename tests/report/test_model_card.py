@@ -6,11 +6,17 @@ from pathlib import Path
 import pytest
 import yaml
 
+from lrmc_ray.chat.answers import Chat
 from lrmc_ray.errors import IncompleteArtifactError
+from lrmc_ray.record.encode import encode_row
+from lrmc_ray.record.rows import Row
 from lrmc_ray.report.model_card import write_model_card
 from lrmc_ray.report.numbers import percent, percent_range, points, points_range
 from lrmc_ray.report.study import load_study
+from tests.support.chat_templates import shipped, tokenizer_for
 from tests.support.synthetic_study import add_final, edit, make_study
+
+ANSWER = {"role": "assistant", "content": "Two."}
 
 
 @pytest.fixture(scope="module")
@@ -122,3 +128,42 @@ def test_the_code_example_runs(study_dir, tmp_path, capsys, monkeypatch, templat
     exec(compile(code, "README.md", "exec"), {})
     printed = capsys.readouterr().out
     assert set(printed.split()) <= set(words)
+
+
+@pytest.mark.parametrize(
+    ("template", "options", "prompt"),
+    [
+        ("qwen3", {}, "<|im_start|>user\nYour question<|im_end|>\n<|im_start|>assistant\n"),
+        (
+            "qwen3",
+            {"enable_thinking": False},
+            "<|im_start|>user\nYour question<|im_end|>\n<|im_start|>assistant\n"
+            "<think>\n\n</think>\n\n",
+        ),
+        (None, {}, "User:\nYour question\n\nAssistant:\n"),
+    ],
+)
+def test_the_code_example_asks_as_the_model_was_taught(
+    study_dir, tmp_path, monkeypatch, template, options, prompt
+):
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    own = Path(shutil.copytree(study_dir, tmp_path / "study"))
+    if options:
+        edit(own, settings={"model": {"name": "m", "template_options": options}})
+    model_directory = tmp_path / "model"
+    tokenizer = tokenizer_for(shipped()[template] if template else None)
+    tokenizer.save_pretrained(model_directory)
+    config = LlamaConfig(
+        vocab_size=len(tokenizer), hidden_size=8, intermediate_size=8, num_hidden_layers=1,
+        num_attention_heads=1, eos_token_id=0, bos_token_id=None, max_position_embeddings=256,
+    )  # fmt: skip
+    LlamaForCausalLM(config).save_pretrained(model_directory)
+    monkeypatch.chdir(model_directory)
+    names: dict = {}
+    exec(compile(code_of(card_of(model_directory, own)), "README.md", "exec"), names)
+    row = {"messages": [{"role": "user", "content": "Your question"}, dict(ANSWER)]}
+    (example,) = encode_row(Row("x:1", row), Chat(tokenizer, options))
+    asked = names["inputs"]["input_ids"][0].tolist()
+    assert asked == example.input_ids[: example.is_target.index(True)]
+    assert tokenizer.decode(asked) == prompt

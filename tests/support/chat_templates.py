@@ -16,7 +16,15 @@ ENDS = (
         "<turn|>",
         "<end_of_turn>",
     ),
-    *("<|END_OF_TURN_TOKEN|>", "<|eot_id|>", "<|return|>", "<end_of_utterance>", "</s>", "<eos>"),
+    *(
+        "<|END_OF_TURN_TOKEN|>",
+        "<|eot_id|>",
+        "<|return|>",
+        "<end_of_utterance>",
+        "</s>",
+        "[e~[",
+        "<eos>",
+    ),
 )
 
 RETHINKING = (
@@ -40,6 +48,70 @@ DEFAULT_SYSTEM = (
     "{% else %}{{ '[INST]' + m.content + '[/INST]' }}{% endif %}{% endfor %}"
 )
 """The generation prompt adds nothing, and a system prompt is there by default: Devstral."""
+
+COMMAND_R7B = (
+    "{{ '<bos>' }}{% if messages[0].role != 'system' %}{{ '<|START_OF_TURN_TOKEN|>"
+    "<|SYSTEM_TOKEN|>You are Command.<|END_OF_TURN_TOKEN|>' }}{% endif %}{% for m in messages %}"
+    "{% if m.role == 'assistant' %}{{ '<|START_OF_TURN_TOKEN|><|CHATBOT_TOKEN|>' }}"
+    "{% if m.reasoning_content %}{{ '<|START_THINKING|>' + m.reasoning_content"
+    " + '<|END_THINKING|>' }}{% endif %}"
+    "{{ '<|START_RESPONSE|>' + m.content + '<|END_RESPONSE|><|END_OF_TURN_TOKEN|>' }}"
+    "{% elif m.role in ('user', 'system') %}{{ '<|START_OF_TURN_TOKEN|><|' + m.role | upper"
+    " + '_TOKEN|>' + m.content + '<|END_OF_TURN_TOKEN|>' }}{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|START_OF_TURN_TOKEN|><|CHATBOT_TOKEN|>"
+    "<|START_THINKING|>' }}{% endif %}"
+)
+"""The prompt opens a think block of its own kind; a tag stands around the answer."""
+
+MINIMAX_M2 = (
+    "{% set ns = namespace(last=-1) %}{% for m in messages %}{% if m.role == 'user' %}"
+    "{% set ns.last = loop.index0 %}{% endif %}{% endfor %}"
+    "{{ ']~!b[]~b]system\n' + (messages[0].content if messages[0].role == 'system'"
+    " else 'You are MiniMax.') + '[e~[\n' }}{% for m in messages %}{% if m.role == 'user' %}"
+    "{{ ']~b]user\n' + m.content + '[e~[\n' }}{% elif m.role == 'assistant' %}"
+    "{{ ']~b]ai\n' }}{% if m.reasoning_content and loop.index0 > ns.last %}"
+    "{{ '<think>\n' + m.reasoning_content + '\n</think>\n\n' }}{% endif %}"
+    "{{ m.content + '[e~[\n' }}{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}{{ ']~b]ai\n<think>\n' }}{% endif %}"
+)
+"""The prompt opens a think block, the reasoning of earlier turns is dropped."""
+
+DEEPSEEK_V3_1 = (
+    "{% set ns = namespace(asked=false) %}{{ '<bos>' }}{% for m in messages %}"
+    "{% if m.role == 'system' %}{{ m.content }}{% elif m.role == 'user' %}"
+    "{% set ns.asked = true %}{{ '<\uff5cUser\uff5c>' + m.content }}"
+    "{% elif m.role == 'assistant' %}{% if ns.asked %}"
+    "{{ '<\uff5cAssistant\uff5c></think>' }}{% endif %}{% set ns.asked = false %}"
+    "{{ m.content.split('</think>')[-1] + '<\uff5cend\u2581of\u2581sentence\uff5c>' }}"
+    "{% endif %}{% endfor %}{% if add_generation_prompt and ns.asked %}"
+    "{{ '<\uff5cAssistant\uff5c>' + ('<think>' if thinking else '</think>') }}{% endif %}"
+)
+"""The prompt closes a think block that nothing opened; an answer that comes first has no header."""
+
+GLM_4_7 = (
+    "{% set ns = namespace(last=-1) %}{% for m in messages %}{% if m.role == 'user' %}"
+    "{% set ns.last = loop.index0 %}{% endif %}{% endfor %}{{ '[gMASK]<sop>' }}"
+    "{% for m in messages %}{{ '<|' + m.role + '|>' }}{% if m.role == 'assistant' %}"
+    "{% if m.reasoning_content and loop.index0 > ns.last %}"
+    "{{ '<think>' + m.reasoning_content + '</think>' }}{% else %}{{ '</think>' }}{% endif %}"
+    "{% endif %}{{ m.content }}{% endfor %}{% if add_generation_prompt %}"
+    "{{ '<|assistant|>' + ('</think>' if enable_thinking is defined and not enable_thinking"
+    " else '<think>') }}{% endif %}"
+)
+"""The next turn's header ends a turn; an answer without reasoning closes the prompt's block."""
+
+NEMOTRON_3 = (
+    "{% set ns = namespace(last=-1) %}{% for m in messages %}{% if m.role == 'user' %}"
+    "{% set ns.last = loop.index0 %}{% endif %}{% endfor %}"
+    "{{ '<|im_start|>system\n' + (messages[0].content if messages[0].role == 'system' else '')"
+    " + '<|im_end|>\n' }}{% for m in messages %}{% if m.role == 'assistant' %}"
+    "{{ '<|im_start|>assistant\n<think>' }}{% if m.reasoning_content and loop.index0 > ns.last %}"
+    "{{ '\n' + m.reasoning_content + '\n' }}{% endif %}{{ '</think>' + m.content"
+    " + '<|im_end|>\n' }}{% elif m.role == 'user' %}"
+    "{{ '<|im_start|>user\n' + m.content + '<|im_end|>\n' }}{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n<think>\n' }}{% endif %}"
+)
+"""The prompt opens a think block with a line break that the rendered answer does not have."""
 
 FAULTY = "{% for m in messages %}{{ m.content + 1 }}{% endfor %}"
 
