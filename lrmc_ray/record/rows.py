@@ -2,6 +2,10 @@
 
 What a row may hold says :mod:`lrmc_ray.record.formats`. A value that is null was not given, in
 every kind of file: a column is there for all rows.
+
+Files are read row by row, so that memory does not grow with them, and their values stay what they
+are. ``datasets`` would make dates of texts that look like dates, floats of whole numbers beside
+floats, and a second copy of every file in its cache; it reads only what lies on the Hub.
 """
 
 import csv
@@ -17,6 +21,7 @@ import pyarrow.parquet as pq
 
 from lrmc_ray.errors import DataError, IncompleteArtifactError
 from lrmc_ray.record.formats import FIELDS, has_form, without_nulls
+from lrmc_ray.record.json_array import elements_of
 from lrmc_ray.record.sources import Source, kind_of
 
 MAX_LISTED = 20
@@ -131,21 +136,30 @@ def _json_rows(source: Source, rejects: Rejects) -> Iterator[Row]:
 
 
 def _array_rows(source: Source, rejects: Rejects) -> Iterator[Row]:
-    with io.BufferedReader(_opened(source) or pa.input_stream(str(source.path))) as file:
-        try:
-            rows = json.loads(file.read().decode("utf-8-sig"))
-            json.dumps(rows, ensure_ascii=False).encode()
-        except (ValueError, RecursionError) as error:
+    file: Any = _opened(source) or pa.input_stream(str(source.path))
+    number = 0
+    try:
+        for number, content in enumerate(elements_of(file, MAX_LINE_BYTES), 1):
             rejects.rows += 1
-            yield Row(str(source.path), {}, problem=f"not valid JSON in UTF-8: {error}")
-            return
-    for number, content in enumerate(rows, 1):
-        rejects.rows += 1
-        place = f"{source.path}:row {number}"
-        if isinstance(content, dict):
-            yield Row(place, without_nulls(content), source.domain)
-        else:
-            yield Row(place, {}, problem="not a JSON object")
+            yield _json_row(f"{source.path}:row {number}", content, source)
+    except (ValueError, RecursionError, OSError) as error:
+        # What stands behind it cannot be told apart, so these are not rows that may be skipped.
+        raise DataError(
+            f"{source.path}:row {number + 1}: not readable as JSON in UTF-8 ({error}); mend the "
+            "array, or write one object a line"
+        ) from None
+
+
+def _json_row(place: str, content: Any, source: Source) -> Row:
+    """A row from what JSON says."""
+    if not isinstance(content, dict):
+        return Row(place, {}, problem="not a JSON object")
+    try:
+        # JSON can spell half a surrogate pair, which no text contains.
+        json.dumps(content, ensure_ascii=False).encode()
+    except (ValueError, RecursionError) as error:
+        return Row(place, {}, problem=f"not valid JSON in UTF-8: {error}")
+    return Row(place, without_nulls(content), source.domain)
 
 
 def _jsonl_rows(source: Source, rejects: Rejects) -> Iterator[Row]:
@@ -160,15 +174,10 @@ def _jsonl_rows(source: Source, rejects: Rejects) -> Iterator[Row]:
                 continue
             try:
                 content = json.loads(line.decode("utf-8-sig" if number == 1 else "utf-8"))
-                # JSON can spell half a surrogate pair, which no text contains.
-                json.dumps(content, ensure_ascii=False).encode()
             except (ValueError, RecursionError) as error:
                 yield Row(place, {}, problem=f"not valid JSON in UTF-8: {error}")
                 continue
-            if isinstance(content, dict):
-                yield Row(place, without_nulls(content), source.domain)
-            else:
-                yield Row(place, {}, problem="not a JSON object")
+            yield _json_row(place, content, source)
     except OSError as error:  # of a packed file: one that is not packed fails elsewhere
         if source.path.suffix not in (".gz", ".zst"):
             raise

@@ -2,6 +2,7 @@ import json
 import re
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
@@ -160,7 +161,7 @@ def test_the_code_example_asks_as_the_model_was_taught(
     )  # fmt: skip
     LlamaForCausalLM(config).save_pretrained(model_directory)
     monkeypatch.chdir(model_directory)
-    names: dict = {}
+    names: dict[str, Any] = {}
     exec(compile(code_of(card_of(model_directory, own)), "README.md", "exec"), names)
     row = {"messages": [{"role": "user", "content": "Your question"}, dict(ANSWER)]}
     (example,) = encode_row(Row("x:1", row), Chat(tokenizer, options))
