@@ -10,6 +10,7 @@ CHUNK = 1 << 20
 """Characters that are read at a time; an element that is longer takes more."""
 
 _BLANK = re.compile(r"[ \t\r\n]*")
+_BEHIND = (",", "]", " ", "\t", "\r", "\n")
 _DECODER = json.JSONDecoder()
 
 
@@ -76,20 +77,17 @@ class _Text:
         self.next()
         characters = CHUNK
         while True:
+            problem, value, end = "", None, self._at
             try:
                 value, end = _DECODER.raw_decode(self._text, self._at)
             except json.JSONDecodeError as error:
-                # Perhaps the rest of it has not been read.
-                if len(self._text) - self._at > longest:
-                    raise ValueError(f"an element is longer than {longest} characters") from None
-                if not self._read(characters):
-                    raise ValueError(error.msg) from None
-            else:
-                if end < len(self._text):
-                    self._at = end
-                    return value
-                # A number at the end of what was read may go on.
-                if not self._read(characters):
-                    self._at = len(self._text)
-                    return value
+                problem = error.msg
+            if not problem and self._text[end : end + 1] in _BEHIND:
+                self._at = end
+                return value
+            # Perhaps the rest of it has not been read: of "1.5" the "1" is a value as well.
+            if len(self._text) - self._at > longest:
+                raise ValueError(f"an element is longer than {longest} characters")
+            if not self._read(characters):
+                raise ValueError(problem or "an element must be followed by ',' or ']'")
             characters *= 2
