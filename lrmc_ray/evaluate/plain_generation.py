@@ -38,49 +38,73 @@ class _Stops(StoppingCriteria):
         return torch.tensor(done, device=input_ids.device)
 
 
-def write_answers(
-    model: Any,
-    contexts: Sequence[Tokens],
-    stops: Sequence[str],
-    most: int,
-    said: Said,
-    *,
-    padding: int,
-    options: Mapping[str, Any],
-) -> list[str]:
-    """One batch of answers.
+class PlainGeneration:
+    """Answers that ``generate`` writes.
 
     Args:
         model: a causal LM.
-        contexts: token ids of the prompts.
-        stops: strings that an answer is cut at.
-        most: tokens of an answer.
         said: finds the answer in what was written.
         padding: a token that stands before shorter prompts, and behind answers that have ended.
-        options: what else ``generate`` is given, as a task file says it.
+        batch_size: answers that are written at a time.
     """
-    longest = max(map(len, contexts))
-    ids_BT = torch.full((len(contexts), longest), padding, device=model.device)
-    mask_BT = torch.zeros_like(ids_BT)
-    for row, context in enumerate(contexts):
-        ids_BT[row, longest - len(context) :] = torch.tensor(context, device=model.device)
-        mask_BT[row, longest - len(context) :] = 1
-    written_BT = model.generate(
-        input_ids=ids_BT,
-        attention_mask=mask_BT,
-        max_new_tokens=most,
-        stopping_criteria=StoppingCriteriaList([_Stops(contexts, longest, stops, said)]),
-        pad_token_id=padding,
-        use_cache=True,
-        **sampling(options),
-    )
-    answers = []
-    for context, ids in zip(contexts, written_BT[:, longest:].tolist(), strict=True):
-        text = said(context, ids).text
-        answers.append(
-            postprocess_generated_text(generation=text, stop=list(stops), think_end_token=None)
+
+    def __init__(self, model: Any, said: Said, *, padding: int, batch_size: int) -> None:
+        self._model, self._said = model, said
+        self._padding, self._batch_size = padding, batch_size
+
+    def answers(
+        self,
+        contexts: Sequence[Tokens],
+        stops: Sequence[str],
+        most: int,
+        options: Mapping[str, Any],
+    ) -> list[str]:
+        """The answer to each context.
+
+        Args:
+            contexts: token ids of the prompts.
+            stops: strings that an answer is cut at.
+            most: tokens of an answer.
+            options: what else ``generate`` is given, as a task file says it.
+        """
+        answers: list[str] = []
+        for start in range(0, len(contexts), self._batch_size):
+            batch = contexts[start : start + self._batch_size]
+            for context, ids in zip(batch, self._write(batch, stops, most, options), strict=True):
+                text = self._said(context, ids).text
+                answers.append(
+                    postprocess_generated_text(
+                        generation=text, stop=list(stops), think_end_token=None
+                    )
+                )
+        return answers
+
+    def _write(
+        self,
+        contexts: Sequence[Tokens],
+        stops: Sequence[str],
+        most: int,
+        options: Mapping[str, Any],
+    ) -> list[list[int]]:
+        """The tokens that are written to each context of a batch, padded to one length."""
+        device = self._model.device
+        longest = max(map(len, contexts))
+        ids_BT = torch.full((len(contexts), longest), self._padding, device=device)
+        mask_BT = torch.zeros_like(ids_BT)
+        for row, context in enumerate(contexts):
+            ids_BT[row, longest - len(context) :] = torch.tensor(context, device=device)
+            mask_BT[row, longest - len(context) :] = 1
+        written_BT = self._model.generate(
+            input_ids=ids_BT,
+            attention_mask=mask_BT,
+            max_new_tokens=most,
+            stopping_criteria=StoppingCriteriaList([_Stops(contexts, longest, stops, self._said)]),
+            pad_token_id=self._padding,
+            use_cache=True,
+            **sampling(options),
         )
-    return answers
+        written: list[list[int]] = written_BT[:, longest:].tolist()
+        return written
 
 
 def sampling(options: Mapping[str, Any]) -> dict[str, Any]:

@@ -35,7 +35,7 @@ from lrmc_ray.chat.spoken import AnswerForm, Spoken
 from lrmc_ray.chat.template import special_tokens
 from lrmc_ray.chat.tokens import bare_ids, split_ids
 from lrmc_ray.errors import DataError
-from lrmc_ray.evaluate.plain_generation import write_answers
+from lrmc_ray.evaluate.plain_generation import PlainGeneration
 from lrmc_ray.evaluate.prefix_batches import BatchLimits, ContextRow, Tokens, context_rows
 from lrmc_ray.evaluate.prefix_generation import GreedyGeneration
 from lrmc_ray.evaluate.prefix_memory import ContextMemory
@@ -282,15 +282,21 @@ class PrefixLM(HFLM):  # type: ignore[misc]  # lm-eval ships no types
         contexts = [self._context_tokens(context, longest) for context, _ in arguments]
         if alone or self._shared is None or not self._is_greedy(settings):
             options = {k: v for k, v in settings.items() if k not in ("until", "max_gen_toks")}
-            size = 1 if alone else self.batch_size
-            return self._generate_plainly(contexts, stops, most, options, size)
+            padding = self.tokenizer.pad_token_id
+            generation = PlainGeneration(
+                self.model,
+                self._said,
+                padding=self.tokenizer.eos_token_id if padding is None else padding,
+                batch_size=1 if alone else self.batch_size,
+            )
+            return generation.answers(contexts, stops, most, options)
         rows: dict[Tokens, ContextRow] = {}
         for index, tokens in enumerate(contexts):
             row = rows.setdefault(tokens, ContextRow(tokens, len(tokens)))
             row.members.append((index, ()))
         self._memory.take()
-        generation = GreedyGeneration(self._shared, self._said, self._ends, self._memory)
-        answers = dict(generation.answers(rows.values(), stops, most))
+        greedy = GreedyGeneration(self._shared, self._said, self._ends, self._memory)
+        answers = dict(greedy.answers(rows.values(), stops, most))
         return [answers[index] for index in range(len(arguments))]
 
     def _context_tokens(self, context: str, longest: int) -> Tokens:
@@ -301,25 +307,3 @@ class PrefixLM(HFLM):  # type: ignore[misc]  # lm-eval ships no types
         tokens = tuple(bare_ids(self.tokenizer, context)[-longest:])
         self._asked[tokens] = form
         return tokens
-
-    def _generate_plainly(
-        self,
-        contexts: Sequence[Tokens],
-        stops: Sequence[str],
-        most: int,
-        options: dict[str, Any],
-        batch_size: int,
-    ) -> list[str]:
-        padding = self.tokenizer.pad_token_id
-        answers: list[str] = []
-        for start in range(0, len(contexts), batch_size):
-            answers += write_answers(
-                self.model,
-                contexts[start : start + batch_size],
-                stops,
-                most,
-                self._said,
-                padding=self.tokenizer.eos_token_id if padding is None else padding,
-                options=options,
-            )
-        return answers

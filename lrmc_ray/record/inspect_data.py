@@ -64,19 +64,37 @@ def _rows_of(name: str) -> Iterator[Row]:
 
 
 def _token_texts(example: Example, tokenizer: Any) -> list[str]:
-    """The text of every token, so that together they are the whole text where that can be."""
+    """The text of every token, so that together they are the whole text where that can be.
+
+    A token that the tokenizer itself puts before or behind a plain text is shown beside it.
+    """
     texts = [str(tokenizer.decode([token])) for token in example.input_ids]
     if "".join(texts) == example.text or not getattr(tokenizer, "is_fast", False):
         return texts
-    encoded = tokenizer(
-        example.text, add_special_tokens=False, return_offsets_mapping=True, truncation=False
-    )
-    if encoded["input_ids"] != example.input_ids:
+    for around in (False, True):  # plain text may have a first token that is no part of it
+        encoded = tokenizer(
+            example.text,
+            add_special_tokens=around,
+            return_offsets_mapping=True,
+            return_special_tokens_mask=True,
+            truncation=False,
+        )
+        if encoded["input_ids"] == example.input_ids:
+            break
+    else:
         return texts
     done, parts = 0, []
-    for _, stop in encoded["offset_mapping"]:
+    for index, (start, stop) in enumerate(encoded["offset_mapping"]):
+        if start == stop and encoded["special_tokens_mask"][index]:
+            parts.append(texts[index])
+            continue
         parts.append(example.text[done : max(done, stop)])
         done = max(done, stop)
+    # A normalizer may join the last characters into one.
+    last = max(
+        (i for i, span in enumerate(encoded["offset_mapping"]) if span[0] < span[1]), default=0
+    )
+    parts[last] += example.text[done:]
     return parts
 
 

@@ -159,3 +159,60 @@ def tokenizer_for(template: str | None, *extra: str, prefix_space: bool = False)
     fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<bos>", eos_token=end)
     fast.chat_template = template
     return fast
+
+
+INSTRUCTIONS = (
+    "{{ '<s>' }}{% for m in messages %}{% if m.role == 'user' %}{{ '[INST] ' + m.content + "
+    "' [/INST]' }}{% else %}{{ ' ' + m.content + '</s>' }}{% endif %}{% endfor %}"
+)
+"""Llama 2's."""
+
+
+def byte_fallback_tokenizer(*, legacy: bool, first: bool = False):
+    """A tokenizer as Llama 2 has it: a prefix space, and bytes for what the vocabulary lacks.
+
+    Args:
+        legacy: the prefix space is put by the normalizer, also behind special tokens.
+        first: ``<s>`` is put before every text.
+    """
+    from tokenizers import (
+        AddedToken,
+        Tokenizer,
+        decoders,
+        models,
+        normalizers,
+        pre_tokenizers,
+        processors,
+    )
+    from transformers import PreTrainedTokenizerFast
+
+    merges = [("▁", "T"), ("T", "w"), ("▁T", "w"), ("▁Tw", "o"), ("Tw", "o")]
+    words = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256)), "▁"]
+    words += [chr(code) for code in range(33, 127)] + ["".join(merge) for merge in merges]
+    vocabulary = {word: index for index, word in enumerate(words)}
+    tokenizer = Tokenizer(models.BPE(vocabulary, merges, unk_token="<unk>", byte_fallback=True))
+    if legacy:
+        tokenizer.normalizer = normalizers.Sequence(
+            [normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")]
+        )
+    else:
+        tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first", split=False)
+    tokenizer.decoder = decoders.Sequence(
+        [
+            decoders.Replace("▁", " "),
+            decoders.ByteFallback(),
+            decoders.Fuse(),
+            decoders.Strip(" ", 1, 0),
+        ]
+    )
+    special = [AddedToken(word, normalized=False, special=True) for word in words[:3]]
+    tokenizer.add_special_tokens(special)
+    if first:
+        tokenizer.post_processor = processors.TemplateProcessing(
+            single="<s> $A", special_tokens=[("<s>", 1)]
+        )
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", unk_token="<unk>"
+    )
+    fast.chat_template = INSTRUCTIONS
+    return fast
