@@ -9,6 +9,7 @@ work hits both alike.
 """
 
 import argparse
+import importlib
 import json
 import os
 import random
@@ -80,25 +81,23 @@ def measure(model: Path, data: Path) -> dict[str, float]:
 
 def _encoder(tokenizer: Any, data: Path) -> tuple[Any, Any]:
     """Summary and examples; commits before the room ``chat`` have other modules for them."""
+    module: Any
+    renders: Any
+    reading: Any
+    source_of: Any
     try:
         from lrmc_ray.chat.answers import Chat
-        from lrmc_ray.record import encode as module
-        from lrmc_ray.record.rows import Rejects, read_rows
-        from lrmc_ray.record.sources import Source
+        from lrmc_ray.record import encode, rows, sources
 
-        renders: Any = Chat(tokenizer)
+        module, renders = encode, Chat(tokenizer)
+        reading, source_of = rows, sources.Source
     except ImportError:
-        from lrmc_ray.data import examples as module  # type: ignore[import-not-found, no-redef]
-        from lrmc_ray.data.examples import (  # type: ignore[import-not-found, no-redef]
-            Rejects,
-            read_rows,
-        )
-        from lrmc_ray.data.sources import Source  # type: ignore[import-not-found, no-redef]
-
+        module = importlib.import_module("lrmc_ray.data.examples")
+        reading, source_of = module, importlib.import_module("lrmc_ray.data.sources").Source
         renders = tokenizer
-    summary, rejects = module.EncodingSummary(), Rejects()
+    summary, rejects = module.EncodingSummary(), reading.Rejects()
     examples = module.encode_rows(
-        read_rows([Source(data)], rejects),
+        reading.read_rows([source_of(data)], rejects),
         renders,
         max_length=100_000,
         on_long="error",
