@@ -209,6 +209,26 @@ OPTIONS: dict[str, dict[str, Any]] = {
 """By model type; those of a part stand under its name."""
 
 
+def long_rope(border: int) -> dict[str, Any]:
+    """Options of Phi-3: sequences of more tokens have other rotary frequencies."""
+    factors = {
+        "short_factor": [1.0] * (_HEAD_WIDTH // 2),
+        "long_factor": [4.0] * (_HEAD_WIDTH // 2),
+    }
+    return {
+        "rope_parameters": {"rope_type": "longrope", "rope_theta": 10_000.0, **factors},
+        "original_max_position_embeddings": border,
+    }
+
+
+def dynamic_ntk(border: int) -> dict[str, Any]:
+    """Options of Llama and its like: the frequencies grow with longer sequences."""
+    return {
+        "rope_parameters": {"rope_type": "dynamic", "rope_theta": 10_000.0, "factor": 4.0},
+        "max_position_embeddings": border,
+    }
+
+
 def causal_types() -> list[str]:
     """Every model type that ``AutoModelForCausalLM`` has a class for."""
     return sorted(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
@@ -270,4 +290,5 @@ def make(model_type: str, *, seed: int = 0, **options: Any) -> Any:
     """
     config = make_config(model_type, **options)
     torch.manual_seed(seed)
-    return AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+    factory: Any = AutoModelForCausalLM
+    return factory.from_config(config, dtype=torch.float32).eval()

@@ -267,7 +267,25 @@ def load_model(directory: Path, *, dtype: "torch.dtype | None" = None) -> Any:
             f"{directory} must hold all weights of its model, {len(missing)} are missing, first "
             f"{missing[0]}: they would be random; save the model again"
         )
+    if attention_borders(model.config).is_dynamic_ntk:
+        body_of(model).register_forward_pre_hook(forget_lengths)
     return model.eval()
+
+
+def forget_lengths(body: Any, _arguments: Any = None) -> None:
+    """Make dynamic NTK scaling forget the longest sequence that ``body`` has seen.
+
+    Its rotary frequencies would stay those of that sequence, for shorter ones as well.
+    """
+    ending = "max_seq_len_cached"
+    for module in body.modules():
+        for name in [name for name in vars(module) if name.endswith(ending)]:
+            kind = name.removesuffix(ending)  # one for each kind of layer, or the empty one
+            original = getattr(module, f"{kind}original_inv_freq", None)
+            if original is not None and int(getattr(module, name)) > module.original_max_seq_len:
+                current = getattr(module, f"{kind}inv_freq")
+                setattr(module, f"{kind}inv_freq", original.to(current.device))
+                setattr(module, name, module.original_max_seq_len)
 
 
 _SOFT_CAPS = ("final_logit_softcapping", "output_logit_soft_cap", "logits_soft_cap")
@@ -344,12 +362,40 @@ def hidden_states(model: Any, input_ids_BT: "Tensor") -> "Tensor":
     return hidden
 
 
+def _padded_hidden_states(
+    model: Any, input_ids_BT: "Tensor", full_lengths: Sequence[int]
+) -> "Tensor":
+    """Hidden states [B, T, D] of padded rows, those of every row as if it were alone and whole.
+
+    Where rotary frequencies depend on the length, rows of one side of the border run together, as
+    wide as they are before trimming: what stands in the padding is never seen.
+    """
+    import torch
+    import torch.nn.functional as F
+
+    borders = attention_borders(model.config)
+    sides: dict[int, list[int]] = {}
+    for row, length in enumerate(full_lengths):
+        sides.setdefault(borders.side(length), []).append(row)
+    if not any(sides):
+        return hidden_states(model, input_ids_BT)
+    width = input_ids_BT.shape[1]
+    parts = []
+    for rows in sides.values():
+        longest = max(full_lengths[row] for row in rows)
+        ids_BT = F.pad(input_ids_BT[rows][:, :longest], (0, max(0, longest - width)))
+        part_BTD = hidden_states(model, ids_BT)[:, :width]
+        parts.append(F.pad(part_BTD, (0, 0, 0, width - part_BTD.shape[1])))
+    order = torch.tensor([row for rows in sides.values() for row in rows]).argsort()
+    return torch.cat(parts)[order.to(input_ids_BT.device)]
+
+
 def batch_hidden_states(model: Any, batch: "MicroBatch | Layout") -> "Tensor":
     """Final hidden states [B, T, D] of a batch, padded or packed."""
     import torch
 
     if batch.is_visible_TT is None:
-        return hidden_states(model, batch.input_ids_BT)
+        return _padded_hidden_states(model, batch.input_ids_BT, batch.full_lengths)
     device = batch.input_ids_BT.device.type
     dtype = model.dtype
     if torch.is_autocast_enabled(device):

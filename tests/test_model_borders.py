@@ -3,16 +3,8 @@
 import pytest
 import torch
 
-from benchmarks.tiny_models import make, make_config
+from benchmarks.tiny_models import dynamic_ntk, long_rope, make, make_config
 from lrmc_ray.model_borders import Borders, attention_borders
-
-LONG = {
-    "rope_type": "longrope",
-    "rope_theta": 10_000.0,
-    "short_factor": [1.0] * 4,
-    "long_factor": [4.0] * 4,
-}
-DYNAMIC = {"rope_type": "dynamic", "rope_theta": 10_000.0, "factor": 4.0}
 
 
 @pytest.mark.parametrize(
@@ -44,16 +36,8 @@ DYNAMIC = {"rope_type": "dynamic", "rope_theta": 10_000.0, "factor": 4.0}
             {"sliding_window": 16},
             Borders(windows=(16,), selections=(24,)),
         ),
-        (
-            "phi3",
-            {"rope_parameters": LONG, "original_max_position_embeddings": 32},
-            Borders(rope_switch=32),
-        ),
-        (
-            "llama",
-            {"rope_parameters": DYNAMIC, "max_position_embeddings": 32},
-            Borders(is_dynamic_ntk=True, dynamic_length=32),
-        ),
+        ("phi3", long_rope(32), Borders(rope_switch=32)),
+        ("llama", dynamic_ntk(32), Borders(is_dynamic_ntk=True, dynamic_length=32)),
     ],
 )
 def test_borders_of_a_configuration(model_type, options, borders):

@@ -41,7 +41,7 @@ from lrmc_ray.evaluate.prefix_generation import GreedyGeneration
 from lrmc_ray.evaluate.prefix_memory import ContextMemory
 from lrmc_ray.evaluate.prefix_model import PrefixModel
 from lrmc_ray.evaluate.prefix_scores import ContinuationScores, last_logprobs
-from lrmc_ray.evaluate.prefix_sharing import Sharing
+from lrmc_ray.evaluate.prefix_sharing import Sharing, generates_in_batches
 from lrmc_ray.method.head import OutputHead
 from lrmc_ray.model_checks import check_causal
 from lrmc_ray.models import head_of
@@ -67,6 +67,9 @@ class PrefixLM(HFLM):  # type: ignore[misc]  # lm-eval ships no types
         template_options: what the chat template is given besides the messages.
     """
 
+    batch_size_per_gpu: Any
+    """lm-eval's, of what is left to it."""
+
     def __init__(
         self,
         model: Any,
@@ -77,7 +80,12 @@ class PrefixLM(HFLM):  # type: ignore[misc]  # lm-eval ships no types
     ) -> None:
         check_causal(model)
         super().__init__(
-            pretrained=model, tokenizer=tokenizer, batch_size=8, device=str(model.device)
+            pretrained=model,
+            # lm-eval would take the decoder of BART for the whole of it.
+            backend="causal",
+            tokenizer=tokenizer,
+            batch_size=8,
+            device=str(model.device),
         )
         self.batch_tokens = batch_tokens
         limits = BatchLimits(batch_tokens)
@@ -91,6 +99,8 @@ class PrefixLM(HFLM):  # type: ignore[misc]  # lm-eval ships no types
                 "%s does not share keys and values between sequences; it is scored without",
                 type(model).__name__,
             )
+        # Whether lm-eval must generate from one prompt at a time; None until it is asked for.
+        self._alone: bool | None = None
         self._chat = Chat(tokenizer, template_options)
         self.chat_template_args = dict(template_options or {})
         # What the template writes around the answers to the generation prompts that were asked
@@ -230,7 +240,9 @@ class PrefixLM(HFLM):  # type: ignore[misc]  # lm-eval ships no types
             for index, text in zip(indices, written, strict=True):
                 answers[index] = text
         usual = self.batch_size_per_gpu
-        for indices, batch_size in ((others, usual), (crossing, 1)):
+        if others and self._alone is None:
+            self._alone = not generates_in_batches(self.model)
+        for indices, batch_size in ((others, 1 if self._alone else usual), (crossing, 1)):
             self.batch_size_per_gpu = batch_size
             part = [requests[index] for index in indices]
             texts = super().generate_until(part, disable_tqdm) if part else []

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from lrmc_ray.model_borders import attention_borders
+from lrmc_ray.model_checks import differs
 from lrmc_ray.models import body_of
 
 _log = logging.getLogger(__name__)
@@ -113,6 +114,35 @@ class Sharing:
         tolerance = 1e-3 if actual_ND.dtype == torch.float32 else 5e-2
         error_N = (actual_ND - expected_ND).float().norm(dim=-1)
         return bool((error_N < tolerance * expected_ND.float().norm(dim=-1)).all())
+
+
+def generates_in_batches(model: Any) -> bool:
+    """Whether transformers generates from a prompt that is padded on the left as from it alone.
+
+    Some models count the padding as tokens, since their positions come from no mask.
+    """
+    ids_T = torch.arange(4, 16, device=model.device) % model.get_input_embeddings().weight.shape[0]
+    ids_BT = torch.stack([ids_T, torch.cat([torch.zeros_like(ids_T[:5]), ids_T[:-5]])])
+    mask_BT = torch.ones_like(ids_BT)
+    mask_BT[1, :5] = 0
+
+    def logits(ids_BT: torch.Tensor, mask_BT: torch.Tensor) -> torch.Tensor:
+        written = model.generate(
+            input_ids=ids_BT,
+            attention_mask=mask_BT,
+            max_new_tokens=3,
+            min_new_tokens=3,
+            do_sample=False,
+            pad_token_id=0,
+            output_logits=True,
+            return_dict_in_generate=True,
+        )
+        return torch.stack(written.logits)[:, -1].float()
+
+    with torch.inference_mode():
+        together_NV = logits(ids_BT, mask_BT)
+        alone_NV = logits(ids_BT[1:, 5:], mask_BT[1:, 5:])
+    return differs(model, alone_NV, together_NV) is None
 
 
 def _alone(model: Any, ids_T: torch.Tensor) -> torch.Tensor:

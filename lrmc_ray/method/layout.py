@@ -25,6 +25,11 @@ class Layout:
     num_shared: int
     """Tokens of a prefix that another sequence brings along."""
 
+    @property
+    def full_lengths(self) -> list[int]:
+        """Tokens of each sequence."""
+        return [len(columns_T) for columns_T in self.columns]
+
     def to(self, device: torch.device) -> "Layout":
         """The same with its batch on another device; the places stay where they are."""
         return dataclasses.replace(

@@ -89,6 +89,8 @@ class MicroBatch:
     """Tokens of the sequences after trimming."""
     num_shared: int
     """Of these, tokens of a prefix that another sequence brings along."""
+    full_lengths: list[int]
+    """Tokens of each sequence before trimming, which some models' positions depend on."""
 
     def to(self, device: torch.device) -> "MicroBatch":
         """The same on another device."""
@@ -141,14 +143,17 @@ def collate(
             gradient is the same without it, only slower.
         attention_cost: what it costs a token to see one more, in units of what else it costs. The
             cheaper layout is taken; infinity, the default, always pads.
-        pack_up_to: tokens of the longest sequence that may be packed, see ``lay_out``.
+        pack_up_to: tokens, before trimming, of the longest sequence that may be packed.
     """
     lengths = [
         active_length(sample, activity) if trim else len(sample.input_ids_T) for sample in samples
     ]
     kept = [(s, n) for s, n in zip(samples, lengths, strict=True) if n > 0]
     sequences = [sample.input_ids_T[:length] for sample, length in kept]
-    layout = lay_out(sequences, attention_cost, pack_up_to)
+    full_lengths = [len(sample.input_ids_T) for sample, _ in kept]
+    if max(full_lengths, default=0) > pack_up_to:
+        attention_cost = math.inf
+    layout = lay_out(sequences, attention_cost)
     is_token_BT = torch.zeros_like(layout.input_ids_BT, dtype=torch.bool)
     for row, columns_T in zip(layout.rows, layout.columns, strict=True):
         is_token_BT[row, columns_T] = True
@@ -169,6 +174,7 @@ def collate(
         num_tokens=sum(len(s.input_ids_T) for s in samples),
         num_processed=sum(lengths),
         num_shared=layout.num_shared,
+        full_lengths=full_lengths,
     )
 
 

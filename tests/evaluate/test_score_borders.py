@@ -5,7 +5,13 @@ import random
 import pytest
 import torch
 
-from benchmarks.tiny_models import causal_types, make, short_borders
+from benchmarks.tiny_models import (
+    causal_types,
+    dynamic_ntk,
+    long_rope,
+    make,
+    short_borders,
+)
 from lrmc_ray.evaluate import prefix_sharing
 from lrmc_ray.evaluate.prefix_lm import PrefixLM
 from lrmc_ray.evaluate.prefix_sharing import Sharing
@@ -13,19 +19,6 @@ from lrmc_ray.model_borders import Borders
 from tests.support import scoring
 from tests.support.scoring import choices, instances, sentence
 
-LONG = {
-    "rope_parameters": {
-        "rope_type": "longrope",
-        "rope_theta": 10_000.0,
-        "short_factor": [1.0] * 4,
-        "long_factor": [4.0] * 4,
-    },
-    "original_max_position_embeddings": 32,
-}
-DYNAMIC = {
-    "rope_parameters": {"rope_type": "dynamic", "rope_theta": 10_000.0, "factor": 4.0},
-    "max_position_embeddings": 64,
-}
 WINDOW = 24
 PAIRS = [
     *choices([6, 18, 21, 24, 25, 26, 30, 30, 41, 55], header=16),
@@ -95,7 +88,8 @@ def test_a_wide_window_shares_within_itself_alone(most_proven, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("model_type", "options", "border"), [("phi3", LONG, 32), ("llama", DYNAMIC, 64)]
+    ("model_type", "options", "border"),
+    [("phi3", long_rope(32), 32), ("llama", dynamic_ntk(64), 64)],
 )
 def test_nothing_is_shared_beyond_a_rotary_border(model_type, options, border):
     """Dynamic NTK scaling: lm-eval cuts a row at the model's length, so none is beyond it."""
@@ -105,6 +99,15 @@ def test_nothing_is_shared_beyond_a_rotary_border(model_type, options, border):
     assert not sharing.allows(border + 1)
     pairs = [pair for pair in PAIRS if len(pair[0].split()) + 8 < 64 or model_type == "phi3"]
     assert_scored_as_alone(model, pairs)
+
+
+@pytest.mark.parametrize("model_type", ["bart", "mamba"])
+def test_models_that_share_nothing_score_and_generate_as_alone(model_type):
+    """BART's decoder counts padding on the left as tokens; Mamba has states in place of a cache."""
+    model = make(model_type)
+    assert not Sharing(model).is_possible
+    assert prefix_sharing.generates_in_batches(model) == (model_type == "mamba")
+    assert_scored_as_alone(model, PAIRS)
 
 
 def test_a_gap_that_the_model_counts_as_tokens_is_noticed():

@@ -61,7 +61,9 @@ def instances(kind: str, arguments: Sequence[tuple[Any, ...]]) -> list[Instance]
 
 def plain_model(model: Any) -> HFLM:
     """lm-eval's own, which runs every row alone."""
-    return HFLM(pretrained=model, tokenizer=tokenizer(), batch_size=1, device="cpu")
+    return HFLM(
+        pretrained=model, backend="causal", tokenizer=tokenizer(), batch_size=1, device="cpu"
+    )
 
 
 def true_loglikelihoods(model: Any, pairs: Sequence[tuple[str, str]]) -> list[float]:
