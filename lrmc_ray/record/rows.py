@@ -5,7 +5,7 @@ every kind of file: a column is there for all rows.
 
 Files are read row by row, so that memory does not grow with them, and their values stay what they
 are. ``datasets`` would make dates of texts that look like dates, floats of whole numbers beside
-floats, and a second copy of every file in its cache; it reads only what lies on the Hub.
+floats, and a second copy of every file in its cache.
 """
 
 import csv

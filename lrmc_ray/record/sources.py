@@ -10,6 +10,7 @@ from pathlib import Path
 from lrmc_ray.config import CT, DEMO, ENGLISH, RunSettings
 from lrmc_ray.errors import ConfigError, IncompleteArtifactError
 from lrmc_ray.files.artifacts import cache_directory
+from lrmc_ray.record.hub import HUB, hub_files, is_hub_name
 from lrmc_ray.tasks.built import ct_files
 from lrmc_ray.tasks.demo.english import english_file
 from lrmc_ray.tasks.demo.files import demo_files
@@ -27,11 +28,6 @@ KINDS = {
 
 PACKED = (".gz", ".zst")
 
-HUB = "hf://"
-
-_HUB_NAME = re.compile(
-    r"(?P<name>[\w.-]+/[\w.-]+)(?:@(?P<revision>[\w./-]+))?(?::(?P<split>[\w.-]+))?"
-)
 _LABELLED = re.compile(r"(?P<domain>[\w.+-]{1,64})=(?P<name>.+)", re.DOTALL)
 
 
@@ -107,7 +103,7 @@ def _files_of(name: str) -> list[Path]:
                 "that has some"
             )
         return files
-    if not Path(path.parts[0]).exists() and _HUB_NAME.fullmatch(name) and not suffix_of(path):
+    if not Path(path.parts[0]).exists() and is_hub_name(name) and not suffix_of(path):
         return _hub_files(name)
     files = [Path(match) for match in sorted(glob.glob(name, recursive=True))]
     files = [file for file in files if file.is_file()]
@@ -164,31 +160,17 @@ def unread_files(names: Iterable[str]) -> list[Path]:
 
 
 def _hub_files(name: str) -> list[Path]:
-    """The files of a data set on the Hub, downloaded by ``datasets`` into its cache.
-
-    ``name`` is ``org/name`` or ``hf://org/name``, with ``@REVISION`` and ``:SPLIT`` behind it where
-    they are not the main branch and ``train``.
+    """The files of a data set on the Hub.
 
     Raises:
-        IncompleteArtifactError: it cannot be had.
+        IncompleteArtifactError: it cannot be had, or a file of it is of no known kind.
     """
-    match = _HUB_NAME.fullmatch(name.removeprefix(HUB).removeprefix("datasets/"))
-    form = "org/name, hf://org/name, or org/name@REVISION:SPLIT"
-    if match is None:
-        raise IncompleteArtifactError(f"a data set of the Hub is written {form}, got {name}")
-    from datasets import load_dataset
-
-    try:
-        found = load_dataset(
-            match["name"], revision=match["revision"], split=match["split"] or "train"
-        )
-        files = [Path(part["filename"]) for part in found.cache_files]
-    except Exception as error:  # of the network, the Hub, the data set's files and their formats
-        told = next(iter(str(error).strip().splitlines()), type(error).__name__)
+    files = list(hub_files(name))
+    if wrong := [file.name for file in files if not suffix_of(file)]:
         raise IncompleteArtifactError(
-            f"training data {name} is neither a file nor to be had from the Hugging Face Hub "
-            f"({told}); check the name ({form}), the network and `hf auth login`, or give a file"
-        ) from None
+            f"training data {name} must consist of {', '.join(KINDS)} files, {wrong[0]} is none; "
+            "choose another data set, or give a file"
+        )
     return files
 
 

@@ -9,7 +9,7 @@ import pytest
 from lrmc_ray.errors import DataError, IncompleteArtifactError
 from lrmc_ray.record.formats import conversation_of, format_of, without_nulls
 from lrmc_ray.record.rows import Rejects, read_rows
-from lrmc_ray.record.sources import Source, find_sources, unread_files
+from lrmc_ray.record.sources import find_sources, unread_files
 
 USER = {"role": "user", "content": "2?"}
 TWO = {"role": "assistant", "content": "Two."}
@@ -225,33 +225,3 @@ def test_a_folder_says_what_it_does_not_read(tmp_path):
         (tmp_path / name).write_bytes(b"")
     assert [source.path.name for source in find_sources([str(tmp_path)])] == ["a.jsonl", "b.csv.gz"]
     assert [path.name for path in unread_files([str(tmp_path)])] == ["README.md", "notes.txt"]
-
-
-@pytest.mark.parametrize("name", ["nobody/nothing", "hf://nobody/nothing@main:test"])
-def test_a_data_set_of_the_hub_that_cannot_be_had_is_said_clearly(monkeypatch, name):
-    import datasets
-
-    def fail(*_, **__):
-        raise ConnectionError("no network\nat all")
-
-    monkeypatch.setattr(datasets, "load_dataset", fail)
-    with pytest.raises(IncompleteArtifactError, match=r"neither a file nor .*\(no network\)"):
-        find_sources([name])
-
-
-def test_a_data_set_of_the_hub_is_read_from_its_cache(monkeypatch, tmp_path):
-    import datasets
-
-    data = datasets.Dataset.from_list(ROWS[1:])
-    data.save_to_disk(str(tmp_path / "cached"))
-    asked = []
-
-    def load(name, **how):
-        asked.append((name, how))
-        return datasets.load_from_disk(str(tmp_path / "cached"))
-
-    monkeypatch.setattr(datasets, "load_dataset", load)
-    (source,) = find_sources(["sql=hf://datasets/org/name@v1:test"])
-    assert asked == [("org/name", {"revision": "v1", "split": "test"})]
-    assert source.domain == "sql"
-    assert [row.content for row in read_rows([Source(source.path)], Rejects())] == ROWS[1:]
