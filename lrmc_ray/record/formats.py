@@ -73,6 +73,12 @@ def conversation_of(row: Mapping[str, Any]) -> Conversation:
             "every answer has 'weight' 0 or 'train' false, so there is nothing to learn; remove "
             "the row, or one of these marks"
         )
+    for index in answers:
+        if index not in unlearned and not _says_something(messages[index]):
+            raise DataError(
+                f"message {index + 1} is an answer without text, so the model would learn to say "
+                "nothing; remove it, or mark it with 'train' false"
+            )
     return Conversation(tuple(map(_cleaned, messages)), _tools_of(row), unlearned)
 
 
@@ -83,9 +89,11 @@ def _check_is_no_comparison(row: Mapping[str, Any]) -> None:
             "'chosen' and 'rejected' compare two answers, and one alone is learned here; give the "
             "better one as 'completion' or 'messages'"
         )
-    if row.get("label") is False:
+    label = row.get("label")
+    if label is not None and str(label).strip().lower() in ("false", "0", "0.0"):
         raise DataError(
-            "'label' is false, so the completion is one that must not be learned; remove the row"
+            f"'label' is {label!r}, so the completion is one that must not be learned; remove the "
+            "row, or the field if it means something else"
         )
     if row.get("chat_template_kwargs"):
         raise DataError(

@@ -3,6 +3,7 @@
 import io
 import json
 import tracemalloc
+from typing import Any
 
 import pytest
 from hypothesis import given, settings
@@ -21,7 +22,7 @@ VALUES = st.recursive(
 )
 
 
-def elements(content: str, *, longest: int = 1 << 20) -> list:
+def elements(content: str, *, longest: int = 1 << 20) -> list[Any]:
     return list(elements_of(io.BytesIO(content.encode()), longest))
 
 
