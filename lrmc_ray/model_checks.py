@@ -53,8 +53,9 @@ def check_causal(model: Any) -> None:
     except Exception as error:  # whatever an architecture raises that needs more than token ids
         reason = next(iter(str(error).strip().splitlines()), "")
         raise DataError(
-            f"{name} does not give logits for token ids alone ({type(error).__name__}: "
-            f"{reason[:200]}); choose a causal language model of text"
+            f"{name} does not give logits for token ids alone in {model.dtype} "
+            f"({type(error).__name__}: {reason[:200]}); choose a causal language model of text, "
+            "or fp32 in place of bf16"
         ) from error
     finally:
         model.train(was_training)

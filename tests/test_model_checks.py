@@ -46,7 +46,9 @@ def test_what_needs_more_than_token_ids_is_refused(monkeypatch):
         raise KeyError("encoder_hidden_states")
 
     monkeypatch.setattr(type(model), "forward", forward)
-    with pytest.raises(DataError, match=r"token ids alone \(KeyError: 'encoder_hidden_states'\)"):
+    with pytest.raises(
+        DataError, match=r"token ids alone in torch.float32 \(KeyError: 'encoder_hidden_states'\)"
+    ):
         check_causal(model)
 
 

@@ -23,6 +23,12 @@ _log = logging.getLogger(__name__)
 MOST_PROVEN = 1024
 """Tokens of the widest window beyond which sharing is tried out; beyond wider ones none is done."""
 
+_TRIED = 24
+"""Tokens of a trial within all borders."""
+
+_FEWEST = 16
+"""Tokens without which there is nothing to try."""
+
 _BEYOND = 24
 """Tokens behind the last border in a trial."""
 
@@ -64,7 +70,9 @@ class Sharing:
         Without it the cache and the masks of the model do not do what they promise.
         """
         whole = self.borders.whole
-        length = min(24, self.borders.rope_border or 24)
+        length = min(_TRIED, self.borders.rope_border or _TRIED)
+        if length < _FEWEST:
+            return False
         if whole is not None and whole < length:
             return self._holds(_equal_lengths, length)  # a gap is never harmless
         return self._holds(_a_gap, length)

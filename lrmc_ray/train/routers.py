@@ -51,12 +51,22 @@ class Routers:
         """The weighted loss of the forward pass over ``batch``, which must be the last one.
 
         None without a weight. What the routers chose is counted.
+
+        Raises:
+            ConfigError: there is a weight, and the batch was not run in one pass.
         """
         logits, chosen = self._logits, self._chosen
         self._logits, self._chosen, self._is_watching = [], [], False
         if not logits:
             return None
         is_token_X = batch.is_token_BT.reshape(-1)
+        if len(logits[0]) != len(is_token_X):  # rows of both sides of a rotary border ran apart
+            if self.weight:
+                raise ConfigError(
+                    "train.router_loss must be 0 where samples of one batch are on both sides of "
+                    f"the length at which the model's rotary frequencies change, got {self.weight}"
+                )
+            return None
         with torch.no_grad():
             self._count(logits, chosen, is_token_X)
         if not self.weight:

@@ -16,6 +16,7 @@ from lrmc_ray.evaluate import prefix_sharing
 from lrmc_ray.evaluate.prefix_lm import PrefixLM
 from lrmc_ray.evaluate.prefix_sharing import Sharing
 from lrmc_ray.model_borders import Borders
+from lrmc_ray.models import load_model
 from tests.support import scoring
 from tests.support.scoring import choices, instances, sentence
 
@@ -108,6 +109,29 @@ def test_models_that_share_nothing_score_and_generate_as_alone(model_type):
     assert not Sharing(model).is_possible
     assert prefix_sharing.generates_in_batches(model) == (model_type == "mamba")
     assert_scored_as_alone(model, PAIRS)
+
+
+@pytest.mark.parametrize(
+    "model_type",
+    [
+        "mamba2",
+        pytest.param("mamba", marks=pytest.mark.slow),
+        pytest.param("falcon_mamba", marks=pytest.mark.slow),
+        pytest.param("hy_v4", marks=pytest.mark.slow),
+        pytest.param("gpt_oss", marks=pytest.mark.slow),
+    ],
+)
+def test_bf16_scores_are_near_those_of_float32(model_type, tmp_path):
+    """Loaded as the product does: some weights stay float32."""
+    model = make(model_type)
+    model.save_pretrained(tmp_path)
+    short = load_model(tmp_path, dtype=torch.bfloat16)
+    lm = PrefixLM(short, scoring.tokenizer(), batch_tokens=400)
+    values = [v for v, _ in lm.loglikelihood(instances("loglikelihood", PAIRS))]
+    expected = scoring.true_loglikelihoods(model, PAIRS)
+    assert values == pytest.approx(expected, abs=0.3)
+    assert lm.generate_until(instances("generate_until", generations(PAIRS)))
+    assert lm.last_logprobs([[5, 6, 7, 8, 9, 10, 11, 12]], 4).shape == (4, 128)
 
 
 def test_a_gap_that_the_model_counts_as_tokens_is_noticed():

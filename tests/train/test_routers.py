@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from benchmarks.tiny_models import make
+from benchmarks.tiny_models import dynamic_ntk, make
 from lrmc_ray.errors import ConfigError
 from lrmc_ray.method.losses import LanguageModel, LossSettings
 from lrmc_ray.method.microbatch import Sample, divide
@@ -96,3 +96,12 @@ def test_a_model_without_experts():
     assert Routers(make("llama"), 0.0).report(WorkerGroup()) == {}
     with pytest.raises(ConfigError, match=r"router_loss must be 0 for a llama model.*got 0\.1"):
         Routers(make("llama"), 0.1)
+
+
+def test_a_batch_that_runs_in_several_passes_has_no_router_loss():
+    """Samples of 12 and 9 tokens have other rotary frequencies than that of 5."""
+    options = dynamic_ntk(8)
+    with pytest.raises(ConfigError, match=r"router_loss must be 0 .* both sides"):
+        ours(make("qwen3_moe", **options))
+    _, report = ours(make("qwen3_moe", **options), weight=0.0)
+    assert report == {}
