@@ -19,7 +19,7 @@ from lrmc_ray.config import DEMO, ModelSettings
 from lrmc_ray.errors import DataError, IncompleteArtifactError
 from lrmc_ray.files.artifacts import (
     cache_directory,
-    file_digest,
+    content_digest,
     fingerprint,
 )
 from lrmc_ray.files.place import Place
@@ -137,7 +137,7 @@ def model_fingerprint(directory: Path) -> str:
     """SHA-256 of the configuration and the weights, whatever the directory is called."""
     digest = hashlib.sha256()
     for path in [directory / "config.json", *sorted(directory.glob(f"*{WEIGHT_SUFFIX}"))]:
-        digest.update(file_digest(path).encode())
+        digest.update(content_digest(path).encode())
     return digest.hexdigest()
 
 
@@ -146,7 +146,7 @@ def tokenizer_fingerprint(directory: Path) -> str:
     digest = hashlib.sha256()
     for name in TOKENIZER_FILES:
         if (directory / name).is_file():
-            digest.update(f"{name} {file_digest(directory / name)}\n".encode())
+            digest.update(f"{name} {content_digest(directory / name)}\n".encode())
     return digest.hexdigest()
 
 

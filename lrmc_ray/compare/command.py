@@ -29,13 +29,23 @@ def main(argv: Sequence[str]) -> int:
     from lrmc_ray.compare.description import COMPARISON_FILE
     from lrmc_ray.compare.explain import explain
     from lrmc_ray.compare.run import Comparing
+    from lrmc_ray.evaluate.task_files import check_tasks, task_data
     from lrmc_ray.record.sources import training_files
+    from lrmc_ray.tasks.registry import expand
+    from lrmc_ray.tune.provenance import contents
 
     training_files(space)
-    comparing = Comparing(space, methods, arguments.output)
+    names = expand([*space.evaluate.domain_tasks, *space.evaluate.general_tasks])
+    if not arguments.report_only:
+        check_tasks(names, "dev")
+        task_data(names, "test")
+    made_of = contents(space.run_settings(space.train))
+    comparing = Comparing(space, methods, arguments.output, made_of)
     description = comparing.description
     if not (arguments.explain or arguments.report_only):
         comparing.place.check()
+    if arguments.report_only and not description.has_begun:
+        comparing.go_back()
     if arguments.explain and not description.has_begun:
         print(explain(description))
         return 0

@@ -1,11 +1,12 @@
 """What ``compare.json`` says of a comparison: its methods, its runs, and how they ended."""
 
 import json
+import logging
 import math
 import secrets
 import shutil
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from datetime import UTC, datetime
 from pathlib import Path
@@ -28,8 +29,10 @@ from lrmc_ray.config import TrainSettings
 from lrmc_ray.config.compare import CompareSpace
 from lrmc_ray.files.artifacts import fingerprint, write_json
 from lrmc_ray.files.names import CHECKPOINTS, MODEL
-from lrmc_ray.tune.provenance import datasets, versions
+from lrmc_ray.tune.provenance import datasets, newest_earlier, versions, why_new
 from lrmc_ray.tune.result import read_result
+
+_log = logging.getLogger(__name__)
 
 COMPARISON_FILE = "compare.json"
 
@@ -43,21 +46,31 @@ class Description:
     Attributes:
         space: the comparison.
         methods: those that this command is about.
+        contents: what its runs are trained and scored on.
         values: what the file says; empty before :meth:`open`.
         outcomes: of the jobs that have ended.
     """
 
-    def __init__(self, space: CompareSpace, methods: Sequence[str], output: Path) -> None:
+    def __init__(
+        self,
+        space: CompareSpace,
+        methods: Sequence[str],
+        output: Path,
+        contents: Mapping[str, str],
+    ) -> None:
         """Nothing is read yet.
 
         Args:
             space: all settings.
             methods: those that this command is about.
             output: holds the comparison's directory.
+            contents: what its runs are trained and scored on, see ``provenance.contents``.
         """
         self.space = space
         self.methods = list(methods)
-        self.id = f"{space.compare.name}-{fingerprint(comparison_identity(space))}"
+        self.contents = dict(contents)
+        identity = {**comparison_identity(space), "contents": self.contents}
+        self.id = f"{space.compare.name}-{fingerprint(identity)}"
         self.directory = output.resolve() / self.id
         self.outcomes: dict[Job, Outcome] = {}
         self.values: dict[str, Any] = {}
@@ -68,6 +81,15 @@ class Description:
         """Whether an earlier command has written the file."""
         return (self.directory / COMPARISON_FILE).is_file()
 
+    def go_back(self) -> None:
+        """Take the newest comparison of the same settings, if there is one, whatever it is of."""
+        asked = comparison_identity(self.space)
+        earlier = newest_earlier(self.directory, COMPARISON_FILE, asked)
+        if earlier is not None:
+            _log.warning("this is %s, made of what was there then", earlier.directory.name)
+            self.directory, self.id = earlier.directory, earlier.directory.name
+            self.contents = dict(earlier.contents)
+
     def open(self, *, retry_failed: bool = False) -> None:
         """Read what earlier commands have done, or begin."""
         self.directory.mkdir(parents=True, exist_ok=True)
@@ -75,9 +97,14 @@ class Description:
             path = self.directory / COMPARISON_FILE
             self.values = json.loads(path.read_text(encoding="utf-8"))
         else:
+            asked = comparison_identity(self.space)
+            if (why := why_new(self.directory, COMPARISON_FILE, asked, self.contents)) is not None:
+                _log.warning("%s", why)
             self.values = {
                 "schema": 1,
                 "id": self.id,
+                "asked": fingerprint(asked),
+                "contents": self.contents,
                 "created": datetime.now(UTC).isoformat(timespec="seconds"),
                 "sessions": [],
                 "stage_seconds": {},

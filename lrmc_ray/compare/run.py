@@ -38,6 +38,7 @@ from lrmc_ray.record.run import record
 from lrmc_ray.tune.forecast import divide
 from lrmc_ray.tune.limits import STOP_SECONDS, time_limit, write_overdue
 from lrmc_ray.tune.processes import DIED, end_leftovers, finish_steps
+from lrmc_ray.tune.provenance import check_unchanged
 from lrmc_ray.tune.result import failure_cause
 
 _log = logging.getLogger(__name__)
@@ -53,16 +54,34 @@ class Comparing:
         place: where the nodes find each other's files.
     """
 
-    def __init__(self, space: CompareSpace, methods: Sequence[str], output: Path) -> None:
-        """Open the comparison in ``output``, which holds records and scores that others share."""
+    def __init__(
+        self,
+        space: CompareSpace,
+        methods: Sequence[str],
+        output: Path,
+        contents: Mapping[str, str],
+    ) -> None:
+        """Open the comparison in ``output``, which holds records and scores that others share.
+
+        Args:
+            space: all settings.
+            methods: those that this command is about.
+            output: holds the comparison's directory.
+            contents: what its runs are trained and scored on, see ``provenance.contents``.
+        """
         self.space = space
         self.methods = list(methods)
         self.output = output.resolve()
-        self.description = Description(space, methods, output)
+        self.description = Description(space, methods, output, contents)
         self.directory = self.description.directory
         self.place = place_of(space.resources.storage)
         self.began: dict[Job, float] = {}
         """When each running job was started, in seconds since 1970."""
+
+    def go_back(self) -> None:
+        """Take the newest comparison of the same settings, made of what was there then."""
+        self.description.go_back()
+        self.directory = self.description.directory
 
     def run(self, address: str, *, verbose: bool) -> None:
         """Run the comparison to its end, or as far as it gets.
@@ -112,6 +131,7 @@ class Comparing:
                 seconds[f"base_{split}"] = scored["seconds"]
                 values["base_scores"][split] = relative_path(scores, self.directory)
                 bar.advance()
+        check_unchanged(self.description.contents, settings)
         self.description.write()
 
     # The runs

@@ -13,6 +13,7 @@ from lrmc_ray.errors import ConfigError, IncompleteArtifactError
 from lrmc_ray.evaluate.names import MADE_BY
 from lrmc_ray.files.place import place_of
 from lrmc_ray.models import local_directory
+from lrmc_ray.tasks.registry import expand
 
 
 def main(argv: Sequence[str]) -> int:
@@ -37,7 +38,9 @@ def main(argv: Sequence[str]) -> int:
 
     from lrmc_ray.evaluate.run import evaluate
     from lrmc_ray.evaluate.show import show_changes, show_scores
+    from lrmc_ray.evaluate.task_files import check_tasks
 
+    check_tasks(expand([*settings.evaluate.domain_tasks, *settings.evaluate.general_tasks]), "test")
     scored: list[Path] = []
     with (
         ray_session(

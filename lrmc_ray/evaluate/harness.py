@@ -13,11 +13,12 @@ from typing import Any
 
 import numpy as np
 
-from lrmc_ray.errors import ConfigError, DataError, LrmcError
+from lrmc_ray.errors import DataError, LrmcError
 from lrmc_ray.evaluate.drift import DRIFT_POSITIONS, item_texts, pick_evenly
 from lrmc_ray.evaluate.item_rows import GOLD, task_rows
 from lrmc_ray.evaluate.request import Group, ScoreRequest, ScoreResult, Split
-from lrmc_ray.evaluate.task_files import task_label, task_manager
+from lrmc_ray.evaluate.task_checks import right_choices
+from lrmc_ray.evaluate.task_files import error_text, load_task, task_label, task_manager
 from lrmc_ray.models import load_model, load_tokenizer
 from lrmc_ray.tasks.registry import OURS
 
@@ -120,30 +121,15 @@ def run_task(
         parts = tuple(part for part in parts if part.endswith(GOLD)) or parts[:1]
     samples: dict[str, list[dict[str, Any]]] = {}
     for part in parts:
-        loaded = _load(manager, part)
+        loaded = load_task(manager, part)
         samples.update(_run_loaded(lm, loaded, part, limit))
         for task_name, task in loaded["tasks"].items():
             for sample in samples[task_name]:
                 sample["output_type"] = task.OUTPUT_TYPE
-                sample["metric_names"] = [m["metric"] for m in task.config.metric_list or []]
+                sample["metric_names"] = list(task.aggregation())
+                if task.OUTPUT_TYPE == "multiple_choice" and hasattr(task, "multiple_input"):
+                    sample["right"], sample["num_choices"] = right_choices(task, sample["doc"])
     return samples
-
-
-def _load(manager: Any, part: str) -> dict[str, Any]:
-    """One task, or one of lm-eval's groups, with its items."""
-    try:
-        loaded: dict[str, Any] = manager.load([part])
-    except Exception as error:  # whatever YAML, datasets and lm-eval may raise
-        raise ConfigError(
-            f"lm-eval refuses the task {part}: {_told(error)}; correct the task file (its data "
-            "must be where `data_files` says), or choose another task"
-        ) from error
-    if not loaded["tasks"]:
-        raise ConfigError(f"the task {part} has no tasks in it; correct its file")
-    for task_name, task in loaded["tasks"].items():
-        if not len(task.eval_docs):
-            raise DataError(f"task {task_name} has no items; check its data files")
-    return loaded
 
 
 def _run_loaded(
@@ -170,7 +156,7 @@ def _run_loaded(
         raise  # of the model, the machine or the installation
     except Exception as error:  # of templates and items
         raise DataError(
-            f"task {part} cannot be run on its data: {_told(error)}; compare the fields that "
+            f"task {part} cannot be run on its data: {error_text(error)}; compare the fields that "
             "its file names with those of its items"
         ) from error
     if not results or not results.get("samples"):
@@ -194,10 +180,3 @@ def _seed(tasks: Mapping[str, Any]) -> None:
         if task.get_config("num_fewshot") is None:
             task.set_config(key="num_fewshot", value=0)
         task.set_fewshot_seed(seed=DEFAULT_OTHER_SEED)
-
-
-def _told(error: Exception) -> str:
-    """An error in one line, with its innermost cause."""
-    cause = error.__cause__ or error
-    text = " ".join(str(cause).split())
-    return f"{type(cause).__name__}: {text[:300]}" if text else type(cause).__name__

@@ -5,7 +5,7 @@ the log-likelihoods that it already has: no forward pass is added.
 """
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -24,17 +24,21 @@ def task_rows(
     own = [task for task in samples if task.startswith("lrmc_")]
     companions = {task + suffix for task in own for suffix in _COMPANIONS} & samples.keys()
     for task, items in samples.items():
-        if task in companions:
+        if task in companions or not items:
             continue
         further: dict[int, dict[str, float]] = {}
         for suffix, (metric, measure) in _COMPANIONS.items():
             for item in samples[task + suffix] if task + suffix in companions else ():
                 further.setdefault(item["doc_id"], {})[metric] = measure(item, tokenizer)
-        first_filter = items[0]["filter"] if items else None
+        first = [item for item in items if item["filter"] == items[0]["filter"]]
+        judged_by = _accuracy_metric(task, first)
         for item in items:
-            if item["filter"] != first_filter:
-                continue
-            kind, metrics, weight = _metrics(task, item, tokenizer)
+            # Of the other filters, which lm-eval reports beside the first one.
+            if item["filter"] != items[0]["filter"] and judged_by in item["metrics"]:
+                name = f"{judged_by}:{item['filter']}"
+                further.setdefault(item["doc_id"], {})[name] = float(item[judged_by])
+        for item in first:
+            kind, metrics, weight = _metrics(task, item, tokenizer, judged_by)
             metrics |= further.get(item["doc_id"], {})
             prefix = "" if len(samples) - len(companions) == 1 else f"{task}/"
             for metric, value in metrics.items():
@@ -50,20 +54,36 @@ def task_rows(
                 }
 
 
+def _accuracy_metric(task: str, items: Sequence[Mapping[str, Any]]) -> str:
+    """The metric that a generation task is judged by: one that is between 0 and 1 in every item.
+
+    Raises:
+        DataError: there is none.
+    """
+    if items[0]["output_type"] != "generate_until":
+        return ""
+    known = [name for name in items[0]["metrics"] if all(_is_number(i.get(name)) for i in items)]
+    wanted = ("execution_accuracy", "acc", "exact_match", *items[0]["metric_names"], *known)
+    for metric in wanted:
+        if metric in known and all(0 <= item[metric] <= 1 for item in items):
+            return metric
+    raise DataError(
+        f"task {task} has no metric between 0 and 1 per item (it has {', '.join(known) or 'none'})"
+        "; choose another task"
+    )
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float | bool | np.generic)
+
+
 def _metrics(
-    task: str, item: Mapping[str, Any], tokenizer: Any
+    task: str, item: Mapping[str, Any], tokenizer: Any, judged_by: str
 ) -> tuple[str, dict[str, float], float]:
     """Kind of task, metrics and weight of one item."""
     output_type = item["output_type"]
     if output_type == "multiple_choice":
-        likelihoods = np.array([float(answer[0]) for answer in item["filtered_resps"]])
-        gold = item["target"]
-        if not isinstance(gold, int) or not 0 <= gold < len(likelihoods):
-            raise DataError(f"task {task}: the right choice must be one index, got {gold!r}")
-        shares = np.exp(likelihoods - likelihoods.max())
-        shares /= shares.sum()
-        accuracy = float(item.get("acc", likelihoods.argmax() == gold))
-        return "choice", {"accuracy": accuracy, "probability": float(shares[gold])}, 1.0
+        return "choice", _choice_metrics(task, item), 1.0
     if output_type == "loglikelihood_rolling":
         text = item["arguments"][0][0]
         tokens = len(tokenizer(text, add_special_tokens=False)["input_ids"])
@@ -74,24 +94,41 @@ def _metrics(
         return "generation", {"gold_probability": _mean_token_probability(item, tokenizer)}, 1.0
     if output_type == "loglikelihood":
         likelihood, is_greedy = item["filtered_resps"][0]
-        return (
-            "choice",
-            {"accuracy": float(is_greedy), "probability": math.exp(float(likelihood))},
-            1.0,
+        metrics = {"accuracy": float(is_greedy), "probability": math.exp(float(likelihood))}
+        # lm-eval's perplexity is exp of minus the mean of these.
+        return "choice", {**metrics, "loglikelihood": float(likelihood)}, 1.0
+    values = {name: float(item[name]) for name in item["metrics"] if _is_number(item.get(name))}
+    return "generation", {"accuracy": values.pop(judged_by), **values}, 1.0
+
+
+def _choice_metrics(task: str, item: Mapping[str, Any]) -> dict[str, float]:
+    """What is kept of an item with choices: its accuracy, and lm-eval's other metrics as they are.
+
+    Raises:
+        DataError: the right choice is none of them.
+    """
+    right, count = item["right"], item["num_choices"]
+    if not right or not all(0 <= index < count for index in right):
+        raise DataError(
+            f"task {task}: the right choice must be the index or the text of one, got "
+            f"{item['target']!r}"
         )
-    values = {
-        metric: float(item[metric])
-        for metric in item["metrics"]
-        if isinstance(item.get(metric), int | float | bool | np.generic)
+    # Behind those of the choices may be those of the choices without their question.
+    likelihoods = np.array([float(answer[0]) for answer in item["filtered_resps"][:count]])
+    shares = np.exp(likelihoods - likelihoods.max())
+    shares /= shares.sum()
+    metrics = {
+        "accuracy": float(item.get("acc", likelihoods.argmax() in right)),
+        "probability": min(1.0, float(shares[sorted(set(right))].sum())),
     }
-    for metric in ("execution_accuracy", "acc", "exact_match", *item["metric_names"], *values):
-        if metric in values and 0 <= values[metric] <= 1:
-            others = {name: v for name, v in values.items() if name != metric}
-            return "generation", {"accuracy": values[metric], **others}, 1.0
-    raise DataError(
-        f"task {task} has no metric between 0 and 1 per item (it has {', '.join(values) or 'none'})"
-        "; choose another task"
-    )
+    for name in item["metrics"]:
+        if name == "brier_score":
+            _, probabilities = item[name]
+            is_right = np.isin(np.arange(count), right)
+            metrics[name] = float(np.sum((np.asarray(probabilities) - is_right) ** 2))
+        elif name not in ("acc", "choice_probability") and _is_number(item.get(name)):
+            metrics[name] = float(item[name])
+    return metrics
 
 
 def _number(answer: Any) -> float:

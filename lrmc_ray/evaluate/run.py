@@ -8,8 +8,9 @@ that was scored before is not scored again. Beside ``items.parquet``, a tuned mo
 the items that it lost and gained against its base, ``receipt.parquet``.
 """
 
+import importlib.metadata
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,13 +22,19 @@ from lrmc_ray.chat.answers import RENDERING
 from lrmc_ray.cluster.checks import check_files_shared, check_model_shared
 from lrmc_ray.cluster.resources import worker_slots
 from lrmc_ray.config import RunSettings
+from lrmc_ray.errors import DataError
 from lrmc_ray.evaluate.changes import receipt
 from lrmc_ray.evaluate.drift import BaseTexts, drift_metrics, read_base_texts, write_base_texts
 from lrmc_ray.evaluate.items import Scores
-from lrmc_ray.evaluate.names import RECEIPT
+from lrmc_ray.evaluate.names import MADE_BY, RECEIPT, SCORING
 from lrmc_ray.evaluate.processes import ScoredModel, fits_here, score_here, score_in_tasks
 from lrmc_ray.evaluate.request import Group, ScoreRequest, Split
-from lrmc_ray.evaluate.task_files import own_files, task_fingerprints, task_label
+from lrmc_ray.evaluate.task_files import (
+    located,
+    own_files,
+    task_fingerprints,
+    task_label,
+)
 from lrmc_ray.evaluate.vocabulary import check_vocabulary, vocabulary_of
 from lrmc_ray.files.artifacts import (
     PARTIAL,
@@ -35,6 +42,7 @@ from lrmc_ray.files.artifacts import (
     is_finished,
     lock_directory,
     publish,
+    read_manifest,
     write_atomically,
 )
 from lrmc_ray.files.place import place_of
@@ -74,10 +82,12 @@ def evaluate(
 
     Raises:
         EvaluationError: scoring failed; the message has the cause.
+        DataError: ``base`` has another vocabulary, or was asked other questions.
     """
+    identity = _identity(settings, model_directory, split, base, general_from)
     if base is not None:
         check_vocabulary(model_directory, base)
-    identity = _identity(settings, model_directory, split, base, general_from)
+        _check_same_questions(identity, base)
     final = output / "scores" / fingerprint(identity)
     if is_finished(final):
         return final
@@ -116,12 +126,37 @@ def _identity(
         "split": split,
         "general_from": general_from.name if general_from else None,
         "base": base.name if base else None,
-        "tasks_version": VERSION,
         "tasks": task_fingerprints(names, split),
-        "rendering": RENDERING,
+        **scoring_code(),
         **({"template_options": options} if (options := settings.model.template_options) else {}),
         **chosen.model_dump(mode="json"),
     }
+
+
+def scoring_code() -> dict[str, Any]:
+    """Versions of what turns a model's answers into scores."""
+    return {
+        "tasks_version": VERSION,
+        "rendering": RENDERING,
+        "scoring": SCORING,
+        "lm_eval": importlib.metadata.version("lm-eval"),
+    }
+
+
+def _check_same_questions(identity: Mapping[str, Any], base: Path) -> None:
+    """Refuse to compare with a base that was asked other questions, or scored by other code.
+
+    Raises:
+        DataError: names what differs.
+    """
+    theirs = read_manifest(base, made_by=MADE_BY)["identity"]
+    for name in ("tasks", *scoring_code()):
+        if theirs.get(name) != identity[name]:
+            what = "the files of the tasks" if name == "tasks" else name
+            raise DataError(
+                f"{base} must be scores on the same questions, but {what} have changed since; give "
+                "the same command again, which scores the base anew"
+            )
 
 
 @dataclass(frozen=True)
@@ -146,9 +181,11 @@ def _score(
 ) -> dict[str, float]:
     """Score and write ``items.parquet``; returns the drift from the base."""
     chosen, resources = settings.evaluate, settings.resources
-    tasks: list[tuple[str, Group]] = [(name, "domain") for name in expand(chosen.domain_tasks)]
+    tasks: list[tuple[str, Group]] = [
+        (located(name), "domain") for name in expand(chosen.domain_tasks)
+    ]
     if known.general is None:
-        tasks += [(name, "general") for name in expand(chosen.general_tasks)]
+        tasks += [(located(name), "general") for name in expand(chosen.general_tasks)]
     worker_slots(resources, what="evaluation task")
     model.place.either(
         lambda: check_model_shared(model.directory) if model.is_base else None,

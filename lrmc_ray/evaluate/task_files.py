@@ -1,14 +1,24 @@
 """Which files a task is made of: ours, written where lm-eval finds them, and the user's own."""
 
 import difflib
-import re
-from collections.abc import Sequence
+import functools
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from lrmc_ray.errors import ConfigError
+from lrmc_ray.errors import ConfigError, DataError
+from lrmc_ray.evaluate.fewshot import never_its_own_example
+from lrmc_ray.evaluate.json_items import JsonItem, is_json, read_dataset, read_items
 from lrmc_ray.evaluate.request import Split
-from lrmc_ray.files.artifacts import cache_directory, file_digest
+from lrmc_ray.evaluate.task_checks import check_config, check_items
+from lrmc_ray.evaluate.task_sources import (
+    data_files,
+    read_task_file,
+    sections,
+    task_sources,
+)
+from lrmc_ray.files.artifacts import cache_directory, content_digest
 from lrmc_ray.tasks.built import built_spider_file, ct_files
 from lrmc_ray.tasks.demo.files import demo_files
 from lrmc_ray.tasks.registry import GROUPS, OURS, materialize
@@ -42,12 +52,170 @@ def task_manager(names: Sequence[str], scratch: Path, split: Split) -> Any:
             raise ConfigError(
                 f"task {name} is neither one of ours ({', '.join(OURS)}) nor one of lm-eval's{hint}"
             )
+        if Path(name).is_file():
+            _enter(manager, name)
     return manager
 
 
+def _enter(manager: Any, name: str) -> None:
+    """Make a task file known to the manager, its data those that its fingerprint is of.
+
+    Raises:
+        ConfigError: the file is refused.
+    """
+    from lm_eval.tasks._index import TaskIndex
+    from lm_eval.tasks._yaml_loader import load_yaml
+
+    path = Path(name)
+    try:
+        config = load_yaml(path)
+        entry = TaskIndex.entry_from_config(config)
+    except Exception as error:  # whatever YAML and a task's Python may raise
+        raise _refused(name, error) from error
+    if entry is None:
+        raise _refused(name, "it names neither a task nor a group")
+    for section in sections(config):
+        _place_data(section, path.parent)
+    manager.task_index[name] = entry
+
+
+def _place_data(config: Any, folder: Path) -> None:
+    """Name the data of one task by their places; local JSON is read here, see ``json_items``."""
+    files = data_files(config, folder)
+    if not files:
+        return
+    options = dict(config.get("dataset_kwargs") or {})
+    whole = folder / str(config.get("dataset_path"))
+    # A folder that describes itself may give its files other meanings.
+    if is_json(files, config) and not (whole / "README.md").is_file():
+        config["custom_dataset"] = functools.partial(
+            read_dataset, files=files, field=options.get("field")
+        )
+        config["dataset_kwargs"] = {}
+        return
+    named = {split: [str(file) for file in part] for split, part in files.items()}
+    config["dataset_kwargs"] = {**options, "data_files": named}
+    if whole.is_dir():
+        config["dataset_path"] = str(whole.resolve())
+
+
+def _refused(name: str, why: Exception | str) -> ConfigError:
+    told = why if isinstance(why, str) else error_text(why)
+    return ConfigError(
+        f"lm-eval refuses the task {name}: {told}; correct the task file (its data must be where "
+        "`data_files` says), or choose another task"
+    )
+
+
+def error_text(error: Exception) -> str:
+    """An error in one line, with its innermost cause."""
+    cause = error.__cause__ or error
+    text = " ".join(str(cause).split())
+    return f"{type(cause).__name__}: {text[:300]}" if text else type(cause).__name__
+
+
+def load_task(manager: Any, part: str) -> dict[str, Any]:
+    """One task, or one of lm-eval's groups, with its items, checked.
+
+    Raises:
+        ConfigError: lm-eval refuses it, or it would be scored in part.
+        DataError: it has no items, or one that would be scored wrongly.
+    """
+    try:
+        loaded: dict[str, Any] = manager.load([part])
+    except DataError:
+        raise
+    except Exception as error:  # whatever YAML, datasets and lm-eval may raise
+        if isinstance(error.__cause__, DataError):
+            raise error.__cause__ from error
+        raise _refused(part, error) from error
+    if not loaded["tasks"]:
+        raise ConfigError(f"the task {part} has no tasks in it; correct its file")
+    is_own = Path(part).is_file()
+    for task_name, task in loaded["tasks"].items():
+        if not len(task.eval_docs):
+            raise DataError(f"task {task_name} has no items; check its data files")
+        if not hasattr(task.config, "metric_list"):
+            continue  # a class of its own, with a configuration of its own
+        check_config(task_name, _values(task.config))
+        never_its_own_example(task)
+        if is_own:
+            items = _json_items(task)
+            check_items(
+                task, lambda i, t=task_name, own=items: own[i].place if own else f"{t}, item {i}"
+            )
+    return loaded
+
+
+def _values(config: Any) -> Mapping[str, Any]:
+    return {name: getattr(config, name) for name in dir(config) if not name.startswith("_")}
+
+
+def _json_items(task: Any) -> list[JsonItem]:
+    """The items of a task as its own files have them; none where it makes others of them."""
+    dataset, config = task.config.custom_dataset, task.config
+    if not isinstance(dataset, functools.partial) or config.process_docs is not None:
+        return []
+    files = dataset.keywords["files"][config.test_split or config.validation_split]
+    return read_items(files, dataset.keywords["field"])
+
+
+def check_tasks(names: Sequence[str], split: Split) -> None:
+    """Refuse tasks that would be scored wrongly or in part, before a model is loaded.
+
+    Of lm-eval's own tasks the definitions are looked at, their items are not.
+
+    Raises:
+        ConfigError: a task does not exist, is refused by lm-eval, or has what is not scored.
+        DataError: an item of a task file would be scored wrongly.
+        IncompleteArtifactError: data of one of ours are not built.
+    """
+    ours = {*OURS, *(part for parts in OURS.values() for part in parts)}
+    foreign = [name for name in names if name not in ours]
+    if not foreign:
+        task_data(names, split)
+        return
+    with tempfile.TemporaryDirectory() as scratch:
+        manager = task_manager(names, Path(scratch), split)
+        for name in foreign:
+            if Path(name).is_file():
+                load_task(manager, name)
+                continue
+            for task_name, config in _definitions(manager, name):
+                check_config(task_name, config)
+
+
+def _definitions(manager: Any, name: str) -> Iterator[tuple[str, Mapping[str, Any]]]:
+    """The tasks that a name of lm-eval's stands for, by their files."""
+    from lm_eval.tasks._yaml_loader import load_yaml
+
+    entry = manager.task_index.get(name)
+    if entry is None:
+        return
+    if not entry.yaml_path:  # a tag
+        for member in sorted(entry.tags):
+            yield from _definitions(manager, member)
+        return
+    config = load_yaml(entry.yaml_path, resolve_func=False)
+    members = config.get("task")
+    if not isinstance(members, list):
+        yield name, config
+        return
+    for member in members:
+        inner = member if isinstance(member, str) else member.get("task", member.get("group"))
+        if isinstance(inner, str) and inner != name:
+            yield from _definitions(manager, inner)
+
+
 def _may_need_others(name: str) -> bool:
-    """Whether a task is one of lm-eval's, or a file of a group that may name some of them."""
-    return not Path(name).is_file() or "group:" in Path(name).read_text("utf-8", "replace")
+    """Whether a task is one of lm-eval's, or a file of a group that names some of them."""
+    if not Path(name).is_file():
+        return True
+    config, _ = read_task_file(Path(name))
+    members = config.get("task")
+    return isinstance(members, list) and not all(
+        isinstance(member, Mapping) and "dataset_path" in member for member in members
+    )
 
 
 def task_data(names: Sequence[str], split: Split) -> dict[str, Path]:
@@ -77,21 +245,18 @@ def task_data(names: Sequence[str], split: Split) -> dict[str, Path]:
 def task_fingerprints(names: Sequence[str], split: Split) -> dict[str, str]:
     """Digests of the local files that decide what is asked: built data, task files of one's own."""
     files = {str(key): path for key, path in task_data(names, split).items()} | own_files(names)
-    return {name: file_digest(path) for name, path in files.items() if path.is_file()}
+    return {name: content_digest(path) for name, path in files.items() if path.is_file()}
 
 
 def own_files(names: Sequence[str]) -> dict[str, Path]:
-    """Task files of one's own among ``names``, and the data that they name."""
+    """Task files of one's own among ``names``, and all files that they rest on."""
     files: dict[str, Path] = {}
     for name in names:
         if Path(name).is_file():
-            files |= {name: Path(name)}
-            files |= {f"{name}: {path}": path for path in _data_files(Path(name))}
+            files |= {f"{name}: {what}": path for what, path in task_sources(Path(name)).items()}
     return files
 
 
-def _data_files(task_file: Path) -> list[Path]:
-    """The local files that a task file names under ``data_files``."""
-    text = task_file.read_text(encoding="utf-8", errors="replace")
-    words = re.findall(r"""["']?(/[^"'\s,}\]]+)["']?""", text)
-    return [Path(word) for word in words if Path(word).is_file()]
+def located(name: str) -> str:
+    """A task's name for a process that may work in another folder: a file by its full path."""
+    return str(Path(name).resolve()) if Path(name).is_file() else name

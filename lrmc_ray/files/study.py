@@ -84,7 +84,11 @@ class StudyFile(_Part):
 
     schema_version: Literal[1] = Field(alias="schema")
     id: str
-    """The name and the fingerprint of the settings; also the directory's name."""
+    """The name and the fingerprint of settings and contents; also the directory's name."""
+    asked: str | None = None
+    """Fingerprint of the settings alone."""
+    contents: dict[str, str] = {}
+    """Digests of what every trial is trained and scored on."""
     name: str
     created: str
     state: Literal["RUNNING", "FINISHED"]

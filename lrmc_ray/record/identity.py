@@ -1,6 +1,6 @@
 """What a record was made with, and whether it fits the settings at hand."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -8,7 +8,8 @@ from lrmc_ray.chat.answers import RENDERING
 from lrmc_ray.config import RunSettings
 from lrmc_ray.errors import DataError, IncompleteArtifactError
 from lrmc_ray.files.artifacts import (
-    file_digest,
+    MANIFEST,
+    content_digest,
     fingerprint,
     read_manifest,
 )
@@ -44,7 +45,7 @@ def identify(
     the order of the samples.
     """
     by_content = sorted(
-        ((source.domain, file_digest(source.path), source) for source in sources),
+        ((source.domain, content_digest(source.path), source) for source in sources),
         key=lambda item: item[:2],
     )
     identity = {
@@ -64,6 +65,33 @@ def identify(
     }
     assert identity.keys() == _IDENTITY.keys()
     return identity, [source for _, _, source in by_content]
+
+
+_SIZES = ("tau", "k_min", "k_max", "prompt_k_max")
+"""Fields that say how much of the same thing is recorded."""
+
+
+def why_again(final: Path, identity: Mapping[str, Any]) -> str | None:
+    """Why the same data are about to be recorded once more, in one line; None if they are not.
+
+    Args:
+        final: of the new record, beside the others.
+        identity: of the new record.
+    """
+    for path in sorted(final.parent.glob(f"*/{MANIFEST}")):
+        try:
+            other = read_manifest(path.parent, made_by=MADE_BY).get("identity", {})
+        except DataError:
+            continue  # a damaged one is named where it is used
+        differ = [name for name in identity if other.get(name) != identity[name]]
+        if path.parent != final and differ and set(differ) <= set(_SIZES):
+            sizes = [f"{name} {identity[name]} (there {other.get(name)})" for name in differ]
+            return (
+                f"{path.parent} has the same data and model, but {', '.join(sizes)} is asked for "
+                "now, so they are recorded once more: a record is not extended; record once with "
+                "the largest that you need (record.tau, record.k_max) to save the second time"
+            )
+    return None
 
 
 def check_fits(record: Path, settings: RunSettings, model_directory: Path) -> None:

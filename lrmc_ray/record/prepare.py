@@ -27,7 +27,7 @@ from lrmc_ray.files.place import Place, place_of
 from lrmc_ray.models import differing_text, load_tokenizer, local_directory, vocabulary_size
 from lrmc_ray.record.encode import EncodingSummary, encode_rows
 from lrmc_ray.record.examples import ExamplesWriter
-from lrmc_ray.record.identity import identify
+from lrmc_ray.record.identity import identify, why_again
 from lrmc_ray.record.names import EXAMPLES, MADE_BY, PLAN, REJECTS
 from lrmc_ray.record.recording import Recording, recording_of
 from lrmc_ray.record.rows import Rejects, read_rows
@@ -104,6 +104,8 @@ def prepare(settings: RunSettings, output: Path) -> Preparation:
             read_manifest(prepared.final, made_by=MADE_BY)["rejects"], settings, prepared.final
         )
         return prepared
+    if not prepared.partial.exists() and (why := why_again(prepared.final, identity)) is not None:
+        _log.warning("%s", why)
     with lock_directory(prepared.partial):
         if not is_finished(prepared.final):
             read_or_make_plan(prepared)

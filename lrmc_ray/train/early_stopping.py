@@ -28,6 +28,7 @@ from lrmc_ray.errors import DataError
 from lrmc_ray.evaluate.harness import slice_rows
 from lrmc_ray.evaluate.items import Scores
 from lrmc_ray.evaluate.objective import combined_objective
+from lrmc_ray.evaluate.task_files import located
 from lrmc_ray.files.artifacts import write_json
 from lrmc_ray.files.names import RUNG
 from lrmc_ray.files.place import Place
@@ -101,7 +102,7 @@ def rung_of(
     )
     return Rung(
         step=step,
-        tasks=tuple((name, group) for group, names in groups for name in expand(names)),
+        tasks=tuple((located(name), group) for group, names in groups for name in expand(names)),
         items=min(search.early_stopping_items, scored.limit or search.early_stopping_items),
         batch_tokens=scored.batch_tokens,
         base_scores=base_scores,

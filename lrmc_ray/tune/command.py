@@ -36,9 +36,15 @@ def main(argv: Sequence[str]) -> int:
     from lrmc_ray.tune.inputs import check_inputs
     from lrmc_ray.tune.run import Search
 
-    check_inputs(settings, arguments.output)
-    with lock_directory(study_directory(settings, arguments.output)):
-        search = Search(settings, arguments.output, arguments.tracking_uri, arguments.experiment)
+    contents = check_inputs(settings, arguments.output)
+    with lock_directory(study_directory(settings, arguments.output, contents)):
+        search = Search(
+            settings,
+            arguments.output,
+            contents,
+            tracking_uri=arguments.tracking_uri,
+            experiment=arguments.experiment,
+        )
         if search.description.is_finished:
             print("This search has finished; nothing was done again.", file=sys.stderr)
         else:

@@ -1,5 +1,6 @@
 """What ``study.json`` says of a search, kept up to date while the search runs."""
 
+import logging
 import secrets
 import threading
 import time
@@ -27,11 +28,13 @@ from lrmc_ray.report.mlflow import EXPERIMENT
 from lrmc_ray.train.driver import with_steps
 from lrmc_ray.train.early_stopping import read_decision
 from lrmc_ray.tune.choice import choose_best
-from lrmc_ray.tune.provenance import datasets, versions
+from lrmc_ray.tune.provenance import datasets, versions, why_new
 from lrmc_ray.tune.result import COMBINED, read_result
 
 if TYPE_CHECKING:
     from optuna.trial import FrozenTrial
+
+_log = logging.getLogger(__name__)
 
 _STATES: Mapping[str, TrialState] = {
     "WAITING": "RUNNING",
@@ -51,14 +54,19 @@ def study_identity(settings: RunSettings) -> dict[str, Any]:
     return identity
 
 
-def study_fingerprint(settings: RunSettings) -> str:
-    """Twelve hex digits that tell searches apart."""
-    return fingerprint(study_identity(settings))
+def study_fingerprint(settings: RunSettings, contents: Mapping[str, str]) -> str:
+    """Twelve hex digits that tell searches apart.
+
+    Args:
+        settings: of the search.
+        contents: what its trials are trained and scored on, see ``provenance.contents``.
+    """
+    return fingerprint({**study_identity(settings), "contents": dict(contents)})
 
 
-def study_directory(settings: RunSettings, output: Path) -> Path:
+def study_directory(settings: RunSettings, output: Path, contents: Mapping[str, str]) -> Path:
     """Where a search keeps everything: its name and fingerprint, in the output directory."""
-    return output.resolve() / f"{settings.search.name}-{study_fingerprint(settings)}"
+    return output.resolve() / f"{settings.search.name}-{study_fingerprint(settings, contents)}"
 
 
 class Description:
@@ -71,13 +79,19 @@ class Description:
     """
 
     def __init__(
-        self, directory: Path, settings: RunSettings, *, experiment: str | None = None
+        self,
+        directory: Path,
+        settings: RunSettings,
+        contents: Mapping[str, str],
+        *,
+        experiment: str | None = None,
     ) -> None:
         """Read the study in ``directory``, or begin it.
 
         Args:
             directory: of the study; made if it is not there.
             settings: the search.
+            contents: what its trials are trained and scored on.
             experiment: of MLflow, in place of the one that the study has.
         """
         self.directory = directory
@@ -92,7 +106,12 @@ class Description:
             if experiment is not None:
                 self.file.experiment = experiment
         else:
+            why = why_new(directory, STUDY_FILE, study_identity(settings), contents)
+            if why is not None:
+                _log.warning("%s", why)
             self.file = _new_file(settings, directory.name, experiment or EXPERIMENT, now)
+            self.file.asked = fingerprint(study_identity(settings))
+            self.file.contents = dict(contents)
             self.write()
 
     def write(self) -> None:

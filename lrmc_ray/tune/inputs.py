@@ -3,20 +3,22 @@
 from pathlib import Path
 
 from lrmc_ray.config import RunSettings
-from lrmc_ray.evaluate.task_files import task_fingerprints
+from lrmc_ray.evaluate.task_files import check_tasks, task_data
 from lrmc_ray.files.place import place_of
 from lrmc_ray.record.prepare import prepare
 from lrmc_ray.tasks.registry import expand
+from lrmc_ray.tune.provenance import contents
 
 
-def check_inputs(settings: RunSettings, output: Path) -> None:
-    """Look at the storage, the tasks and the training data.
+def check_inputs(settings: RunSettings, output: Path) -> dict[str, str]:
+    """Look at the storage, the tasks and the training data; returns their digests.
 
     Raises:
         LrmcError: one of them cannot be used; the message says why.
     """
     place_of(settings.resources.storage).check()
     names = expand([*settings.evaluate.domain_tasks, *settings.evaluate.general_tasks])
-    for split in ("dev", "test"):
-        task_fingerprints(names, split)
+    check_tasks(names, "dev")
+    task_data(names, "test")
     prepare(settings, output)
+    return contents(settings)

@@ -8,6 +8,7 @@ their settings. The same command again goes on where it stopped, also after kill
 """
 
 import logging
+from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import asdict
 from pathlib import Path
@@ -28,6 +29,7 @@ from lrmc_ray.report.mlflow import StudyTracker
 from lrmc_ray.tune import finish
 from lrmc_ray.tune.description import Description, study_directory, study_fingerprint
 from lrmc_ray.tune.forecast import forecast
+from lrmc_ray.tune.provenance import check_unchanged
 from lrmc_ray.tune.suggest import automatic, suggest, with_ranges
 
 if TYPE_CHECKING:
@@ -41,6 +43,7 @@ class Search:
 
     Attributes:
         settings: the search, automatic ranges replaced once they are found.
+        contents: what its trials are trained and scored on.
         description: what ``study.json`` says.
         queue: which trial comes next; None before :meth:`run_trials`.
         tracker: MLflow's copy of the search; None before :meth:`run`.
@@ -51,6 +54,7 @@ class Search:
         self,
         settings: RunSettings,
         output: Path,
+        contents: Mapping[str, str],
         tracking_uri: str | None = None,
         experiment: str | None = None,
     ) -> None:
@@ -59,16 +63,18 @@ class Search:
         Args:
             settings: of the search.
             output: holds the study, and the records and scores that searches share.
+            contents: what its trials are trained and scored on, see ``provenance.contents``.
             tracking_uri: of MLflow, by default a database in ``output``.
             experiment: of MLflow.
         """
         self.settings = settings
         self.output = output.resolve()
-        self.id = study_fingerprint(settings)
-        self.directory = study_directory(settings, output)
+        self.contents = contents
+        self.id = study_fingerprint(settings, contents)
+        self.directory = study_directory(settings, output, contents)
         self.tracking_uri = tracking_uri or default_tracking_uri(self.output)
         self.place = place_of(settings.resources.storage)
-        self.description = Description(self.directory, settings, experiment=experiment)
+        self.description = Description(self.directory, settings, contents, experiment=experiment)
         self.queue: TrialQueue | None = None
         self.tracker: StudyTracker | None = None
 
@@ -101,6 +107,7 @@ class Search:
                 self._publish_report()
                 _log.info("what there is so far: %s", self.directory / "report.html")
                 raise
+            check_unchanged(self.contents, self.settings)
             finish.score_finalists(self.description, self.output)
             finish.export_best(self.description)
             self._report(tracker)
@@ -148,6 +155,7 @@ class Search:
         scored = read_manifest(base, made_by="python -m lrmc_ray.evaluate")
         study.stage_seconds["base_evaluation"] = scored["seconds"]
         study.base_scores = relative_path(base, self.directory)
+        check_unchanged(self.contents, self.settings)
         self._find_ranges(recorded)
         self.description.write()
         return recorded, base

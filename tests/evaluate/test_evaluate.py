@@ -358,10 +358,10 @@ def test_a_task_file_of_ones_own_is_scored_and_its_data_are_part_of_what_is_kept
         ({"output_type": "guess"}, ITEMS, ConfigError, "lm-eval refuses the task .*mine.yaml"),
         ({"dataset_path": "nowhere/at_all"}, ITEMS, ConfigError, "lm-eval refuses the task"),
         ({"test_split": "none"}, ITEMS, (ConfigError, DataError), "mine.yaml"),
-        ({"doc_to_target": "right"}, ITEMS, DataError, "cannot be run on its data|right choice"),
+        ({"doc_to_target": "right"}, ITEMS, ConfigError, "doc_to_target must be a field"),
         ({"doc_to_text": "{{question"}, ITEMS, (ConfigError, DataError), "mine.yaml"),
         ({}, [], (ConfigError, DataError), "no items|refuses"),
-        ({}, [*ITEMS[:2], {**ITEMS[0], "answer": 7}], DataError, "cannot be run|right choice"),
+        ({}, [*ITEMS[:2], {**ITEMS[0], "answer": 7}], DataError, r"jsonl:3: the right choice"),
     ],
 )  # fmt: skip
 def test_a_bad_task_file_is_named(changes, items, error, message, tiny_model, tmp_path):

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from lrmc_ray.errors import DataError, DirectoryInUseError, IncompleteArtifactError
 from lrmc_ray.files.artifacts import (
     MANIFEST,
+    content_digest,
     file_digest,
     fingerprint,
     is_finished,
@@ -315,3 +316,22 @@ def test_the_lock_is_released_at_the_end_also_after_an_error(tmp_path):
         assert second.wait(timeout=60) == 5
     second = start(SECOND, directory)
     assert second.wait(timeout=60) == 0
+
+
+def test_a_digest_is_read_once_as_long_as_size_and_time_stay(tmp_path, monkeypatch):
+    from lrmc_ray.files import artifacts
+
+    read = []
+    monkeypatch.setattr(
+        artifacts, "file_digest", lambda path: read.append(path) or file_digest(path)
+    )
+    path = tmp_path / "a"
+    path.write_bytes(b"one")
+    assert content_digest(path) == content_digest(path) == file_digest(path)
+    assert len(read) == 2  # just written: it may be written again within the clock's grain
+    for content, age in ((b"one", 100), (b"two", 90), (b"more", 90)):
+        path.write_bytes(content)
+        os.utime(path, (time.time() - age,) * 2)
+        read.clear()
+        assert content_digest(path) == content_digest(path) == file_digest(path)
+        assert len(read) == 1

@@ -42,7 +42,7 @@ def search_settings(**search: Any) -> RunSettings:
 def make_description(output: Path, points: list[tuple[float, float]], **search: Any) -> Description:
     """A search in ``output`` whose trials have these results, each with a model."""
     settings = search_settings(**{"trials": len(points), **search})
-    made = Description(study_directory(settings, output), settings)
+    made = Description(study_directory(settings, output, {}), settings, {})
     made.file.trials = [complete_entry(number, *point) for number, point in enumerate(points)]
     for number in range(len(points)):
         model_of(made.directory, number).mkdir(parents=True)

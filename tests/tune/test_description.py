@@ -31,10 +31,12 @@ def test_a_longer_limit_and_more_trials_are_the_same_search():
 
 def test_a_study_begins_with_every_key_that_it_later_fills(tmp_path):
     settings = search_settings(objective="budget", max_forgetting=0.02)
-    made = Description(study_directory(settings, tmp_path), settings, experiment="mine")
+    directory = study_directory(settings, tmp_path, {"model": "a"})
+    made = Description(directory, settings, {"model": "a"}, experiment="mine")
     written = json.loads((made.directory / "study.json").read_text())
     assert set(written) == {
-        *("artifacts", "best", "closest", "created", "datasets", "experiment", "final"),
+        *("artifacts", "asked", "best", "closest", "contents", "created", "datasets"),
+        *("experiment", "final"),
         *("forecast", "forgetting_weight", "id", "importance", "max_forgetting", "name"),
         *("objective", "record", "schema", "sessions", "settings", "space", "stage_seconds"),
         *("state", "trials", "versions"),
@@ -42,6 +44,7 @@ def test_a_study_begins_with_every_key_that_it_later_fills(tmp_path):
     assert (written["schema"], written["state"], written["experiment"]) == (1, "RUNNING", "mine")
     assert (written["objective"], written["max_forgetting"]) == ("budget", 0.02)
     assert written["id"] == made.directory.name
+    assert written["contents"] == {"model": "a"}
     assert written["settings"] == settings.model_dump(mode="json", exclude={"parameters"})
     [(began, ended)] = written["sessions"]
     assert began <= ended
@@ -56,7 +59,7 @@ def test_a_study_that_goes_on_keeps_what_a_newer_version_wrote(tmp_path):
     written["trials"][2]["invented"] = "b"
     written["trials"][2]["cost"] = {"train_seconds": 3, "evaluate_seconds": 4.5}
     path.write_text(json.dumps(written))
-    again = Description(first.directory, first.settings)
+    again = Description(first.directory, first.settings, {})
     again.file.trials[2].cause = "c"
     again.write()
     now = json.loads(path.read_text())

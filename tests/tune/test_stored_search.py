@@ -407,11 +407,11 @@ def test_a_run_of_a_comparison_has_a_name_of_its_own(storage, tmp_path):
     )
     made = []
     for name in ("one", "two"):
-        comparing = Comparing(space, ["sft"], tmp_path / name)
+        comparing = Comparing(space, ["sft"], tmp_path / name, {})
         comparing.description.open()
         made.append(comparing.home(Job("sft", 1e-5, 0, "dev")))
         assert made[-1] == comparing.home(Job("sft", 1e-5, 0, "test"))
-        again = Comparing(space, ["sft"], tmp_path / name)
+        again = Comparing(space, ["sft"], tmp_path / name, {})
         again.description.open()
         assert again.home(Job("sft", 1e-5, 0, "dev")) == made[-1]
         storage.write(f"{made[-1]}/training/metrics.jsonl", b"")

@@ -76,7 +76,7 @@ settings = load_settings(None, [
 with ray_session(log=directory / "ray.log", num_cpus=2):
     import ray
     before = ray.available_resources()
-    search = Search(settings, directory)
+    search = Search(settings, directory, {})
     search.run_trials(directory, directory)
     deadline = time.monotonic() + 30
     while any(ray.available_resources().get(name) != before[name] for name in before
