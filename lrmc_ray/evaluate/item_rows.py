@@ -63,7 +63,8 @@ def _accuracy_metric(task: str, items: Sequence[Mapping[str, Any]]) -> str:
     if items[0]["output_type"] != "generate_until":
         return ""
     known = [name for name in items[0]["metrics"] if all(_is_number(i.get(name)) for i in items)]
-    wanted = ("execution_accuracy", "acc", "exact_match", *items[0]["metric_names"], *known)
+    named: list[str] = items[0]["metric_names"]
+    wanted = ("execution_accuracy", "acc", "exact_match", *named, *known)
     for metric in wanted:
         if metric in known and all(0 <= item[metric] <= 1 for item in items):
             return metric

@@ -17,7 +17,7 @@ from typing import Any
 from lrmc_ray.errors import DataError
 from lrmc_ray.evaluate.task_sources import JSON_SUFFIXES, PACKED
 
-_OPEN = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}
+_OPEN: dict[str, Any] = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}
 _UNDERSTOOD = {"data_files", "data_dir", "field", "trust_remote_code"}
 """Options of a task's data under which its files are read here."""
 
@@ -97,7 +97,7 @@ def _parsed(text: str, place: str) -> Any:
 
 
 def read_dataset(
-    *, files: Mapping[str, Sequence[Path]], field: str | None = None, **_options: Any
+    *, files: Mapping[str, Sequence[Path | str]], field: str | None = None, **_options: Any
 ) -> Any:
     """What lm-eval takes for the data of a task (``custom_dataset``).
 
@@ -112,7 +112,10 @@ def read_dataset(
     import datasets
 
     return datasets.DatasetDict(
-        {split: _dataset(read_items(part, field)) for split, part in files.items()}
+        {
+            split: _dataset(read_items([Path(file) for file in part], field))
+            for split, part in files.items()
+        }
     )
 
 

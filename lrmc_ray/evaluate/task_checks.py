@@ -84,7 +84,7 @@ def _check_metric(name: str, output_type: str, entry: Mapping[str, Any], *, own:
         )
     if not is_built_in and output_type != "generate_until":
         raise ConfigError(f"task {name}: {output_type} has lm-eval's own metrics, not {metric}")
-    allowed = (None, *_AGGREGATIONS)
+    allowed: tuple[str | None, ...] = (None, *_AGGREGATIONS)
     if is_built_in and metric in _OWN_AGGREGATION:
         allowed = (None, _OWN_AGGREGATION[metric])
     if aggregation not in allowed:

@@ -3,7 +3,7 @@
 import difflib
 import functools
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -140,15 +140,22 @@ def load_task(manager: Any, part: str) -> dict[str, Any]:
         check_config(task_name, _values(task.config))
         never_its_own_example(task)
         if is_own:
-            items = _json_items(task)
-            check_items(
-                task, lambda i, t=task_name, own=items: own[i].place if own else f"{t}, item {i}"
-            )
+            check_items(task, _places(task, task_name))
     return loaded
 
 
 def _values(config: Any) -> Mapping[str, Any]:
     return {name: getattr(config, name) for name in dir(config) if not name.startswith("_")}
+
+
+def _places(task: Any, name: str) -> Callable[[int], str]:
+    """Where the item of an index stands, as messages say it."""
+    items = _json_items(task)
+
+    def place(index: int) -> str:
+        return items[index].place if items else f"{name}, item {index}"
+
+    return place
 
 
 def _json_items(task: Any) -> list[JsonItem]:
