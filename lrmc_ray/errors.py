@@ -54,5 +54,11 @@ class TrainingError(LrmcError):
     """Training failed for good; the message says why."""
 
 
+class DivergedError(LrmcError):
+    """Training ended with a loss far above that of the model it began with; there is no model."""
+
+    exit_code = 8
+
+
 class ObjectiveError(LrmcError):
     """A trial's score is not a finite number, so it has failed and must not be compared."""

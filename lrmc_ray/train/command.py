@@ -22,7 +22,7 @@ from lrmc_ray.files.names import METRICS, MODEL
 from lrmc_ray.files.place import place_of
 from lrmc_ray.record.prepare import prepare
 from lrmc_ray.record.run import record
-from lrmc_ray.train.driver import MADE_BY, run_identity, train, with_steps
+from lrmc_ray.train.driver import MADE_BY, check_converged, run_identity, train, with_steps
 
 
 @contextmanager
@@ -114,6 +114,8 @@ def main(argv: Sequence[str]) -> int:
             f"{manifest['steps']} steps in {manifest['train_seconds']:.0f} s, "
             f"{manifest['processed_tokens']} of {manifest['original_tokens']} tokens processed."
         )
+    check_converged(manifest)
+    if not arguments.json:
         print(f"The model is in {directory / MODEL}.")
         print(f"Next: python -m lrmc_ray.evaluate --tuned {directory / MODEL}")
     return 0

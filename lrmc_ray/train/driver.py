@@ -14,14 +14,14 @@ import logging
 import shutil
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from concurrent.futures import Future
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 from lrmc_ray.cluster.session import release_orphaned_groups, watches_preemption
 from lrmc_ray.config import RunSettings
-from lrmc_ray.errors import DataError, LrmcError, TrainingError
+from lrmc_ray.errors import DataError, DivergedError, LrmcError, TrainingError
 from lrmc_ray.files.artifacts import (
     fingerprint,
     is_finished,
@@ -33,6 +33,7 @@ from lrmc_ray.files.names import CHECKPOINTS, LEDGER
 from lrmc_ray.files.place import place_of
 from lrmc_ray.models import local_directory, send_model
 from lrmc_ray.record.identity import check_fits
+from lrmc_ray.train.divergence import Divergence
 from lrmc_ray.train.failures import cause_text, is_worker_loss, telling_cause
 from lrmc_ray.train.ledger import audit_ledger
 from lrmc_ray.train.run_files import RunFiles, run_files
@@ -92,7 +93,7 @@ def train(
         record: the finished record to train on.
         directory: of the run, on this node; one command at a time may use it.
         rung: where a trial is scored on the way. A run that ends there leaves no model, and its
-            manifest says ``pruned``.
+            manifest says ``pruned``. A run that diverged has none either, and says ``diverged``.
         stored_as: name of the run in the storage; by default one that says what it is made with.
 
     Raises:
@@ -153,6 +154,19 @@ def with_steps(settings: RunSettings, record: Path) -> RunSettings:
     steps = number_of_steps(settings.train, record)
     train = settings.train.model_copy(update={"steps": steps, "epochs": None})
     return settings.model_copy(update={"train": train})
+
+
+def check_converged(manifest: Mapping[str, Any]) -> None:
+    """Refuse a run whose loss ended far above where it began.
+
+    Args:
+        manifest: of the run.
+
+    Raises:
+        DivergedError: it diverged, and has no model.
+    """
+    if found := manifest.get("diverged"):
+        raise DivergedError(Divergence.of(found).message(manifest["identity"]["lr"]))
 
 
 def run_identity(settings: RunSettings, record: Path) -> dict[str, Any]:

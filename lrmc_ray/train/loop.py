@@ -31,6 +31,7 @@ from lrmc_ray.method.workers import WorkerGroup
 from lrmc_ray.model_borders import longest_packed
 from lrmc_ray.models import dropped_parts
 from lrmc_ray.record.reader import Records
+from lrmc_ray.train.divergence import LossWatch
 from lrmc_ray.train.early_stopping import EarlyStopping, Rung
 from lrmc_ray.train.learner import Learner
 from lrmc_ray.train.measures import Costs, Counts, HeldOut, Probe, StepLog, step_metrics
@@ -96,6 +97,7 @@ class TrainingRun:
             _log.info("%.0f %% of the model's weights have an adapter", 100 * adapters.share)
         if group.rank == 0 and (dropped := dropped_parts(self.learner.model, model_directory)):
             _log.warning("%s", dropped)
+        self.losses = LossWatch(settings.steps)
         self.costs = Costs(device)
         self.first_step = 0
         self.bad_steps = 0
@@ -104,7 +106,7 @@ class TrainingRun:
     def run(self) -> dict[str, Any]:
         """Train to the end and save the model; returns what goes into the manifest.
 
-        A run that is stopped early has no model.
+        A run that is stopped early has no model, and neither has one that diverged.
         """
         is_writer = self.group.rank == 0
         with only_writer(self.directory) if is_writer else contextlib.nullcontext():
@@ -112,12 +114,14 @@ class TrainingRun:
             self.costs.start()
             result = self._train()
             costs = self.costs.total(self.group)
-            if is_writer and not self.is_pruned:
+            divergence = None if self.is_pruned else self.losses.divergence()
+            if is_writer and not self.is_pruned and divergence is None:
                 self._save_model()
         (self.files.end if is_writer else self.files.leave)()
         return {
             "steps": result.step + 1 if result else self.settings.steps,
             "pruned": self.is_pruned,
+            "diverged": divergence.as_dict() if divergence else None,
             **costs,
             "world_size": self.group.world_size,
             "final_loss": result.loss if result else None,
@@ -203,6 +207,7 @@ class TrainingRun:
         done = result.step + 1
         self.bad_steps = result.bad_steps
         self.counts.add(result)
+        self.losses.add(result.loss)
         metrics = step_metrics(
             result,
             seconds=seconds,
@@ -233,6 +238,7 @@ class TrainingRun:
             **self.learner.state(),
             "totals": dict(self.counts.totals),
             "bad_steps": self.bad_steps,
+            "losses": self.losses.state(),
             "best": dict(self.held_out.best),
             "fresh": self.fresh.state(),
             **self.costs.state(self.group.world_size),
@@ -248,6 +254,8 @@ class TrainingRun:
         self.learner.load(state)
         self.counts.totals = state["totals"]
         self.bad_steps = state["bad_steps"]
+        if "losses" in state:  # checkpoints of earlier versions have none
+            self.losses.load(state["losses"])
         self.held_out.best = state["best"]
         self.fresh.load(state["fresh"])
         self.costs.load(state)

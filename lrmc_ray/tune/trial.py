@@ -22,7 +22,7 @@ from lrmc_ray.files.names import MODEL
 from lrmc_ray.files.place import place_of
 from lrmc_ray.files.study import TRIALS, trial_directory
 from lrmc_ray.train.driver import MADE_BY as TRAIN
-from lrmc_ray.train.driver import train, with_steps
+from lrmc_ray.train.driver import check_converged, train, with_steps
 from lrmc_ray.train.early_stopping import Rung, read_decision, rung_of
 from lrmc_ray.train.run_files import run_files
 from lrmc_ray.tune.faults import asked_fault, fail_on_purpose
@@ -169,6 +169,7 @@ def train_and_score(
         general_from: scores of the same model whose general tasks are taken over.
 
     Raises:
+        DivergedError: training diverged.
         ObjectiveError: a score is not finite.
     """
     stored_run = f"{stored_as}/training"
@@ -178,6 +179,7 @@ def train_and_score(
     cost = _training_cost(trained, settings.resources.cpus_per_worker)
     if trained["pruned"]:
         return RunResult({}, None, own, {**cost, "evaluate_seconds": 0.0})
+    check_converged(trained)
     scores = evaluate(
         settings,
         training / MODEL,
