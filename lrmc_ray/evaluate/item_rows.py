@@ -64,7 +64,7 @@ def _accuracy_metric(task: str, items: Sequence[Mapping[str, Any]]) -> str:
         return ""
     known = [name for name in items[0]["metrics"] if all(_is_number(i.get(name)) for i in items)]
     named: list[str] = items[0]["metric_names"]
-    wanted = ("execution_accuracy", "acc", "exact_match", *named, *known)
+    wanted: tuple[str, ...] = ("execution_accuracy", "acc", "exact_match", *named, *known)
     for metric in wanted:
         if metric in known and all(0 <= item[metric] <= 1 for item in items):
             return metric

@@ -24,6 +24,7 @@ from ray.tune.search import Searcher
 
 from lrmc_ray.config import ParameterRange, RunSettings, TrainSettings
 from lrmc_ray.config.search import Objective
+from lrmc_ray.tune.importance import importance
 from lrmc_ray.tune.processes import DIED
 from lrmc_ray.tune.result import COMBINED, FORGETTING, GAIN
 from lrmc_ray.tune.trial import PRUNED, RUNG_FORGETTING, RUNG_STEP, RUNG_VALUE
@@ -190,40 +191,12 @@ class TrialQueue:
         self._study.tell(number, state=TrialState.PRUNED, skip_if_finished=True)
 
     def importance(self) -> dict[str, dict[str, float]]:
-        """How much each searched parameter matters for gain, forgetting and combined score.
-
-        Optuna's PED-ANOVA (Watanabe et al. 2023) over the completed trials: shares that add up to
-        one. Empty with fewer than four trials, or where every trial scored the same.
-        """
+        """How much each searched parameter matters for gain, forgetting and combined score."""
         trials = self._completed_search_trials()
-        if len(trials) < 4 or not self._distributions:
-            return {}
-        shares: dict[str, dict[str, float]] = {}
-        for key in (GAIN, FORGETTING, COMBINED):
-            sign = -1.0 if key == FORGETTING else 1.0
-            known = optuna.create_study(direction="maximize")
-            for trial in trials:
-                known.add_trial(
-                    optuna.trial.create_trial(
-                        params=trial.params,
-                        distributions=trial.distributions,
-                        value=sign * trial.user_attrs["results"][key],
-                    )
-                )
-            names = sorted(set.intersection(*(set(trial.params) for trial in trials)))
-            try:
-                found = optuna.importance.get_param_importances(
-                    known,
-                    # The best quarter: a tenth of a short search would be one or two trials.
-                    evaluator=optuna.importance.PedAnovaImportanceEvaluator(target_quantile=0.25),
-                    params=names,
-                )
-            except (RuntimeError, ValueError):  # nothing varies
-                continue
-            total = sum(found.values())
-            if total > 0:
-                shares[key] = {name: value / total for name, value in found.items()}
-        return shares
+        results = [trial.user_attrs["results"] for trial in trials]
+        scores = {key: [one[key] for one in results] for key in (GAIN, FORGETTING, COMBINED)}
+        conditions = [searched.when for searched in self._settings.parameters.values()]
+        return importance(trials, scores, {name for when in conditions for name in when})
 
     def _completed_search_trials(self) -> list[FrozenTrial]:
         return [

@@ -6,8 +6,11 @@ The paper leaves the automatic choice of its two thresholds open. These rules ar
 
 - **tau** from the recorded candidates. Up to the largest tau that at most ``MOST_CAPPED`` of the
   supervised positions miss because ``record.k_max`` cuts their sets short: beyond it a larger tau
-  changes little. Down to the smallest at which at least ``LEAST_ACTIVE`` of the positions have a
-  candidate beside gold: below it most of the loss is exactly zero.
+  changes little. But up to ``GOOD_TAU`` at least, which gained most where it was measured, with
+  many positions capped: these keep their most probable candidates. Down to the smallest at which
+  at least ``LEAST_ACTIVE`` of the positions have a candidate beside gold, below which most of the
+  loss is exactly zero. But not below ``LEAST_TAU``: a tau of 0.80 cost half of the gain
+  (experiments/small-tau.md).
 - **delta_max** from the angles between gradient and momentum, tensor by tensor, in a run of
   ``STEPS`` steps in which the cap never binds. Up to their quantile ``BINDS_ABOVE``: a looser cap
   binds on less than one tensor in twenty. Down to ``SHORTEST`` of their median: there the reading
@@ -44,6 +47,13 @@ if TYPE_CHECKING:
 MOST_CAPPED = 0.10
 
 LEAST_ACTIVE = 0.50
+
+GOOD_TAU = 0.99
+"""The best tau of the project's experiments."""
+
+LEAST_TAU = 0.95
+"""Half way, by the logarithm of the missed probability, between ``GOOD_TAU`` and 0.80, which costs
+half of the gain; between them nothing was measured."""
 
 BINDS_ABOVE = 0.95
 
@@ -96,18 +106,23 @@ def tau_table(candidates: "CandidateSets", taus: Sequence[float] = TAU_GRID) -> 
 
 def suggest_tau(rows: Sequence[TauRow]) -> FoundRange:
     """The range of tau by the rule in the file's head; never empty."""
-    below = [row for row in rows if row.capped_share <= MOST_CAPPED] or list(rows[:1])
-    high = below[-1]
-    active = [row for row in rows if row.active_share >= LEAST_ACTIVE and row.tau < high.tau]
-    low = active[0] if active else rows[max(0, rows.index(high) - 1)]
-    if low.tau >= high.tau:  # the coarsest tau already hits the cap
+    high = next(
+        row
+        for row in reversed(rows)
+        if row.capped_share <= MOST_CAPPED or row.tau <= GOOD_TAU or row is rows[0]
+    )
+    if high is rows[0]:
         high = rows[1]
+    below = [row for row in rows if row.tau < high.tau]
+    fit = [row for row in below if row.active_share >= LEAST_ACTIVE and row.tau >= LEAST_TAU]
+    low = fit[0] if fit else below[-1]
+    doubt = "" if high.tau >= LEAST_TAU else f"; record a larger tau: {high.tau:g} cost much before"
     return FoundRange(
         low.tau,
         high.tau,
         f"at {low.tau:g} {low.active_share:.0%} of the positions are active, K median "
         f"{low.k_median:g}; at {high.tau:g} {high.capped_share:.0%} are capped by record.k_max, K "
-        f"95th percentile {high.k_p95:g}",
+        f"95th percentile {high.k_p95:g}{doubt}",
     )
 
 

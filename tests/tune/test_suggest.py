@@ -1,6 +1,8 @@
 """Automatic ranges, against candidate sets and histograms made by hand."""
 
 import math
+import re
+from pathlib import Path
 
 import pytest
 import torch
@@ -12,7 +14,9 @@ from lrmc_ray.files.study import FoundRange
 from lrmc_ray.method.subsets import select_candidates
 from lrmc_ray.tune.suggest import (
     STEPS,
+    TAU_GRID,
     WARM_UP_STEPS,
+    TauRow,
     automatic,
     measured_angles,
     quantile_of_histogram,
@@ -24,6 +28,7 @@ from lrmc_ray.tune.suggest import (
 from tests.support.tiny import make_data
 from tests.support.training import record_of
 
+ROOT = Path(__file__).parents[2]
 TAUS = (0.5, 0.7, 0.8, 0.9, 0.95, 0.99)
 
 
@@ -47,20 +52,51 @@ def test_the_table_counts_active_and_capped_positions_by_hand():
     assert rows[0.7].k_median == 17
 
 
-def test_tau_reaches_from_half_active_to_hardly_capped():
+def test_tau_reaches_from_what_is_enough_to_hardly_capped():
     sets = candidates([0.55] * 6 + [0.85] * 3 + [0.98], vocabulary=40, k_max=39)
     rows = tau_table(sets, TAUS)
     assert [row.active_share for row in rows] == [0.0, 0.6, 0.6, 0.9, 0.9, 1.0]
     assert max(row.capped_share for row in rows[:-1]) == 0.0
     found = suggest_tau(rows)
-    assert found.low == 0.7
-    assert found.high >= 0.95
-    assert "60% of the positions are active" in found.reason
+    assert (found.low, found.high) == (0.95, 0.99)
+    assert "at 0.95 90% of the positions are active" in found.reason
 
 
-def test_a_small_cap_lowers_the_upper_end():
-    found = suggest_tau(tau_table(candidates([0.6] * 10), TAUS))
-    assert (found.low, found.high) == (0.5, 0.7)
+def test_inactive_positions_raise_the_lower_end():
+    rows = [
+        TauRow(tau, 1.0, 1.0, active_share=0.6 if tau >= 0.98 else 0.4, capped_share=0.0)
+        for tau in TAU_GRID
+    ]
+    assert (suggest_tau(rows).low, suggest_tau(rows).high) == (0.98, 0.999)
+
+
+def test_a_small_cap_does_not_lower_the_upper_end_below_what_is_good():
+    rows = [TauRow(tau, 1.0, 1.0, 1.0, capped_share=float(tau > 0.5)) for tau in TAU_GRID]
+    assert (suggest_tau(rows).low, suggest_tau(rows).high) == (0.95, 0.99)
+
+
+def test_a_record_of_a_small_tau_gets_a_range_with_a_word_of_doubt():
+    rows = [TauRow(tau, 1.0, 1.0, 1.0, 0.0) for tau in TAU_GRID if tau <= 0.9]
+    found = suggest_tau(rows)
+    assert (found.low, found.high) == (0.85, 0.9)
+    assert found.reason.endswith("record a larger tau: 0.9 cost much before")
+
+
+def test_the_rule_agrees_with_the_experiments():
+    """Whatever the record is like: what gained most is in the range, what cost a quarter is not."""
+    gains: dict[float, float] = {}
+    for line in (ROOT / "benchmarks/results/transfer.md").read_text().splitlines():
+        if match := re.match(r"\| tau ([0-9.]+), delta_max \d+ \| [^|]+ \| ([0-9.]+) ", line):
+            gains[float(match[1])] = max(float(match[2]), gains.get(float(match[1]), 0.0))
+    assert set(gains) == {0.80, 0.99}
+    best = max(gains, key=gains.__getitem__)
+    costly = [tau for tau, gain in gains.items() if gain < 0.75 * gains[best]]
+    assert (best, costly) == (0.99, [0.80])
+    for active in (0.0, 0.6, 1.0):
+        for capped in (0.0, 0.59, 1.0):
+            found = suggest_tau([TauRow(tau, 1.0, 1.0, active, capped) for tau in TAU_GRID])
+            assert found.high >= best
+            assert all(found.low > tau for tau in costly)
 
 
 def test_the_range_is_never_empty():
