@@ -31,7 +31,7 @@ FLOORS = [
 ]
 """Rooms from the ground up. A room imports those below it; rooms of one floor never each other."""
 WITH_RAY = {"cluster", "record", "train", "evaluate", "tune", "compare"}
-WITH_OPTUNA = {"tune.queue", "tune.description"}
+WITH_OPTUNA = {"tune.importance", "tune.queue", "tune.description"}
 HEAVY = {"ray", "torch", "mlflow", "optuna", "transformers", "lm_eval", "pandas", "matplotlib"}
 
 
