@@ -66,17 +66,10 @@ def hub_files(name: str) -> tuple[Path, ...]:
     from huggingface_hub import hf_hub_download
 
     try:
-        found, is_known = _find(wanted)
+        found = _find(wanted)
+        # What is in the cache of this commit is not asked for again.
         return tuple(
-            Path(
-                hf_hub_download(
-                    wanted.name,
-                    file,
-                    repo_type="dataset",
-                    revision=found.commit,
-                    local_files_only=is_known,
-                )
-            )
+            Path(hf_hub_download(wanted.name, file, repo_type="dataset", revision=found.commit))
             for file in found.files
         )
     except Exception as error:  # of the network, the Hub, and the data set's description
@@ -88,8 +81,8 @@ def hub_files(name: str) -> tuple[Path, ...]:
         ) from None
 
 
-def _find(wanted: _Wanted) -> tuple[_Found, bool]:
-    """The files of the split, and whether they are those of an earlier time.
+def _find(wanted: _Wanted) -> _Found:
+    """The files of the split; without the Hub those of last time.
 
     Raises:
         ValueError: the Hub does not have them, or not for everybody.
@@ -118,11 +111,11 @@ def _find(wanted: _Wanted) -> tuple[_Found, bool]:
             raise
         _log.warning("the Hugging Face Hub is out of reach; %s is as of last time", wanted.name)
         values: dict[str, Any] = json.loads(known.read_text(encoding="utf-8"))
-        return _Found(values["commit"], tuple(values["files"])), True
+        return _Found(values["commit"], tuple(values["files"]))
     found = _files_of_split(wanted)
     known.parent.mkdir(parents=True, exist_ok=True)
     write_json(known, {"commit": found.commit, "files": list(found.files)})
-    return found, False
+    return found
 
 
 def _files_of_split(wanted: _Wanted) -> _Found:

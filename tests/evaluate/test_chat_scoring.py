@@ -186,7 +186,7 @@ def test_transformers_writes_what_shared_passes_write(monkeypatch):
     lm = language_model(tokenizer_for(shipped()["qwen2_5"]))
     with torch.no_grad():  # so that what is written depends on the prompt
         for name, parameter in lm.model.named_parameters():
-            parameter.mul_(1 if "norm" in name else 30)
+            parameter.mul_(1 if "norm" in name else 12)
     prompts = [
         lm.apply_chat_template([{"role": "user", "content": text}])
         for text in ("Two?", "Ohm? the sum of one and two")

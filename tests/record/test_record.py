@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 
+from lrmc_ray.chat.answers import RENDERING
 from lrmc_ray.config import load_settings
 from lrmc_ray.config.arguments import without_aliases
 from lrmc_ray.console import run_command
@@ -29,6 +30,7 @@ from lrmc_ray.record.examples import read_examples
 from lrmc_ray.record.identity import check_fits
 from lrmc_ray.record.names import EXAMPLES, PLAN, REJECTS
 from lrmc_ray.record.prepare import cut_into_shards, prepare
+from tests.support.chat_templates import shipped
 from tests.support.tiny import make_data
 
 GOOD = {"prompt": "What is 2?", "completion": "Two."}
@@ -228,6 +230,26 @@ CHANGES = {
     "data": (byte_of_the_data, one_more_row),
 }
 CASES = [(field, change) for field, changes in CHANGES.items() for change in changes]
+
+
+def test_how_conversations_are_rendered_is_part_of_the_identity(model, data):
+    assert identity_of(model, data)["rendering"] == RENDERING
+
+
+def test_fields_of_results_that_no_template_renders_are_said_once(tmp_path, model, caplog):
+    (model / "chat_template.jinja").write_text(shipped()["qwen2_5"])
+    call = {"id": "c1", "type": "function", "function": {"name": "f", "arguments": {}}}
+    messages = [
+        {"role": "user", "content": "2?"},
+        {"role": "assistant", "content": "", "tool_calls": [call]},
+        {"role": "tool", "name": "f", "tool_call_id": "c1", "content": "two"},
+        {"role": "assistant", "content": "Two."},
+    ]
+    data = write(tmp_path / "train.jsonl", *[{"messages": messages, "id": i} for i in range(3)])
+    prepare(settings_for(model, data, overrides=("data.max_length=4096",)), tmp_path)
+    said = [r.getMessage() for r in caplog.records if "of tools' results" in r.getMessage()]
+    assert len(said) == 1
+    assert "does not render 'name' and 'tool_call_id' of tools' results" in said[0]
 
 
 @pytest.mark.parametrize(("field", "change"), CASES)
