@@ -2,8 +2,10 @@
 
 import argparse
 import importlib
+import importlib.metadata
 import sys
 
+from lrmc_ray.command_line import CommandParser
 from lrmc_ray.console import run_command
 
 STAGES = {
@@ -34,14 +36,28 @@ _MODULES = {
 """Where the commands are whose room does not have their name; the others are in `command`."""
 
 
+PACKAGES = ("lrmc-ray", "ray", "torch", "transformers", "optuna", "mlflow", "lm-eval")
+"""Whose versions matter when something goes wrong."""
+
+
+class _Version(argparse.Action):
+    def __call__(self, parser: argparse.ArgumentParser, *_: object) -> None:
+        for name in PACKAGES:
+            print(f"{name} {importlib.metadata.version(name)}")
+        parser.exit()
+
+
 def main() -> int:
     """Run ``lrmc STAGE ...``; heavy imports wait until the stage is known."""
-    parser = argparse.ArgumentParser(
-        prog="lrmc",
+    parser = CommandParser(
+        "",
         description="Teach a language model a new domain without losing what it knows.",
         epilog="`lrmc STAGE --help` explains a stage; `python -m lrmc_ray.STAGE` is the same.",
     )
-    stages = parser.add_subparsers(dest="stage", metavar="STAGE", required=True)
+    parser.add_argument("--version", action=_Version, nargs=0, help="show the versions that matter")
+    stages = parser.add_subparsers(
+        dest="stage", metavar="STAGE", required=True, parser_class=argparse.ArgumentParser
+    )
     for name, text in STAGES.items():
         stages.add_parser(name, help=text, add_help=False)
     arguments, rest = parser.parse_known_args(sys.argv[1:2])

@@ -8,11 +8,8 @@ All of it comes from the settings' own classes. A meaning is the text below a fi
 """
 
 import argparse
-import json
 import sys
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 from lrmc_ray.config import (
     DataSettings,
@@ -26,6 +23,7 @@ from lrmc_ray.config import (
     TrainSettings,
 )
 from lrmc_ray.config.compare import CompareSettings, EffectSettings, MethodSettings
+from lrmc_ray.config.words import allowed_text, default_text
 
 PAGE = Path(__file__).parents[1] / "docs" / "settings.md"
 
@@ -71,19 +69,6 @@ the value and the nearest known name. Rules over several settings are checked in
 Where a setting is *not set*, its meaning says what happens.
 """
 
-_BOUNDS = {
-    "minimum": "at least {}",
-    "exclusiveMinimum": "above {}",
-    "maximum": "at most {}",
-    "exclusiveMaximum": "below {}",
-}
-_KINDS = {
-    "boolean": "`true` or `false`",
-    "integer": "whole number",
-    "number": "number",
-    "string": "text",
-}
-
 
 def page() -> str:
     """The whole page in Markdown."""
@@ -106,8 +91,8 @@ def _section(name: str, settings: type[Settings]) -> str:
     for key, field in schema["properties"].items():
         cells = (
             f"`{key}`",
-            "must be given" if key in required else _value(field.get("default", {})),
-            allowed(field),
+            "must be given" if key in required else default_text(field.get("default", {})),
+            allowed_text(field),
             _plain(field["description"]),
         )
         lines.append("| " + " | ".join(cell.replace("|", r"\|") for cell in cells) + " |")
@@ -117,46 +102,6 @@ def _section(name: str, settings: type[Settings]) -> str:
 def _plain(text: str) -> str:
     """A docstring's text as Markdown in one line."""
     return " ".join(text.replace("``", "`").split())
-
-
-def _value(value: Any) -> str:
-    """A default as it stands in TOML."""
-    if value is None:
-        return "not set"
-    if value in ([], {}):
-        return "none"
-    return f"`{json.dumps(value)}`"
-
-
-def allowed(field: Mapping[str, Any]) -> str:
-    """In words, the values that the JSON schema ``field`` allows."""
-    if "anyOf" in field:
-        kinds = [kind for kind in field["anyOf"] if kind.get("type") != "null"]
-        return " or ".join(allowed(kind) for kind in kinds)
-    if "enum" in field or "const" in field:
-        return ", ".join(_value(value) for value in field.get("enum", [field.get("const")]))
-    kind = field.get("type")
-    if kind == "array" and "prefixItems" in field:
-        items = [allowed(item) for item in field["prefixItems"]]
-        return f"list of {len(items)}: {items[0]}"
-    if kind == "array":
-        least = ", at least one" if field.get("minItems") else ""
-        return f"list{least}: {allowed(field['items'])}"
-    if kind == "object":
-        inner = field["additionalProperties"]
-        return f"table: {allowed({} if inner is True else inner)}"
-    if kind is None:
-        return "any value"
-    bounds = [text.format(_number(field[key])) for key, text in _BOUNDS.items() if key in field]
-    if "maxLength" in field:
-        bounds.append(f"at most {field['maxLength']} characters")
-    if "pattern" in field:
-        bounds.append(f"as `{field['pattern']}`")
-    return ", ".join([_KINDS[kind], *bounds])
-
-
-def _number(value: float) -> str:
-    return "2^32" if value == 2**32 else f"{value:g}"
 
 
 def main() -> int:

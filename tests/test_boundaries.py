@@ -17,7 +17,7 @@ MODULES = {
 }
 STAGES = {"record", "train", "evaluate", "tune", "compare", "report"}
 FLOORS = [
-    {"errors", "method"},
+    {"errors", "command_line", "method"},
     {"console", "config"},
     {"files", "chat", "model_borders"},
     {"tasks", "model_checks"},

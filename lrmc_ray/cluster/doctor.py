@@ -28,6 +28,7 @@ from typing import Literal
 from lrmc_ray.cluster.cluster_file import load_cluster, placeholders, problems
 from lrmc_ray.cluster.resources import check_trial_slots, cluster_nodes, local_cpus
 from lrmc_ray.cluster.session import RAY_LOG, ray_session
+from lrmc_ray.command_line import CommandParser
 from lrmc_ray.console import setup_logging
 from lrmc_ray.errors import LrmcError
 from lrmc_ray.files.artifacts import cache_directory
@@ -302,8 +303,8 @@ def check_cluster(address: str, output: Path, storage: str | None = None) -> Ite
 
 def main(argv: Sequence[str]) -> int:
     """The command ``lrmc doctor``."""
-    parser = argparse.ArgumentParser(
-        prog="lrmc doctor",
+    parser = CommandParser(
+        "doctor",
         description="Is everything in place, and what to do where it is not. Exit code 1 if a "
         "check failed; warnings do not count.",
     )

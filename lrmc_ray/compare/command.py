@@ -6,6 +6,7 @@ import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+from lrmc_ray.command_line import CommandParser
 from lrmc_ray.config.arguments import add_run_arguments, read_settings
 from lrmc_ray.config.compare import CompareSpace
 from lrmc_ray.console import setup_logging
@@ -68,8 +69,8 @@ def main(argv: Sequence[str]) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="python -m lrmc_ray.compare",
+    parser = CommandParser(
+        "compare",
         description="Compare methods at equal budget: every learning rate on one seed, the best of "
         "each by the development questions on more seeds, reported on the test questions.",
     )

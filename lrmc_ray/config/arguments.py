@@ -3,6 +3,7 @@
 import argparse
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from lrmc_ray.config import (
     RunSettings,
@@ -13,6 +14,7 @@ from lrmc_ray.config import (
     read_toml,
     validate,
 )
+from lrmc_ray.config.words import allowed_text, default_text
 from lrmc_ray.errors import IncompleteArtifactError
 
 
@@ -154,28 +156,35 @@ def without_aliases(argv: Sequence[str]) -> list[str]:
     return rest + overrides
 
 
+_METAVARS = {"integer": "N", "number": "X", "array": "LIST", "object": "TABLE"}
+"""Of a flag, by the type of its setting; others are NAME."""
+
+
 def add_setting_flags(parser: argparse.ArgumentParser) -> None:
-    """A flag for every setting of ``train``: ``--lora-rank 8`` is ``train.lora_rank=8``."""
+    """A flag for every setting of ``train``: ``--lora-rank 8`` is ``train.lora_rank=8``.
+
+    One that is true or false has two, ``--packing`` and ``--no-packing``.
+    """
     group = parser.add_argument_group("settings of train, each the same as train.NAME=VALUE")
-    for name, field in TrainSettings.model_fields.items():
+    for name, field in TrainSettings.model_json_schema()["properties"].items():
         flag = f"--{name.replace('_', '-')}"
-        description = " ".join((field.description or "").split()).replace("%", "%%")
-        if field.annotation is bool:
-            group.add_argument(
-                flag,
-                dest=f"train.{name}",
-                action="store_const",
-                const="true",
-                help=description,
-            )
+        default = default_text(field.get("default"))
+        options: dict[str, Any] = {"dest": f"train.{name}", "default": None}
+        if field.get("type") == "boolean":
+            text = f"{field['description']} Default: {default}."
+            options["action"] = argparse.BooleanOptionalAction
         else:
-            group.add_argument(flag, dest=f"train.{name}", metavar="VALUE", help=description)
+            text = f"{field['description']} Allowed: {allowed_text(field)}. Default: {default}."
+            kinds = [kind.get("type") for kind in field.get("anyOf", [field])]
+            options["metavar"] = next((_METAVARS[k] for k in kinds if k in _METAVARS), "NAME")
+        text = " ".join(text.replace("`", "").split()).replace("%", "%%")
+        group.add_argument(flag, help=text, **options)
 
 
 def flag_overrides(arguments: argparse.Namespace) -> list[str]:
     """The settings that were given as flags, as overrides."""
     return [
-        f"{name}={value}"
+        f"{name}={str(value).lower() if isinstance(value, bool) else value}"
         for name, value in vars(arguments).items()
         if name.startswith("train.") and value is not None
     ]

@@ -7,6 +7,7 @@ from pydantic import (
     model_validator,
 )
 
+from lrmc_ray.command_line import nearest
 from lrmc_ray.config.base import Settings
 from lrmc_ray.config.search import AUTOMATIC, ParameterRange, SearchSettings, trial_settings
 from lrmc_ray.config.stages import (
@@ -17,7 +18,6 @@ from lrmc_ray.config.stages import (
     ResourceSettings,
 )
 from lrmc_ray.config.train import TrainSettings
-from lrmc_ray.config.validation import nearest_name
 from lrmc_ray.errors import ConfigError
 
 
@@ -38,7 +38,8 @@ class RunSettings(Settings):
     def _consistent(self) -> Self:
         for name, searched in self.parameters.items():
             if name not in TrainSettings.model_fields:
-                raise ValueError(f"parameters.{name} is no setting of train{nearest_name(name)}")
+                hint = nearest(name, TrainSettings.model_fields)
+                raise ValueError(f"parameters.{name} is no setting of train{hint}")
             self._check_condition(name, searched)
             if searched.range == "auto" and name not in AUTOMATIC:
                 raise ValueError(

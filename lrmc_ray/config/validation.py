@@ -1,8 +1,7 @@
 """Errors of settings that name the rule, the value and the remedy."""
 
-import difflib
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import Any, TypeVar, get_args
 
 from pydantic import (
@@ -10,8 +9,8 @@ from pydantic import (
 )
 from pydantic.fields import FieldInfo
 
+from lrmc_ray.command_line import nearest
 from lrmc_ray.config.base import Settings
-from lrmc_ray.config.train import TrainSettings
 from lrmc_ray.errors import ConfigError
 
 SettingsType = TypeVar("SettingsType", bound=Settings)
@@ -28,10 +27,16 @@ _RULES = {
 _SHOULD = re.compile("^[A-Z][a-z]+ should")
 
 
-def nearest_name(key: str, known: Iterable[str] = TrainSettings.model_fields) -> str:
-    """A question after the name that was meant; empty where none is near."""
-    close = difflib.get_close_matches(key, list(known), n=1)
-    return f". Did you mean '{close[0]}'?" if close else ""
+def _elsewhere(settings: type[Settings], name: str) -> str:
+    """A question after the section that was left out; empty where no section has ``name``."""
+    found = [
+        f"'{section}.{name}'"
+        for section, field in settings.model_fields.items()
+        if isinstance(field.annotation, type)
+        and issubclass(field.annotation, Settings)
+        and name in field.annotation.model_fields
+    ]
+    return f". Did you mean {' or '.join(found)}?" if found else ""
 
 
 def _locate(
@@ -94,7 +99,9 @@ def _in_words(settings: type[Settings], error: ValidationError) -> list[str]:
         key = ".".join(str(part) for part in problem["loc"])
         section, field = _locate(settings, problem["loc"])
         if problem["type"] == "extra_forbidden":
-            close = nearest_name(str(problem["loc"][-1]), section.model_fields)
+            name = str(problem["loc"][-1])
+            close = _elsewhere(settings, name) if len(problem["loc"]) == 1 else ""
+            close = close or nearest(name, section.model_fields)
             lines.append(f"unknown setting {key}{close}")
         elif problem["type"] == "value_error":
             message = problem["msg"].removeprefix("Value error, ")

@@ -6,11 +6,11 @@ from pathlib import Path
 
 from lrmc_ray.cluster.resources import local_cpus
 from lrmc_ray.cluster.session import RAY_LOG, ray_session
+from lrmc_ray.command_line import CommandParser
 from lrmc_ray.config import ModelSettings
 from lrmc_ray.config.arguments import add_run_arguments, settings_from
 from lrmc_ray.console import progress, setup_logging
 from lrmc_ray.errors import ConfigError, IncompleteArtifactError
-from lrmc_ray.evaluate.names import MADE_BY
 from lrmc_ray.files.place import place_of
 from lrmc_ray.models import local_directory
 from lrmc_ray.tasks.registry import expand
@@ -72,8 +72,8 @@ def main(argv: Sequence[str]) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog=MADE_BY,
+    parser = CommandParser(
+        "evaluate",
         description="Score a model; with --base or --tuned, against the model it was made from.",
     )
     add_run_arguments(parser)

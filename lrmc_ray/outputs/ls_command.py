@@ -1,10 +1,10 @@
 """The command ``lrmc ls``."""
 
-import argparse
 import json
 from collections.abc import Sequence
 from pathlib import Path
 
+from lrmc_ray.command_line import CommandParser
 from lrmc_ray.outputs.inventory import Entry, Sizes, inventory
 from lrmc_ray.outputs.words import size_text
 
@@ -20,8 +20,8 @@ TITLES = {
 
 def main(argv: Sequence[str]) -> int:
     """The command ``lrmc ls``."""
-    parser = argparse.ArgumentParser(
-        prog="lrmc ls",
+    parser = CommandParser(
+        "ls",
         description="Say what lies in an output directory: searches, comparisons, trainings, "
         "records and scores.",
         epilog="`lrmc prune` removes what no report needs.",

@@ -1,12 +1,12 @@
 """The command ``lrmc prune``."""
 
-import argparse
 import itertools
 import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from lrmc_ray.command_line import CommandParser
 from lrmc_ray.files.artifacts import cache_directory
 from lrmc_ray.outputs.inventory import Sizes, inventory
 from lrmc_ray.outputs.prunable import Prunable, cached, prunable, remove
@@ -15,8 +15,8 @@ from lrmc_ray.outputs.words import size_text
 
 def main(argv: Sequence[str]) -> int:
     """The command ``lrmc prune``."""
-    parser = argparse.ArgumentParser(
-        prog="lrmc prune",
+    parser = CommandParser(
+        "prune",
         description="Remove what no report needs: models of a finished search but the best one, "
         "models of a finished comparison, and records that only finished work was made from. "
         "Scores, metrics and descriptions stay. It asks first.",

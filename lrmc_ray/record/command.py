@@ -1,11 +1,11 @@
 """Stage 0 from the command line: ``python -m lrmc_ray.record``."""
 
-import argparse
 import json
 import shlex
 from collections.abc import Sequence
 
 from lrmc_ray.cluster.session import RAY_LOG, ray_session
+from lrmc_ray.command_line import CommandParser
 from lrmc_ray.config.arguments import (
     add_record_arguments,
     add_run_arguments,
@@ -20,10 +20,9 @@ from lrmc_ray.record.names import MADE_BY
 
 def main(argv: Sequence[str]) -> int:
     """The command ``python -m lrmc_ray.record``."""
-    parser = argparse.ArgumentParser(
-        prog=MADE_BY,
+    parser = CommandParser(
+        "record",
         description="Stage 0: record the candidate tokens of every position of the training data.",
-        allow_abbrev=False,
     )
     add_run_arguments(parser)
     add_record_arguments(parser)

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from lrmc_ray.command_line import CommandParser
 from lrmc_ray.config import load_settings
 from lrmc_ray.console import setup_logging
 from lrmc_ray.errors import ConfigError
@@ -51,8 +52,8 @@ def main(argv: Sequence[str]) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="lrmc inspect",
+    parser = CommandParser(
+        "inspect",
         description="What a record holds. Green tokens are learned, dim ones are the prompt; K is "
         "the number of candidates, rho the base model's probability outside of them, gold is bold.",
     )

@@ -1,11 +1,11 @@
 """The report from the command line: ``python -m lrmc_ray.report``."""
 
-import argparse
 import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from lrmc_ray.command_line import CommandParser
 from lrmc_ray.files.study import find_study
 from lrmc_ray.report.console import as_json, summary_table
 from lrmc_ray.report.figures_png import FIGURE_FILE
@@ -18,8 +18,8 @@ from lrmc_ray.report.words import headline
 
 def main(argv: Sequence[str]) -> int:
     """The command ``python -m lrmc_ray.report``."""
-    parser = argparse.ArgumentParser(
-        prog="python -m lrmc_ray.report",
+    parser = CommandParser(
+        "report",
         description="Write report.html and gain_vs_forgetting.png of a finished or running search.",
     )
     parser.add_argument(

@@ -1,9 +1,9 @@
 """The command ``lrmc mlflow-sync``."""
 
-import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
+from lrmc_ray.command_line import CommandParser
 from lrmc_ray.files.artifacts import lock_directory
 from lrmc_ray.files.names import default_tracking_uri
 from lrmc_ray.report.mlflow import read_forwarded, sync
@@ -11,8 +11,8 @@ from lrmc_ray.report.mlflow import read_forwarded, sync
 
 def main(argv: Sequence[str]) -> int:
     """The command ``lrmc mlflow-sync``."""
-    parser = argparse.ArgumentParser(
-        prog="lrmc mlflow-sync",
+    parser = CommandParser(
+        "mlflow-sync",
         description="Send to MLflow what it lacks of a search; nothing is sent twice.",
     )
     parser.add_argument(

@@ -1,6 +1,5 @@
 """Stage 1 from the command line: ``python -m lrmc_ray.train``."""
 
-import argparse
 import json
 import math
 import threading
@@ -9,6 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from lrmc_ray.cluster.session import RAY_LOG, ray_session
+from lrmc_ray.command_line import CommandParser
 from lrmc_ray.config.arguments import (
     add_run_arguments,
     add_setting_flags,
@@ -80,8 +80,9 @@ def progress_note(metrics: Mapping[str, float]) -> str:
 
 def main(argv: Sequence[str]) -> int:
     """The command ``python -m lrmc_ray.train``."""
-    parser = argparse.ArgumentParser(
-        prog=MADE_BY,
+    parser = CommandParser(
+        "train",
+        usage="lrmc train [OPTION ...] [section.key=value ...]",
         description="Stage 1: fine-tune on the recorded candidates with MoClip. Records first "
         "where that has not been done.",
     )

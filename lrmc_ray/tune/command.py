@@ -6,6 +6,7 @@ import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+from lrmc_ray.command_line import CommandParser
 from lrmc_ray.config.arguments import add_run_arguments, settings_from
 from lrmc_ray.console import setup_logging
 from lrmc_ray.files.artifacts import lock_directory
@@ -56,8 +57,8 @@ def main(argv: Sequence[str]) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="python -m lrmc_ray.tune",
+    parser = CommandParser(
+        "tune",
         description="Search the settings that learn the domain and forget least. Without arguments "
         "it runs the embedded demo: SmolLM2-135M learns to answer questions about countries and "
         "cities in SQL.",

@@ -24,6 +24,7 @@ from typing import TYPE_CHECKING, Any
 
 from lrmc_ray.cluster.cluster_file import cluster_slots, load_cluster
 from lrmc_ray.cluster.resources import local_cpus
+from lrmc_ray.command_line import CommandParser
 from lrmc_ray.config import RunSettings
 from lrmc_ray.config.arguments import (
     add_record_arguments,
@@ -291,11 +292,10 @@ def main(argv: Sequence[str]) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="lrmc plan",
+    parser = CommandParser(
+        "plan",
         description="What recording would cost: candidates per position at several tau, bytes on "
         "disk, hours. Measured with the real model on a random sample of the training data.",
-        allow_abbrev=False,
     )
     add_run_arguments(parser)
     add_record_arguments(parser)

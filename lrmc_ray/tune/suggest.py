@@ -19,7 +19,6 @@ The paper leaves the automatic choice of its two thresholds open. These rules ar
 A search asks for them by ``range = "auto"``.
 """
 
-import argparse
 import json
 import tempfile
 from collections.abc import Mapping, Sequence
@@ -30,6 +29,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from lrmc_ray.cluster.session import RAY_LOG, ray_session
+from lrmc_ray.command_line import CommandParser
 from lrmc_ray.config import AUTOMATIC, ParameterRange, RunSettings
 from lrmc_ray.config.arguments import add_run_arguments, settings_from
 from lrmc_ray.console import progress, setup_logging
@@ -250,8 +250,8 @@ def with_ranges(settings: RunSettings, found: Mapping[str, FoundRange]) -> RunSe
 
 def main(argv: Sequence[str]) -> int:
     """The command ``lrmc suggest``."""
-    parser = argparse.ArgumentParser(
-        prog="lrmc suggest",
+    parser = CommandParser(
+        "suggest",
         description="Ranges of tau and delta_max worth searching for this model and data, from the "
         "record and a short run without a cap. Records first where that has not been done.",
     )

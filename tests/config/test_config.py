@@ -140,6 +140,7 @@ RULES = {
     "train.k_min": whole(1),
     "train.tail_samples": whole(0),
     "train.anchor_weight": not_negative,
+    "train.router_loss": not_negative,
     "train.optimizer": one_of("moclip", "adamw", "adam_atan2", "c_adamw", "mofo"),
     "train.lr": learning_rate,
     "train.betas": optional(pair(number(lambda x: 0 <= x < 1))),

@@ -1,0 +1,48 @@
+"""The parser of every command: its errors are one line, and name what was probably meant."""
+
+import argparse
+import difflib
+import re
+from collections.abc import Iterable
+from typing import Any, NoReturn
+
+_UNRECOGNIZED = "unrecognized arguments: "
+_INVALID_CHOICE = re.compile(r"(?s)argument (?P<argument>.*?): invalid choice: '(?P<value>.*?)'")
+
+
+class CommandParser(argparse.ArgumentParser):
+    """Of ``lrmc NAME``."""
+
+    def __init__(self, name: str, **options: Any) -> None:
+        """As of argparse, but for the program's name.
+
+        Args:
+            name: of the command; empty for ``lrmc`` itself.
+            **options: of ``argparse.ArgumentParser``.
+        """
+        super().__init__(prog=f"lrmc {name}".strip(), allow_abbrev=False, **options)
+
+    def error(self, message: str) -> NoReturn:
+        """End with exit code 2 and one line: the rule, the value, and what to do."""
+        text = self._in_words(message)
+        stop = "" if text.endswith("?") else "."
+        self.exit(2, f"error: {text}{stop} See `{self.prog} --help`.\n")
+
+    def _in_words(self, message: str) -> str:
+        if message.startswith(_UNRECOGNIZED):
+            unknown = message.removeprefix(_UNRECOGNIZED).split()
+            name = unknown[0].partition("=")[0]
+            return f"{self.prog} knows no {name}{nearest(name, self._option_string_actions)}"
+        if found := _INVALID_CHOICE.match(message):
+            for action in self._actions:
+                if action.choices and found["argument"] in (action.metavar, *action.option_strings):
+                    known = ", ".join(map(str, action.choices))
+                    hint = nearest(found["value"], map(str, action.choices))
+                    return f"{found['argument']} must be one of {known}, got {found['value']}{hint}"
+        return message
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """``. Did you mean 'NAME'?`` for the nearest of ``known``; empty where none is near."""
+    found = difflib.get_close_matches(name, list(known), n=1)
+    return f". Did you mean {found[0]!r}?" if found else ""
