@@ -152,6 +152,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "gemma4_unified_assistant": _ASSISTANT,
     "gpt_neo": {"attention_types": [[["global", "local"], 1]]},
     "jamba": {"attn_layer_period": 2, "attn_layer_offset": 1},
+    "lfm2": {"layer_types": ["conv", "full_attention"]},
     "lfm2_moe": {"layer_types": ["conv", "full_attention"]},
     "lfm3": {
         "num_hidden_layers": 3,

@@ -65,6 +65,13 @@ TOKENIZER_FILES = (
     "chat_template.json",
 )
 
+_PROCESSOR_FILES = (
+    "preprocessor_config.json",
+    "processor_config.json",
+    "video_preprocessor_config.json",
+)
+"""Of a model that takes images: kept beside the tokenizer, and not used here."""
+
 
 def _first_line(error: Exception) -> str:
     """The first line of an error's message; its class where there is none."""
@@ -243,6 +250,38 @@ def differing_text(directory: Path, tokenizer: Any, texts: Sequence[str]) -> str
     return None
 
 
+def _class_of(directory: Path) -> Any:
+    """What loads the model: that of causal LMs, or of those that take images beside the text."""
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
+    from transformers.models.auto.modeling_auto import (
+        MODEL_FOR_CAUSAL_LM_MAPPING,
+        MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
+    )
+
+    config = AutoConfig.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
+    known = (MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING)
+    if [type(config) in mapping for mapping in known] == [False, True]:
+        return AutoModelForImageTextToText
+    return AutoModelForCausalLM
+
+
+def empty_model(directory: Path) -> Any:
+    """The model of a directory without its weights, for questions about its parts.
+
+    Raises:
+        DataError: transformers does not know it, or not without code of its own.
+    """
+    import torch
+    from transformers import AutoConfig
+
+    with _reading("causal LM", directory):
+        config = AutoConfig.from_pretrained(
+            directory, local_files_only=True, trust_remote_code=False
+        )
+        with torch.device("meta"):
+            return _class_of(directory).from_config(config)
+
+
 def load_model(directory: Path, *, dtype: "torch.dtype | None" = None) -> Any:
     """The causal LM of a model directory, float32 unless told otherwise, in evaluation mode.
 
@@ -250,10 +289,9 @@ def load_model(directory: Path, *, dtype: "torch.dtype | None" = None) -> Any:
         DataError: transformers cannot load it, not without code of its own, or weights are missing.
     """
     import torch
-    from transformers import AutoModelForCausalLM
 
     with _reading("causal LM", directory):
-        loaded: Any = AutoModelForCausalLM.from_pretrained(
+        loaded: Any = _class_of(directory).from_pretrained(
             directory,
             dtype=dtype or torch.float32,
             local_files_only=True,
@@ -496,6 +534,6 @@ def dropped_parts(model: Any, directory: Path) -> str | None:
 def save_model(model: Any, tokenizer_directory: Path, directory: Path) -> None:
     """Save ``model`` as safetensors beside a copy of the tokenizer in ``tokenizer_directory``."""
     model.save_pretrained(directory, safe_serialization=True)
-    for name in TOKENIZER_FILES:
+    for name in (*TOKENIZER_FILES, *_PROCESSOR_FILES):
         if (tokenizer_directory / name).is_file():
             shutil.copyfile(tokenizer_directory / name, directory / name)

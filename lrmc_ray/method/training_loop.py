@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from lrmc_ray.method.losses import LanguageModel, LossSettings, loss_sums
-from lrmc_ray.method.microbatch import MicroBatch, Sample, divide
+from lrmc_ray.method.microbatch import Activity, MicroBatch, Sample, divide
 from lrmc_ray.method.names import Reduction
 from lrmc_ray.method.step_result import Gradients, StepResult, summarize
 from lrmc_ray.method.workers import WorkerGroup, add_in_order, sum_gradients, waves
@@ -58,6 +58,17 @@ class StepOptions:
     penalize: Callable[[], None] | None = None
     """Adds the gradient of a penalty on the weights to theirs."""
 
+    def divide(self, samples: Sequence[Sample], activity: Activity) -> list[MicroBatch]:
+        """The fixed micro-batches of a global batch."""
+        return divide(
+            samples,
+            self.num_micro_batches,
+            activity,
+            trim=self.trim,
+            attention_cost=self.attention_cost,
+            pack_up_to=self.pack_up_to,
+        )
+
 
 def micro_batch_seed(seed: int, step: int, index: int) -> int:
     """The random seed of one micro-batch, whoever computes it."""
@@ -88,7 +99,6 @@ def compute_gradients(
     head, device = model.head, model.head.weight_VD.device
     num_supervised = sum(batch.num_supervised for batch in micro_batches)
     num_prompt = max(1, sum(batch.num_prompt for batch in micro_batches))
-    num_tokens = sum(int(batch.is_token_BT.sum()) for batch in micro_batches)
     tail = loss.tail_of_step(step, head)
     # With one worker backward itself adds the micro-batches in order, each to ``.grad`` at once,
     # but the head's gradient comes in several parts: of candidates, tail and anchor.
@@ -113,10 +123,7 @@ def compute_gradients(
                 options.probe(step, hidden_BTD.detach(), batch)
             main, anchor = loss_sums(hidden_BTD, head, batch, loss, tail, base_logits)
             mean = main / num_supervised + loss.anchor_weight * anchor / num_prompt
-            extra = options.router_loss(batch) if options.router_loss else None
-            if extra is not None:
-                mean = mean + extra * (int(batch.is_token_BT.sum()) / num_tokens)
-            mean.backward()  # type: ignore[no-untyped-call]
+            (mean + _router_loss(options, batch, micro_batches)).backward()  # type: ignore[no-untyped-call]
             sums_M2[index] = torch.stack([main, anchor]).detach()
         add_in_order(total, ordered, group, sources=len(wave))
     for parameter in parameters:
@@ -128,6 +135,17 @@ def compute_gradients(
         sum_gradients(parameters, group)
     group.sum_(sums_M2)  # each row is zero on all workers but one, so this is exact
     return Gradients(*sums_M2.sum(dim=0).tolist(), micro_batches)
+
+
+def _router_loss(
+    options: StepOptions, batch: MicroBatch, micro_batches: Sequence[MicroBatch]
+) -> Tensor | float:
+    """The part of ``batch`` in the mean over the tokens of all ``micro_batches``."""
+    found = options.router_loss(batch) if options.router_loss is not None else None
+    if found is None:
+        return 0.0
+    tokens = sum(int(other.is_token_BT.sum()) for other in micro_batches)
+    return found * (int(batch.is_token_BT.sum()) / tokens)
 
 
 def train(
@@ -161,14 +179,7 @@ def train(
     parameters = [p for g in optimizer.param_groups for p in g["params"]]
     for step in steps:
         samples = batch_of_step(step)
-        micro_batches = divide(
-            samples,
-            options.num_micro_batches,
-            loss.activity,
-            trim=options.trim,
-            attention_cost=options.attention_cost,
-            pack_up_to=options.pack_up_to,
-        )
+        micro_batches = options.divide(samples, loss.activity)
         gradients = compute_gradients(
             model, parameters, micro_batches, loss, options, group, step=step
         )

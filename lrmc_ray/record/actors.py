@@ -9,6 +9,7 @@ import pyarrow as pa
 
 from lrmc_ray.cluster.resources import worker_slots
 from lrmc_ray.config import RunSettings
+from lrmc_ray.errors import DataError
 from lrmc_ray.files.fault_points import passed
 from lrmc_ray.files.place import Place
 from lrmc_ray.models import send_model
@@ -22,11 +23,18 @@ from lrmc_ray.record.schema import write_part
 MOST_BLOCKS = 2048
 """Parts of the work that Ray Data keeps account of; with more shards, a part has several."""
 
+REFUSAL = "refusal"
+"""In place of what a file holds: why the model is refused."""
+
 
 def run_actors(
     prepared: Preparation, shards: Sequence[Mapping[str, Any]], tokenizer_size: int
 ) -> Iterator[dict[str, Any]]:
-    """Record ``shards`` in an actor pool; yields what each finished file holds."""
+    """Record ``shards`` in an actor pool; yields what each finished file holds.
+
+    Raises:
+        DataError: the model cannot be loaded, or is not one that can be recorded.
+    """
     if not shards:
         return
     import ray
@@ -52,7 +60,19 @@ def run_actors(
         **placement,
     )
     for row in dataset.iter_rows():
-        yield json.loads(row["part"])
+        yield part_of(row["part"])
+
+
+def part_of(text: str) -> Part:
+    """What a finished file holds, as an actor said it.
+
+    Raises:
+        DataError: the actor has refused the model.
+    """
+    part: Part = json.loads(text)
+    if REFUSAL in part:
+        raise DataError(part[REFUSAL])
+    return part
 
 
 def recorder_options(prepared: Preparation, tokenizer_size: int) -> dict[str, Any]:
@@ -110,20 +130,27 @@ class Recorder:
         from lrmc_ray.record.candidates import CandidateRecorder
 
         self._recording = recording_of(place, Path(partial), provenance, record)
-        self._recorder = CandidateRecorder(
-            place.here(model),
-            tau=tau,
-            k_min=k_min,
-            k_max=k_max,
-            prompt_k_max=prompt_k_max,
-            threads=threads,
-        )
+        self._refusal: str | None = None
+        try:
+            self._recorder = CandidateRecorder(
+                place.here(model),
+                tau=tau,
+                k_min=k_min,
+                k_max=k_max,
+                prompt_k_max=prompt_k_max,
+                threads=threads,
+            )
+        except DataError as error:
+            # Ray would start the actor again and again, and wrap what it says.
+            self._refusal = str(error)
         self._examples_sha256 = examples_sha256
         self._provenance = provenance
         self._tokenizer_size = tokenizer_size
 
     def __call__(self, batch: pa.Table) -> pa.Table:
         """Record the shards of ``batch`` and describe the files that hold them."""
+        if self._refusal is not None:
+            return pa.table({"part": [json.dumps({REFUSAL: self._refusal})]})
         described = [self.record(shard) for shard in batch.to_pylist()]
         return pa.table({"part": [json.dumps(part) for part in described]})
 

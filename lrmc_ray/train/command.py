@@ -22,6 +22,7 @@ from lrmc_ray.files.names import METRICS, MODEL
 from lrmc_ray.files.place import place_of
 from lrmc_ray.record.prepare import prepare
 from lrmc_ray.record.run import record
+from lrmc_ray.train.checks import check_settings
 from lrmc_ray.train.driver import MADE_BY, check_converged, run_identity, train, with_steps
 
 
@@ -94,6 +95,7 @@ def main(argv: Sequence[str]) -> int:
     settings = settings_from(arguments)
     storage = settings.resources.storage
     place_of(storage).check()
+    check_settings(settings)
     prepare(settings, arguments.output)  # bad rows are found before Ray starts
     with ray_session(
         arguments.address,

@@ -7,6 +7,7 @@ from lrmc_ray.evaluate.task_files import check_tasks, task_data
 from lrmc_ray.files.place import place_of
 from lrmc_ray.record.prepare import prepare
 from lrmc_ray.tasks.registry import expand
+from lrmc_ray.train.checks import check_settings
 from lrmc_ray.tune.provenance import contents
 
 
@@ -20,5 +21,6 @@ def check_inputs(settings: RunSettings, output: Path) -> dict[str, str]:
     names = expand([*settings.evaluate.domain_tasks, *settings.evaluate.general_tasks])
     check_tasks(names, "dev")
     task_data(names, "test")
+    check_settings(settings)
     prepare(settings, output)
     return contents(settings)

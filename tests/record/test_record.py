@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
 import pytest
 
 from lrmc_ray.chat.answers import RENDERING
@@ -23,7 +24,7 @@ from lrmc_ray.record import identity as identity_module
 from lrmc_ray.record import prepare as prepare_module
 from lrmc_ray.record import run as record_run
 from lrmc_ray.record import sources as sources_module
-from lrmc_ray.record.actors import Recorder, recorder_options
+from lrmc_ray.record.actors import Recorder, part_of, recorder_options
 from lrmc_ray.record.command import main
 from lrmc_ray.record.describe import PartTotals
 from lrmc_ray.record.examples import read_examples
@@ -31,7 +32,7 @@ from lrmc_ray.record.identity import check_fits
 from lrmc_ray.record.names import EXAMPLES, PLAN, REJECTS
 from lrmc_ray.record.prepare import cut_into_shards, prepare
 from tests.support.chat_templates import shipped
-from tests.support.tiny import make_data
+from tests.support.tiny import make_data, make_model_of_type
 
 GOOD = {"prompt": "What is 2?", "completion": "Two."}
 
@@ -477,6 +478,19 @@ def test_a_file_that_was_replaced_is_counted_as_it_is_on_disk(tiny_model, tmp_pa
         manifests.append(json.loads((directory / "manifest.json").read_text()))
     for name in ("summary", "files"):
         assert manifests[0][name] == manifests[1][name]
+
+
+def test_a_model_that_cannot_be_recorded_is_refused_by_its_name(tmp_path):
+    """The actor says so in place of its first file; Ray would start it again and again."""
+    data = make_data(tmp_path / "train.jsonl", num_rows=4)
+    model = make_model_of_type("bert", tmp_path / "model")
+    settings = load_settings(None, [f'model.name="{model}"', f'data.train="{data}"'])
+    prepared = prepare(settings, tmp_path / "runs")
+    plan = json.loads((prepared.partial / PLAN).read_text())
+    recorder = Recorder(**recorder_options(prepared, plan["tokenizer_size"]))
+    (told,) = recorder(pa.Table.from_pylist(plan["shards"]))["part"].to_pylist()
+    with pytest.raises(DataError, match=r"\(model_type bert\) is not causal.*; choose a model"):
+        part_of(told)
 
 
 # Short names

@@ -54,6 +54,18 @@ def make_model(directory: Path, *, seed: int = 0, tied: bool = True) -> Path:
     return directory
 
 
+def make_model_of_type(model_type: str, directory: Path) -> Path:
+    """Save a tiny random model of another type: the same tokenizer, windows of 16 tokens."""
+    from benchmarks.tiny_models import make, short_borders
+
+    make_model(directory)
+    (directory / "model.safetensors").unlink()
+    (directory / "generation_config.json").unlink(missing_ok=True)
+    options = short_borders(model_type, 16) | {"vocab_size": 512, "eos_token_id": 1}
+    make(model_type, **options).save_pretrained(directory)
+    return directory
+
+
 def make_data(path: Path, *, num_rows: int = 40, seed: int = 0) -> Path:
     """Write questions and answers of unequal lengths."""
     rng = random.Random(seed)
