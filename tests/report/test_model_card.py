@@ -2,15 +2,17 @@ import json
 import re
 import shutil
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import yaml
 
 from lrmc_ray.chat.answers import Chat
 from lrmc_ray.errors import IncompleteArtifactError
+from lrmc_ray.method.names import Loss, OptimizerName
 from lrmc_ray.record.encode import encode_row
 from lrmc_ray.record.rows import Row
+from lrmc_ray.report.method_words import method_text
 from lrmc_ray.report.model_card import write_model_card
 from lrmc_ray.report.numbers import percent, percent_range, points, points_range
 from lrmc_ray.report.study import load_study
@@ -44,6 +46,43 @@ def test_the_front_matter_is_what_the_hub_reads(study_dir, tmp_path):
     assert data.pipeline_tag == "text-generation"
     assert data.license == "apache-2.0"
     assert {"logits-replay", "moclip"} <= set(data.tags)
+
+
+@pytest.mark.parametrize(
+    ("settings", "text", "tags"),
+    [
+        (
+            {"loss": "restricted", "optimizer": "moclip", "tail_samples": 8, "anchor_weight": 1.0},
+            "Logits Replay and MoClip, with a sampled tail and an anchor to the base model",
+            ["logits-replay", "moclip"],
+        ),
+        ({"loss": "full", "optimizer": "adamw", "tail_samples": 8, "anchor_weight": 0.0},
+         "the cross-entropy over the whole vocabulary and AdamW", []),
+        ({"loss": "restricted", "optimizer": "adamw", "tail_samples": 0, "anchor_weight": 0.0,
+          "l2_sp_weight": 1.0, "lora_rank": 4},
+         "Logits Replay and AdamW, with a penalty on the distance from the base's weights and "
+         "adapters of rank 4", ["logits-replay"]),
+        ({"loss": "dft", "optimizer": "moclip", "tail_samples": 0, "anchor_weight": 0.5},
+         "DFT, the cross-entropy weighted by the model's own probability and MoClip, with an "
+         "anchor to the base model", ["moclip"]),
+    ],
+)  # fmt: skip
+def test_the_method_is_said_from_the_settings(settings, text, tags, study_dir, tmp_path):
+    from huggingface_hub import ModelCard
+
+    own = Path(shutil.copytree(study_dir, tmp_path / "study"))
+    edit(own, trials={3: {"settings": settings, "params": {}}})
+    card = card_of(tmp_path, own)
+    paper = " ([arXiv 2510.09152](https://arxiv.org/abs/2510.09152))" if tags else ""
+    assert f"The method: {text}{paper}." in card
+    assert ModelCard(card).data.tags == [*tags, "lrmc_ray", "fine-tuning"]
+    assert ("MoClip" in card) == (settings["optimizer"] == "moclip")
+
+
+def test_every_loss_and_optimizer_has_words():
+    for loss in get_args(Loss):
+        for optimizer in get_args(OptimizerName):
+            assert method_text({"loss": loss, "optimizer": optimizer})
 
 
 def test_any_base_models_name_stays_one_yaml_string(study_dir, tmp_path):
