@@ -534,6 +534,10 @@ def dropped_parts(model: Any, directory: Path) -> str | None:
 def save_model(model: Any, tokenizer_directory: Path, directory: Path) -> None:
     """Save ``model`` as safetensors beside a copy of the tokenizer in ``tokenizer_directory``."""
     model.save_pretrained(directory, safe_serialization=True)
+    # Weights are written for their owner alone, whatever the umask allows.
+    mode = (directory / "config.json").stat().st_mode
+    for path in directory.glob("*.safetensors"):
+        path.chmod(mode)
     for name in (*TOKENIZER_FILES, *_PROCESSOR_FILES):
         if (tokenizer_directory / name).is_file():
             shutil.copyfile(tokenizer_directory / name, directory / name)

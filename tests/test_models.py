@@ -460,3 +460,15 @@ def test_it_is_said_that_a_composite_model_becomes_its_text_part(tmp_path):
     assert "saved, as a qwen3_5_text model" in said
     make_config("gemma3").save_pretrained(tmp_path)
     assert dropped_parts(make("gemma3"), tmp_path) is None
+
+
+@pytest.mark.parametrize(("umask", "mode"), [(0o022, 0o644), (0o027, 0o640)])
+def test_whoever_the_umask_lets_read_can_read_the_weights(tiny_model, tmp_path, umask, mode):
+    before = os.umask(umask)
+    try:
+        save_model(load_model(tiny_model), tiny_model, tmp_path / "saved")
+    finally:
+        os.umask(before)
+    modes = {path.name: path.stat().st_mode & 0o777 for path in (tmp_path / "saved").iterdir()}
+    assert modes["model.safetensors"] == mode, modes
+    assert set(modes.values()) == {mode}
