@@ -134,6 +134,49 @@ def test_bf16_scores_are_near_those_of_float32(model_type, tmp_path):
     assert lm.last_logprobs([[5, 6, 7, 8, 9, 10, 11, 12]], 4).shape == (4, 128)
 
 
+@pytest.mark.parametrize(
+    ("model_type", "options", "lengths"),
+    [
+        ("mistral", {"sliding_window": WINDOW}, (18, 20, 22)),  # a gap, within the window
+        ("phi3", long_rope(32), (26, 28, 28)),
+    ],
+)
+def test_a_gold_answer_may_end_beyond_the_border_that_its_prompt_is_within(
+    model_type, options, lengths
+):
+    """The prompts are kept from generating 2 tokens; the answers have 9."""
+    model = make(model_type, **options)
+    rng = random.Random(3)
+    prompts = [sentence(rng, length) for length in lengths]
+    ours = PrefixLM(model, scoring.tokenizer(), batch_tokens=400)
+    ours.generate_until(
+        instances("generate_until", [(p, {"until": [], "max_gen_toks": 2}) for p in prompts])
+    )
+    requests = instances("loglikelihood", [(p, f" {sentence(rng, 9)}") for p in prompts])
+    values = [value for value, _ in ours.loglikelihood(requests)]
+    plain = scoring.plain_model(model)
+    expected = [value for value, _ in plain.loglikelihood(requests, disable_tqdm=True)]
+    assert values == pytest.approx(expected, rel=2e-5, abs=2e-4)
+
+
+def test_prompts_beyond_a_window_are_generated_from_in_one_batch():
+    """Padded on the left; of unequal lengths they would run one by one otherwise."""
+    model = make("gemma3_text", sliding_window=WINDOW)
+    lm = PrefixLM(model, scoring.tokenizer(), batch_tokens=800)
+    rng = random.Random(4)
+    prompts = [sentence(rng, length) for length in (40, 43, 47, 51)]
+    shapes = []
+    handle = model.base_model.register_forward_pre_hook(
+        lambda _module, _args, kwargs: shapes.append(tuple(kwargs["input_ids"].shape)),
+        with_kwargs=True,
+    )
+    requests = [(p, {"until": [], "max_gen_toks": 3}) for p in prompts]
+    lm.generate_until(instances("generate_until", requests))
+    handle.remove()
+    assert shapes[0] == (4, 51)
+    assert shapes[1:] == [(4, 1), (4, 1)]
+
+
 def test_a_gap_that_the_model_counts_as_tokens_is_noticed():
     model = make("mistral", sliding_window=8)
     assert Sharing(model).is_possible
