@@ -84,17 +84,20 @@ def sample(ids_T, last):
 @pytest.mark.parametrize("attention_cost", [math.inf, 0.0])
 def test_a_trimmed_row_keeps_the_side_of_the_whole_one(directory, attention_cost):
     ids = sequences()
-    samples = [sample(ids_T, last=8) for ids_T in ids]
+    lasts = [8, 2, 3, 4, 5, 6]  # packed, they would be fewer tokens
+    samples = [sample(ids_T, last=last) for ids_T, last in zip(ids, lasts, strict=True)]
     activity = Activity(supervised=2, prompt=math.inf)
     batch = collate(samples, activity, attention_cost=attention_cost, pack_up_to=32)
     assert batch.full_lengths == LENGTHS
-    assert batch.num_processed == 9 * len(LENGTHS)
+    assert batch.num_processed == sum(lasts) + len(lasts)
     with torch.inference_mode():
         hidden_BTD = batch_hidden_states(load_model(directory), batch)
     assert hidden_BTD.shape[:2] == batch.input_ids_BT.shape == (6, 9)
-    for ids_T, states_TD in zip(ids, hidden_BTD, strict=True):
-        expected_TD = alone(directory, ids_T)[:9]
-        torch.testing.assert_close(states_TD, expected_TD, rtol=1e-4, atol=1e-4 * expected_TD.std())
+    for ids_T, last, states_TD in zip(ids, lasts, hidden_BTD, strict=True):
+        expected_TD = alone(directory, ids_T)[: last + 1]
+        torch.testing.assert_close(
+            states_TD[: last + 1], expected_TD, rtol=1e-4, atol=1e-4 * expected_TD.std()
+        )
 
 
 def test_the_gradient_of_a_split_batch_is_the_sum_of_its_rows(directory):

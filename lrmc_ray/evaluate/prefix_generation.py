@@ -3,7 +3,8 @@
 Shape suffixes: those of :mod:`lrmc_ray.method`.
 """
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any
 
 import torch
 from lm_eval.models.utils import postprocess_generated_text
@@ -12,6 +13,28 @@ from lrmc_ray.evaluate.plain_generation import Said, has_stopped
 from lrmc_ray.evaluate.prefix_batches import ContextRow, Tokens
 from lrmc_ray.evaluate.prefix_memory import ContextMemory
 from lrmc_ray.evaluate.prefix_model import PrefixModel, SharedBatch
+
+
+def is_greedy(settings: Mapping[str, Any], config: Any) -> bool:
+    """Whether the next token is the most probable one, and nothing else has a say.
+
+    Args:
+        settings: lm-eval's, of a task.
+        config: the model's own, of generation.
+    """
+    own = {"until", "do_sample", "temperature", "max_gen_toks"}
+    if settings.get("do_sample") or set(settings) - own:
+        return False
+    neutral: dict[str, tuple[Any, ...]] = {
+        "num_beams": (None, 1),
+        "repetition_penalty": (None, 1.0),
+        "no_repeat_ngram_size": (None, 0),
+        "bad_words_ids": (None,),
+        "suppress_tokens": (None,),
+        "forced_bos_token_id": (None,),
+        "min_length": (None, 0),
+    }
+    return all(getattr(config, name, None) in allowed for name, allowed in neutral.items())
 
 
 class GreedyGeneration:

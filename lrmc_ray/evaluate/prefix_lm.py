@@ -37,7 +37,7 @@ from lrmc_ray.chat.tokens import bare_ids, split_ids
 from lrmc_ray.errors import DataError
 from lrmc_ray.evaluate.plain_generation import PlainGeneration
 from lrmc_ray.evaluate.prefix_batches import BatchLimits, ContextRow, Tokens, context_rows
-from lrmc_ray.evaluate.prefix_generation import GreedyGeneration
+from lrmc_ray.evaluate.prefix_generation import GreedyGeneration, is_greedy
 from lrmc_ray.evaluate.prefix_memory import ContextMemory
 from lrmc_ray.evaluate.prefix_model import PrefixModel
 from lrmc_ray.evaluate.prefix_scores import ContinuationScores, last_logprobs
@@ -99,8 +99,8 @@ class PrefixLM(HFLM):  # type: ignore[misc]  # lm-eval ships no types
                 "%s does not share keys and values between sequences; it is scored without",
                 type(model).__name__,
             )
-        # Whether lm-eval must generate from one prompt at a time; None until it is asked for.
-        self._alone: bool | None = None
+        # Whether prompts of unequal lengths can be padded; None until it is asked for.
+        self._takes_padding: bool | None = None
         self._chat = Chat(tokenizer, template_options)
         self.chat_template_args = dict(template_options or {})
         # What the template writes around the answers to the generation prompts that were asked
@@ -240,16 +240,27 @@ class PrefixLM(HFLM):  # type: ignore[misc]  # lm-eval ships no types
             for index, text in zip(indices, written, strict=True):
                 answers[index] = text
         usual = self.batch_size_per_gpu
-        if others and self._alone is None:
-            self._alone = not generates_in_batches(self.model)
-        for indices, batch_size in ((others, 1 if self._alone else usual), (crossing, 1)):
-            self.batch_size_per_gpu = batch_size
-            part = [requests[index] for index in indices]
-            texts = super().generate_until(part, disable_tqdm) if part else []
+        for indices, alone in ((others, False), (crossing, True)):
+            if not indices:
+                continue
+            self.batch_size_per_gpu = self._plain_batch_size(alone=alone)
+            texts = super().generate_until([requests[index] for index in indices], disable_tqdm)
             for index, text in zip(indices, texts, strict=True):
                 answers[index] = text
         self.batch_size_per_gpu = usual
         return answers
+
+    def _plain_batch_size(self, *, alone: bool) -> int:
+        """Prompts that transformers generates from at a time.
+
+        Args:
+            alone: whether it must be one, whatever the model does with padding.
+        """
+        if alone:
+            return 1
+        if self._takes_padding is None:
+            self._takes_padding = generates_in_batches(self.model)
+        return int(self.batch_size) if self._takes_padding else 1
 
     def _crosses_rope(self, context: str, most: int) -> bool:
         """Whether an answer may end where rotary frequencies are others than at its beginning."""
@@ -259,23 +270,10 @@ class PrefixLM(HFLM):  # type: ignore[misc]  # lm-eval ships no types
         return self._sharing.crosses_rope(len(self._context_tokens(context, longest)) + most)
 
     def _is_greedy(self, settings: dict[str, Any]) -> bool:
-        """Whether the next token is the most probable one, and nothing else has a say."""
-        own = {"until", "do_sample", "temperature", "max_gen_toks"}
-        if self._shared is None:
+        """Whether answers are written from shared passes."""
+        if self._shared is None or self.think_end_token is not None:
             return False
-        if settings.get("do_sample") or set(settings) - own or self.think_end_token is not None:
-            return False
-        config = self.model.generation_config
-        neutral: dict[str, tuple[Any, ...]] = {
-            "num_beams": (None, 1),
-            "repetition_penalty": (None, 1.0),
-            "no_repeat_ngram_size": (None, 0),
-            "bad_words_ids": (None,),
-            "suppress_tokens": (None,),
-            "forced_bos_token_id": (None,),
-            "min_length": (None, 0),
-        }
-        return all(getattr(config, name, None) in allowed for name, allowed in neutral.items())
+        return is_greedy(settings, self.model.generation_config)
 
     def _generate(
         self, arguments: Sequence[tuple[str, dict[str, Any]]], *, alone: bool
@@ -299,7 +297,7 @@ class PrefixLM(HFLM):  # type: ignore[misc]  # lm-eval ships no types
                 self.model,
                 self._said,
                 padding=self.tokenizer.eos_token_id if padding is None else padding,
-                batch_size=1 if alone else self.batch_size,
+                batch_size=self._plain_batch_size(alone=alone),
             )
             return generation.answers(contexts, stops, most, options)
         rows: dict[Tokens, ContextRow] = {}

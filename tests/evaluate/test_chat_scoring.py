@@ -162,6 +162,7 @@ def test_nor_where_transformers_generates(name, settings, monkeypatch):
     tokenizer = tokenizer_for(shipped()[name])
     lm = language_model(tokenizer)
     monkeypatch.setattr(lm, "_shared", None)
+    monkeypatch.setattr(lm, "_takes_padding", True)  # not tried out on what is scripted
     steps = iter(tokenizer(WRITTEN[name], add_special_tokens=False)["input_ids"])
     forward = lm.model.forward
 

@@ -185,16 +185,31 @@ def test_a_gap_that_the_model_counts_as_tokens_is_noticed():
     assert not hidden.is_possible
 
 
-def test_a_model_that_ignores_its_mask_shares_nothing_beyond_its_window(monkeypatch):
+def test_a_model_that_fails_beyond_its_window_shares_within_it_alone(monkeypatch):
+    """Its masks are right for short rows; longer ones are padded as if padding were tokens."""
     model = make("mistral", sliding_window=WINDOW)
     inner = type(model.base_model).forward
 
     def forward(self, *args, **kwargs):
-        return inner(self, *args, **{**kwargs, "attention_mask": None})
+        mask_BT = kwargs.get("attention_mask")
+        if mask_BT is not None and mask_BT.shape[1] > WINDOW:
+            kwargs["attention_mask"] = None
+        return inner(self, *args, **kwargs)
 
     monkeypatch.setattr(type(model.base_model), "forward", forward)
     sharing = Sharing(model)
+    assert sharing.allows(WINDOW)
     assert not sharing.allows(WINDOW + 1)
+
+
+def test_an_answer_that_crosses_a_rotary_border_is_written_as_alone():
+    model = make("phi3", **long_rope(32))
+    rng = random.Random(5)
+    prompts = [sentence(rng, length) for length in (20, 24, 28, 30, 31, 32, 33, 40)]
+    requests = [(p, {"until": [], "max_gen_toks": 24}) for p in prompts]
+    generate = instances("generate_until", requests)
+    ours = PrefixLM(model, scoring.tokenizer(), batch_tokens=400).generate_until(generate)
+    assert ours == scoring.plain_model(model).generate_until(generate, disable_tqdm=True)
 
 
 def test_what_is_shared_beyond_a_window_is_run_once():
