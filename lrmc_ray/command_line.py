@@ -1,9 +1,14 @@
-"""The parser of every command: its errors are one line, and name what was probably meant."""
+"""The command line: a parser whose errors are one line, and commands that a person may paste."""
 
 import argparse
 import difflib
+import os
 import re
+import shlex
+import shutil
+import sys
 from collections.abc import Iterable
+from pathlib import Path
 from typing import Any, NoReturn
 
 _UNRECOGNIZED = "unrecognized arguments: "
@@ -46,3 +51,17 @@ def nearest(name: str, known: Iterable[str]) -> str:
     """``. Did you mean 'NAME'?`` for the nearest of ``known``; empty where none is near."""
     found = difflib.get_close_matches(name, list(known), n=1)
     return f". Did you mean {found[0]!r}?" if found else ""
+
+
+def pasteable(program: str, *arguments: object) -> str:
+    """A command that works when it is pasted into the terminal where this one was typed.
+
+    Args:
+        program: of this environment, ``lrmc`` or ``mlflow``.
+        *arguments: Its arguments, as they are.
+    """
+    own = Path(sys.executable).parent / program
+    if own.exists() and os.path.realpath(shutil.which(program) or "") != os.path.realpath(own):
+        relative = os.path.relpath(own)
+        program = str(own) if relative.startswith("..") else relative
+    return shlex.join([program, *map(str, arguments)])

@@ -2,13 +2,15 @@
 
 import importlib.metadata
 import re
+import shlex
 import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from lrmc_ray import cli
-from lrmc_ray.command_line import CommandParser, nearest
+from lrmc_ray.command_line import CommandParser, nearest, pasteable
 from lrmc_ray.config import TrainSettings, load_settings
 from lrmc_ray.config.arguments import add_run_arguments, add_setting_flags, flag_overrides
 from lrmc_ray.errors import ConfigError
@@ -130,3 +132,21 @@ def test_every_flag_says_its_default_and_what_is_allowed(monkeypatch):
 )
 def test_a_flag_is_the_setting_of_its_name(argv, overrides):
     assert flag_overrides(train_parser().parse_args(argv)) == overrides
+
+
+def test_a_pasted_command_is_this_environments(tmp_path, monkeypatch):
+    """Whether it is on the path or not, from any folder, with spaces."""
+    programs = tmp_path / "my env" / "bin"
+    programs.mkdir(parents=True)
+    (programs / "lrmc").touch(mode=0o755)
+    monkeypatch.setattr(sys, "executable", str(programs / "python"))
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    assert pasteable("lrmc", "a", Path("b c")) == "'my env/bin/lrmc' a 'b c'"
+    elsewhere = tmp_path / "else"
+    elsewhere.mkdir()
+    monkeypatch.chdir(elsewhere)
+    assert shlex.split(pasteable("lrmc")) == [str(programs / "lrmc")]
+    monkeypatch.setenv("PATH", str(programs))
+    assert pasteable("lrmc", "a b") == "lrmc 'a b'"
+    assert pasteable("no-such-program") == "no-such-program"

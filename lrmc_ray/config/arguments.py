@@ -1,7 +1,7 @@
 """The command-line arguments that several commands share, and the settings that they ask for."""
 
 import argparse
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -84,20 +84,31 @@ def output_directory(text: str) -> Path:
     return Path(text)
 
 
-def settings_from(arguments: argparse.Namespace) -> RunSettings:
+def settings_from(
+    arguments: argparse.Namespace, defaults: Mapping[str, Any] | None = None
+) -> RunSettings:
     """The settings that the command line asks for; see :func:`read_settings`."""
-    return read_settings(arguments, RunSettings)
+    return read_settings(arguments, RunSettings, defaults)
 
 
-def read_settings(arguments: argparse.Namespace, kind: type[SettingsType]) -> SettingsType:
+def read_settings(
+    arguments: argparse.Namespace,
+    kind: type[SettingsType],
+    defaults: Mapping[str, Any] | None = None,
+) -> SettingsType:
     """The settings of a ``kind`` that the command line asks for.
+
+    Args:
+        arguments: the parsed command line.
+        kind: the class of settings.
+        defaults: by section and key, what counts where no settings file is named.
 
     Raises:
         ConfigError: a setting is unknown or out of range.
         IncompleteArtifactError: the settings file does not exist.
     """
     path = find_space(arguments.space) if arguments.space else None
-    of_file = read_toml(path) if path else {}
+    of_file: dict[str, Any] = read_toml(path) if path else dict(defaults or {})
     values = apply_overrides(of_file, arguments.overrides)
     named: dict[tuple[str, str], object] = {
         ("resources", "storage"): arguments.storage,

@@ -11,6 +11,7 @@ from lrmc_ray.config import ModelSettings
 from lrmc_ray.config.arguments import add_run_arguments, settings_from
 from lrmc_ray.console import progress, setup_logging
 from lrmc_ray.errors import ConfigError, IncompleteArtifactError
+from lrmc_ray.files.origin import Origin, read_origin
 from lrmc_ray.files.place import place_of
 from lrmc_ray.models import local_directory
 from lrmc_ray.tasks.registry import expand
@@ -22,7 +23,9 @@ def main(argv: Sequence[str]) -> int:
     setup_logging(arguments.verbose)
     if arguments.actors is not None and arguments.actors < 1:
         raise ConfigError(f"--actors must be at least 1, got {arguments.actors}")
-    settings = settings_from(arguments)
+    origin = read_origin(Path(arguments.tuned[0])) if arguments.tuned else None
+    settings = settings_from(arguments, None if origin is None else origin.settings)
+    output = arguments.output or _output(origin)
     place = place_of(settings.resources.storage)
     for directory in arguments.tuned:
         if not Path(directory).is_dir():
@@ -45,7 +48,7 @@ def main(argv: Sequence[str]) -> int:
     with (
         ray_session(
             arguments.address,
-            log=arguments.output / RAY_LOG,
+            log=output / RAY_LOG,
             verbose=arguments.verbose,
             storage=place.uri,
         ),
@@ -56,7 +59,7 @@ def main(argv: Sequence[str]) -> int:
                 evaluate(
                     settings,
                     model,
-                    arguments.output,
+                    output,
                     split="test",
                     base=scored[0] if scored else None,
                     parallel=arguments.actors
@@ -71,12 +74,20 @@ def main(argv: Sequence[str]) -> int:
     return 0
 
 
+def _output(origin: Origin | None) -> Path:
+    """Where scores are kept: where those of the model's base are, if that is on this machine."""
+    if origin is not None and Path(origin.output).is_dir():
+        return Path(origin.output)
+    return Path("runs")
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = CommandParser(
         "evaluate",
         description="Score a model; with --base or --tuned, against the model it was made from.",
     )
     add_run_arguments(parser)
+    parser.set_defaults(output=None)
     parser.add_argument(
         "--base", metavar="B", help="the base (default: --model); then --model is scored against it"
     )
@@ -85,7 +96,8 @@ def _parser() -> argparse.ArgumentParser:
         metavar="DIR",
         action="append",
         default=[],
-        help="a tuned model's directory; may be given several times",
+        help="a tuned model's directory; may be given several times. Base, tasks and output are "
+        "those that it was made with, where nothing else is said",
     )
     parser.add_argument(
         "--actors",

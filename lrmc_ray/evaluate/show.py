@@ -8,6 +8,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from lrmc_ray.command_line import pasteable
 from lrmc_ray.config import SearchSettings
 from lrmc_ray.evaluate.changes import Comparison, compare, receipt
 from lrmc_ray.evaluate.items import Scores
@@ -35,7 +36,7 @@ def show_scores(directory: Path, *, as_json: bool) -> None:
         row = (task, metric, str(items.num_items), str(items.value), f"{items.standard_error:.3f}")
         table.add_row(*row)
     Console().print(table)
-    print(f"The scores are in {directory}. Next: {MADE_BY} --tuned DIR")
+    print(f"The scores are in {directory}. Next: {pasteable('lrmc', 'evaluate', '--tuned')} DIR")
 
 
 def show_changes(search: SearchSettings, scored: Sequence[Path], *, as_json: bool) -> None:

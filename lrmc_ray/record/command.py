@@ -1,11 +1,10 @@
 """Stage 0 from the command line: ``python -m lrmc_ray.record``."""
 
 import json
-import shlex
 from collections.abc import Sequence
 
 from lrmc_ray.cluster.session import RAY_LOG, ray_session
-from lrmc_ray.command_line import CommandParser
+from lrmc_ray.command_line import CommandParser, pasteable
 from lrmc_ray.config.arguments import (
     add_record_arguments,
     add_run_arguments,
@@ -54,5 +53,5 @@ def main(argv: Sequence[str]) -> int:
         print_summary(manifest["summary"])
         where = f", its files in {uri}" if uri else ""
         print(f"The record is in {directory}{where}. Look into it: lrmc inspect {directory}")
-        print(f"Next: {shlex.join(['python', '-m', 'lrmc_ray.train', *argv])}")
+        print(f"Next: {pasteable('lrmc', 'train', *argv)}")
     return 0

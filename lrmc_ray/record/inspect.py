@@ -10,6 +10,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from lrmc_ray.command_line import pasteable
 from lrmc_ray.config import ModelSettings
 from lrmc_ray.console import progress
 from lrmc_ray.errors import ConfigError, DataError, IncompleteArtifactError, LrmcError
@@ -205,4 +206,4 @@ def show_record(result: Mapping[str, Any]) -> None:
         show_sample(sample, console)
     directory = result["directory"]
     if "samples" not in result:
-        print(f"Next: lrmc inspect {directory} --sample 3, or --verify")
+        print(f"Next: {pasteable('lrmc', 'inspect', directory, '--sample', 3)}, or --verify")

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from lrmc_ray.cluster.session import RAY_LOG, ray_session
-from lrmc_ray.command_line import CommandParser
+from lrmc_ray.command_line import CommandParser, pasteable
 from lrmc_ray.config.arguments import (
     add_run_arguments,
     add_setting_flags,
@@ -19,6 +19,7 @@ from lrmc_ray.console import progress, setup_logging
 from lrmc_ray.files.artifacts import fingerprint, read_manifest
 from lrmc_ray.files.metrics_log import read_new_lines
 from lrmc_ray.files.names import METRICS, MODEL
+from lrmc_ray.files.origin import origin_of, write_origin
 from lrmc_ray.files.place import place_of
 from lrmc_ray.record.prepare import prepare
 from lrmc_ray.record.run import record
@@ -118,7 +119,8 @@ def main(argv: Sequence[str]) -> int:
             f"{manifest['processed_tokens']} of {manifest['original_tokens']} tokens processed."
         )
     check_converged(manifest)
+    write_origin(directory / MODEL, origin_of(settings, arguments.output))
     if not arguments.json:
         print(f"The model is in {directory / MODEL}.")
-        print(f"Next: python -m lrmc_ray.evaluate --tuned {directory / MODEL}")
+        print(f"Next: {pasteable('lrmc', 'evaluate', '--tuned', directory / MODEL)}")
     return 0

@@ -6,7 +6,7 @@ import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from lrmc_ray.command_line import CommandParser
+from lrmc_ray.command_line import CommandParser, pasteable
 from lrmc_ray.config.arguments import add_run_arguments, settings_from
 from lrmc_ray.console import setup_logging
 from lrmc_ray.files.artifacts import lock_directory
@@ -111,7 +111,6 @@ def _print_end(search: "Search", arguments: argparse.Namespace) -> None:
     for sentence in headline(study):
         console.print(sentence.text)
     model = search.directory / BEST_MODEL
-    command = f"--space {arguments.space}" if arguments.space != "demo" else ""
     print(f"\nReport  {search.directory / 'report.html'}")
     print(f"Figure  {search.directory / 'gain_vs_forgetting.png'}")
     if study.best is not None:
@@ -123,9 +122,8 @@ def _print_end(search: "Search", arguments: argparse.Namespace) -> None:
             f"closest one: {closest / 'training' / 'model'}"
         )
     print("\nNext:")
-    print(f"  mlflow ui --backend-store-uri {search.tracking_uri}")
+    print(f"  {pasteable('mlflow', 'ui', '--backend-store-uri', search.tracking_uri)}")
     if path := search.description.file.trade_off_path:
         print(f"      forgetting against gain: {MLFLOW_UI}/{path}")
     if study.best is not None:
-        print(f"  python -m lrmc_ray.evaluate --tuned {model}")
-    print(f"  ray up cluster.yaml && python -m lrmc_ray.tune --address auto {command}".rstrip())
+        print(f"  {pasteable('lrmc', 'evaluate', '--tuned', model)}")

@@ -1,15 +1,16 @@
 """The end of a search: final scores, the best model with its card, the report."""
 
-import json
 import shutil
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
 from lrmc_ray.console import progress
+from lrmc_ray.errors import DataError
 from lrmc_ray.evaluate.run import evaluate
-from lrmc_ray.files.artifacts import PARTIAL, relative_path, write_json
+from lrmc_ray.files.artifacts import PARTIAL, relative_path
 from lrmc_ray.files.names import SETTINGS_FILE
+from lrmc_ray.files.origin import Origin, origin_of, read_origin, write_origin
 from lrmc_ray.files.study import STUDY_FILE, Artifact, TrialEntry
 from lrmc_ray.models import local_directory
 from lrmc_ray.report.figures_png import FIGURE_FILE
@@ -104,18 +105,31 @@ def export_best(description: Description) -> Path | None:
     if trial is None:
         return None
     final = directory / BEST_MODEL
-    marker = final / "lrmc.json"
-    wanted = {"study": study.id, "trial": trial.number, **trial.settings}
-    if marker.is_file() and json.loads(marker.read_text()) == wanted:
+    wanted = origin_of(
+        description.settings,
+        directory.parent,
+        train=trial.settings,
+        study=study.id,
+        trial=trial.number,
+        limit=description.final_limit,
+    )
+    if _is_made_so(final, wanted):
         return final
     partial = final.with_name(BEST_MODEL + PARTIAL)
     shutil.rmtree(partial, ignore_errors=True)
     shutil.copytree(model_of(directory, trial.number), partial)
-    write_json(partial / marker.name, wanted)
+    write_origin(partial, wanted)
     write_model_card(partial, directory)
     shutil.rmtree(final, ignore_errors=True)
     partial.rename(final)
     return final
+
+
+def _is_made_so(directory: Path, wanted: Origin) -> bool:
+    try:
+        return read_origin(directory) == wanted
+    except DataError:
+        return False
 
 
 def report(description: Description, tracker: StudyTracker) -> None:

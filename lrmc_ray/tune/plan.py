@@ -13,7 +13,6 @@ How many trials of a search fit side by side on that cluster, and the hours that
 import argparse
 import json
 import random
-import shlex
 import sys
 import tempfile
 import time
@@ -24,7 +23,7 @@ from typing import TYPE_CHECKING, Any
 
 from lrmc_ray.cluster.cluster_file import cluster_slots, load_cluster
 from lrmc_ray.cluster.resources import local_cpus
-from lrmc_ray.command_line import CommandParser
+from lrmc_ray.command_line import CommandParser, pasteable
 from lrmc_ray.config import RunSettings
 from lrmc_ray.config.arguments import (
     add_record_arguments,
@@ -287,7 +286,7 @@ def main(argv: Sequence[str]) -> int:
         print(json.dumps(result))
     else:
         show(result)
-        print(f"Next: {shlex.join(['python', '-m', 'lrmc_ray.record', *argv])}")
+        print(f"Next: {pasteable('lrmc', 'record', *argv)}")
     return 0
 
 

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shlex
 import signal
 import socket
 import subprocess
@@ -99,6 +100,29 @@ def test_the_exported_model_is_the_one_that_was_trained(search):
     assert torch.equal(ours, theirs)
     assert "nl2sql" in (exported / "README.md").read_text()
     assert not (exported / "pytorch_model.bin").exists()
+
+
+def test_the_printed_command_repeats_the_scores_of_the_search(search):
+    """``lrmc evaluate --tuned DIR`` alone: base, tasks, items and output are known."""
+    from lrmc_ray.evaluate.items import Scores
+
+    directory, _, _, _ = search
+    shown = subprocess.run(
+        command(directory.parent), capture_output=True, text=True, check=True, timeout=120
+    ).stdout
+    (line,) = [line.strip() for line in shown.splitlines() if "lrmc evaluate --tuned" in line]
+    done = subprocess.run(
+        [*shlex.split(line), "--json"], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    told = json.loads(done.stdout.splitlines()[-1])
+    final = json.loads((directory / "study.json").read_text())["final"]
+    for path, name in zip(told["scores"], ("base", "best"), strict=True):
+        assert Path(path).parent == directory.parent / "scores"
+        repeated, known = Scores.load(Path(path)), Scores.load(directory / final[name])
+        assert repeated.metrics.keys() == known.metrics.keys()
+        for key, items in known.metrics.items():
+            assert repeated.metrics[key].values.tolist() == items.values.tolist(), key
 
 
 def test_mlflow_has_one_parent_and_a_child_per_trial(search):

@@ -2,6 +2,7 @@
 
 import json
 import random
+import shlex
 from typing import Any
 
 import pyarrow as pa
@@ -179,7 +180,8 @@ def test_the_text_form_names_tokens_candidates_and_the_next_command(recorded, ca
     assert "supervised" in shown
     assert "domain en" in shown or "domain sql" in shown
     assert run_command(main, [str(recorded)]) == 0
-    assert f"Next: lrmc inspect {recorded} --sample 3" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert f"lrmc inspect {shlex.quote(str(recorded))} --sample 3, or --verify" in said
 
 
 def test_another_models_tokenizer_is_refused(recorded, tmp_path, capsys):

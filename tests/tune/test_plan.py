@@ -132,7 +132,7 @@ def test_the_text_form_has_every_figure_and_the_next_command(tiny_model, data, t
     shown = capsys.readouterr().out
     for said in ("60 samples", "capped", "active", "0.95", "prompt", "64 actor(s)", "this machine"):
         assert said in shown
-    assert shown.splitlines()[-1].startswith("Next: python -m lrmc_ray.record --model")
+    assert shown.splitlines()[-1].partition("lrmc record --model")[0].startswith("Next: ")
     assert shown.splitlines()[-1].endswith("data.max_length=99")
 
 

@@ -1,0 +1,107 @@
+"""``lrmc.json`` in a tuned model's directory: what it was made from, and how it is scored."""
+
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from lrmc_ray.config import RunSettings
+from lrmc_ray.errors import DataError
+from lrmc_ray.files.artifacts import write_json
+
+ORIGIN_FILE = "lrmc.json"
+
+
+class Origin(BaseModel):
+    """The file. Paths are absolute, as they were on the machine that made the model."""
+
+    model_config = ConfigDict(extra="allow")
+
+    schema_version: Literal[1] = Field(1, alias="schema")
+    study: str | None = None
+    """The search that chose it; None for a training by itself."""
+    trial: int | None = None
+    model: dict[str, Any]
+    """The base."""
+    data: list[str]
+    train: dict[str, Any]
+    evaluate: dict[str, Any]
+    forgetting_weight: float
+    output: str
+    """Where its base's scores are."""
+
+    @property
+    def settings(self) -> dict[str, dict[str, Any]]:
+        """Settings with which a command scores the model as it was scored."""
+        return {
+            "model": self.model,
+            "evaluate": self.evaluate,
+            "search": {"forgetting_weight": self.forgetting_weight},
+        }
+
+
+def origin_of(
+    settings: RunSettings,
+    output: Path,
+    *,
+    train: dict[str, Any] | None = None,
+    study: str | None = None,
+    trial: int | None = None,
+    limit: int | None = None,
+) -> Origin:
+    """The origin of a model that was made with ``settings``.
+
+    Args:
+        settings: All of them.
+        output: The command's output directory.
+        train: What the trial changed of ``settings.train``, all of it; None if nothing.
+        study: The search.
+        trial: Its number there.
+        limit: Items per task of the last scoring; None for that of ``settings``.
+    """
+    values = settings.model_dump(mode="json")
+    evaluate = values["evaluate"]
+    for group in ("domain_tasks", "general_tasks"):
+        evaluate[group] = [_absolute(name) for name in evaluate[group]]
+    if limit is not None:
+        evaluate["limit"] = limit
+    return Origin(
+        study=study,
+        trial=trial,
+        model={**values["model"], "name": _absolute(values["model"]["name"])},
+        data=[_absolute(source) for source in values["data"]["train"]],
+        train=train or values["train"],
+        evaluate=evaluate,
+        forgetting_weight=settings.search.forgetting_weight,
+        output=str(output.resolve()),
+    )
+
+
+def write_origin(directory: Path, origin: Origin) -> None:
+    """Write it into the model's directory."""
+    write_json(directory / ORIGIN_FILE, origin.model_dump(by_alias=True))
+
+
+def read_origin(directory: Path) -> Origin | None:
+    """What a model's directory says; None if it says nothing.
+
+    Raises:
+        DataError: the file is damaged.
+    """
+    path = directory / ORIGIN_FILE
+    try:
+        return Origin.model_validate_json(path.read_bytes())
+    except FileNotFoundError:
+        return None
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(str(part) for part in first["loc"]) or "the file"
+        raise DataError(f"{path}: {where}: {first['msg']}; remove the file") from None
+
+
+def _absolute(name: str) -> str:
+    """A path as it is from everywhere; any other name as it is."""
+    domain, equals, path = name.rpartition("=")
+    if "/" not in path and not Path(path).suffix:
+        return name  # the name of a task or of shipped data, whatever lies in this folder
+    return f"{domain}{equals}{Path(path).resolve()}" if Path(path).exists() else name
