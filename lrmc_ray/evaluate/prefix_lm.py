@@ -40,9 +40,10 @@ from lrmc_ray.evaluate.prefix_batches import BatchLimits, ContextRow, Tokens, co
 from lrmc_ray.evaluate.prefix_generation import GreedyGeneration, is_greedy
 from lrmc_ray.evaluate.prefix_memory import ContextMemory
 from lrmc_ray.evaluate.prefix_model import PrefixModel
-from lrmc_ray.evaluate.prefix_scores import ContinuationScores, last_logprobs
+from lrmc_ray.evaluate.prefix_scores import ContinuationScores, last_logprobs, plain_last_logprobs
 from lrmc_ray.evaluate.prefix_sharing import Sharing, generates_in_batches
 from lrmc_ray.method.head import OutputHead
+from lrmc_ray.model_borders import text_config
 from lrmc_ray.model_checks import check_causal
 from lrmc_ray.models import head_of
 
@@ -99,8 +100,7 @@ class PrefixLM(HFLM):  # type: ignore[misc]  # lm-eval ships no types
                 "%s does not share keys and values between sequences; it is scored without",
                 type(model).__name__,
             )
-        # Whether prompts of unequal lengths can be padded; None until it is asked for.
-        self._takes_padding: bool | None = None
+        self._takes_padding: bool | None = None  # of prompts, once it has been asked for
         self._chat = Chat(tokenizer, template_options)
         self.chat_template_args = dict(template_options or {})
         # What the template writes around the answers to the generation prompts that were asked
@@ -210,15 +210,10 @@ class PrefixLM(HFLM):  # type: ignore[misc]  # lm-eval ships no types
             texts: token ids, more than ``count`` each.
             count: the vocabulary's log-probabilities are given before each of the last tokens.
         """
-        vocabulary_size = self.model.config.get_text_config().vocab_size
+        vocabulary_size = text_config(self.model.config).vocab_size
         if self._shared is not None:
             return last_logprobs(self._shared, texts, count, vocabulary_size)
-        result_NV = np.empty((len(texts) * count, vocabulary_size), np.float32)
-        for index, text in enumerate(texts):
-            ids_BT = torch.tensor([list(text)], device=self.device)
-            logits_NV = self.model(input_ids=ids_BT).logits[0, -count - 1 : -1].float()
-            result_NV[index * count : (index + 1) * count] = logits_NV.log_softmax(-1).cpu()
-        return result_NV
+        return plain_last_logprobs(self.model, texts, count, vocabulary_size)
 
     @torch.inference_mode()
     def generate_until(self, requests: Any, disable_tqdm: bool = False) -> list[str]:

@@ -204,3 +204,15 @@ def last_logprobs(
             for index, _ in row.members:
                 result_NV[index * count : (index + 1) * count] = logprobs_NV
     return result_NV
+
+
+def plain_last_logprobs(
+    model: Any, texts: Sequence[Sequence[int]], count: int, vocabulary_size: int
+) -> np.ndarray:
+    """As :func:`last_logprobs`, of a causal LM that runs every text alone."""
+    result_NV = np.empty((len(texts) * count, vocabulary_size), np.float32)
+    for index, text in enumerate(texts):
+        ids_BT = torch.tensor([list(text)], device=model.device)
+        logits_NV = model(input_ids=ids_BT).logits[0, -count - 1 : -1].float()
+        result_NV[index * count : (index + 1) * count] = logits_NV.log_softmax(-1).cpu()
+    return result_NV

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from lrmc_ray.model_borders import attention_borders
+from lrmc_ray.model_borders import attention_borders, text_config
 from lrmc_ray.model_checks import differs
 from lrmc_ray.models import body_of
 
@@ -100,7 +100,7 @@ class Sharing:
         length = last + _BEYOND
         if last > MOST_PROVEN or borders.compressions or self.crosses_rope(length):
             return False
-        positions = getattr(self._model.config.get_text_config(), "max_position_embeddings", None)
+        positions = getattr(text_config(self._model.config), "max_position_embeddings", None)
         if positions is not None and length > positions:
             return False
         return self._holds(_equal_lengths, length) and self._holds(_left_padding, length)

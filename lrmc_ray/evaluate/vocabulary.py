@@ -7,16 +7,18 @@ from typing import Any
 from lrmc_ray.errors import DataError
 from lrmc_ray.evaluate.names import MADE_BY
 from lrmc_ray.files.artifacts import fingerprint, read_manifest
-from lrmc_ray.models import tokenizer_fingerprint
+from lrmc_ray.models import tokenizer_fingerprint, vocabulary_size
 
 
 def vocabulary_of(model_directory: Path) -> dict[str, Any]:
     """What two models must share for their log-probabilities to be comparable.
 
-    Read from the files: transformers would cost the caller seconds and memory.
+    Read from the files where they say: transformers would cost the caller seconds and memory.
+
+    Raises:
+        DataError: neither the configuration nor its class says how many tokens there are.
     """
-    config = json.loads((model_directory / "config.json").read_text(encoding="utf-8"))
-    size = config.get("vocab_size") or config.get("text_config", {}).get("vocab_size")
+    size = vocabulary_size(model_directory)
     path = model_directory / "tokenizer.json"
     if not path.is_file():
         return {"size": size, "tokens": tokenizer_fingerprint(model_directory)}
