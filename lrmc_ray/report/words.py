@@ -1,6 +1,6 @@
 """What the report says in sentences."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 from lrmc_ray.config.search import Objective
@@ -46,7 +46,7 @@ def headline(study: Study) -> tuple[Sentence, ...]:
     comparison = study.verdict.comparison
     sentences = [
         *_closest(study),
-        _learned(study.shown, comparison),
+        _learned(study.shown, comparison, study.verdict.fresh_tasks),
         _forgotten(comparison),
         *_by_objective(study),
     ]
@@ -93,7 +93,8 @@ def _by_objective(study: Study) -> list[Sentence]:
     return []
 
 
-def _learned(best: Trial, comparison: Comparison) -> Sentence:
+def _learned(best: Trial, comparison: Comparison, fresh_tasks: Collection[str]) -> Sentence:
+    """What the model answers, and whether the search had seen these items when it chose."""
     facts = []
     for task in comparison.tasks:
         if task.group != "domain":
@@ -107,8 +108,11 @@ def _learned(best: Trial, comparison: Comparison) -> Sentence:
             )
         else:
             change = task.metric("accuracy")
+            asked = f"{task.task} questions, the same that the search chose by,"
+            if task.task in fresh_tasks:
+                asked = f"held-out {task.task} questions"
             facts.append(
-                f"answers {percent(change.after.value)} of the held-out {task.task} questions "
+                f"answers {percent(change.after.value)} of the {asked} "
                 f"(95 % interval {percent_range(change.after)}; "
                 f"base {percent(change.before.value)}, {percent_range(change.before)})"
             )

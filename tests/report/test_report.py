@@ -293,7 +293,8 @@ def test_the_headline_states_what_was_learned_and_forgotten(study):
     learned, forgotten, versus = headline(study)
     tuned = round(100 * right_answers(item_rows(3, 0.72, 0.012)) / 60)
     base = round(100 * right_answers(item_rows(1000, 0.03, 0.0)) / 60)
-    assert learned.text.startswith(f"Trial 3 answers {tuned} % of the held-out nl2sql questions (")
+    seen = "nl2sql questions, the same that the search chose by,"
+    assert learned.text.startswith(f"Trial 3 answers {tuned} % of the {seen} (")
     low, high = stats.binomtest(round(0.6 * base), 60).proportion_ci(method="wilson")
     assert f"; base {base} %, {100 * low:.0f} to {100 * high:.0f} %)." in learned.text
     assert learned.distinguishable
@@ -422,6 +423,7 @@ def test_final_scores_replace_the_searchs_in_the_verdict(own):
     )
     # Only the demo's questions have two splits; the general items are the search's own.
     assert loaded.verdict.fresh_tasks == ("nl2sql",)
+    assert " % of the held-out nl2sql questions (" in headline(loaded)[0].text
     assert loaded.trials[3].comparison.metrics() != expected.metrics()
     accuracy = expected.task("nl2sql").metric("accuracy").after
     assert headline(loaded)[0].text.startswith(f"Trial 3 answers {percent(accuracy.value)} of")
