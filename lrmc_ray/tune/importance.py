@@ -21,8 +21,11 @@ from optuna.trial import FrozenTrial
 
 from lrmc_ray.evaluate.statistics import FloatArray
 
-LEAST_TRIALS = 4
-"""With fewer trials nothing is said, and of fewer in a group their differences are left out."""
+LEAST_TRIALS = 20
+"""With fewer trials nothing is said: a forest finds shares in luck as well."""
+
+LEAST_OF_GROUP = 4
+"""The differences within a smaller group are left out."""
 
 MOST_TRIALS = 150
 """More are thinned out evenly: the forest's time grows with the square of their number."""
@@ -79,7 +82,7 @@ def _shares(
     means_J = values_J.copy()
     for names, group in groups.items():
         means_J[group] = values_J[group].mean()
-        if len(group) >= LEAST_TRIALS:
+        if len(group) >= LEAST_OF_GROUP:
             inside = [trials[index] for index in group]
             _add(found, inside, values_J[group], names, weight=len(group))
     common = set.intersection(*(set(trial.params) for trial in trials))

@@ -4,7 +4,7 @@ import optuna
 import pytest
 from optuna.distributions import CategoricalDistribution, FloatDistribution
 
-from lrmc_ray.tune.importance import MOST_TRIALS, importance
+from lrmc_ray.tune.importance import LEAST_TRIALS, MOST_TRIALS, importance
 
 optuna.logging.set_verbosity(optuna.logging.WARNING)
 
@@ -80,8 +80,11 @@ def test_one_broken_trial_does_not_decide():
 
 
 def test_too_few_trials_equal_scores_and_very_many_trials():
-    made, scores = trials(lambda p: p["lr"], count=3)
+    made, scores = trials(lambda p: p["lr"], count=19)
     assert importance(made, scores, {"optimizer"}) == {}
+    assert LEAST_TRIALS == 20
+    made, scores = trials(lambda p: p["lr"], count=20)
+    assert importance(made, scores, {"optimizer"})["score"]["lr"] > 0.5
     made, scores = trials(lambda p: 1.0)
     assert importance(made, scores, {"optimizer"}) == {}
     made, scores = trials(lambda p: p["lr"], count=MOST_TRIALS * 10)
