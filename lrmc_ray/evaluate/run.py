@@ -152,10 +152,10 @@ def _check_same_questions(identity: Mapping[str, Any], base: Path) -> None:
     theirs = read_manifest(base, made_by=MADE_BY)["identity"]
     for name in ("tasks", *scoring_code()):
         if theirs.get(name) != identity[name]:
-            what = "the files of the tasks" if name == "tasks" else name
+            what = "the files of the tasks have" if name == "tasks" else f"{name} has"
             raise DataError(
-                f"{base} must be scores on the same questions, but {what} have changed since; give "
-                "the same command again, which scores the base anew"
+                f"{base} must be scores on the same questions, but {what} changed since; give the "
+                "same command again, which scores the base anew"
             )
 
 

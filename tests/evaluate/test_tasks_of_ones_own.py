@@ -13,14 +13,18 @@ import yaml
 from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
 
+from lrmc_ray.config import RunSettings
 from lrmc_ray.errors import ConfigError, DataError, LrmcError
 from lrmc_ray.evaluate.harness import run_task, score
 from lrmc_ray.evaluate.item_rows import task_rows
 from lrmc_ray.evaluate.items import Scores
 from lrmc_ray.evaluate.json_items import read_dataset, read_items
 from lrmc_ray.evaluate.request import ScoreRequest
+from lrmc_ray.evaluate.run import evaluate, scoring_code
 from lrmc_ray.evaluate.task_checks import SCORED
 from lrmc_ray.evaluate.task_files import check_tasks, own_files, task_fingerprints, task_manager
+from lrmc_ray.evaluate.vocabulary import vocabulary_of
+from lrmc_ray.files.artifacts import write_manifest
 from lrmc_ray.models import load_model, load_tokenizer
 
 MINIMAL = {
@@ -85,7 +89,7 @@ def reference(tiny_model):
         device="cpu",
     )
 
-    def evaluate(path):
+    def reference_of(path):
         manager = TaskManager(include_defaults=False)
         found = lm_eval.simple_evaluate(
             model=lm, tasks=[str(path)], task_manager=manager, bootstrap_iters=0
@@ -94,7 +98,7 @@ def reference(tiny_model):
         named = {name.partition(",")[0]: value for name, value in values.items() if "," in name}
         return {name: value for name, value in named.items() if not name.endswith("_stderr")}
 
-    return evaluate
+    return reference_of
 
 
 OTHER_INPUTS = {
@@ -519,3 +523,28 @@ def test_a_group_file_with_tasks_inside(tmp_path, tiny_model, monkeypatch):
     assert tmp_path / "items.jsonl" in own_files([str(path)]).values()
     rows = rows_of(path, tiny_model)
     assert len([row for row in rows if row["metric"] == "accuracy"]) == 2 * len(ITEMS)
+
+
+# Scores of a base that was asked something else
+
+
+def test_a_base_that_was_asked_other_questions_is_refused(tiny_model, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    name = write(tmp_path, ITEMS).name
+    settings = RunSettings.model_validate(
+        {"evaluate": {"domain_tasks": [name], "general_tasks": ["wordnet"]}}
+    )
+    base = tmp_path / "scores" / "base"
+    base.mkdir(parents=True)
+    known = {
+        "vocabulary": vocabulary_of(tiny_model),
+        "identity": {"tasks": task_fingerprints([name, "wordnet"], "dev"), **scoring_code()},
+    }
+    (tmp_path / "items.jsonl").write_text(json.dumps(ITEMS[0]) + "\n")
+    write_manifest(base, known)
+    with pytest.raises(DataError, match="but the files of the tasks have changed since"):
+        evaluate(settings, tiny_model, tmp_path, split="dev", base=base)
+    known["identity"] |= {"tasks": task_fingerprints([name, "wordnet"], "dev"), "scoring": 1}
+    write_manifest(base, known)
+    with pytest.raises(DataError, match="but scoring has changed since"):
+        evaluate(settings, tiny_model, tmp_path, split="dev", base=base)

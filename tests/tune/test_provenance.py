@@ -13,6 +13,7 @@ from lrmc_ray.files.artifacts import MANIFEST, fingerprint
 from lrmc_ray.record.identity import why_again
 from lrmc_ray.tune.description import Description, study_directory, study_identity
 from lrmc_ray.tune.provenance import check_unchanged, contents
+from lrmc_ray.tune.run import Search
 from tests.support.synthetic_comparison import make_space
 from tests.support.tiny import make_data
 
@@ -90,6 +91,24 @@ def test_other_scoring_code_is_another_study(settings, monkeypatch):
     monkeypatch.setattr("lrmc_ray.evaluate.run.SCORING", 10**6)
     now = contents(settings)
     assert [name for name in now if now[name] != before[name]] == ["scoring"]
+
+
+def test_data_that_change_while_the_base_is_scored_end_the_search(settings, tmp_path, monkeypatch):
+    made_of = contents(settings)
+
+    def evaluate(*_, **__):
+        add_line(tmp_path / "train.jsonl")
+        return tmp_path
+
+    monkeypatch.setattr("lrmc_ray.tune.run.record", lambda *_: tmp_path)
+    monkeypatch.setattr("lrmc_ray.tune.run.evaluate", evaluate)
+    monkeypatch.setattr("lrmc_ray.tune.run.worker_slots", lambda *_: 1)
+    monkeypatch.setattr(
+        "lrmc_ray.tune.run.read_manifest", lambda *_, **__: {"summary": {}, "seconds": 0.0}
+    )
+    search = Search(settings, tmp_path / "runs", made_of)
+    with pytest.raises(DataError, match="the training data must not change while a study runs"):
+        search.prepare()
 
 
 def test_a_study_of_an_older_version_is_not_mixed_in(settings, tmp_path, caplog):
