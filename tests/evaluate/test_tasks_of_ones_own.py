@@ -133,6 +133,22 @@ def test_choices_have_lm_evals_values(changes, items, reference, tiny_model, tmp
     assert found == {name: pytest.approx(value, abs=1e-6) for name, value in expected.items()}
 
 
+def test_the_share_of_the_right_choice_is_among_the_choices_alone(tmp_path, monkeypatch):
+    """Also where lm-eval asks for every choice once more, without its question."""
+    monkeypatch.chdir(tmp_path)
+    path = write(tmp_path, ITEMS[:2], **CHOICES)
+    chances = {" two": 0.5, " many more": 0.2, " none": 0.1}
+
+    def loglikelihood(requests, **_):
+        return [(float(np.log(chances[request.args[1]])), False) for request in requests]
+
+    lm = answering(str)
+    lm.loglikelihood = loglikelihood
+    rows = generated(path, lm, tmp_path)
+    shares = [row["value"] for row in rows if row["metric"] == "probability"]
+    assert shares == pytest.approx([0.5 / 0.8, 0.2 / 0.8])
+
+
 def test_probabilities_of_texts_have_lm_evals_values(reference, tiny_model, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     choice = {"doc_to_choice": None, "doc_to_target": "{{answer}}"}
