@@ -498,7 +498,7 @@ def test_the_shipped_spaces_are_valid(name):
         ("compare_transfer", {"steps": 60}, "transfer"),
     ],
 )
-def test_the_shipped_spaces_go_on_from_the_raw_results(name, changes, archive):
+def test_the_shipped_spaces_have_the_settings_of_the_raw_results(name, changes, archive):
     """Also where a default has changed since: what a space relies on, it says itself."""
     space = validate(CompareSpace, read_toml(find_space(name)), name)
     space = space.model_copy(update={"train": space.train.model_copy(update=changes)})
