@@ -6,6 +6,21 @@ from typing import Any
 from lrmc_ray.errors import ConfigError
 
 
+def tested_split(task: Any) -> str | None:
+    """The split whose items are asked."""
+    split: str | None = task.config.test_split or task.config.validation_split
+    return split
+
+
+def drawn_split(task: Any) -> str | None:
+    """The split whose items are examples, as lm-eval chooses it; None for examples of their own."""
+    config, fewshot = task.config, task.fewshot_cfg
+    if fewshot.split is None and fewshot.samples is not None:
+        return None
+    others = (fewshot.split, config.training_split, config.validation_split, config.test_split)
+    return next((split for split in others if split is not None), None)
+
+
 def never_its_own_example(task: Any) -> None:
     """Let lm-eval leave the item that it asks out of the examples that it draws.
 
@@ -21,14 +36,8 @@ def never_its_own_example(task: Any) -> None:
     config, fewshot = task.config, getattr(task, "fewshot_cfg", None)
     if not config.num_fewshot or fewshot is None or not hasattr(task, "sampler"):
         return
-    tested = config.test_split or config.validation_split
-    if fewshot.split is not None:
-        drawn = fewshot.split
-    elif fewshot.samples is not None:
-        return
-    else:
-        drawn = config.training_split or config.validation_split or config.test_split
-    if drawn != tested and not _share_items(task):
+    tested, drawn = tested_split(task), drawn_split(task)
+    if drawn is None or (drawn != tested and not _share_items(task)):
         return
     if drawn == tested and fewshot.process_docs is not config.process_docs:
         raise ConfigError(

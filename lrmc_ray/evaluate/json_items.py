@@ -97,7 +97,7 @@ def _parsed(text: str, place: str) -> Any:
 
 
 def read_dataset(
-    *, files: Mapping[str, Sequence[Path | str]], field: str | None = None, **_options: Any
+    files: Mapping[str, Sequence[Path | str]], field: str | None = None, /, **_options: Any
 ) -> Any:
     """What lm-eval takes for the data of a task (``custom_dataset``).
 

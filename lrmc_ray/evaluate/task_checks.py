@@ -108,11 +108,12 @@ def right_choices(task: Any, doc: Mapping[str, Any]) -> tuple[list[int], int]:
     return indices, len(choices)
 
 
-def check_items(task: Any, place: Callable[[int], str]) -> None:
+def check_items(task: Any, items: Sequence[Mapping[str, Any]], place: Callable[[int], str]) -> None:
     """Refuse items that lm-eval would ask or score otherwise than their file says.
 
     Args:
-        task: lm-eval's task, with its items.
+        task: lm-eval's task.
+        items: those that it asks, or its examples.
         place: where the item of an index stands.
 
     Raises:
@@ -121,7 +122,6 @@ def check_items(task: Any, place: Callable[[int], str]) -> None:
     """
     config = task.config
     _check_names(config, task.features)
-    items = list(task.eval_docs)
     first: type | None = None
     for index, item in enumerate(items):
         where = place(index)

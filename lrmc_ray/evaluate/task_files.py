@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from lrmc_ray.errors import ConfigError, DataError
-from lrmc_ray.evaluate.fewshot import never_its_own_example
+from lrmc_ray.evaluate.fewshot import drawn_split, never_its_own_example, tested_split
 from lrmc_ray.evaluate.json_items import JsonItem, is_json, read_dataset, read_items
 from lrmc_ray.evaluate.request import Split
 from lrmc_ray.evaluate.task_checks import check_config, check_items
@@ -88,9 +88,7 @@ def _place_data(config: Any, folder: Path) -> None:
     whole = folder / str(config.get("dataset_path"))
     # A folder that describes itself may give its files other meanings.
     if is_json(files, config) and not (whole / "README.md").is_file():
-        config["custom_dataset"] = functools.partial(
-            read_dataset, files=files, field=options.get("field")
-        )
+        config["custom_dataset"] = functools.partial(read_dataset, files, options.get("field"))
         config["dataset_kwargs"] = {}
         return
     named = {split: [str(file) for file in part] for split, part in files.items()}
@@ -138,19 +136,27 @@ def load_task(manager: Any, part: str) -> dict[str, Any]:
         if not hasattr(task.config, "metric_list"):
             continue  # a class of its own, with a configuration of its own
         check_config(task_name, _values(task.config))
-        never_its_own_example(task)
         if is_own:
-            check_items(task, _places(task, task_name))
+            _check_own(task, task_name)
+        never_its_own_example(task)
     return loaded
+
+
+def _check_own(task: Any, name: str) -> None:
+    """Look at the items of a task file, and at those that are examples."""
+    check_items(task, list(task.eval_docs), _places(task, name, tested_split(task)))
+    if task.config.num_fewshot:
+        examples = _places(task, f"{name}, examples", drawn_split(task))
+        check_items(task, list(task.sampler.df), examples)
 
 
 def _values(config: Any) -> Mapping[str, Any]:
     return {name: getattr(config, name) for name in dir(config) if not name.startswith("_")}
 
 
-def _places(task: Any, name: str) -> Callable[[int], str]:
+def _places(task: Any, name: str, split: str | None) -> Callable[[int], str]:
     """Where the item of an index stands, as messages say it."""
-    items = _json_items(task)
+    items = _json_items(task, split)
 
     def place(index: int) -> str:
         return items[index].place if items else f"{name}, item {index}"
@@ -158,13 +164,14 @@ def _places(task: Any, name: str) -> Callable[[int], str]:
     return place
 
 
-def _json_items(task: Any) -> list[JsonItem]:
+def _json_items(task: Any, split: str | None) -> list[JsonItem]:
     """The items of a task as its own files have them; none where it makes others of them."""
-    dataset, config = task.config.custom_dataset, task.config
-    if not isinstance(dataset, functools.partial) or config.process_docs is not None:
+    dataset = task.config.custom_dataset
+    is_ours = isinstance(dataset, functools.partial) and dataset.func is read_dataset
+    if not is_ours or split is None or task.config.process_docs is not None:
         return []
-    files = dataset.keywords["files"][config.test_split or config.validation_split]
-    return read_items(files, dataset.keywords["field"])
+    files, field = dataset.args
+    return read_items(files[split], field)
 
 
 def check_tasks(names: Sequence[str], split: Split) -> None:

@@ -436,6 +436,16 @@ def test_an_item_that_would_be_scored_wrongly_is_refused(
         check_tasks([str(write(tmp_path, [first, hinted], **changes))], "dev")
 
 
+def test_examples_are_looked_at_as_items_are(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    files = {"data_files": {"train": "train.jsonl", "test": "items.jsonl"}}
+    path = write(tmp_path, ITEMS, dataset_kwargs=files, training_split="train", num_fewshot=2)
+    examples = [{**ITEMS[0], "question": "x"}, {"choices": ["a", "b"], "answer": 0}]
+    (tmp_path / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in examples))
+    with pytest.raises(DataError, match=r"train\.jsonl:2 has no question, which doc_to_text"):
+        check_tasks([str(path)], "dev")
+
+
 def test_what_an_item_lacks_may_be_asked_for(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     text = (
@@ -508,7 +518,7 @@ def test_json_is_kept_as_it_is(tmp_path):
     packed.write_bytes(gzip.compress(lines.read_bytes()))
     for file, field in ((lines, None), (array, None), (within, "data"), (packed, None)):
         assert [item.row for item in read_items([file], field)] == rows
-        (found,) = read_dataset(files={"test": [file]}, field=field).values()
+        (found,) = read_dataset({"test": [file]}, field, files=1, field=2).values()
         names = {name for row in rows for name in row}
         expected = [{name: row.get(name) for name in names} for row in rows]
         assert json.dumps(list(found), sort_keys=True) == json.dumps(expected, sort_keys=True)
