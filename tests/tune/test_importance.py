@@ -36,7 +36,8 @@ def trials(score, *, count=40, seed=0):
 
 
 def shares(score, **options):
-    found = importance(*trials(score, **options), {"optimizer"})["score"]
+    made, scores = trials(score, **options)
+    found = importance(made, scores, {"optimizer"})["score"]
     assert sum(found.values()) == pytest.approx(1.0)
     assert set(found) == set(SPACE)
     return found
