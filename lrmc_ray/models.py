@@ -305,9 +305,31 @@ def load_model(directory: Path, *, dtype: "torch.dtype | None" = None) -> Any:
             f"{directory} must hold all weights of its model, {len(missing)} are missing, first "
             f"{missing[0]}: they would be random; save the model again"
         )
+    _restore_padding_row(model, directory)
     if attention_borders(model.config).is_dynamic_ntk:
         body_of(model).register_forward_pre_hook(forget_lengths)
     return model.eval()
+
+
+def _restore_padding_row(model: Any, directory: Path) -> None:
+    """Give the padding token the embedding that it was saved with.
+
+    Some classes of transformers set it to zero whenever they are loaded (Youtu). Where the output
+    head is the same weight, training has changed it.
+    """
+    import torch
+    from safetensors import safe_open
+
+    embeddings = model.get_input_embeddings()
+    row = getattr(embeddings, "padding_idx", None)
+    if row is None or bool(embeddings.weight[row].any()):
+        return
+    name = next((n for n, p in model.named_parameters() if p is embeddings.weight), "")
+    for path in sorted(directory.glob(f"*{WEIGHT_SUFFIX}")):
+        with safe_open(path, framework="pt") as file:
+            if name in file.keys():  # noqa: SIM118  # it is no dictionary
+                with torch.no_grad():
+                    embeddings.weight[row] = file.get_slice(name)[row].to(embeddings.weight)
 
 
 def forget_lengths(body: Any, _arguments: Any = None) -> None:

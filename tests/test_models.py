@@ -472,3 +472,14 @@ def test_whoever_the_umask_lets_read_can_read_the_weights(tiny_model, tmp_path, 
     modes = {path.name: path.stat().st_mode & 0o777 for path in (tmp_path / "saved").iterdir()}
     assert modes["model.safetensors"] == mode, modes
     assert set(modes.values()) == {mode}
+
+
+def test_the_padding_token_keeps_its_embedding(tmp_path):
+    """Youtu's class sets it to zero at every loading; the head is the same weight."""
+    model = make("youtu")
+    with torch.no_grad():
+        model.lm_head.weight[0] = 0.5
+    model.save_pretrained(tmp_path)
+    loaded = load_model(tmp_path)
+    assert torch.equal(loaded.lm_head.weight, model.lm_head.weight)
+    assert loaded.model.embed_tokens.weight is loaded.lm_head.weight

@@ -1,0 +1,107 @@
+"""Models of transformers through all that is done with a model; see ``benchmarks/architectures``.
+
+Those of the default tests are one of each family: attention with sliding windows and with chunks,
+latent attention, state spaces, linear attention, recurrence, convolution, experts, images beside
+the text, and an encoder.
+"""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from benchmarks.architectures import COLUMNS, NEEDED, PAGE, Cell, Subject, counts, examine, page
+from benchmarks.tiny_models import causal_types
+
+torch.set_num_threads(1)
+
+FAMILIES = {
+    "gpt2": ("works", "works"),
+    "gemma3_text": ("works", "works"),
+    "llama4_text": ("works", "works"),
+    "gpt_oss": ("works", "works"),
+    "deepseek_v3": ("works", "works"),
+    "mamba2": ("works", "padded"),
+    "qwen3_next": ("works", "padded"),
+    "rwkv": ("works", "padded"),
+    "lfm2": ("works", "padded"),
+    "mistral3": ("works", "padded"),
+    "bert": ("refused", ""),
+}
+"""What comes out, and what is said of packing."""
+
+
+@pytest.mark.parametrize("model_type", FAMILIES)
+def test_a_family_of_models(model_type):
+    outcome, packing = FAMILIES[model_type]
+    cells = examine(model_type)
+    assert list(cells) == list(COLUMNS)
+    if outcome == "refused":
+        assert cells["load"].outcome == "works"
+        assert {cells[name].outcome for name in COLUMNS if name != "load"} == {"refused"}
+        assert f"(model_type {model_type}) is not causal" in cells["record"].why
+        return
+    assert {name: cell.outcome for name, cell in cells.items()} == dict.fromkeys(COLUMNS, "works")
+    assert (cells["packing"].why or "works") == packing
+    assert cells["LoRA"].why.endswith("%")
+
+
+def test_a_wrong_number_and_a_traceback_are_told_apart(monkeypatch):
+    """Logits that are off by a hundredth, and a column that raises."""
+
+    loads = COLUMNS["load"]
+
+    def damaged(subject: Subject) -> None:
+        original = subject.logits
+        subject.logits = lambda model, ids_T: (
+            original(model, ids_T) * (1.01 if model is subject.made else 1)
+        )
+        loads(subject)
+
+    def broken(subject: Subject) -> None:
+        raise KeyError("input_ids")
+
+    monkeypatch.setitem(COLUMNS, "load", damaged)
+    assert examine("llama")["load"].outcome == "wrong"
+    monkeypatch.setitem(COLUMNS, "load", broken)
+    cells = examine("llama")
+    assert cells["load"] == Cell("traceback", "KeyError: 'input_ids'")
+    assert counts({"llama": cells})["traceback"] == 1
+
+
+def test_the_page_names_every_reason():
+    good = dict.fromkeys(COLUMNS, Cell("works"))
+    rows = {
+        "a": good | {"LoRA": Cell("refused", "no layer"), "packing": Cell("works", "padded")},
+        "b": good | dict.fromkeys(NEEDED, Cell("refused", "not causal")),
+        "c": dict.fromkeys(COLUMNS, Cell("not_built", "needs timm")),
+    }
+    assert counts(rows) == {"works": 1, "refused": 1, "not_built": 1, "wrong": 0, "traceback": 0}
+    text = page(rows)
+    assert "| `a` | padded | works | refused: no layer |  |" in text
+    assert "| `b` | refused | not causal |" in text
+    assert "| `c` | not built | needs timm |" in text
+    assert "1 types work, 1 are refused" in text
+
+
+def test_the_page_has_every_type():
+    text = PAGE.read_text(encoding="utf-8")
+    assert all(f"| `{model_type}` |" in text for model_type in causal_types())
+    assert "0 give a wrong number, 0 end in a traceback" in text
+
+
+@pytest.mark.slow
+def test_every_type():
+    """The command itself; it takes about seven minutes of one processor."""
+    script = Path(__file__).parents[1] / "benchmarks" / "architectures.py"
+    types = ",".join(causal_types())
+    done = subprocess.run(
+        [sys.executable, str(script), "--types", types], capture_output=True, text=True, check=False
+    )
+    found = json.loads(done.stdout.splitlines()[-1])
+    assert done.returncode == 0, [line for line in done.stdout.splitlines() if "works" not in line]
+    assert (found["wrong"], found["traceback"]) == (0, 0)
+    assert found["works"] >= 150
