@@ -75,6 +75,7 @@ class Description:
         self.outcomes: dict[Job, Outcome] = {}
         self.values: dict[str, Any] = {}
         self._session = [time.time(), time.time()]
+        self._is_earlier = False
 
     @property
     def has_begun(self) -> bool:
@@ -89,9 +90,13 @@ class Description:
             _log.warning("this is %s, made of what was there then", earlier.directory.name)
             self.directory, self.id = earlier.directory, earlier.directory.name
             self.contents = dict(earlier.contents)
+            self._is_earlier = True
 
     def open(self, *, retry_failed: bool = False) -> None:
         """Read what earlier commands have done, or begin."""
+        if self._is_earlier:
+            self._open_earlier()
+            return
         self.directory.mkdir(parents=True, exist_ok=True)
         if self.has_begun:
             path = self.directory / COMPARISON_FILE
@@ -117,6 +122,21 @@ class Description:
         self.values |= self._asked_for()
         self.values["sessions"].append(self._session)
         self._adopt(retry_failed=retry_failed)
+
+    def _open_earlier(self) -> None:
+        """Read a comparison that is only reported: what it says of its runs stays as it is.
+
+        Another version may have called their directories otherwise.
+        """
+        path = self.directory / COMPARISON_FILE
+        self.values = json.loads(path.read_text(encoding="utf-8"))
+        asked = self._asked_for()
+        self.values |= {name: asked[name] for name in ("reference", "seeds", "effects")}
+        for entry in self.values["runs"]:
+            choice = self._choice(entry) if entry["state"] == "COMPLETE" else math.nan
+            outcome = Outcome(entry["state"], choice=choice, cause=entry.get("cause"))
+            self.outcomes[job_of_entry(entry)] = outcome
+        self.write()
 
     def _asked_for(self) -> dict[str, Any]:
         """What the settings of this command say, which may be more than an earlier one's."""
@@ -226,15 +246,18 @@ class Description:
             "cost": result.cost,
             "train": result.train,
         }
-        choice = math.nan
-        if job.split == "dev":
-            choice = choice_score(
-                self.directory / self.values["base_scores"]["dev"],
-                self.directory / entry["scores"],
-                forgetting_weight=self.values["forgetting_weight"],
-                seed=self.values["bootstrap_seed"],
-            )
-        self.outcomes[job] = Outcome("COMPLETE", choice=choice)
+        self.outcomes[job] = Outcome("COMPLETE", choice=self._choice(entry))
+
+    def _choice(self, entry: Mapping[str, Any]) -> float:
+        """The score that the learning rate is chosen by; NaN of another split."""
+        if entry["split"] != "dev":
+            return math.nan
+        return choice_score(
+            self.directory / self.values["base_scores"]["dev"],
+            self.directory / entry["scores"],
+            forgetting_weight=self.values["forgetting_weight"],
+            seed=self.values["bootstrap_seed"],
+        )
 
     def fail(self, job: Job, cause: str) -> None:
         """Write down that the run of ``job`` failed, and why."""

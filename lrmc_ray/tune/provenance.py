@@ -104,11 +104,24 @@ def newest_earlier(
             values = json.loads(path.read_text(encoding="utf-8"))
         except ValueError:
             continue  # a damaged one is named where it is read
-        is_older = path.parent.name == f"{name}-{fingerprint(asked)}"
-        if path.parent != directory and (is_older or values.get("asked") == fingerprint(asked)):
+        # A version that did not note what was asked may have had other settings besides.
+        is_same = (
+            values["asked"] == fingerprint(asked)
+            if "asked" in values
+            else path.parent.name == f"{name}-{fingerprint(asked)}"
+            or _agree(values.get("settings"), asked)
+        )
+        if path.parent != directory and is_same:
             created = values.get("created", "")
             found.append(EarlierStudy(created, path.parent, values.get("contents") or {}))
     return max(found, default=None)
+
+
+def _agree(first: object, second: object) -> bool:
+    """Whether two values are the same, as far as both have the same settings."""
+    if isinstance(first, Mapping) and isinstance(second, Mapping):
+        return all(_agree(first[key], second[key]) for key in first.keys() & second.keys())
+    return first == second
 
 
 def why_new(

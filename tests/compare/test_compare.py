@@ -14,6 +14,7 @@ import pytest
 
 from lrmc_ray.compare import run as run_module
 from lrmc_ray.compare.command import chosen_methods, main
+from lrmc_ray.compare.description import COMPARISON_FILE, Description
 from lrmc_ray.compare.explain import explain
 from lrmc_ray.compare.jobs import (
     Job,
@@ -32,7 +33,8 @@ from lrmc_ray.config import RunSettings, TrainSettings, find_space, read_toml, v
 from lrmc_ray.config.compare import CompareSpace
 from lrmc_ray.console import run_command
 from lrmc_ray.errors import ConfigError
-from lrmc_ray.files.artifacts import fingerprint, read_manifest, write_json
+from lrmc_ray.files.artifacts import read_manifest, write_json
+from lrmc_ray.tune.provenance import newest_earlier, why_new
 from lrmc_ray.tune.result import failure_cause
 from tests.support.synthetic_comparison import (
     METHODS,
@@ -495,17 +497,41 @@ def test_the_shipped_spaces_are_valid(name):
     ("name", "changes", "archive"),
     [
         ("compare", {}, "compare_nl2sql"),
-        ("compare_transfer", {"steps": 60}, "transfer"),
+        ("transfer60", {"steps": 60}, "transfer"),
     ],
 )
-def test_the_shipped_spaces_have_the_settings_of_the_raw_results(name, changes, archive):
-    """Also where a default has changed since: what a space relies on, it says itself."""
-    space = validate(CompareSpace, read_toml(find_space(name)), name)
-    space = space.model_copy(update={"train": space.train.model_copy(update=changes)})
+def test_the_raw_results_are_found_by_the_shipped_spaces(name, changes, archive, tmp_path):
+    """They are reported, not mixed with what would be trained and scored now."""
+    file = "compare_transfer" if name == "transfer60" else name
+    space = validate(CompareSpace, read_toml(find_space(file)), file)
+    compare = space.compare.model_copy(update={"name": name})
+    train = space.train.model_copy(update=changes)
+    space = space.model_copy(update={"train": train, "compare": compare})
     path = ROOT / "benchmarks" / "results" / f"{archive}.tar.xz"
     with tarfile.open(path) as tar:
-        kept = {member.split("/")[0].split("-")[-1] for member in tar.getnames()}
-    assert fingerprint(comparison_identity(space)) in kept
+        tar.extractall(tmp_path, filter="data")
+    description = Description(space, list(space.methods), tmp_path, {"model": "now"})
+    assert not description.has_begun
+    asked = comparison_identity(space)
+    why = why_new(description.directory, COMPARISON_FILE, asked, {"model": "now"})
+    assert why is not None
+    assert "does not say what it was trained and scored on" in why
+    description.go_back()
+    file_of = description.directory / COMPARISON_FILE
+    before = json.loads(file_of.read_text())
+    assert before["settings"]["train"]["steps"] == space.train.steps
+    description.open()
+    after = json.loads(file_of.read_text())
+    asked_for = ("seeds", "reference", "effects")
+    kept = [{k: v for k, v in values.items() if k not in asked_for} for values in (before, after)]
+    assert kept[0] == kept[1]
+    assert {outcome.state for outcome in description.outcomes.values()} == {"COMPLETE"}
+    assert len(description.outcomes) == len(before["runs"]) > 10
+    other = space.model_copy(update={"train": space.train.model_copy(update={"steps": 7})})
+    assert (
+        newest_earlier(tmp_path / description.id, COMPARISON_FILE, comparison_identity(other))
+        is None
+    )
 
 
 @pytest.mark.parametrize(
