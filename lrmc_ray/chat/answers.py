@@ -53,14 +53,22 @@ class Chat(Template):
         opening, _, closing = answer.text[: answer.end].partition(PROBE[1])
         return AnswerForm(answer.prompt, opening, closing, self.special, self.markers)
 
-    def answer(self, messages: Sequence[Message], tools: Sequence[Any] = ()) -> Answer:
+    def answer(
+        self, messages: Sequence[Message], tools: Sequence[Any] = (), *, after: str | None = None
+    ) -> Answer:
         """The last message, which is the assistant's, in the context of those before it.
+
+        Args:
+            messages: up to the answer.
+            tools: that it may call.
+            after: the rendering of ``messages``, where that is there already.
 
         Raises:
             DataError: the template does not render it behind its own generation prompt, or leaves
                 out some of it, or see :meth:`render`.
         """
-        after = self.render(messages, tools)
+        if after is None:
+            after = self.render(messages, tools)
         prompt, text = self._cut(messages, tools, after)
         end = self._ends.end_of(text, messages[-1])
         if end is None and (borrowed := self._ends.borrowed(messages[-1])):
@@ -162,7 +170,8 @@ class Chat(Template):
         for index, message in enumerate(messages):
             if message["role"] != "assistant" or index in conversation.unlearned:
                 continue
-            answer = self.answer(messages[: index + 1], tools)
+            is_last = index == len(messages) - 1
+            answer = self.answer(messages[: index + 1], tools, after=whole if is_last else None)
             check_answer(message, answer.prompt, answer.text)
             open_answers.append(answer)
         renderings: list[Rendering] = []

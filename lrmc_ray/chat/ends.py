@@ -81,9 +81,13 @@ class TurnEnds:
 
     def _found(self, text: str) -> Iterator[str]:
         """The special tokens in ``text``, in their order."""
-        pattern = "|".join(map(re.escape, sorted(self._template.special, key=len, reverse=True)))
-        if pattern:
-            yield from re.findall(pattern, text)
+        if self._template.special:
+            yield from self._special.findall(text)
+
+    @cached_property
+    def _special(self) -> re.Pattern[str]:
+        longest_first = sorted(self._template.special, key=len, reverse=True)
+        return re.compile("|".join(map(re.escape, longest_first)))
 
     def end_of(self, text: str, message: Message) -> int | None:
         """Where the turn ends in ``text``; None where nothing ends it."""

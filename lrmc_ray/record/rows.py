@@ -12,6 +12,7 @@ import csv
 import hashlib
 import io
 import json
+import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TextIO
@@ -30,6 +31,9 @@ MAX_LISTED = 20
 
 MAX_LINE_BYTES = 64 * 2**20
 """A longer line of JSONL is a bad row; it is not read into memory."""
+
+_SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")
+"""Half a surrogate pair, as JSON spells it."""
 
 _PARQUET_ROWS = 256  # that are Python objects at one time
 
@@ -150,16 +154,17 @@ def _array_rows(source: Source, rejects: Rejects) -> Iterator[Row]:
         ) from None
 
 
-def _json_row(place: str, content: Any, source: Source) -> Row:
-    """A row from what JSON says."""
+def _json_row(place: str, content: Any, source: Source, *, escapes: bool = True) -> Row:
+    """A row from what JSON says; ``escapes`` says whether surrogates may be spelled in it."""
     if not isinstance(content, dict):
         return Row(place, {}, problem="not a JSON object")
     try:
         # JSON can spell half a surrogate pair, which no text contains.
-        json.dumps(content, ensure_ascii=False).encode()
+        if escapes:
+            json.dumps(content, ensure_ascii=False).encode()
+        return Row(place, without_nulls(content), source.domain)
     except (ValueError, RecursionError) as error:
         return Row(place, {}, problem=f"not valid JSON in UTF-8: {error}")
-    return Row(place, without_nulls(content), source.domain)
 
 
 def _jsonl_rows(source: Source, rejects: Rejects) -> Iterator[Row]:
@@ -177,7 +182,7 @@ def _jsonl_rows(source: Source, rejects: Rejects) -> Iterator[Row]:
             except (ValueError, RecursionError) as error:
                 yield Row(place, {}, problem=f"not valid JSON in UTF-8: {error}")
                 continue
-            yield _json_row(place, content, source)
+            yield _json_row(place, content, source, escapes=_SURROGATE.search(line) is not None)
     except OSError as error:  # of a packed file: one that is not packed fails elsewhere
         if source.path.suffix not in (".gz", ".zst"):
             raise
