@@ -249,7 +249,7 @@ def short_borders(model_type: str, length: int = 24) -> dict[str, Any]:
         options |= {"use_sliding_window": True}
         if "max_window_layers" in known:
             options |= {"max_window_layers": 1}
-        else:
+        elif "layer_types" in known:
             options |= {"layer_types": ["sliding_attention", "full_attention"]}
     return options
 
