@@ -31,6 +31,7 @@ def main(argv: Sequence[str]) -> int:
     from lrmc_ray.compare.explain import explain
     from lrmc_ray.compare.run import Comparing
     from lrmc_ray.evaluate.task_files import check_tasks, task_data
+    from lrmc_ray.record.prepare import prepare
     from lrmc_ray.record.sources import training_files
     from lrmc_ray.tasks.registry import expand
     from lrmc_ray.tune.provenance import contents
@@ -63,6 +64,8 @@ def main(argv: Sequence[str]) -> int:
         if not arguments.report_only and description.is_finished:
             print("This comparison has finished; nothing was done again.", file=sys.stderr)
         elif not arguments.report_only:
+            # Bad rows are found before Ray starts, and tokenizers use all cores until then.
+            prepare(space.run_settings(space.train), arguments.output)
             comparing.run(arguments.address, verbose=arguments.verbose)
         _report(comparing, as_json=arguments.json)
     return SOME_RUNS_FAILED if description.num_failed else 0
