@@ -3,6 +3,7 @@
 import json
 import re
 from collections.abc import Mapping, Sequence
+from datetime import datetime
 from functools import cached_property
 from typing import Any
 
@@ -114,6 +115,16 @@ class Template:
             DataError: see :meth:`render`.
         """
         return self.render(messages, tools, ask=True)
+
+    @cached_property
+    def writes_date(self) -> bool:
+        """Whether the day's date is in what is rendered, as with gpt-oss and Llama 3.2."""
+        found = re.findall(r"strftime_now\(\s*(['\"])(.+?)\1", str(self.tokenizer.chat_template))
+        try:
+            text = self.render([{"role": "user", "content": PROBE[0]}]) if found else ""
+        except DataError:
+            return False
+        return any(datetime.now().strftime(form) in text for _, form in found)
 
     @cached_property
     def marks_answers(self) -> bool:

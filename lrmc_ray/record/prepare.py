@@ -220,6 +220,12 @@ def _warn(
             "the tokenizer has no chat template; conversations are rendered in the plain format "
             "'User:', 'Assistant:', each in a line of its own, here and in scoring",
         )
+    if chat.writes_date and set(summary.formats) - {"text"}:
+        _log.warning(
+            "the chat template writes the day's date into every prompt, so records and scores of "
+            "different days differ; set an option of the template that fixes it, such as "
+            "model.template_options.date_string of Llama 3",
+        )
     if chat.unrendered:
         _log.warning(
             "the chat template does not render %s of tools' results; each is taken for that of the "

@@ -96,3 +96,18 @@ def test_results_in_another_order_need_a_template_that_tells_them_apart(results,
     (example,) = encode(named, user("2?"), CALLS, *results, TWO)
     assert "[f][g]<|end|><|g|>" in example.text
     assert named.unrendered == set()
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "writes"),
+    [
+        ("gptoss", {}, True),
+        ("llama3_1", {}, False),  # its date is fixed
+        ("llama3_2", {}, True),
+        ("llama3_2", {"date_string": "26 Jul 2024"}, False),
+        ("qwen3", {}, False),
+        ("idefics3", {}, False),
+    ],
+)
+def test_a_template_that_writes_the_date_is_known(name, options, writes):
+    assert Chat(tokenizer_for(shipped()[name]), options).writes_date is writes

@@ -248,9 +248,17 @@ def test_fields_of_results_that_no_template_renders_are_said_once(tmp_path, mode
     ]
     data = write(tmp_path / "train.jsonl", *[{"messages": messages, "id": i} for i in range(3)])
     prepare(settings_for(model, data, overrides=("data.max_length=4096",)), tmp_path)
+    assert "the day's date" not in caplog.text
     said = [r.getMessage() for r in caplog.records if "of tools' results" in r.getMessage()]
     assert len(said) == 1
     assert "does not render 'name' and 'tool_call_id' of tools' results" in said[0]
+
+
+def test_a_template_that_writes_the_date_is_said(tmp_path, model, data, caplog):
+    template = (model / "chat_template.jinja").read_text()
+    (model / "chat_template.jinja").write_text("{{ strftime_now('%Y') }}" + template)
+    prepare(settings_for(model, data), tmp_path)
+    assert "writes the day's date into every prompt" in caplog.text
 
 
 @pytest.mark.parametrize(("field", "change"), CASES)
