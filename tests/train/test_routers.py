@@ -41,6 +41,7 @@ def ours(model, *, parts=1, cost=float("inf"), which=False, weight=WEIGHT):
     language_model = LanguageModel(recomputation.forward, head_of(model))
     parameters = [p for p in model.parameters() if p.requires_grad]
     compute_gradients(language_model, parameters, batches, LOSS, options, WorkerGroup(), step=0)
+    assert not routers._logits  # nothing of a layer that was computed again is kept
     gradients = {name: p.grad for name, p in model.named_parameters()}
     return gradients, routers.report(WorkerGroup())
 
@@ -76,6 +77,14 @@ def test_gradients_with_the_router_loss_are_those_of_transformers(model_type):
     assert not torch.allclose(found[router], without[router])
     assert load == same_load
     assert 1 < load["train/busiest_expert"] <= 2  # of four experts, two are chosen
+
+
+def test_micro_batches_count_by_their_tokens():
+    """The two shorter samples together, 14 tokens, and the one of 12."""
+    long, *short = samples()
+    parts = [(14 / 26, theirs(make("mixtral"), short)), (12 / 26, theirs(make("mixtral"), [long]))]
+    found, _ = ours(make("mixtral"), parts=2)
+    assert_close(found, {n: sum(share * g[n] for share, g in parts) for n in parts[0][1]})
 
 
 def test_recomputed_layers_are_counted_once():
