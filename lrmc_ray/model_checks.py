@@ -11,16 +11,22 @@ _WIDEST_CHUNK = 128
 
 
 def differs(model: Any, expected: Any, actual: Any) -> float | None:
-    """Largest difference of two tensors of logits in units of their spread; None if it is noise.
+    """How much two tensors of logits differ, in units of their spread; None if it is noise.
+
+    In float32 it is the largest difference. In a shorter format rounding sends a token to another
+    expert now and then, so it is that of the typical position.
 
     Args:
         model: that made them; its number format says how much noise there is.
-        expected: tensor.
-        actual: tensor of the same shape.
+        expected: logits [N, V].
+        actual: logits [N, V].
     """
     expected, actual = expected.float(), actual.float()
-    difference = float((expected - actual).abs().max() / expected.std().clamp_min(1e-12))
-    tolerance = 1e-3 if model.dtype.itemsize >= 4 else 5e-2
+    scaled_NV = (expected - actual) / expected.std().clamp_min(1e-12)
+    if model.dtype.itemsize >= 4:
+        difference, tolerance = float(scaled_NV.abs().max()), 3e-3
+    else:
+        difference, tolerance = float(scaled_NV.square().mean(-1).sqrt().median()), 0.1
     return None if difference <= tolerance else difference
 
 
@@ -40,16 +46,22 @@ def check_causal(model: Any) -> None:
     chunks = [size for size in attention_borders(model.config).chunks if size <= _WIDEST_CHUNK]
     if chunks:  # what a chunk holds may depend on how many there are
         length, beginning = 2 * max(chunks) + _TOKENS, max(chunks) - 4
-    generator = torch.Generator().manual_seed(0)
+    found = None
     was_training = model.training
     model.eval()  # dropout would make two forward passes differ
     try:
-        vocabulary_size = model.get_input_embeddings().weight.shape[0]
-        ids_BT = torch.randint(vocabulary_size, (1, length), generator=generator)
-        ids_BT = ids_BT.to(model.device)
-        with torch.no_grad():
-            whole_TV = model(input_ids=ids_BT, use_cache=False).logits[0, :beginning]
-            alone_TV = model(input_ids=ids_BT[:, :beginning], use_cache=False).logits[0]
+        # Once in a while rounding sends a token to another expert; not twice.
+        for seed in range(2):
+            alone_TV, whole_TV = _trial(model, length, beginning, seed=seed)
+            if not bool(torch.isfinite(alone_TV).all()):
+                raise DataError(
+                    f"{name} gives logits that are not finite in {model.dtype}; load it in another "
+                    "precision, or choose another model"
+                )
+            if (found := differs(model, alone_TV, whole_TV)) is None:
+                return
+    except DataError:
+        raise
     except Exception as error:  # whatever an architecture raises that needs more than token ids
         reason = next(iter(str(error).strip().splitlines()), "")
         raise DataError(
@@ -59,14 +71,21 @@ def check_causal(model: Any) -> None:
         ) from error
     finally:
         model.train(was_training)
-    if not bool(torch.isfinite(alone_TV).all()):
-        raise DataError(
-            f"{name} gives logits that are not finite in {model.dtype}; load it in another "
-            "precision, or choose another model"
-        )
-    if (difference := differs(model, alone_TV, whole_TV)) is not None:
-        raise DataError(
-            f"{name} is not causal: with more tokens behind them its logits move by "
-            f"{difference:.2g} of their spread; choose a model whose logits see earlier tokens "
-            "only (of an encoder, is_decoder = true in its config.json)"
-        )
+    raise DataError(
+        f"{name} is not causal: with more tokens behind them its logits move by {found:.2g} of "
+        "their spread; choose a model whose logits see earlier tokens only (of an encoder, "
+        "is_decoder = true in its config.json)"
+    )
+
+
+def _trial(model: Any, length: int, beginning: int, *, seed: int) -> tuple[Any, Any]:
+    """Logits of a sequence's beginning: alone, and with the rest behind it."""
+    import torch
+
+    vocabulary_size = model.get_input_embeddings().weight.shape[0]
+    generator = torch.Generator().manual_seed(seed)
+    ids_BT = torch.randint(vocabulary_size, (1, length), generator=generator).to(model.device)
+    with torch.no_grad():
+        whole_TV = model(input_ids=ids_BT, use_cache=False).logits[0, :beginning]
+        alone_TV = model(input_ids=ids_BT[:, :beginning], use_cache=False).logits[0]
+    return alone_TV, whole_TV

@@ -62,12 +62,17 @@ def test_logits_that_are_not_finite_are_refused():
 @pytest.mark.parametrize("spread", [1e-3, 1.0, 1e3])
 def test_a_difference_is_measured_by_the_spread(spread):
     model = make("gpt2")
-    logits = spread * torch.randn(100, generator=torch.Generator().manual_seed(0))
-    moved = logits.clone()
-    moved[3] += 0.01 * logits.std()
-    assert differs(model, logits, moved) == pytest.approx(0.01, rel=1e-3)
-    assert differs(model.to(torch.bfloat16), logits, moved) is None
-    assert differs(model, logits, logits * (1 + 1e-6)) is None
+    logits_NV = spread * torch.randn(5, 100, generator=torch.Generator().manual_seed(0))
+    moved_NV = logits_NV.clone()
+    moved_NV[3, 3] += 0.01 * logits_NV.std()
+    assert differs(model, logits_NV, moved_NV) == pytest.approx(0.01, rel=1e-3)
+    assert differs(model, logits_NV, logits_NV * (1 + 1e-6)) is None
+    short = model.to(torch.bfloat16)
+    assert differs(short, logits_NV, logits_NV.bfloat16()) is None
+    moved_NV[3] += logits_NV.std()  # one position alone: another expert
+    assert differs(short, logits_NV, moved_NV) is None
+    moved_NV = logits_NV + 0.2 * logits_NV.std()
+    assert differs(short, logits_NV, moved_NV) == pytest.approx(0.2, rel=1e-3)
 
 
 @pytest.mark.parametrize(

@@ -120,12 +120,11 @@ class PrefixModel:
         for branches in (False, True):
             same = [row for row in rows if row.branches == branches]
             growth = room + max((row.growth for row in same), default=0)
-            far = [
-                row
-                for row in same
-                if growth and not self.sharing.allows_gap(len(row.tokens) + growth)
-            ]
-            near = [row for row in same if row not in far]
+            near: list[ContextRow] = []
+            far: list[ContextRow] = []
+            for row in same:
+                is_near = not growth or self.sharing.allows_gap(len(row.tokens) + growth)
+                (near if is_near else far).append(row)
             for batch in self.limits.batches(near, prefix_length, room=room):
                 yield SharedBatch(batch, prefix_length, cache)
             is_left = not prefix_length

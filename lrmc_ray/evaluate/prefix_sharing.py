@@ -119,9 +119,11 @@ class Sharing:
             # Whatever a foreign architecture raises here, it says that it does not fit.
             _log.debug("%s does not share prefixes: %r", type(model).__name__, failure)
             return False
-        tolerance = 1e-3 if actual_ND.dtype == torch.float32 else 5e-2
-        error_N = (actual_ND - expected_ND).float().norm(dim=-1)
-        return bool((error_N < tolerance * expected_ND.float().norm(dim=-1)).all())
+        error_ND = (actual_ND - expected_ND).float()
+        if actual_ND.dtype.itemsize >= 4:
+            return bool((error_ND.norm(dim=-1) < 1e-3 * expected_ND.norm(dim=-1)).all())
+        # In a shorter format rounding sends a token to another expert now and then.
+        return bool(error_ND.norm() < 5e-2 * expected_ND.float().norm())
 
 
 def generates_in_batches(model: Any) -> bool:
