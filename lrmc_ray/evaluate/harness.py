@@ -3,8 +3,6 @@
 All tasks, ours and those of the Hub, go through lm-eval's own runner.
 """
 
-import logging
-import os
 import random
 import tempfile
 from collections.abc import Mapping, Sequence
@@ -18,7 +16,13 @@ from lrmc_ray.evaluate.drift import DRIFT_POSITIONS, item_texts, pick_evenly
 from lrmc_ray.evaluate.item_rows import GOLD, task_rows
 from lrmc_ray.evaluate.request import Group, ScoreRequest, ScoreResult, Split
 from lrmc_ray.evaluate.task_checks import right_choices
-from lrmc_ray.evaluate.task_files import error_text, load_task, task_label, task_manager
+from lrmc_ray.evaluate.task_files import (
+    error_text,
+    load_task,
+    quieten,
+    task_label,
+    task_manager,
+)
 from lrmc_ray.models import load_model, load_tokenizer
 from lrmc_ray.tasks.registry import OURS
 
@@ -30,7 +34,7 @@ def score(model_directory: Path, request: ScoreRequest) -> ScoreResult:
         ConfigError: a task does not exist, or its file is refused.
         DataError: a task cannot be run or scored.
     """
-    _quieten()
+    quieten()
     import torch
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -76,7 +80,7 @@ def slice_rows(
         ConfigError: a task does not exist, or its file is refused.
         DataError: a task cannot be run or scored.
     """
-    _quieten()
+    quieten()
     rows: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory() as scratch:
         manager = task_manager([name for name, _ in tasks], Path(scratch), split)
@@ -85,16 +89,6 @@ def slice_rows(
             samples = run_task(lm, manager, name, items, is_slice=True)
             rows.extend(task_rows(task_label(name), group, samples, tokenizer))
     return rows
-
-
-def _quieten() -> None:
-    """Before the first task: no progress bars, and only errors of what lm-eval uses."""
-    os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
-    import datasets
-
-    datasets.disable_progress_bars()
-    for name in ("lm_eval", "lm-eval", "evaluate", "datasets"):
-        logging.getLogger(name).setLevel(logging.ERROR)
 
 
 def _language_model(

@@ -2,6 +2,8 @@
 
 import difflib
 import functools
+import logging
+import os
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -22,6 +24,16 @@ from lrmc_ray.files.artifacts import cache_directory, content_digest
 from lrmc_ray.tasks.built import built_spider_file, ct_files
 from lrmc_ray.tasks.demo.files import demo_files
 from lrmc_ray.tasks.registry import GROUPS, OURS, materialize
+
+
+def quieten() -> None:
+    """Before the first task: no progress bars, and only errors of what lm-eval uses."""
+    os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
+    import datasets
+
+    datasets.disable_progress_bars()
+    for name in ("lm_eval", "lm-eval", "evaluate", "datasets"):
+        logging.getLogger(name).setLevel(logging.ERROR)
 
 
 def task_label(name: str) -> str:
@@ -189,6 +201,7 @@ def check_tasks(names: Sequence[str], split: Split) -> None:
     if not foreign:
         task_data(names, split)
         return
+    quieten()
     with tempfile.TemporaryDirectory() as scratch:
         manager = task_manager(names, Path(scratch), split)
         for name in foreign:
