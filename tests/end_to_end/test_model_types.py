@@ -50,7 +50,8 @@ def test_the_commands(model_type, tmp_path):
     after = load_file(exported / "model.safetensors")
     assert before.keys() == after.keys()
     assert any(not before[name].equal(after[name]) for name in before)
-    scored = run("evaluate", *common[:2], "--tuned", str(exported), *TASKS, "evaluate.limit=6")
+    place = ("--model", str(model), "--output", str(tmp_path / "runs"))
+    scored = run("evaluate", *place, "--tuned", str(exported), *TASKS, "evaluate.limit=6")
     assert scored
     study = run("tune", "--space", "smoke", *common, *SETTINGS, *TASKS, "evaluate.limit=6")
     assert study
