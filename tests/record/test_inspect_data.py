@@ -3,6 +3,7 @@
 import csv
 import gzip
 import json
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -60,7 +61,7 @@ def lines(rows) -> str:
 @pytest.mark.parametrize("name", TOKENIZERS)
 def test_the_texts_of_the_tokens_are_the_text(name, tmp_path):
     tokenizer = TOKENIZERS[name]()
-    rows = [
+    rows: list[dict[str, Any]] = [
         {"messages": [{"role": "user", "content": text}, {"role": "assistant", "content": text}]}
         for text in TEXTS
     ]
