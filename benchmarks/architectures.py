@@ -124,7 +124,12 @@ class Subject:
 
     def learner(self, **settings: Any) -> Learner:
         """What trains, with ordinary cross-entropy unless told otherwise."""
-        plain = {"loss": "full", "anchor_weight": 0.0, "tail_samples": 0, "batch_size": 8}
+        plain: dict[str, Any] = {
+            "loss": "full",
+            "anchor_weight": 0.0,
+            "tail_samples": 0,
+            "batch_size": 8,
+        }
         return Learner(TrainSettings(**(plain | settings)), self.directory, torch.device("cpu"))
 
 
@@ -258,7 +263,7 @@ def recomputes(subject: Subject) -> None:
     recompute.MANY_TOKENS = 1
     try:
         for which in (False, "auto"):
-            recomputation = Recomputation(load_model(subject.directory).train(), which)  # type: ignore[arg-type]
+            recomputation = Recomputation(load_model(subject.directory).train(), which)
             torch.manual_seed(0)
             hidden_BTD = recomputation.forward(pad(subject.sequences[:2]))
             hidden_BTD.float().sin().sum().backward()  # type: ignore[no-untyped-call]
@@ -287,6 +292,7 @@ def adapts(subject: Subject) -> None:
         merged = load_model(directory)
         for ids_T, logits_TV in zip(subject.sequences, before, strict=True):
             same(subject.logits(merged, ids_T), logits_TV, 1e-3, "logits after the merge")
+    assert learner.trainable.adapters is not None
     subject.note = f"{learner.trainable.adapters.share:.0%}"
 
 
@@ -322,7 +328,8 @@ def words() -> Any:
         models.WordLevel({f"w{index}": index for index in range(VOCABULARY)}, unk_token="w3")
     )
     inner.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    return PreTrainedTokenizerFast(
+    make_tokenizer: Any = PreTrainedTokenizerFast
+    return make_tokenizer(
         tokenizer_object=inner, pad_token="w0", bos_token="w1", eos_token="w2", unk_token="w3"
     )
 
@@ -366,8 +373,8 @@ def make_any(model_type: str) -> Any:
         return make(model_type, **options)
     config = make_config(model_type, **options)
     torch.manual_seed(0)
-    made = transformers.AutoModelForImageTextToText.from_config(config, dtype=torch.float32)
-    return made.eval()
+    auto: Any = transformers.AutoModelForImageTextToText
+    return auto.from_config(config, dtype=torch.float32).eval()
 
 
 def examine(model_type: str) -> dict[str, Cell]:
@@ -418,7 +425,9 @@ def counts(rows: Mapping[str, Mapping[str, Cell]]) -> dict[str, int]:
     found = collections.Counter[str]()
     for cells in rows.values():
         outcomes = [cell.outcome for cell in cells.values()]
-        bad = next((o for o in ("traceback", "wrong", "not_built") if o in outcomes), None)
+        bad: str | None = next(
+            (o for o in ("traceback", "wrong", "not_built") if o in outcomes), None
+        )
         if bad is None:
             is_refused = any(cells[name].outcome == "refused" for name in NEEDED)
             bad = "refused" if is_refused else "works"
@@ -492,7 +501,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     args = parser.parse_args(arguments)
     warnings.simplefilter("ignore")
     logging.disable(logging.WARNING)
-    transformers.utils.logging.disable_progress_bar()
+    transformers.utils.logging.disable_progress_bar()  # type: ignore[no-untyped-call]
     types: Iterable[str] = args.types.split(",") if args.types else [*causal_types(), *MULTIMODAL]
     rows = {}
     for model_type in sorted(set(types)):

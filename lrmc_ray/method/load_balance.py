@@ -20,8 +20,8 @@ def balance_loss(logits: Sequence[Tensor], is_token_X: Tensor, *, top_k: int) ->
         is_token_X: False for padding, boolean.
         top_k: experts that a token chooses.
     """
-    chosen_E: Tensor | float = 0.0
-    probability_E: Tensor | float = 0.0
+    chosen_E = torch.zeros(logits[0].shape[-1], device=logits[0].device)
+    probability_E = torch.zeros_like(chosen_E)
     for logits_XE in logits:
         probs_NE = logits_XE[is_token_X].float().softmax(-1)
         chosen_E = chosen_E + expert_counts(probs_NE.topk(top_k, dim=-1).indices, probs_NE.shape[1])

@@ -74,7 +74,7 @@ class Adapters:
                 warnings.simplefilter("ignore")
                 # In a shell, since PEFT rewrites the names of layers of some mixtures of experts,
                 # and leaves out their dense and shared layers then.
-                self._peft: Any = get_peft_model(_Shell(model), config)  # type: ignore[arg-type]
+                self._peft: Any = get_peft_model(_Shell(model), config)
         except Exception as error:  # PEFT's own are of any class
             raise ConfigError(
                 f"train.lora_rank must be 0 for a {model.config.model_type} model, got "
