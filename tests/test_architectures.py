@@ -56,8 +56,10 @@ def test_a_wrong_number_and_a_traceback_are_told_apart(monkeypatch):
 
     def damaged(subject: Subject) -> None:
         original = subject.logits
-        subject.logits = lambda model, ids_T: (
-            original(model, ids_T) * (1.01 if model is subject.made else 1)
+        monkeypatch.setattr(
+            subject,
+            "logits",
+            lambda model, ids_T: original(model, ids_T) * (1.01 if model is subject.made else 1),
         )
         loads(subject)
 

@@ -25,7 +25,7 @@ def main(argv: Sequence[str]) -> int:
         raise ConfigError(f"--actors must be at least 1, got {arguments.actors}")
     origin = read_origin(Path(arguments.tuned[0])) if arguments.tuned else None
     settings = settings_from(arguments, None if origin is None else origin.settings)
-    output = arguments.output or _output(origin)
+    output = arguments.output or scores_directory(origin)
     place = place_of(settings.resources.storage)
     for directory in arguments.tuned:
         if not Path(directory).is_dir():
@@ -74,7 +74,7 @@ def main(argv: Sequence[str]) -> int:
     return 0
 
 
-def _output(origin: Origin | None) -> Path:
+def scores_directory(origin: Origin | None) -> Path:
     """Where scores are kept: where those of the model's base are, if that is on this machine."""
     if origin is not None and Path(origin.output).is_dir():
         return Path(origin.output)

@@ -134,7 +134,8 @@ def compute_gradients(
     if options.reduction == "fast":
         sum_gradients(parameters, group)
     group.sum_(sums_M2)  # each row is zero on all workers but one, so this is exact
-    return Gradients(*sums_M2.sum(dim=0).tolist(), micro_batches)
+    loss_sum, anchor_sum = sums_M2.sum(dim=0).tolist()
+    return Gradients(loss_sum, anchor_sum, micro_batches)
 
 
 def _router_loss(

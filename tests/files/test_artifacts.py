@@ -322,9 +322,12 @@ def test_a_digest_is_read_once_as_long_as_size_and_time_stay(tmp_path, monkeypat
     from lrmc_ray.files import artifacts
 
     read = []
-    monkeypatch.setattr(
-        artifacts, "file_digest", lambda path: read.append(path) or file_digest(path)
-    )
+
+    def counted(path):
+        read.append(path)
+        return file_digest(path)
+
+    monkeypatch.setattr(artifacts, "file_digest", counted)
     path = tmp_path / "a"
     path.write_bytes(b"one")
     assert content_digest(path) == content_digest(path) == file_digest(path)

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from lrmc_ray.config import load_settings
+from lrmc_ray.config import RunSettings, load_settings
 from lrmc_ray.errors import DataError
 from lrmc_ray.evaluate import command
 from lrmc_ray.files.origin import ORIGIN_FILE, origin_of, read_origin, write_origin
@@ -61,32 +61,35 @@ def test_a_damaged_file_is_named(tmp_path, content):
         read_origin(tmp_path)
 
 
-def asked(argv: list[str], monkeypatch) -> tuple:
-    """Settings and output that ``lrmc evaluate`` comes to, before it looks for the models."""
-    found = {}
+class FoundError(Exception):
+    """Ends a command whose settings are known."""
 
-    class FoundError(Exception):
-        pass
+
+def asked(argv: list[str], monkeypatch) -> tuple[RunSettings, Path | None]:
+    """Settings and output that ``lrmc evaluate`` comes to, before it looks for the models."""
+    settings: list[RunSettings] = []
+    outputs: list[Path] = []
 
     def settings_from(arguments, defaults):
-        found["settings"] = original(arguments, defaults)
-        return found["settings"]
+        settings.append(original(arguments, defaults))
+        return settings[0]
 
     def output(origin):
-        found["output"] = original_output(origin)
-        return found["output"]
+        outputs.append(original_output(origin))
+        return outputs[0]
 
     def stop(storage):
         raise FoundError
 
-    original, original_output = command.settings_from, command._output
+    original, original_output = command.settings_from, command.scores_directory
     monkeypatch.setattr(command, "settings_from", settings_from)
-    monkeypatch.setattr(command, "_output", output)
+    monkeypatch.setattr(command, "scores_directory", output)
     monkeypatch.setattr(command, "place_of", stop)
     with pytest.raises(FoundError):
         command.main(argv)
-    monkeypatch.undo()
-    return found["settings"], found.get("output")
+    for name, function in (("settings_from", original), ("scores_directory", original_output)):
+        monkeypatch.setattr(command, name, function)
+    return settings[0], outputs[0] if outputs else None
 
 
 def test_evaluate_takes_what_is_not_said_from_the_model(settings, tmp_path, monkeypatch):

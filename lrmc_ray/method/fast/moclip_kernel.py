@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import functools
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple
 
@@ -114,7 +114,7 @@ def _flat(tensor: Tensor) -> Floats:
 
 def _in_pieces(
     function: Callable[..., Any], arrays: tuple[Floats, ...], *more: Any
-) -> map[Any] | list[Any]:
+) -> Iterable[Any]:
     """The results of ``function`` for all pieces, in order; torch's threads share the work."""
     starts = range(0, max(1, arrays[0].size), PIECE)
 
@@ -151,7 +151,7 @@ def _loops() -> _Loops:
 
 
 def _compile(*, cache: bool) -> _Loops:
-    options = {"nogil": True, "error_model": "numpy", "cache": cache}
+    options: dict[str, Any] = {"nogil": True, "error_model": "numpy", "cache": cache}
     # Rules of IEEE 754 that LLVM may relax: sums may be reordered in the first loop alone.
     dots = numba.njit(fastmath={"contract", "reassoc", "nsz"}, **options)(_dots)
     update = numba.njit(fastmath={"contract"}, **options)(_update)

@@ -43,7 +43,9 @@ def step(values: list[torch.Tensor], *, p=0.7, q=0.0, sees_capped=False, is_caut
         decay=1 - lr * decay,
         step_size=lr * scale,
     )
-    moclip_kernel.update_(*values, scalars, sees_capped=sees_capped, is_cautious=is_cautious)
+    param, grad, exp_avg, exp_avg_sq = values
+    choices = {"sees_capped": sees_capped, "is_cautious": is_cautious}
+    moclip_kernel.update_(param, grad, exp_avg, exp_avg_sq, scalars, **choices)
 
 
 def plain_step(values: list[torch.Tensor], *, p=0.7, q=0.0, sees_capped=False, is_cautious=False):
