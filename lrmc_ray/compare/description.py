@@ -119,7 +119,7 @@ class Description:
                 "versions": versions(),
                 "datasets": [file.model_dump() for file in datasets(self.space)],
             }
-        self.values |= self._asked_for()
+        self.values |= _asked_for(self.space)
         self.values["sessions"].append(self._session)
         self._adopt(retry_failed=retry_failed)
 
@@ -130,37 +130,13 @@ class Description:
         """
         path = self.directory / COMPARISON_FILE
         self.values = json.loads(path.read_text(encoding="utf-8"))
-        asked = self._asked_for()
+        asked = _asked_for(self.space)
         self.values |= {name: asked[name] for name in ("reference", "seeds", "effects")}
         for entry in self.values["runs"]:
             choice = self._choice(entry) if entry["state"] == "COMPLETE" else math.nan
             outcome = Outcome(entry["state"], choice=choice, cause=entry.get("cause"))
             self.outcomes[job_of_entry(entry)] = outcome
         self.write()
-
-    def _asked_for(self) -> dict[str, Any]:
-        """What the settings of this command say, which may be more than an earlier one's."""
-        settings = self.space.model_dump(mode="json")
-        return {
-            "name": self.space.compare.name,
-            "reference": self.space.compare.reference,
-            "seeds": list(self.space.compare.seeds),
-            "forgetting_weight": self.space.search.forgetting_weight,
-            "bootstrap_seed": self.space.search.seed,
-            "methods": [
-                {
-                    "name": name,
-                    **settings["methods"][name],
-                    "learning_rates": list(self.space.learning_rates_of(name)),
-                    "needs_record": needs_record(self.space.train_of(name, lr=1e-5, seed=0)),
-                }
-                for name in self.space.methods
-            ],
-            "effects": settings["effects"],
-            "settings": {
-                k: v for k, v in settings.items() if k not in ("methods", "effects", "parameters")
-            },
-        }
 
     def _adopt(self, *, retry_failed: bool) -> None:
         """Take over what runs have left: a crash may have come before it was written down."""
@@ -302,3 +278,28 @@ class Description:
             outcome.state == "FAIL" and job.method in self.methods
             for job, outcome in self.outcomes.items()
         )
+
+
+def _asked_for(space: CompareSpace) -> dict[str, Any]:
+    """What the settings of this command say, which may be more than an earlier one's."""
+    settings = space.model_dump(mode="json")
+    return {
+        "name": space.compare.name,
+        "reference": space.compare.reference,
+        "seeds": list(space.compare.seeds),
+        "forgetting_weight": space.search.forgetting_weight,
+        "bootstrap_seed": space.search.seed,
+        "methods": [
+            {
+                "name": name,
+                **settings["methods"][name],
+                "learning_rates": list(space.learning_rates_of(name)),
+                "needs_record": needs_record(space.train_of(name, lr=1e-5, seed=0)),
+            }
+            for name in space.methods
+        ],
+        "effects": settings["effects"],
+        "settings": {
+            k: v for k, v in settings.items() if k not in ("methods", "effects", "parameters")
+        },
+    }

@@ -100,11 +100,7 @@ def compute_gradients(
     num_supervised = sum(batch.num_supervised for batch in micro_batches)
     num_prompt = max(1, sum(batch.num_prompt for batch in micro_batches))
     tail = loss.tail_of_step(step, head)
-    # With one worker backward itself adds the micro-batches in order, each to ``.grad`` at once,
-    # but the head's gradient comes in several parts: of candidates, tail and anchor.
-    ordered: Sequence[Tensor] = []
-    if options.reduction == "strict":
-        ordered = [p for p in parameters if group.world_size > 1 or p is head.weight_VD]
+    ordered = _added_in_order(parameters, model, options, group)
     total: dict[Tensor, Tensor] = {}
     sums_M2 = torch.zeros(len(micro_batches), 2, dtype=torch.float64, device=device)
     busy = [index for index, batch in enumerate(micro_batches) if len(batch.input_ids_BT)]
@@ -136,6 +132,22 @@ def compute_gradients(
     group.sum_(sums_M2)  # each row is zero on all workers but one, so this is exact
     loss_sum, anchor_sum = sums_M2.sum(dim=0).tolist()
     return Gradients(loss_sum, anchor_sum, micro_batches)
+
+
+def _added_in_order(
+    parameters: Sequence[nn.Parameter],
+    model: LanguageModel,
+    options: StepOptions,
+    group: WorkerGroup,
+) -> Sequence[Tensor]:
+    """Parameters whose gradients of the micro-batches are kept apart and added in their order.
+
+    With one worker backward itself adds the micro-batches in order, each to ``.grad`` at once, but
+    the head's gradient comes in several parts: of candidates, tail and anchor.
+    """
+    if options.reduction != "strict":
+        return []
+    return [p for p in parameters if group.world_size > 1 or p is model.head.weight_VD]
 
 
 def _router_loss(

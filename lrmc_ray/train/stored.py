@@ -77,7 +77,7 @@ class StoredRun:
         shutil.rmtree(self.directory / CHECKPOINTS, ignore_errors=True)
         for name in HISTORY:
             (self.directory / name).unlink(missing_ok=True)
-        self._get_history()
+        _get_history(self)
         steps = self.steps()
         for step in reversed(steps):
             try:
@@ -99,7 +99,7 @@ class StoredRun:
             DirectoryInUseError: another rank 0 has taken over.
         """
         self._check_alone()
-        self._push_history()
+        _push_history(self)
         path = checkpoint_path(self.directory / CHECKPOINTS, step)
         self.storage.publish(self._checkpoint(step), files_below(path))
         for old in self.steps()[:-keep]:
@@ -112,7 +112,7 @@ class StoredRun:
     def end(self) -> None:
         """Copy the model, the whole history, and clear this node."""
         self._check_alone()
-        self._push_history()
+        _push_history(self)
         if (self.directory / MODEL).is_dir():
             self.storage.publish(f"{self.name}/{MODEL}", files_below(self.directory / MODEL))
         shutil.rmtree(self.directory, ignore_errors=True)
@@ -137,16 +137,6 @@ class StoredRun:
         if size > self._sent and self._is_alone():
             self.storage.put(path, f"{self.name}/{METRICS}")
             self._sent = size
-
-    def _push_history(self) -> None:
-        for name in HISTORY:
-            if (self.directory / name).is_file():
-                self.storage.put(self.directory / name, f"{self.name}/{name}")
-
-    def _get_history(self) -> None:
-        for name in HISTORY:
-            if self.storage.exists(f"{self.name}/{name}"):
-                self.storage.get(f"{self.name}/{name}", self.directory / name)
 
     def push_decision(self) -> None:
         """Copy the decision about a trial, before anybody acts on it."""
@@ -230,7 +220,7 @@ class StoredRun:
         Raises:
             DataError: the model is not what was written.
         """
-        self._get_history()
+        _get_history(self)
         if self.storage.committed(f"{self.name}/{MODEL}") is not None:
             model = self.storage.fetch(f"{self.name}/{MODEL}", self.directory / MODEL)
             (model / COMMITTED).unlink(missing_ok=True)
@@ -301,6 +291,18 @@ class StoredRun:
 
         with _repeated(follow, path):
             yield
+
+
+def _push_history(run: StoredRun) -> None:
+    for name in HISTORY:
+        if (run.directory / name).is_file():
+            run.storage.put(run.directory / name, f"{run.name}/{name}")
+
+
+def _get_history(run: StoredRun) -> None:
+    for name in HISTORY:
+        if run.storage.exists(f"{run.name}/{name}"):
+            run.storage.get(f"{run.name}/{name}", run.directory / name)
 
 
 def _on_this_node(uri: str, name: str) -> StoredRun:
