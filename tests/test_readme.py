@@ -40,7 +40,10 @@ def run(name: str, tiny_model: Path, directory: Path) -> dict[str, Any]:
     ("name", "samples", "tasks"),
     [
         ("own-data", 2, {"kinds", "wordnet"}),
-        ("own-data-in-full", 3, {"my_task", "wordnet", "plain_english"}),
+        pytest.param(
+            *("own-data-in-full", 3, {"my_task", "wordnet", "plain_english"}),
+            marks=pytest.mark.slow,
+        ),
     ],
 )
 def test_the_examples_of_own_data_run_as_they_stand(tiny_model, tmp_path, name, samples, tasks):

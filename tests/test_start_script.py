@@ -398,8 +398,9 @@ def test_the_tests_run_in_the_clone_and_all_else_where_it_is_called(
     assert machine.arguments == ["-m", "pytest", "-m", "slow", "tests/end_to_end"]
     assert (machine.notes / "folder").read_text() == f"{machine.clone}\n"
     machine.run("test", cwd=elsewhere)
-    processes = ["-n", "logical", "--maxprocesses", "4", "--dist", "loadgroup"]
-    assert machine.arguments == ["-m", "pytest", "-q", *processes]
+    processes = ["-n", "logical", "--maxprocesses", "4"]
+    groups = ["--dist", "loadfile", "--no-loadscope-reorder"]
+    assert machine.arguments == ["-m", "pytest", "-q", *processes, *groups]
     machine.run("tune", cwd=elsewhere)
     assert (machine.notes / "folder").read_text() == f"{elsewhere}\n"
 

@@ -345,6 +345,7 @@ def test_a_killed_search_goes_on_by_way_of_the_storage(tiny_model, tmp_path):
     assert not list(objects.glob("studies/*/*"))
 
 
+@pytest.mark.slow
 @pytest.mark.ray
 @pytest.mark.timeout(900)
 def test_a_comparison_and_a_suggestion_are_the_same_by_way_of_the_storage(tiny_model, tmp_path):
