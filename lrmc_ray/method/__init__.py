@@ -18,6 +18,8 @@ T     token slots of a sequence, padding included
 P     recorded positions of one sample
 M     micro-batches of a global batch
 G     tensors of an optimizer, each with its gradient
+L     layers of a model
+U     experts of a mixture, in one layer
 Q     tokens whose log-probability is wanted
 O     tokens at the end of a context that an answer may begin with
 I     items of a task

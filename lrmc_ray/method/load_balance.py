@@ -1,6 +1,6 @@
 """How evenly the tokens of a batch are spread over the experts of a mixture.
 
-Shape suffixes: X = tokens of the batch, E = experts.
+Shape suffixes: those of :mod:`lrmc_ray.method`; X = tokens of the batch, n of which are no padding.
 """
 
 from collections.abc import Sequence
@@ -12,38 +12,38 @@ from torch import Tensor
 def balance_loss(logits: Sequence[Tensor], is_token_X: Tensor, *, top_k: int) -> Tensor:
     """The load-balancing loss of the Switch Transformer, as transformers has it.
 
-    E times the sum over experts of the share of tokens that choose the expert, times its mean
+    U times the sum over experts of the share of tokens that choose the expert, times its mean
     probability, both over all layers; ``top_k`` where the load is even.
 
     Args:
-        logits: of each layer's router, [X, E].
+        logits: of each layer's router, [X, U].
         is_token_X: False for padding, boolean.
         top_k: experts that a token chooses.
     """
-    chosen_E = torch.zeros(logits[0].shape[-1], device=logits[0].device)
-    probability_E = torch.zeros_like(chosen_E)
-    for logits_XE in logits:
-        probs_NE = logits_XE[is_token_X].float().softmax(-1)
-        chosen_E = chosen_E + expert_counts(probs_NE.topk(top_k, dim=-1).indices, probs_NE.shape[1])
-        probability_E = probability_E + probs_NE.sum(0)
+    chosen_U = torch.zeros(logits[0].shape[-1], device=logits[0].device)
+    probability_U = torch.zeros_like(chosen_U)
+    for logits_XU in logits:
+        probs_nU = logits_XU[is_token_X].float().softmax(-1)
+        chosen_U = chosen_U + expert_counts(probs_nU.topk(top_k, dim=-1).indices, probs_nU.shape[1])
+        probability_U = probability_U + probs_nU.sum(0)
     tokens = len(logits) * int(is_token_X.sum())
-    loss: Tensor = logits[0].shape[-1] * torch.sum(chosen_E / tokens * (probability_E / tokens))
+    loss: Tensor = logits[0].shape[-1] * torch.sum(chosen_U / tokens * (probability_U / tokens))
     return loss
 
 
 def expert_counts(chosen_NK: Tensor, num_experts: int) -> Tensor:
-    """How often each expert is among the chosen ones, float32 [E]."""
+    """How often each expert is among the chosen ones, float32 [U]."""
     ones = torch.ones(chosen_NK.numel(), device=chosen_NK.device)
-    counts_E = torch.zeros(num_experts, device=chosen_NK.device)
-    return counts_E.scatter_add_(0, chosen_NK.reshape(-1).long(), ones)
+    counts_U = torch.zeros(num_experts, device=chosen_NK.device)
+    return counts_U.scatter_add_(0, chosen_NK.reshape(-1).long(), ones)
 
 
-def busiest_load(counts_LE: Tensor) -> float:
+def busiest_load(counts_LU: Tensor) -> float:
     """Load of a layer's busiest expert, in multiples of the mean, averaged over L layers.
 
-    1 is even; E over the experts that a token chooses is all tokens at the same ones.
+    1 is even; U over the experts that a token chooses is all tokens at the same ones.
     """
-    counts_LE = counts_LE[counts_LE.sum(1) > 0].double()
-    if not len(counts_LE):
+    counts_LU = counts_LU[counts_LU.sum(1) > 0].double()
+    if not len(counts_LU):
         return float("nan")
-    return float((counts_LE.max(1).values / counts_LE.mean(1)).mean())
+    return float((counts_LU.max(1).values / counts_LU.mean(1)).mean())

@@ -52,7 +52,7 @@ class StepOptions:
     probe: Callable[[int, Tensor, MicroBatch], None] | None = None
     """Called with the step and the hidden states of the first micro-batch that has an active
     supervised position, on the worker that computes it."""
-    router_loss: Callable[[MicroBatch], Tensor | None] | None = None
+    balance_loss: Callable[[MicroBatch], Tensor | None] | None = None
     """A loss of the forward pass over a micro-batch, a mean over its tokens: that of
     the routers of a mixture of experts. Micro-batches count by their tokens."""
     penalize: Callable[[], None] | None = None
@@ -119,7 +119,7 @@ def compute_gradients(
                 options.probe(step, hidden_BTD.detach(), batch)
             main, anchor = loss_sums(hidden_BTD, head, batch, loss, tail, base_logits)
             mean = main / num_supervised + loss.anchor_weight * anchor / num_prompt
-            (mean + _router_loss(options, batch, micro_batches)).backward()  # type: ignore[no-untyped-call]
+            (mean + _balance_loss(options, batch, micro_batches)).backward()  # type: ignore[no-untyped-call]
             sums_M2[index] = torch.stack([main, anchor]).detach()
         add_in_order(total, ordered, group, sources=len(wave))
     for parameter in parameters:
@@ -150,11 +150,11 @@ def _added_in_order(
     return [p for p in parameters if group.world_size > 1 or p is model.head.weight_VD]
 
 
-def _router_loss(
+def _balance_loss(
     options: StepOptions, batch: MicroBatch, micro_batches: Sequence[MicroBatch]
 ) -> Tensor | float:
     """The part of ``batch`` in the mean over the tokens of all ``micro_batches``."""
-    found = options.router_loss(batch) if options.router_loss is not None else None
+    found = options.balance_loss(batch) if options.balance_loss is not None else None
     if found is None:
         return 0.0
     tokens = sum(int(other.is_token_BT.sum()) for other in micro_batches)

@@ -187,7 +187,7 @@ class TrainingRun:
                 max_bad_steps=settings.max_bad_steps,
                 base=learner.base,
                 probe=self.probe.measure,
-                router_loss=learner.routers.loss,
+                balance_loss=learner.routers.loss,
                 penalize=learner.penalty.add_gradient if learner.penalty else None,
             ),
             self.group,

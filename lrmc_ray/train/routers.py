@@ -105,9 +105,9 @@ class Routers:
 
     def _count(self, logits: list[Tensor], chosen: list[Tensor | None], is_token_X: Tensor) -> None:
         counts = []
-        for logits_XE, own in zip(logits, chosen, strict=True):
-            chosen_XK = logits_XE.topk(self._top_k, dim=-1).indices if own is None else own
-            counts.append(expert_counts(chosen_XK[is_token_X], logits_XE.shape[-1]))
+        for logits_XU, own in zip(logits, chosen, strict=True):
+            chosen_XK = logits_XU.topk(self._top_k, dim=-1).indices if own is None else own
+            counts.append(expert_counts(chosen_XK[is_token_X], logits_XU.shape[-1]))
         if self._counts:
             counts = [one + other for one, other in zip(self._counts, counts, strict=True)]
         self._counts = counts

@@ -31,6 +31,7 @@ from lrmc_ray.files.artifacts import file_digest, is_finished, read_manifest
 from lrmc_ray.files.storage import COMMITTED, Storage, check_storage
 from lrmc_ray.record import actors
 from lrmc_ray.record import command as record_command
+from lrmc_ray.record import commit as commit_module
 from lrmc_ray.record import prepare as prepare_module
 from lrmc_ray.record import run as record_run
 from lrmc_ray.record import stored as stored_record
@@ -383,7 +384,7 @@ POINTS = [
     (record_run, "record.part_counted", 2),
     (record_run, "record.parts_complete", 1),
     (stored_record, "storage.record_committed", 1),
-    (record_run, "record.manifest_written", 1),
+    (commit_module, "record.manifest_written", 1),
     (storage, "storage.files_put", 1),
 ]
 

@@ -42,7 +42,8 @@ def test_a_name_makes_the_steps_of_its_optimizer(name, peer, default_betas, beta
 def test_options_reach_moclip_and_no_option_puts_a_cap_on_adam_atan2():
     tight = {**OPTIONS, "delta_max": 5.0, "clip": "project"}
     capped = three_steps(lambda params: make_optimizer("moclip", params, **tight))
-    assert torch.equal(capped, three_steps(lambda params: MoClip(params, **tight)))
+    alone = three_steps(lambda params: MoClip(params, **tight))
+    torch.testing.assert_close(capped, alone, rtol=2e-6, atol=2e-7)
     plain = three_steps(lambda params: make_optimizer("adam_atan2", params, **OPTIONS))
     assert not torch.equal(capped, plain)
     assert torch.equal(

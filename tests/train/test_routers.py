@@ -36,7 +36,7 @@ def ours(model, *, parts=1, cost=float("inf"), which=False, weight=WEIGHT):
     """Gradients of the training loop, and the load of the busiest expert."""
     recomputation = Recomputation(model.train(), which)
     routers = Routers(model, weight)
-    options = StepOptions(num_micro_batches=parts, router_loss=routers.loss)
+    options = StepOptions(num_micro_batches=parts, balance_loss=routers.loss)
     batches = divide(samples(), parts, LOSS.activity, attention_cost=cost)
     language_model = LanguageModel(recomputation.forward, head_of(model))
     parameters = [p for p in model.parameters() if p.requires_grad]
