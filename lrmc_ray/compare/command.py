@@ -27,7 +27,7 @@ def main(argv: Sequence[str]) -> int:
     space = read_settings(arguments, CompareSpace)
     methods = chosen_methods(space, arguments.methods)
 
-    from lrmc_ray.compare.description import COMPARISON_FILE
+    from lrmc_ray.compare.description import COMPARISON_FILE, Description
     from lrmc_ray.compare.explain import explain
     from lrmc_ray.compare.run import Comparing
     from lrmc_ray.evaluate.task_files import check_tasks, task_data
@@ -42,12 +42,12 @@ def main(argv: Sequence[str]) -> int:
         check_tasks(names, "dev")
         task_data(names, "test")
     made_of = contents(space.run_settings(space.train))
-    comparing = Comparing(space, methods, arguments.output, made_of)
-    description = comparing.description
+    description = Description(space, methods, arguments.output, made_of)
+    comparing = Comparing(description)
     if not (arguments.explain or arguments.report_only):
         comparing.place.check()
     if arguments.report_only and not description.has_begun:
-        comparing.go_back()
+        description.go_back()
     if arguments.explain and not description.has_begun:
         print(explain(description))
         return 0

@@ -14,7 +14,7 @@ again goes on where it stopped, also after kill -9, and does nothing twice.
 import logging
 import math
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, get_args
 
@@ -24,7 +24,6 @@ from lrmc_ray.compare.description import RUNS, Description
 from lrmc_ray.compare.execute import execute
 from lrmc_ray.compare.jobs import Job, num_jobs, open_jobs
 from lrmc_ray.compare.report import write_report
-from lrmc_ray.config.compare import CompareSpace
 from lrmc_ray.console import progress
 from lrmc_ray.evaluate.names import MADE_BY as EVALUATE
 from lrmc_ray.evaluate.request import Split
@@ -54,34 +53,20 @@ class Comparing:
         place: where the nodes find each other's files.
     """
 
-    def __init__(
-        self,
-        space: CompareSpace,
-        methods: Sequence[str],
-        output: Path,
-        contents: Mapping[str, str],
-    ) -> None:
-        """Open the comparison in ``output``, which holds records and scores that others share.
-
-        Args:
-            space: all settings.
-            methods: those that this command is about.
-            output: holds the comparison's directory.
-            contents: what its runs are trained and scored on, see ``provenance.contents``.
-        """
-        self.space = space
-        self.methods = list(methods)
-        self.output = output.resolve()
-        self.description = Description(space, methods, output, contents)
-        self.directory = self.description.directory
-        self.place = place_of(space.resources.storage)
+    def __init__(self, description: Description) -> None:
+        """Open a comparison, whose output holds records and scores that others share."""
+        self.description = description
+        self.space = description.space
+        self.methods = description.methods
+        self.output = description.directory.parent
+        self.place = place_of(self.space.resources.storage)
         self.began: dict[Job, float] = {}
         """When each running job was started, in seconds since 1970."""
 
-    def go_back(self) -> None:
-        """Take the newest comparison of the same settings, made of what was there then."""
-        self.description.go_back()
-        self.directory = self.description.directory
+    @property
+    def directory(self) -> Path:
+        """Of the comparison."""
+        return self.description.directory
 
     def run(self, address: str, *, verbose: bool) -> None:
         """Run the comparison to its end, or as far as it gets.

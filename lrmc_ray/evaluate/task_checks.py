@@ -1,12 +1,12 @@
 """What of a task would be scored wrongly or in part, refused before a model is loaded."""
 
-import difflib
 import logging
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import lru_cache
 from typing import Any
 
+from lrmc_ray.command_line import nearest
 from lrmc_ray.errors import ConfigError, DataError
 
 _log = logging.getLogger(__name__)
@@ -155,8 +155,7 @@ def _check_names(config: Any, features: Sequence[str]) -> None:
             value.isdigit() or (isinstance(choices, list) and value in choices)
         ):
             continue
-        close = difflib.get_close_matches(value, features, n=1)
-        hint = f"; did you mean {close[0]}?" if close else ""
+        hint = nearest(value, features)
         raise ConfigError(
             f"task {config.task}: {key} must be a field of the items ({', '.join(features)}) or a "
             f"template such as {{{{{features[0]}}}}}, got {value}{hint}"

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from lrmc_ray.command_line import CommandParser
+from lrmc_ray.outputs.arguments import add_output_argument
 from lrmc_ray.outputs.inventory import Entry, Sizes, inventory
 from lrmc_ray.outputs.words import size_text
 
@@ -26,14 +27,7 @@ def main(argv: Sequence[str]) -> int:
         "records and scores.",
         epilog="`lrmc prune` removes what no report needs.",
     )
-    parser.add_argument(
-        "output",
-        type=Path,
-        nargs="?",
-        default=Path("runs"),
-        metavar="OUTPUT",
-        help="the --output of earlier commands (default: runs)",
-    )
+    add_output_argument(parser)
     parser.add_argument("--size", action="store_true", help="say what each takes on the disk")
     parser.add_argument("--json", action="store_true", help="print one JSON object on stdout")
     arguments = parser.parse_args(argv)

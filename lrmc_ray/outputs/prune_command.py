@@ -4,10 +4,10 @@ import itertools
 import json
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 
 from lrmc_ray.command_line import CommandParser
 from lrmc_ray.files.artifacts import cache_directory
+from lrmc_ray.outputs.arguments import add_output_argument
 from lrmc_ray.outputs.inventory import Sizes, inventory
 from lrmc_ray.outputs.prunable import Prunable, cached, prunable, remove
 from lrmc_ray.outputs.words import size_text
@@ -21,14 +21,7 @@ def main(argv: Sequence[str]) -> int:
         "models of a finished comparison, and records that only finished work was made from. "
         "Scores, metrics and descriptions stay. It asks first.",
     )
-    parser.add_argument(
-        "output",
-        type=Path,
-        nargs="?",
-        default=Path("runs"),
-        metavar="OUTPUT",
-        help="the --output of earlier commands (default: runs)",
-    )
+    add_output_argument(parser)
     parser.add_argument("--yes", action="store_true", help="remove without asking")
     parser.add_argument("--dry-run", action="store_true", help="only say what would be removed")
     parser.add_argument(

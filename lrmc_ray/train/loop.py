@@ -254,8 +254,7 @@ class TrainingRun:
         self.learner.load(state)
         self.counts.totals = state["totals"]
         self.bad_steps = state["bad_steps"]
-        if "losses" in state:  # checkpoints of earlier versions have none
-            self.losses.load(state["losses"])
+        self.losses.load(state["losses"])
         self.held_out.best = state["best"]
         self.fresh.load(state["fresh"])
         self.costs.load(state)

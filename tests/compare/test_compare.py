@@ -134,7 +134,7 @@ def test_adding_methods_rates_or_seeds_is_the_same_comparison_and_other_budgets_
 
 
 def test_a_run_has_the_methods_settings_over_the_shared_ones(tmp_path):
-    comparing = Comparing(make_space(), ["lrmc"], tmp_path, {})
+    comparing = Comparing(Description(make_space(), ["lrmc"], tmp_path, {}))
     train = comparing.description.train_settings(Job("lora", 1e-3, 5, "dev"))
     assert (train.lora_rank, train.lr, train.seed, train.steps) == (4, 1e-3, 5, 12)
     job = Job("lrmc", 1e-5, 0, "dev")
@@ -148,7 +148,9 @@ def test_a_run_has_the_methods_settings_over_the_shared_ones(tmp_path):
     own = comparing.description.run_directory(job)
     assert comparing.description.run_directory(Job("lrmc", 1e-5, 0, "test")) == own
     other = make_space(methods={**METHODS, "lrmc": {"title": "t", "train": {"clip": "rotate"}}})
-    assert Comparing(other, ["lrmc"], tmp_path, {}).description.run_directory(job) != own
+    assert (
+        Comparing(Description(other, ["lrmc"], tmp_path, {})).description.run_directory(job) != own
+    )
 
 
 def test_stage_0_counts_for_those_who_use_it():
@@ -168,7 +170,7 @@ def begin(tmp_path, monkeypatch):
     """A comparison whose runs are made up; ``begin(...).run()`` runs them."""
 
     def make(only=("sft", "lrmc", "lora"), *, faults=None, retry_failed=False, **changes):
-        comparing = Comparing(make_space(**changes), only, tmp_path, {})
+        comparing = Comparing(Description(make_space(**changes), only, tmp_path, {}))
         comparing.description.open(retry_failed=retry_failed)
         if not comparing.description.values["base_scores"]:
             write_base(comparing)

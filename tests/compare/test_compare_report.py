@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
+from lrmc_ray.compare.description import Description
 from lrmc_ray.compare.jobs import Job
 from lrmc_ray.compare.measure import (
     choice_score,
@@ -159,7 +160,9 @@ def finished(tmp_path_factory):
 
 
 def make(folder, *, failed=(), only=None, **changes):
-    comparing = Comparing(make_space(**changes), only or ["sft", "lrmc", "lora"], folder, {})
+    comparing = Comparing(
+        Description(make_space(**changes), only or ["sft", "lrmc", "lora"], folder, {})
+    )
     comparing.description.open()
     write_base(comparing)
     from lrmc_ray.compare.jobs import open_jobs
@@ -428,7 +431,7 @@ def test_failures_and_what_is_missing_are_named(table, tmp_path):
     assert "about one in twenty would stand out by luck" in said
     assert "seed 2, test: failed: its process died" in as_markdown(table)
 
-    begun = Comparing(make_space(), ["sft"], tmp_path, {})
+    begun = Comparing(Description(make_space(), ["sft"], tmp_path, {}))
     begun.description.open()
     write_base(begun)
     write_run(begun, Job("sft", 1e-5, 0, "dev"))
@@ -507,7 +510,7 @@ def test_the_page_loads_nothing_and_escapes_what_it_is_given(tmp_path):
             "train": {"loss": "full", "optimizer": "adamw"},
         }
     }
-    comparing = Comparing(make_space(methods=methods), ["sft"], tmp_path, {})
+    comparing = Comparing(Description(make_space(methods=methods), ["sft"], tmp_path, {}))
     comparing.description.open()
     write_base(comparing)
     page = as_html(load_table(comparing.directory), {"figure": b"png", "methods": b"png"})

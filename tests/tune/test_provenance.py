@@ -6,7 +6,7 @@ import shutil
 
 import pytest
 
-from lrmc_ray.compare.run import Comparing
+from lrmc_ray.compare import description as comparison
 from lrmc_ray.config import RunSettings
 from lrmc_ray.errors import DataError
 from lrmc_ray.files.artifacts import MANIFEST, fingerprint
@@ -121,18 +121,22 @@ def test_a_study_of_an_older_version_is_not_mixed_in(settings, tmp_path, caplog)
 
 
 def test_a_comparison_is_of_its_contents_and_its_report_needs_none(tmp_path, caplog):
-    first = Comparing(make_space(), ["sft"], tmp_path, {"model": "a", "tasks": "b"})
-    first.description.open()
-    second = Comparing(make_space(), ["sft"], tmp_path, {"model": "c", "tasks": "b"})
+    def made_of(model, **changes):
+        made = {"model": model, "tasks": "b"}
+        return comparison.Description(make_space(**changes), ["sft"], tmp_path, made)
+
+    first = made_of("a")
+    first.open()
+    second = made_of("c")
     assert second.directory != first.directory
     second.go_back()
     assert second.directory == first.directory
-    second = Comparing(make_space(), ["sft"], tmp_path, {"model": "c", "tasks": "b"})
-    second.description.open()
+    second = made_of("c")
+    second.open()
     assert f"the model changed since {first.directory.name}: " in caplog.text
-    other = Comparing(make_space(train={"steps": 13}), ["sft"], tmp_path, {"model": "d"})
+    other = made_of("d", train={"steps": 13})
     other.go_back()
-    assert not other.description.has_begun
+    assert not other.has_begun
 
 
 def test_a_record_of_the_same_data_that_is_too_small_is_named(tmp_path):

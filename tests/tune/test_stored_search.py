@@ -393,6 +393,7 @@ def assert_scored_as_here(scores, model):
 
 
 def test_a_run_of_a_comparison_has_a_name_of_its_own(storage, tmp_path):
+    from lrmc_ray.compare.description import Description
     from lrmc_ray.compare.jobs import Job
     from lrmc_ray.compare.run import Comparing
     from lrmc_ray.config.compare import CompareSpace
@@ -408,11 +409,11 @@ def test_a_run_of_a_comparison_has_a_name_of_its_own(storage, tmp_path):
     )
     made = []
     for name in ("one", "two"):
-        comparing = Comparing(space, ["sft"], tmp_path / name, {})
+        comparing = Comparing(Description(space, ["sft"], tmp_path / name, {}))
         comparing.description.open()
         made.append(comparing.home(Job("sft", 1e-5, 0, "dev")))
         assert made[-1] == comparing.home(Job("sft", 1e-5, 0, "test"))
-        again = Comparing(space, ["sft"], tmp_path / name, {})
+        again = Comparing(Description(space, ["sft"], tmp_path / name, {}))
         again.description.open()
         assert again.home(Job("sft", 1e-5, 0, "dev")) == made[-1]
         storage.write(f"{made[-1]}/training/metrics.jsonl", b"")

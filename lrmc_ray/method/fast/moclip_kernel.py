@@ -44,12 +44,9 @@ _ATAN_12 = np.float32(0.024734049977873446)
 _ATAN_14 = np.float32(-0.004822528846739724)
 
 
-class UpdateScalars(NamedTuple):
-    """The numbers of one tensor's update, which become float32."""
+class StepScalars(NamedTuple):
+    """The numbers of one step of a parameter group."""
 
-    p: float
-    """The capped gradient is p g + q m."""
-    q: float
     first_rate: float
     """1 - beta1"""
     second_rate: float
@@ -83,7 +80,9 @@ def update_(
     grad: Tensor,
     exp_avg: Tensor,
     exp_avg_sq: Tensor,
-    scalars: UpdateScalars,
+    p: float,
+    q: float,
+    scalars: StepScalars,
     *,
     sees_capped: bool,
     is_cautious: bool,
@@ -95,12 +94,14 @@ def update_(
         grad: Their gradient, of any layout.
         exp_avg: First moment.
         exp_avg_sq: Second moment.
+        p: The capped gradient is p g + q m.
+        q: See there.
         scalars: The numbers of this step.
         sees_capped: The second moment is of the capped gradient, not of the raw one.
         is_cautious: A weight that would move against its gradient stays.
     """
     arrays = _flat(param), _flat(grad), _flat(exp_avg), _flat(exp_avg_sq)
-    numbers = map(np.float32, scalars)
+    numbers = map(np.float32, (p, q, *scalars))
     for _ in _in_pieces(_loops().update, arrays, sees_capped, is_cautious, *numbers):
         pass
     for tensor in (param, exp_avg, exp_avg_sq):
@@ -157,7 +158,7 @@ def _compile(*, cache: bool) -> _Loops:
     update = numba.njit(fastmath={"contract"}, **options)(_update)
     one = np.ones(1, dtype=np.float32)
     dots(one, one)
-    update(one, one, one, one, False, False, *[np.float32(0.5)] * len(UpdateScalars._fields))
+    update(one, one, one, one, False, False, *[np.float32(0.5)] * 8)
     return _Loops(dots, update)
 
 

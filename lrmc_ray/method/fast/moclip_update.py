@@ -113,23 +113,6 @@ def _piece_dot_products(grads: Sequence[Tensor], momenta: Sequence[Tensor]) -> T
     return torch.stack((gg_X, above_X - below_X, mm_X), dim=1)
 
 
-class StepScalars(NamedTuple):
-    """The numbers of one step."""
-
-    first_rate: float
-    """1 - beta1"""
-    second_rate: float
-    """1 - beta2"""
-    first_scale: float
-    """1 / (1 - beta1^t)"""
-    second_scale: float
-    """1 / (1 - beta2^t)"""
-    decay: float
-    """1 - lr weight_decay"""
-    step_size: float
-    """lr a"""
-
-
 class TensorUpdate(NamedTuple):
     """All that the update of one tensor takes."""
 
@@ -141,13 +124,13 @@ class TensorUpdate(NamedTuple):
     """0-d; None is 1."""
     q: Tensor | None
     """0-d; None is 0."""
-    scalars: StepScalars
+    scalars: moclip_kernel.StepScalars
 
 
-def step_scalars(group: dict[str, Any], step: float) -> StepScalars:
+def step_scalars(group: dict[str, Any], step: float) -> moclip_kernel.StepScalars:
     """The numbers of one step of a parameter group."""
     beta1, beta2 = group["betas"]
-    return StepScalars(
+    return moclip_kernel.StepScalars(
         first_rate=1 - beta1,
         second_rate=1 - beta2,
         first_scale=1 / (1 - beta1**step),
@@ -197,7 +180,9 @@ def _update_by_kernel_(
     q = 0.0 if update.q is None else float(update.q)
     moclip_kernel.update_(
         *update[:4],
-        moclip_kernel.UpdateScalars(p, q, *update.scalars),
+        p,
+        q,
+        update.scalars,
         sees_capped=second_moment == "capped",
         is_cautious=is_cautious,
     )

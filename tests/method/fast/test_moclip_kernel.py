@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from lrmc_ray.method.fast import moclip_kernel
-from lrmc_ray.method.fast.moclip_kernel import UpdateScalars
+from lrmc_ray.method.fast.moclip_kernel import StepScalars
 from lrmc_ray.method.moclip import update_
 
 SIZES = [0, 1, 7, 16, 1000, 4097]
@@ -38,14 +38,14 @@ def tensors(size: int, seed: int = 0) -> list[torch.Tensor]:
 
 def step(values: list[torch.Tensor], *, p=0.7, q=0.0, sees_capped=False, is_cautious=False) -> None:
     beta1, beta2, t, lr, decay, scale = 0.9, 0.99, 3, 0.01, 0.1, 1.2
-    scalars = UpdateScalars(
-        *(p, q, 1 - beta1, 1 - beta2, 1 / (1 - beta1**t), 1 / (1 - beta2**t)),
+    scalars = StepScalars(
+        *(1 - beta1, 1 - beta2, 1 / (1 - beta1**t), 1 / (1 - beta2**t)),
         decay=1 - lr * decay,
         step_size=lr * scale,
     )
     param, grad, exp_avg, exp_avg_sq = values
     choices = {"sees_capped": sees_capped, "is_cautious": is_cautious}
-    moclip_kernel.update_(param, grad, exp_avg, exp_avg_sq, scalars, **choices)
+    moclip_kernel.update_(param, grad, exp_avg, exp_avg_sq, p, q, scalars, **choices)
 
 
 def plain_step(values: list[torch.Tensor], *, p=0.7, q=0.0, sees_capped=False, is_cautious=False):
