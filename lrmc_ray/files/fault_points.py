@@ -23,6 +23,7 @@ POINTS = (
     "storage.record_committed",  # its manifest is, what is not part of it is not yet removed
     "storage.files_put",  # the files of a directory are in the storage, its marker is not
     "storage.committed",  # the marker is
+    "chat.answered",  # every question is answered, the table is not written
 )
 _IS_TESTING = os.environ.get("LRMC_TESTING") == "1"
 _FAULT = os.environ.get("LRMC_FAULT") if _IS_TESTING else None

@@ -31,6 +31,11 @@ class Origin(BaseModel):
     """Where its base's scores are."""
 
     @property
+    def template_options(self) -> dict[str, Any]:
+        """What the chat template was given besides the messages when the model was taught."""
+        return dict(self.model.get("template_options") or {})
+
+    @property
     def settings(self) -> dict[str, dict[str, Any]]:
         """Settings with which a command scores the model as it was scored."""
         return {

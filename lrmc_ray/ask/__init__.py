@@ -1,0 +1,1 @@
+"""The same question to a tuned model and to its base: ``lrmc chat``."""

@@ -1,0 +1,223 @@
+"""The command ``lrmc chat``."""
+
+import argparse
+import json
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from lrmc_ray.ask.questions import Question, question_of, read_questions
+from lrmc_ray.ask.table import Row, Table, check_suffix, table_text
+from lrmc_ray.command_line import CommandParser
+from lrmc_ray.config import ModelSettings
+from lrmc_ray.console import progress, setup_logging
+from lrmc_ray.errors import ConfigError, IncompleteArtifactError
+from lrmc_ray.files.artifacts import write_atomically
+from lrmc_ray.files.fault_points import passed
+from lrmc_ray.files.origin import Origin, read_origin
+
+if TYPE_CHECKING:
+    from lrmc_ray.ask.answering import Answerer, Generation
+
+
+def main(argv: Sequence[str]) -> int:
+    """The command ``lrmc chat``."""
+    arguments = _parser().parse_args(argv)
+    setup_logging()
+    directory: Path = arguments.model
+    if not directory.is_dir():
+        raise IncompleteArtifactError(f"{directory} does not exist; give a model's directory")
+    _check_ranges(arguments)
+    questions = read_questions(arguments.questions) if arguments.questions else None
+    if arguments.to is not None:
+        if questions is None:
+            raise ConfigError(f"--to {arguments.to} needs --questions FILE; name the file")
+        check_suffix(arguments.to)
+    origin = read_origin(directory)
+    compared = _base(arguments.compare, origin)
+    if compared is None:
+        print(f"{directory} names no base; --compare BASE asks one beside it.", file=sys.stderr)
+
+    from lrmc_ray.ask.answering import Answerer, Generation
+    from lrmc_ray.models import local_directory
+
+    generation = Generation(
+        arguments.max_new_tokens, arguments.temperature, arguments.top_p, arguments.seed
+    )
+    places = [local_directory(model) for model in (compared, ModelSettings(name=str(directory)))
+              if model is not None]  # fmt: skip
+    with progress("Loading", total=len(places), unit="models") as bar:
+        answerers = []
+        for place in places:
+            answerers.append(
+                Answerer(
+                    place,
+                    template_options=None if origin is None else origin.template_options,
+                    dtype=arguments.dtype,
+                    as_text=arguments.as_text,
+                )
+            )
+            bar.advance(1)
+    names: tuple[str, ...] = (f"tuned: {directory}",)
+    if compared is not None:
+        names = (f"base: {compared.name}", *names)
+    return _run(arguments, answerers, names, generation, questions)
+
+
+def _run(
+    arguments: argparse.Namespace,
+    answerers: "Sequence[Answerer]",
+    names: tuple[str, ...],
+    generation: "Generation",
+    questions: Sequence[Question] | None,
+) -> int:
+    """Ask and show, or write."""
+
+    def ask(question: Question) -> Row:
+        answers = [one.answer(question.messages, generation).shown() for one in answerers]
+        return Row(question.text, question.expected, tuple(answers))
+
+    if questions is not None and (arguments.to or arguments.json):
+        rows = []
+        with progress("Answering", total=len(questions), unit="questions") as bar:
+            for question in questions:
+                rows.append(ask(question))
+                bar.advance(1)
+        table = Table(names, _in_words(generation), rows)
+        passed("chat.answered")
+        if arguments.to:
+            write_atomically(arguments.to, table_text(table, arguments.to).encode())
+        if arguments.json:
+            _print_json(table)
+        else:
+            print(f"{len(rows)} questions and their answers are in {arguments.to}")
+        return 0
+    if arguments.json:
+        _print_json(Table(names, _in_words(generation), [ask(q) for q in _typed()]))
+        return 0
+    from rich.console import Console
+
+    from lrmc_ray.ask.terminal import show
+
+    console = Console(highlight=False)
+    if questions is None and sys.stdin.isatty():
+        print("Every question is asked by itself. Ctrl-D ends.", file=sys.stderr)
+    for question in questions if questions is not None else _typed():
+        show(console, ask(question), names)
+    return 0
+
+
+def _typed() -> Iterator[Question]:
+    """The lines of stdin, with a prompt where a person types them."""
+    while True:
+        if sys.stdin.isatty():
+            try:
+                line = input("? ")
+            except EOFError:
+                print(file=sys.stderr)
+                return
+        else:
+            line = sys.stdin.readline()
+            if not line:
+                return
+        if line.strip():
+            yield question_of(line.strip())
+
+
+def _print_json(table: Table) -> None:
+    rows = [
+        {"question": row.question, "expected": row.expected, "answers": list(row.answers)}
+        for row in table.rows
+    ]
+    print(json.dumps({"models": list(table.models), "settings": table.settings, "rows": rows}))
+
+
+def _in_words(generation: "Generation") -> str:
+    if generation.temperature == 0.0:
+        return f"Greedy answers of at most {generation.max_new_tokens} tokens."
+    return (
+        f"Answers of at most {generation.max_new_tokens} tokens, drawn at temperature "
+        f"{generation.temperature:g}, top-p {generation.top_p:g}, seed {generation.seed}."
+    )
+
+
+def _base(named: str | None, origin: Origin | None) -> ModelSettings | None:
+    """The model that is asked beside the tuned one."""
+    if named is not None:
+        return ModelSettings(name=named)
+    return None if origin is None else ModelSettings.model_validate(origin.model)
+
+
+def _check_ranges(arguments: argparse.Namespace) -> None:
+    for name, value, rule, is_right in (
+        ("--max-new-tokens", arguments.max_new_tokens, "at least 1", arguments.max_new_tokens >= 1),
+        ("--temperature", arguments.temperature, "from 0 to 5", 0 <= arguments.temperature <= 5),
+        ("--top-p", arguments.top_p, "above 0 and at most 1", 0 < arguments.top_p <= 1),
+        ("--seed", arguments.seed, "from 0 to 2^32 - 1", 0 <= arguments.seed < 2**32),
+    ):
+        if not is_right:
+            raise ConfigError(f"{name} must be {rule}, got {value}; give such a number")
+
+
+def _parser() -> CommandParser:
+    parser = CommandParser(
+        "chat",
+        description="Ask a tuned model and its base the same questions, side by side: typed, from "
+        "stdin, or from a file.",
+        epilog="Every question is asked by itself, in the form of the model's chat template.",
+    )
+    parser.add_argument("model", type=Path, metavar="DIR", help="the tuned model's directory")
+    parser.add_argument(
+        "--compare",
+        metavar="BASE",
+        help="directory or Hugging Face id of the model beside it (default: the base that the "
+        "model's lrmc.json names)",
+    )
+    parser.add_argument(
+        "--questions",
+        type=Path,
+        metavar="FILE",
+        help="plain text with one question a line, or .jsonl with messages, prompt and completion, "
+        "or question and answer",
+    )
+    parser.add_argument(
+        "--to", type=Path, metavar="FILE", help="write a table there: FILE.md or FILE.html"
+    )
+    parser.add_argument(
+        "--max-new-tokens",
+        type=int,
+        default=256,
+        metavar="N",
+        help="most tokens of an answer (default: 256)",
+    )
+    parser.add_argument(
+        "--temperature",
+        type=float,
+        default=0.0,
+        metavar="X",
+        help="0 takes the most probable token, above 0 it is drawn (default: 0)",
+    )
+    parser.add_argument(
+        "--top-p",
+        type=float,
+        default=1.0,
+        metavar="X",
+        help="probability of the tokens that are drawn from (default: 1)",
+    )
+    parser.add_argument(
+        "--seed", type=int, default=0, metavar="N", help="of what is drawn (default: 0)"
+    )
+    parser.add_argument(
+        "--dtype",
+        choices=("float32", "bf16"),
+        default="float32",
+        help="in which the models compute (default: float32)",
+    )
+    parser.add_argument(
+        "--as-text",
+        action="store_true",
+        help="give the question as it is, without chat template: for models taught on plain text",
+    )
+    parser.add_argument("--json", action="store_true", help="print one JSON object on stdout")
+    return parser

@@ -1,0 +1,50 @@
+"""Answers side by side in a terminal."""
+
+import re
+from typing import TYPE_CHECKING
+
+from lrmc_ray.ask.table import Row
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+_CONTROLS = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
+_NARROWEST = 60
+"""Columns of a terminal below which answers stand one above the other."""
+
+
+def harmless(text: str) -> str:
+    """``text`` without the control characters by which it could act on the terminal."""
+    return _CONTROLS.sub("\N{REPLACEMENT CHARACTER}", text)
+
+
+def show(console: "Console", row: Row, models: tuple[str, ...]) -> None:
+    """One question with its answers, a column for each model.
+
+    Args:
+        console: of rich; it says how wide the terminal is.
+        row: the question and the answers.
+        models: headings of the columns.
+    """
+    from rich import box
+    from rich.table import Table
+    from rich.text import Text
+
+    def plain(text: str, style: str = "") -> Text:
+        return Text(harmless(text), style=style)
+
+    console.print(plain(f"> {row.question}", "bold"))
+    if row.expected is not None:
+        console.print(plain(f"expected: {row.expected}", "bright_black"))
+    if console.width < _NARROWEST or len(models) == 1:
+        for name, answer in zip(models, row.answers, strict=True):
+            console.print(plain(name, "bright_black"))
+            console.print(plain(answer))
+        console.print()
+        return
+    table = Table(box=box.SIMPLE_HEAD, expand=True, padding=(0, 1), show_edge=False)
+    for name in models:
+        table.add_column(plain(name), ratio=1, overflow="fold", header_style="bright_black")
+    table.add_row(*map(plain, row.answers))
+    console.print(table)
+    console.print()
