@@ -167,13 +167,7 @@ def vocabulary_size(directory: Path) -> int:
     written = json.loads(file.read_text(encoding="utf-8"))
     size = written.get("vocab_size", written.get("text_config", {}).get("vocab_size"))
     if not isinstance(size, int):  # some are saved without it, as their class has a default
-        from transformers import AutoConfig
-
-        with _reading("configuration", directory):
-            config = AutoConfig.from_pretrained(
-                directory, local_files_only=True, trust_remote_code=False
-            )
-        size = getattr(text_config(config), "vocab_size", None)
+        size = getattr(text_config(load_config(directory)), "vocab_size", None)
     if not isinstance(size, int):
         raise DataError(f"{file} has no vocab_size; save the model again")
     return size
@@ -211,6 +205,18 @@ def _reading(what: str, directory: Path) -> Iterator[None]:
             f"{directory} must hold a {what} that transformers knows, without code of its own: "
             f"{_first_line(error)}; choose another model, or save this one again"
         ) from error
+
+
+def load_config(directory: Path) -> Any:
+    """The configuration of a model directory.
+
+    Raises:
+        DataError: transformers does not know it, or not without code of its own.
+    """
+    from transformers import AutoConfig
+
+    with _reading("configuration", directory):
+        return AutoConfig.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
 
 
 def load_tokenizer(directory: Path) -> Any:

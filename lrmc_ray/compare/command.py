@@ -34,6 +34,7 @@ def main(argv: Sequence[str]) -> int:
     from lrmc_ray.record.prepare import prepare
     from lrmc_ray.record.sources import training_files
     from lrmc_ray.tasks.registry import expand
+    from lrmc_ray.train.checks import check_training
     from lrmc_ray.tune.provenance import contents
 
     training_files(space)
@@ -64,6 +65,10 @@ def main(argv: Sequence[str]) -> int:
         if not arguments.report_only and description.is_finished:
             print("This comparison has finished; nothing was done again.", file=sys.stderr)
         elif not arguments.report_only:
+            rate = space.compare.learning_rates[0]
+            check_training(
+                space.model, [space.train_of(method, lr=rate, seed=0) for method in methods]
+            )
             # Bad rows are found before Ray starts, and tokenizers use all cores until then.
             prepare(space.run_settings(space.train), arguments.output)
             comparing.run(arguments.address, verbose=arguments.verbose)

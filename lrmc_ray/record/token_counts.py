@@ -7,6 +7,7 @@ length says, or less. So tokens are counted as a step computes them, in random b
 
 import itertools
 import json
+import math
 import random
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -15,7 +16,8 @@ from typing import Any
 
 from lrmc_ray.chat.answers import Chat
 from lrmc_ray.errors import DataError
-from lrmc_ray.models import load_tokenizer
+from lrmc_ray.model_borders import longest_packed
+from lrmc_ray.models import load_config, load_tokenizer
 from lrmc_ray.record.encode import encode_row
 from lrmc_ray.record.rows import Rejects, read_rows
 from lrmc_ray.record.sources import Source
@@ -64,7 +66,7 @@ def count_sample_tokens(
         template_options: ``model.template_options``.
 
     Raises:
-        DataError: the tokenizer cannot be loaded, or no row can be read.
+        DataError: tokenizer or configuration cannot be loaded, or no row can be read.
     """
     chat = Chat(load_tokenizer(model_directory), template_options)
     rows = list(itertools.islice(read_rows(sources, Rejects(max_share=1.0)), ROWS_SEEN))
@@ -83,31 +85,35 @@ def count_sample_tokens(
         rng.sample(sequences, len(sequences)) for _ in itertools.count()
     )
     cost = attention_cost(model_directory, parameters) if packing else None
+    longest = longest_packed(load_config(model_directory))
     for _ in range(BATCHES):
         batch = sorted(itertools.islice(order, batch_size), key=len)
         for part in deal(batch, micro_batches):
-            computed += computed_tokens(part, cost)
+            computed += computed_tokens(part, cost, longest)
     return TokenCounts(
         alone=sum(map(len, sequences)) / len(sequences),
         computed=computed / (BATCHES * batch_size),
     )
 
 
-def computed_tokens(sequences: Sequence[Tokens], cost: float | None) -> int:
+def computed_tokens(
+    sequences: Sequence[Tokens], cost: float | None, longest: float = math.inf
+) -> int:
     """Tokens of one micro-batch, in the cheaper of the two layouts.
 
     Args:
         sequences: token ids of its samples.
         cost: what it costs a token to see one more, in units of what else it costs; None pads.
+        longest: tokens of the longest sequence that may be packed; one that is longer pads all.
     """
     if not sequences:
         return 0
-    longest = max(map(len, sequences))
-    padded = len(sequences) * longest
-    if cost is None:
+    width = max(map(len, sequences))
+    padded = len(sequences) * width
+    if cost is None or width > longest:
         return padded
     packed = packed_tokens(sequences)
-    return min((packed * (1 + cost * packed), packed), (padded * (1 + cost * longest), padded))[1]
+    return min((packed * (1 + cost * packed), packed), (padded * (1 + cost * width), padded))[1]
 
 
 def packed_tokens(sequences: Sequence[Tokens]) -> int:

@@ -7,11 +7,13 @@ it. So a forward pass shows which layers are called.
 """
 
 import collections
+import copy
 import fnmatch
 import re
 import warnings
 from collections.abc import Iterable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -24,9 +26,13 @@ from lrmc_ray.models import body_of
 
 _KERNEL_LAYERS = ("x_proj", "dt_proj", "out_proj")
 """Of a Mamba mixer; its kernels on GPUs take their weights, past the layers."""
+_BODY = "body"
+"""Of the shell that PEFT sees, the model."""
 _SEEN_TOKENS = 32
 _TOLERANCE = 1e-3
 """Relative difference of hidden states before and after the merge that is rounding."""
+_TRIED_DEVIATION = 0.05
+"""Of the numbers with which adapters are tried out: they move the weights by some tenths."""
 
 
 @dataclass(frozen=True)
@@ -65,8 +71,8 @@ class Adapters:
         config = LoraConfig(
             r=settings.lora_rank,
             lora_alpha=settings.lora_alpha,
-            target_modules=[f"body.{name}" for name in places.layers],
-            target_parameters=[f"body.{name}" for name in places.experts] or None,
+            target_modules=[f"{_BODY}.{name}" for name in places.layers],
+            target_parameters=[f"{_BODY}.{name}" for name in places.experts] or None,
         )
         torch.manual_seed(settings.seed)
         try:
@@ -85,16 +91,12 @@ class Adapters:
     def merge(self) -> Any:
         """The model with the adapters in its weights; training cannot go on after it.
 
+        The weights are float32 in training, so nothing of a small update is lost.
+
         Raises:
             TrainingError: the merged model computes something else.
         """
-        self._model.eval()
-        before = _seen(self._model)
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            merged = self._peft.merge_and_unload().body
-        after = _seen(merged)
-        difference = float((after - before).norm() / before.norm())
+        merged, difference = self._merged()
         if not difference <= _TOLERANCE:
             raise TrainingError(
                 f"adapters must stay the same when they are merged, the hidden states of the "
@@ -102,6 +104,61 @@ class Adapters:
                 "checkpoint is kept; name fewer layers with train.lora_targets"
             )
         return merged
+
+    def try_out(self) -> None:
+        """Draw adapters that are not zero and merge them; the model is of no use after it.
+
+        Raises:
+            ConfigError: they change nothing, or the merged model computes something else.
+        """
+        self._model.eval()
+        base = _seen(self._model)
+        generator = torch.Generator().manual_seed(0)
+        with torch.no_grad():
+            for name, parameter in self._peft.named_parameters():
+                if "lora_B" in name:
+                    drawn = torch.randn(parameter.shape, generator=generator)
+                    parameter.copy_(_TRIED_DEVIATION * drawn)
+        change = float((_seen(self._model) - base).norm() / base.norm())
+        _, difference = self._merged()
+        if difference <= _TOLERANCE < change:
+            return
+        reason = f"their merge changes hidden states by {difference:.1e}"
+        if change <= _TOLERANCE:
+            reason = f"they change hidden states by {change:.1e} alone"
+        raise ConfigError(
+            f"train.lora_rank must be 0 for a {self._model.config.model_type} model with adapters "
+            f"on these layers, got {self._peft.peft_config['default'].r}: {reason}; train the "
+            "weights, or name other layers with train.lora_targets"
+        )
+
+    def save(self, directory: Path) -> None:
+        """Write the adapters by themselves, as PEFT loads them onto the base model."""
+        from peft import get_peft_model_state_dict
+        from safetensors.torch import save_file
+
+        directory.mkdir(parents=True, exist_ok=True)
+        state = {
+            name.replace(f"base_model.model.{_BODY}.", "base_model.model.", 1): tensor.contiguous()
+            for name, tensor in get_peft_model_state_dict(self._peft).items()
+        }
+        save_file(state, directory / "adapter_model.safetensors", metadata={"format": "pt"})
+        config = copy.deepcopy(self._peft.peft_config["default"])
+        prefix = f"{_BODY}."
+        config.target_modules = {name.removeprefix(prefix) for name in config.target_modules}
+        if config.target_parameters:
+            config.target_parameters = [n.removeprefix(prefix) for n in config.target_parameters]
+        config.inference_mode = True
+        config.save_pretrained(directory)
+
+    def _merged(self) -> tuple[Any, float]:
+        """The merged model, and by how much its hidden states differ."""
+        self._model.eval()
+        before = _seen(self._model)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            merged = getattr(self._peft.merge_and_unload(), _BODY)
+        return merged, float((_seen(merged) - before).norm() / before.norm())
 
 
 class _Shell(nn.Module):
@@ -153,11 +210,15 @@ def _places(model: Any) -> _Places:
     head = model.get_output_embeddings()
     called = _called(model)
     shared = _shared_weights(model)
-    layers, experts, refused = {}, {}, {}
+    layers, experts, refused, outer = {}, {}, {}, {}
     for name, module in model.named_modules():
+        if module is head:
+            outer[name] = "is the output head, whose weight the loss over candidates reads itself"
+            continue
+        if isinstance(module, nn.Embedding):
+            outer[name] = "is an embedding, which may be the output head's weight as well"
+            continue
         if isinstance(module, (nn.Linear, Conv1D)):
-            if module is head:
-                continue
             mixer = type(model.get_submodule(name.rpartition(".")[0])).__name__.lower()
             if not _is_product(module):
                 refused[name] = f"is a {type(module).__name__}, which computes more than a product"
@@ -182,7 +243,7 @@ def _places(model: Any) -> _Places:
                 experts[place] = parameter.numel()
             else:
                 refused[place] = "is in a module that is never called"
-    return _Places(layers, experts, refused)
+    return _Places(layers, experts, refused | outer)
 
 
 @torch.no_grad()

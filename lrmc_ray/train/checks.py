@@ -1,23 +1,103 @@
 """Settings that a model cannot fulfil, found before anything is recorded."""
 
-from lrmc_ray.config import RunSettings
-from lrmc_ray.models import empty_model, local_directory
+import logging
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+from lrmc_ray.config import ModelSettings, RunSettings, TrainSettings, trial_settings
+from lrmc_ray.models import empty_model, load_model, local_directory
+
+_log = logging.getLogger(__name__)
+
+_SEARCHED = ("gradient_checkpointing", "router_loss", "lora_rank", "lora_targets")
+"""Settings of ``train`` that some models cannot fulfil."""
+_MEMORY_SHARE = 0.6
+"""Of the free memory, what the weights of a model that is tried out may take."""
 
 
 def check_settings(settings: RunSettings) -> None:
-    """Refuse a way of computing activations again, or a router loss, that the model cannot have.
+    """Look at the settings of a run, or of every trial of a search; see :func:`check_training`."""
+    trials = [settings.train]
+    for name in _SEARCHED:
+        if (searched := settings.parameters.get(name)) is not None:
+            values = searched.choices or (searched.low, searched.high)
+            trials += [
+                trial_settings(settings.train, {name: value})
+                for value in values
+                if value is not None
+            ]
+    check_training(settings.model, trials)
+
+
+def check_training(model: ModelSettings, trials: Iterable[TrainSettings]) -> None:
+    """Refuse adapters, a way of computing activations again or a router loss that cannot be.
+
+    Adapters and the ways are tried on a few tokens with the model's own weights, since some models
+    only show there what they do not stand. A model that does not fit into the free memory is tried
+    when training starts.
+
+    Args:
+        model: the base model.
+        trials: the settings with which it will be trained.
 
     Raises:
-        ConfigError: a setting asks for it by name.
+        ConfigError: a setting asks for what the model cannot have.
         DataError: transformers cannot make the model.
     """
-    train = settings.train
-    if train.gradient_checkpointing in ("auto", False) and not train.router_loss:
+    asked = list({_asked(train): train for train in trials if _asks(train)}.values())
+    if not asked:
         return
     # They need torch, and these settings are rare.
     from lrmc_ray.train.recompute import Recomputation
     from lrmc_ray.train.routers import Routers
 
-    model = empty_model(local_directory(settings.model))
-    Recomputation(model, train.gradient_checkpointing)
-    Routers(model, train.router_loss)
+    directory = local_directory(model)
+    empty = empty_model(directory)
+    for train in asked:
+        Recomputation(empty, train.gradient_checkpointing)
+        Routers(empty, train.router_loss)
+    tried = [train for train in asked if train.lora_rank or _names_a_way(train)]
+    if tried and not _fits_in_memory(empty):
+        _log.info(
+            "%s is too large to be tried with the free memory here; training does it", model.name
+        )
+        return
+    for train in tried:
+        _try_out(directory, train)
+
+
+def _asks(train: TrainSettings) -> bool:
+    return bool(train.lora_rank or train.router_loss or _names_a_way(train))
+
+
+def _names_a_way(train: TrainSettings) -> bool:
+    return train.gradient_checkpointing not in ("auto", False)
+
+
+def _asked(train: TrainSettings) -> tuple[Any, ...]:
+    """What two trials must have in common for one look at both."""
+    return (
+        train.gradient_checkpointing,
+        train.router_loss > 0,
+        train.lora_targets if train.lora_rank else None,
+    )
+
+
+def _fits_in_memory(empty: Any) -> bool:
+    size = sum(4 * parameter.numel() for parameter in empty.parameters())
+    return bool(size <= _MEMORY_SHARE * psutil.virtual_memory().available)
+
+
+def _try_out(directory: Path, train: TrainSettings) -> None:
+    """Load the model as training does, and run a few tokens through it."""
+    from lrmc_ray.train.recompute import Recomputation
+    from lrmc_ray.train.trainable import TrainableModel
+
+    trainable = TrainableModel(load_model(directory), train)
+    if _names_a_way(train):
+        Recomputation(trainable.model, train.gradient_checkpointing).try_out()
+    if trainable.adapters is not None:
+        trainable.adapters.try_out()

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from lrmc_ray.config import TrainSettings
 from lrmc_ray.files.artifacts import PARTIAL
+from lrmc_ray.files.names import ADAPTER
 from lrmc_ray.method.baselines.l2_sp import StartingPoint
 from lrmc_ray.method.losses import LanguageModel, LossSettings
 from lrmc_ray.method.microbatch import MicroBatch
@@ -81,9 +82,15 @@ class Learner:
         self.optimizer.load_state_dict(state["optimizer"])
 
     def save(self, directory: Path) -> None:
-        """Save the model, adapters merged into it, with the base's tokenizer; whole or not."""
+        """Save the model, adapters merged into it, with the base's tokenizer; whole or not.
+
+        The adapters lie beside it by themselves: a merged weight that is rounded later, to bf16,
+        loses most of a small update.
+        """
         unfinished = directory.with_name(directory.name + PARTIAL)
         shutil.rmtree(unfinished, ignore_errors=True)
+        if self.trainable.adapters is not None:
+            self.trainable.adapters.save(unfinished / ADAPTER)
         save_model(self.trainable.merged(), self.model_directory, unfinished)
         shutil.rmtree(directory, ignore_errors=True)
         unfinished.rename(directory)

@@ -32,7 +32,7 @@ from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint
 
 from lrmc_ray.errors import ConfigError
 from lrmc_ray.method.fast.packing import lay_out
-from lrmc_ray.method.layout import Layout
+from lrmc_ray.method.layout import Layout, pad
 from lrmc_ray.method.microbatch import MicroBatch
 from lrmc_ray.models import batch_hidden_states
 
@@ -53,6 +53,9 @@ MANY_TOKENS = 2048
 
 PROOF_TOKENS = 128
 """Of a sequence, on which the proof is made; it keeps all activations once."""
+
+TRIED_LENGTHS = (24, 17)
+"""Tokens of the sequences on which it is tried before there are any."""
 
 TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-3}
 """Relative difference of gradients that is rounding, for the type of the forward pass. On one
@@ -105,6 +108,21 @@ class Recomputation:
         else:
             self._switch(False)
         return batch_hidden_states(self.model, batch)
+
+    def try_out(self) -> None:
+        """Prove it on a few tokens, before any batch is there.
+
+        Raises:
+            ConfigError: gradients differ; not for ``auto``.
+        """
+        embeddings = self.model.get_input_embeddings().weight
+        generator = torch.Generator().manual_seed(0)
+        sequences = [
+            torch.randint(embeddings.shape[0], (length,), generator=generator)
+            for length in TRIED_LENGTHS
+        ]
+        if self._ways:
+            self._prove(pad(sequences).to(embeddings.device))
 
     def _switch(self, on: bool) -> None:
         for module in self._switches:

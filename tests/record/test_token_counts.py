@@ -1,11 +1,14 @@
 """Tokens that training will compute: against the batches that training itself lays out."""
 
 import json
+import math
 import random
+import shutil
 
 import pytest
 import torch
 
+from benchmarks.tiny_models import make_config
 from lrmc_ray.chat.answers import Chat
 from lrmc_ray.errors import DataError
 from lrmc_ray.method.fast.packing import lay_out
@@ -34,16 +37,19 @@ def random_sequences(rng):
     ]
 
 
-@pytest.mark.parametrize("cost", [None, 0.0, 0.01, 0.3])
-def test_tokens_are_those_of_the_layout_that_training_takes(cost):
+@pytest.mark.parametrize(
+    ("cost", "longest"),
+    [(None, math.inf), (0.0, math.inf), (0.01, math.inf), (0.3, math.inf), (0.0, 9), (0.01, 7)],
+)
+def test_tokens_are_those_of_the_layout_that_training_takes(cost, longest):
     rng = random.Random(0)
     layouts = set()
     for _ in range(200):
         sequences = random_sequences(rng)
         tensors = [torch.tensor(ids) for ids in sequences]
-        layout = lay_out(tensors, float("inf") if cost is None else cost)
+        layout = lay_out(tensors, float("inf") if cost is None else cost, longest)
         layouts.add(layout.is_visible_TT is None)
-        assert computed_tokens(sequences, cost) == layout.input_ids_BT.numel()
+        assert computed_tokens(sequences, cost, longest) == layout.input_ids_BT.numel()
         beginnings = {tuple(ids[:end]) for ids in sequences for end in range(1, len(ids) + 1)}
         assert packed_tokens(sequences) == len(beginnings)
     assert layouts == ({True} if cost is None else {True, False})
@@ -122,3 +128,26 @@ def test_rows_that_cannot_be_used_do_not_count(tiny_model, tmp_path):
     path.write_text('{"prompt": 1}\n')
     with pytest.raises(DataError, match="none of the first rows"):
         count_sample_tokens(find_sources([str(path)]), tiny_model, **settings)
+
+
+@pytest.mark.parametrize(("window", "is_packed"), [(16, False), (1024, True)])
+def test_samples_beyond_a_window_are_counted_as_padded(window, is_packed, tiny_model, tmp_path):
+    """The beginning that they share is longer than the shorter window."""
+    model = tmp_path / "model"
+    shutil.copytree(tiny_model, model)
+    options = {"vocab_size": 512, "sliding_window": window, "num_hidden_layers": 2}
+    make_config("mistral", **options).save_pretrained(model)
+    data = tmp_path / "rows.jsonl"
+    rules = "Answer with the sum alone. " * 8
+    rows = [{"prompt": f"{rules}{n} plus {n}?", "completion": str(2 * n)} for n in range(16)]
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    found = count_sample_tokens(
+        find_sources([str(data)]),
+        model,
+        max_length=1024,
+        batch_size=8,
+        micro_batches=1,
+        packing=True,
+        parameters=100_000,
+    )
+    assert found.computed < 0.5 * found.alone if is_packed else found.computed >= found.alone

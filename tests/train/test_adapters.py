@@ -1,11 +1,18 @@
 """Adapters on all that can have one, against the merged model, on tiny models of other families."""
 
+import re
+from pathlib import Path
+
 import pytest
 import torch
+from peft import PeftModel
+from safetensors.torch import load_file
 
-from benchmarks.tiny_models import make
+from benchmarks.tiny_models import causal_types, make
 from lrmc_ray.config import TrainSettings
 from lrmc_ray.errors import ConfigError, TrainingError
+from lrmc_ray.models import load_model
+from lrmc_ray.train.learner import Learner
 from lrmc_ray.train.trainable import TrainableModel
 
 IDS_BT = torch.randint(5, 120, (2, 40), generator=torch.Generator().manual_seed(1))
@@ -22,6 +29,13 @@ EXPECTED = {
 
 
 DENSE_FIRST = {"deepseek_v3": {"first_k_dense_replace": 1}}
+
+
+def works_with_adapters():
+    """Types that the table says can have them."""
+    page = Path(__file__).parents[2] / "docs" / "models.md"
+    rows = re.findall(r"\| `([\w-]+)` \|[^|]*\|[^|]*\| (\d+)% \|", page.read_text("utf-8"))
+    return [name for name, share in rows if int(share) and name in causal_types()]
 
 
 def with_adapters(model_type, **settings):
@@ -122,3 +136,122 @@ def test_a_merge_that_changes_the_model_is_refused():
     layer.forward = layer.base_layer.forward
     with pytest.raises(TrainingError, match="llama model differ by"):
         trainable.merged()
+
+
+def loss_of(model):
+    """Mean cross-entropy of the next token."""
+    logits_BTV = logits_of(model)
+    return torch.nn.functional.cross_entropy(
+        logits_BTV[:, :-1].flatten(0, 1), IDS_BT[:, 1:].flatten()
+    )
+
+
+def assert_exported_as_trained(model_type, directory):
+    """Each target by itself: trained for a step, saved, loaded; and those that are refused."""
+    directory.mkdir()
+    base = make(model_type, **DENSE_FIRST.get(model_type, {}))
+    base.save_pretrained(directory)
+    trained = 0
+    for target in sorted({name.rpartition(".")[2] for name, _ in weights_of(base)}):
+        settings = TrainSettings(lora_rank=2, lora_targets=(target,), lr=1e-2)
+        try:
+            learner = Learner(settings, directory, torch.device("cpu"))
+        except ConfigError:
+            continue
+        draw(learner.trainable)
+        before = loss_of(learner.model)
+        learner.model.train()
+        learner.model(input_ids=IDS_BT).logits.float().logsumexp(-1).mean().backward()
+        assert any(p.grad is not None for p in learner.trainable.parameters.values()), target
+        learner.optimizer.step()
+        stepped = loss_of(learner.model)
+        assert stepped != before, target
+        learner.save(directory / "exported")
+        exported = loss_of(load_model(directory / "exported"))
+        torch.testing.assert_close(exported, stepped, atol=1e-4, rtol=1e-4, msg=target)
+        trained += 1
+    return trained
+
+
+def weights_of(model):
+    """Names of modules and stacked tensors that hold a matrix."""
+    for name, module in model.named_modules():
+        for own, parameter in module.named_parameters(recurse=False):
+            if own == "weight" and parameter.ndim == 2:
+                yield name, parameter
+            elif parameter.ndim == 3 and "expert" in name:
+                yield f"{name}.{own}", parameter
+
+
+@pytest.mark.parametrize(
+    ("model_type", "targets"), [("llama", 7), ("gpt2", 3), ("gpt_oss", 6), ("mamba2", 1)]
+)
+def test_each_target_is_exported_as_it_was_trained(model_type, targets, tmp_path):
+    """The output head and embeddings, tied or not, are refused."""
+    assert assert_exported_as_trained(model_type, tmp_path / "base") == targets
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("model_type", works_with_adapters())
+def test_each_target_of_every_type_is_exported_as_it_was_trained(model_type, tmp_path):
+    assert assert_exported_as_trained(model_type, tmp_path / "base")
+
+
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("target", ["lm_head", "embed_tokens"])
+def test_head_and_embeddings_have_none(target, tied):
+    model = make("llama", tie_word_embeddings=tied)
+    with pytest.raises(ConfigError, match=f"'{target}', which is (the output head|an embedding)"):
+        TrainableModel(model, TrainSettings(lora_rank=2, lora_targets=(target,)))
+
+
+@pytest.mark.parametrize("model_type", ["llama", "gpt2"])
+def test_the_adapters_beside_the_model_are_loaded_by_peft(model_type, tmp_path):
+    make(model_type).save_pretrained(tmp_path / "base")
+    learner = Learner(TrainSettings(lora_rank=2), tmp_path / "base", torch.device("cpu"))
+    draw(learner.trainable)
+    adapted = logits_of(learner.model)
+    learner.save(tmp_path / "model")
+    base = load_model(tmp_path / "base")
+    loaded = PeftModel.from_pretrained(base, tmp_path / "model" / "adapter")
+    torch.testing.assert_close(logits_of(loaded), adapted)
+    # Transformers takes the merged model by itself, not the adapters on top of it.
+    torch.testing.assert_close(
+        logits_of(load_model(tmp_path / "model")), adapted, atol=1e-4, rtol=1e-4
+    )
+
+
+def test_a_base_in_bf16_is_merged_and_saved_in_float32(tmp_path):
+    """In bf16 an update of a thousandth of the weights would be lost."""
+    make("llama").bfloat16().save_pretrained(tmp_path / "base")
+    settings = TrainSettings(lora_rank=2, precision="bf16")
+    learner = Learner(settings, tmp_path / "base", torch.device("cpu"))
+    draw(learner.trainable)
+    with torch.no_grad():
+        for name, parameter in learner.trainable.parameters.items():
+            if "lora_B" in name:
+                parameter.mul_(1e-3)
+    adapted = logits_of(learner.model)
+    base = logits_of(load_model(tmp_path / "base"))
+    learner.save(tmp_path / "model")
+    stored = load_file(tmp_path / "model" / "model.safetensors")
+    assert {tensor.dtype for tensor in stored.values()} == {torch.float32}
+    merged = logits_of(load_model(tmp_path / "model"))
+    assert (merged - adapted).norm() < 1e-2 * (adapted - base).norm()
+    rounded = logits_of(load_model(tmp_path / "model").bfloat16()).float()
+    assert (rounded - adapted).norm() > (adapted - base).norm()
+
+
+def test_adapters_are_tried_out():
+    """One that changes nothing, and one whose merge is another model."""
+    with_adapters("llama").adapters.try_out()
+    ineffective = with_adapters("llama", lora_targets=("down_proj",))
+    for layer in ineffective.model.model.layers:
+        layer.mlp.down_proj.forward = layer.mlp.down_proj.base_layer.forward
+    with pytest.raises(ConfigError, match=r"a llama model with .* they change hidden states by 0"):
+        ineffective.adapters.try_out()
+    wrong = with_adapters("llama")
+    layer = wrong.model.model.layers[0].mlp.down_proj
+    layer.forward = layer.base_layer.forward
+    with pytest.raises(ConfigError, match=r"their merge changes hidden states by"):
+        wrong.adapters.try_out()
