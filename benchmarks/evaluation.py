@@ -26,7 +26,7 @@ def measure(args: argparse.Namespace) -> dict[str, object]:
     from lm_eval.models.huggingface import HFLM
 
     from lrmc_ray.config import ModelSettings
-    from lrmc_ray.evaluate.harness import run_task
+    from lrmc_ray.evaluate.harness import ItemChoice, run_task
     from lrmc_ray.evaluate.item_rows import task_rows
     from lrmc_ray.evaluate.prefix_lm import PrefixLM
     from lrmc_ray.evaluate.task_files import task_manager
@@ -49,7 +49,7 @@ def measure(args: argparse.Namespace) -> dict[str, object]:
             seconds, rows = [], []
             for lm in (plain, ours):
                 start = time.process_time()
-                samples = run_task(lm, manager, name, args.limit)
+                samples = run_task(lm, manager, name, ItemChoice(args.limit))
                 seconds.append(time.process_time() - start)
                 rows.append(list(task_rows(name, "general", samples, tokenizer)))
             differences = [abs(a["value"] - b["value"]) for a, b in zip(*rows, strict=True)]

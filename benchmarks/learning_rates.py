@@ -24,7 +24,7 @@ import torch.nn.functional as F
 
 from lrmc_ray.chat.answers import Chat
 from lrmc_ray.config import ModelSettings
-from lrmc_ray.evaluate.harness import run_task
+from lrmc_ray.evaluate.harness import ItemChoice, run_task
 from lrmc_ray.evaluate.item_rows import task_rows
 from lrmc_ray.evaluate.items import Scores
 from lrmc_ray.evaluate.prefix_lm import PrefixLM
@@ -68,7 +68,7 @@ def scored(model: Any, tokenizer: Any, limit: int) -> Scores:
     lm = PrefixLM(model, tokenizer, batch_tokens=2048)
     with tempfile.TemporaryDirectory() as scratch:
         manager = task_manager(["nl2sql"], Path(scratch), "test")
-        samples = run_task(lm, manager, "nl2sql", limit)
+        samples = run_task(lm, manager, "nl2sql", ItemChoice(limit))
     return Scores.from_rows(task_rows("nl2sql", "domain", samples, tokenizer))
 
 

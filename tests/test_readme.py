@@ -8,7 +8,9 @@ from typing import Any
 
 import pytest
 
-from tests.support.documents import block
+from lrmc_ray.evaluate.items import Scores
+from lrmc_ray.report.study import load_study
+from tests.support.documents import ROOT, block
 
 
 def run(name: str, tiny_model: Path, directory: Path) -> dict[str, Any]:
@@ -17,6 +19,7 @@ def run(name: str, tiny_model: Path, directory: Path) -> dict[str, Any]:
     assert commands.count("./lrmc tune") == 1
     commands = commands.replace("./lrmc tune", f"{sys.executable} -m lrmc_ray tune --json")
     (directory / "my_model").symlink_to(tiny_model)
+    (directory / "examples").symlink_to(ROOT / "examples")
     shorter = "search.trials=2 train.steps=4 evaluate.limit=8"
     done = subprocess.run(
         ["bash", "-euo", "pipefail", "-c", f"{commands.rstrip()} --model my_model {shorter}"],
@@ -39,7 +42,7 @@ def run(name: str, tiny_model: Path, directory: Path) -> dict[str, Any]:
 @pytest.mark.parametrize(
     ("name", "samples", "tasks"),
     [
-        ("own-data", 2, {"kinds", "wordnet"}),
+        ("own-data", 72, {"invented", "wordnet"}),
         pytest.param(
             *("own-data-in-full", 3, {"my_task", "wordnet", "plain_english"}),
             marks=pytest.mark.slow,
@@ -52,8 +55,23 @@ def test_the_examples_of_own_data_run_as_they_stand(tiny_model, tmp_path, name, 
     assert [trial["role"] for trial in study["trials"]] == ["defaults", "yardstick"]
     assert study["record"]["samples"] == samples
     names = [name.split("/") for name in study["trials"][0]["results"]]
+    if name == "own-data":
+        check_parts(tmp_path, study)
     assert {parts[2] for parts in names if len(parts) == 4} == tasks
 
 
+def check_parts(directory: Path, study: dict[str, Any]) -> None:
+    """No item that the best trial is judged on at the end was asked while it was chosen."""
+    (found,) = (directory / "my_runs").glob("*/study.json")
+    searched, final = (
+        set(Scores.load(found.parent / path).objective("invented").item_ids)
+        for path in (study["base_scores"], study["final"]["base"])
+    )
+    assert len(searched) == 8  # the limit
+    assert len(final) == 9
+    assert searched.isdisjoint(final)
+    assert load_study(found.parent).verdict.fresh_tasks == ("invented",)
+
+
 def test_the_example_in_the_readme_is_short():
-    assert len(block("own-data").splitlines()) == 5
+    assert len(block("own-data").splitlines()) == 2

@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Any
 from lrmc_ray.compare.figure import draw_effects, draw_methods, draw_scatter
 from lrmc_ray.compare.measure import SPIKE_DEVIATIONS, SPIKE_WINDOW, Cost, Estimate
 from lrmc_ray.compare.table import ComparisonTable, Effect, MethodRow, SearchPoint, load_table
+from lrmc_ray.evaluate.numbers import number, percent, points, points_range
 from lrmc_ray.files.artifacts import write_atomically, write_json
-from lrmc_ray.report.numbers import number, percent, points, points_range
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -90,8 +90,7 @@ class SearchSettings(Settings):
     """Time after which a trial is stopped as failed; by default ten times the longest that has
     ended, and at least ten minutes."""
     final_limit: int | None = Field(None, ge=2)
-    """Items per domain task of the last scoring, on questions that no choice was made on; by
-    default as many as ``evaluate.limit``."""
+    """Test items per domain task of the last scoring; by default as many as ``evaluate.limit``."""
     keep_models: Literal["best", "all"] = "best"
     """Which tuned models stay on disk."""
 

@@ -89,6 +89,11 @@ class EvaluateSettings(Settings):
     """Type of the weights during evaluation."""
     limit: int | None = Field(None, ge=2)
     """Items per task; none for all. An interval needs at least two."""
+    test_share: float = Field(0.5, ge=0, lt=1)
+    """Share of every domain task's items that no trial is chosen by, kept for the end. ``nl2sql``
+    and ``ct`` have such items already. 0 keeps none."""
+    test_seed: int = 0
+    """Which items these are."""
     drift_samples: int = Field(16, ge=0)
     """Texts on which KL(base || tuned) is measured; 0 switches it off."""
 

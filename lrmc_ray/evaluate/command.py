@@ -16,6 +16,9 @@ from lrmc_ray.files.place import place_of
 from lrmc_ray.models import local_directory
 from lrmc_ray.tasks.registry import expand
 
+_CHOSEN_BY_NOTHING = {"evaluate": {"test_share": 0}}
+"""No search has chosen by any item, so that all are asked."""
+
 
 def main(argv: Sequence[str]) -> int:
     """The command ``python -m lrmc_ray.evaluate``."""
@@ -24,7 +27,7 @@ def main(argv: Sequence[str]) -> int:
     if arguments.actors is not None and arguments.actors < 1:
         raise ConfigError(f"--actors must be at least 1, got {arguments.actors}")
     origin = read_origin(Path(arguments.tuned[0])) if arguments.tuned else None
-    settings = settings_from(arguments, None if origin is None else origin.settings)
+    settings = settings_from(arguments, _CHOSEN_BY_NOTHING if origin is None else origin.settings)
     output = arguments.output or scores_directory(origin)
     place = place_of(settings.resources.storage)
     for directory in arguments.tuned:

@@ -6,6 +6,7 @@ All tasks, ours and those of the Hub, go through lm-eval's own runner.
 import random
 import tempfile
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +14,9 @@ import numpy as np
 
 from lrmc_ray.errors import DataError, LrmcError
 from lrmc_ray.evaluate.drift import DRIFT_POSITIONS, item_texts, pick_evenly
+from lrmc_ray.evaluate.item_parts import Indices, divide_items, is_divided
 from lrmc_ray.evaluate.item_rows import GOLD, task_rows
-from lrmc_ray.evaluate.request import Group, ScoreRequest, ScoreResult, Split
+from lrmc_ray.evaluate.request import ALL_ITEMS, Group, KeptApart, ScoreRequest, ScoreResult, Split
 from lrmc_ray.evaluate.task_checks import right_choices
 from lrmc_ray.evaluate.task_files import (
     error_text,
@@ -48,7 +50,8 @@ def score(model_directory: Path, request: ScoreRequest) -> ScoreResult:
         tokenizer = load_tokenizer(model_directory)
         lm = _language_model(model, tokenizer, request.batch_tokens, request.template_options)
         for name, group in request.tasks:
-            samples = run_task(lm, manager, name, request.limit)
+            choice = ItemChoice(request.limit, request.split, request.kept, group)
+            samples = run_task(lm, manager, name, choice)
             rows.extend(task_rows(task_label(name), group, samples, tokenizer))
             if request.drift_texts is None:
                 texts[task_label(name)] = pick_evenly(
@@ -69,6 +72,7 @@ def slice_rows(
     items: int,
     batch_tokens: int,
     split: Split,
+    kept: KeptApart = ALL_ITEMS,
     template_options: Mapping[str, Any] | None = None,
 ) -> list[dict[str, Any]]:
     """Rows of the smooth scores of the first ``items`` items of each task, of a model in memory.
@@ -86,7 +90,9 @@ def slice_rows(
         manager = task_manager([name for name, _ in tasks], Path(scratch), split)
         lm = _language_model(model, tokenizer, batch_tokens, template_options)
         for name, group in tasks:
-            samples = run_task(lm, manager, name, items, is_slice=True)
+            samples = run_task(
+                lm, manager, name, ItemChoice(items, split, kept, group), is_slice=True
+            )
             rows.extend(task_rows(task_label(name), group, samples, tokenizer))
     return rows
 
@@ -101,8 +107,29 @@ def _language_model(
     return PrefixLM(model, tokenizer, batch_tokens=batch_tokens, template_options=template_options)
 
 
+@dataclass(frozen=True)
+class ItemChoice:
+    """Which items of a task are asked."""
+
+    limit: int | None = None
+    """The first ones; None for all."""
+    split: Split = "dev"
+    kept: KeptApart = ALL_ITEMS
+    group: Group = "general"
+
+    def of(self, name: str, tasks: Mapping[str, Any]) -> dict[str, Indices] | None:
+        """Indices of the items of ``tasks`` that are asked; None for the first ``limit``."""
+        if not is_divided(name, self.group, self.kept):
+            return None
+        items = {task_name: task.eval_docs for task_name, task in tasks.items()}
+        parts = divide_items(items, self.split, self.kept)
+        return parts and {
+            task_name: Indices(part[: self.limit]) for task_name, part in parts.items()
+        }
+
+
 def run_task(
-    lm: Any, manager: Any, name: str, limit: int | None, *, is_slice: bool = False
+    lm: Any, manager: Any, name: str, choice: ItemChoice, *, is_slice: bool = False
 ) -> dict[str, list[dict[str, Any]]]:
     """lm-eval's samples of every task that ``name`` stands for; of a slice, the cheapest that do.
 
@@ -116,7 +143,8 @@ def run_task(
     samples: dict[str, list[dict[str, Any]]] = {}
     for part in parts:
         loaded = load_task(manager, part)
-        samples.update(_run_loaded(lm, loaded, part, limit))
+        asked = choice.of(name, loaded["tasks"])
+        samples.update(_run_loaded(lm, loaded, part, choice.limit, asked))
         for task_name, task in loaded["tasks"].items():
             for sample in samples[task_name]:
                 sample["output_type"] = task.OUTPUT_TYPE
@@ -127,7 +155,11 @@ def run_task(
 
 
 def _run_loaded(
-    lm: Any, loaded: dict[str, Any], part: str, limit: int | None
+    lm: Any,
+    loaded: dict[str, Any],
+    part: str,
+    limit: int | None,
+    asked: dict[str, Indices] | None,
 ) -> dict[str, list[dict[str, Any]]]:
     """What lm-eval says of every item, by task."""
     import lm_eval
@@ -140,7 +172,8 @@ def _run_loaded(
         results = lm_eval.evaluate(
             lm=lm,
             task_dict=loaded,
-            limit=limit,
+            limit=limit if asked is None else None,
+            samples=asked,
             apply_chat_template=chat,
             fewshot_as_multiturn=True,
             bootstrap_iters=0,

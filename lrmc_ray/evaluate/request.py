@@ -7,7 +7,21 @@ import numpy as np
 
 Group = Literal["domain", "general"]
 Split = Literal["dev", "test"]
-"""Which questions our own domain tasks ask: for choices during a search, or for the end."""
+"""Which items the domain tasks ask: ``dev``, the search items, that a search chooses by, or
+``test``, those that are kept for the end."""
+
+
+@dataclass(frozen=True)
+class KeptApart:
+    """Which items of a domain task are kept for the end."""
+
+    share: float
+    """Of the items, from 0 to 1; with 0 a task asks all of them at any time."""
+    seed: int = 0
+
+
+ALL_ITEMS = KeptApart(0.0)
+"""No items are kept for the end."""
 
 
 @dataclass(frozen=True)
@@ -24,6 +38,8 @@ class ScoreRequest:
     """Texts of each task to measure drift on, by its group, unless ``drift_texts`` names them."""
     drift_texts: "dict[str, list[list[int]]] | None" = None
     """Token ids of the base model's texts by task; a tuned model is compared on the same ones."""
+    kept: KeptApart = ALL_ITEMS
+    """Which items of the domain tasks are kept for the end."""
     template_options: "dict[str, Any]" = field(default_factory=dict)
     """What the chat template is given besides the messages."""
 

@@ -28,7 +28,7 @@ from lrmc_ray.evaluate.drift import BaseTexts, drift_metrics, read_base_texts, w
 from lrmc_ray.evaluate.items import Scores
 from lrmc_ray.evaluate.names import MADE_BY, RECEIPT, SCORING
 from lrmc_ray.evaluate.processes import ScoredModel, fits_here, score_here, score_in_tasks
-from lrmc_ray.evaluate.request import Group, ScoreRequest, Split
+from lrmc_ray.evaluate.request import Group, KeptApart, ScoreRequest, Split
 from lrmc_ray.evaluate.task_files import (
     located,
     own_files,
@@ -236,6 +236,7 @@ def _requests(
             precision=chosen.precision,
             limit=chosen.limit,
             split=split,
+            kept=KeptApart(chosen.test_share, chosen.test_seed),
             drift_samples=shares,
             drift_texts=before.texts if before else None,
             template_options=settings.model.template_options,

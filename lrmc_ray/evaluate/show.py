@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from rich import box
 from rich.console import Console
 from rich.table import Table
 
@@ -13,6 +14,16 @@ from lrmc_ray.config import SearchSettings
 from lrmc_ray.evaluate.changes import Comparison, compare, receipt
 from lrmc_ray.evaluate.items import Scores
 from lrmc_ray.evaluate.names import MADE_BY, RECEIPT
+from lrmc_ray.evaluate.numbers import (
+    delta_texts,
+    is_share,
+    number,
+    percent,
+    percent_range,
+    points,
+    points_range,
+    value_texts,
+)
 from lrmc_ray.evaluate.statistics import Interval
 from lrmc_ray.files.artifacts import read_manifest
 
@@ -29,12 +40,22 @@ def show_scores(directory: Path, *, as_json: bool) -> None:
             values[f"{task}/{metric}_standard_error"] = items.standard_error
         print(json.dumps(values))
         return
-    table = Table(title="95 % intervals in brackets")
-    for column in ("task", "metric", "items", "score", "standard error"):
-        table.add_column(column)
+    table = Table(title="95 % intervals below the scores", box=box.SIMPLE_HEAD)
+    table.add_column("task")
+    table.add_column("metric")
+    for column in ("items", "score", "standard error"):
+        table.add_column(column, justify="right", no_wrap=True)
     for (task, metric), items in scores.metrics.items():
-        row = (task, metric, str(items.num_items), str(items.value), f"{items.standard_error:.3f}")
-        table.add_row(*row)
+        value = items.value
+        cells = (f"{number(value.value, 3)}", f"{number(items.standard_error, 3)}")
+        ends = f"{number(value.low, 3)} to {number(value.high, 3)}"
+        if is_share(metric, value.value):
+            cells = (percent(value.value), points(items.standard_error).removeprefix("+"))
+            ends = percent_range(value)
+        table.add_row(
+            *(task, metric.replace("_", " "), str(items.num_items)),
+            *(f"{cells[0]}\n{ends}", cells[1]),
+        )
     Console().print(table)
     print(f"The scores are in {directory}. Next: {pasteable('lrmc', 'evaluate', '--tuned')} DIR")
 
@@ -66,14 +87,26 @@ def show_changes(search: SearchSettings, scored: Sequence[Path], *, as_json: boo
 
 def _changes_table(compared: Comparison) -> Table:
     """Every metric of every task, before and after."""
-    table = Table(title="95 % intervals in brackets; grey: not distinguishable from no change")
-    for column in ("task", "metric", "items", "base", "tuned", "change"):
-        table.add_column(column)
+    title = "Changes in points of 100, 95 % intervals below; grey: may be no change"
+    table = Table(title=title, box=box.SIMPLE_HEAD)
+    table.add_column("task")
+    table.add_column("metric")
+    for column in ("items", "base", "tuned", "change"):
+        table.add_column(column, justify="right", no_wrap=True)
     for task in compared.tasks:
         for change in task.metrics:
-            cells = [str(change.before), str(change.after), str(change.delta)]
-            style = None if change.delta.distinguishable else "bright_black"
-            table.add_row(task.task, change.metric, str(task.num_items), *cells, style=style)
+            cells = (
+                value_texts(change, change.before),
+                value_texts(change, change.after),
+                delta_texts(change),
+            )
+            table.add_row(
+                task.task,
+                change.metric.replace("_", " "),
+                str(task.num_items),
+                *("\n".join(cell) for cell in cells),
+                style=None if change.delta.distinguishable else "bright_black",
+            )
     return table
 
 
@@ -83,12 +116,14 @@ def _print_headline(console: Console, compared: Comparison, drift: Mapping[str, 
         ("domain gain", compared.domain_gain),
         ("forgetting", compared.forgetting),
         ("combined", compared.combined),
-        ("cross-entropy of general text", compared.general_ce_delta),
     ):
-        if interval is not None:
-            doubt = "" if interval.distinguishable else ", not distinguishable from 0"
-            style = None if interval.distinguishable else "bright_black"
-            console.print(f"{name} {interval}{doubt}", style=style, highlight=False)
+        doubt = "" if interval.distinguishable else ", not distinguishable from 0"
+        style = None if interval.distinguishable else "bright_black"
+        text = f"{name} {points(interval.value)} points ({points_range(interval)}){doubt}"
+        console.print(text, style=style, highlight=False)
+    if (entropy := compared.general_ce_delta) is not None:
+        text = f"cross-entropy of general text {entropy} nats per token"
+        console.print(text, highlight=False)
     for group in ("domain", "general"):
         name = f"eval/kl_base_{group}"
         if name in drift:

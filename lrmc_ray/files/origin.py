@@ -37,10 +37,14 @@ class Origin(BaseModel):
 
     @property
     def settings(self) -> dict[str, dict[str, Any]]:
-        """Settings with which a command scores the model as it was scored."""
+        """Settings with which a command scores the model as it was scored.
+
+        No choice was made by the scores of a training by itself, so that all items are asked.
+        """
+        chosen = {} if self.study else {"test_share": 0}
         return {
             "model": self.model,
-            "evaluate": self.evaluate,
+            "evaluate": {**self.evaluate, **chosen},
             "search": {"forgetting_weight": self.forgetting_weight},
         }
 

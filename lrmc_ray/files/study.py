@@ -127,7 +127,7 @@ class StudyFile(_Part):
     closest: int | None = None
     """Where no trial keeps the budget: the one that comes closest to it."""
     final: dict[str, str] = {}
-    """Scores of ``base``, ``best`` and ``yardstick`` on items that no choice was made on."""
+    """Scores of ``base``, ``best`` and ``yardstick`` on the test items."""
     final_limit: int | None = None
     """Items per task of these; None for all."""
     ended: float | None = None

@@ -13,10 +13,10 @@ from typing import Any, Literal
 
 from lrmc_ray.compare.description import COMPARISON_FILE, RUNS
 from lrmc_ray.errors import IncompleteArtifactError, LrmcError
+from lrmc_ray.evaluate.numbers import points
 from lrmc_ray.files.artifacts import MANIFEST, PARTIAL
 from lrmc_ray.files.names import MODEL
 from lrmc_ray.files.study import STUDY_FILE, TRIALS, StudyFile, read_study
-from lrmc_ray.report.numbers import points
 
 Kind = Literal["search", "comparison", "record", "scores", "training", "unfinished"]
 State = Literal["finished", "running", "unfinished", "damaged"]

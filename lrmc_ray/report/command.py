@@ -11,7 +11,7 @@ from lrmc_ray.report.console import as_json, summary_table
 from lrmc_ray.report.figures_png import FIGURE_FILE
 from lrmc_ray.report.page import write_study_report
 from lrmc_ray.report.study import load_study
-from lrmc_ray.report.words import headline
+from lrmc_ray.report.words import headline, score_text
 
 # Command
 
@@ -43,6 +43,8 @@ def main(argv: Sequence[str]) -> int:
     # Without a terminal nothing limits the width, and a wrapped table is hard to read.
     console = Console(width=None if sys.stdout.isatty() else 120, highlight=False)
     console.print(summary_table(study))
+    if study.verdict is not None:
+        console.print(score_text(study.verdict.comparison), style="bright_black")
     for sentence in headline(study):
         console.print(sentence.text, markup=False)
     for note in study.notes:

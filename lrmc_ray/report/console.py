@@ -4,7 +4,7 @@ from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 from lrmc_ray.evaluate.front import HYPERVOLUME_REFERENCE
-from lrmc_ray.report.numbers import (
+from lrmc_ray.evaluate.numbers import (
     points,
     points_range,
 )
@@ -32,7 +32,7 @@ def summary_table(study: Study) -> "Table":
     from rich.text import Text
 
     table = Table(
-        title=f"{study.file.name}: points of 100, with 95 % intervals; grey: may be zero",
+        title=f"{study.file.name}: search items, points of 100, 95 % intervals; grey: may be zero",
         box=box.SIMPLE_HEAD,
         show_lines=False,
     )

@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 
 from lrmc_ray.console import format_seconds
-from lrmc_ray.report.numbers import (
+from lrmc_ray.evaluate.numbers import (
     percent,
 )
 from lrmc_ray.report.study import Study

@@ -10,7 +10,7 @@ from lrmc_ray.report.trade_off import Surface
 if TYPE_CHECKING:
     from plotly.graph_objects import Figure
 
-from lrmc_ray.report.numbers import points, points_range
+from lrmc_ray.evaluate.numbers import points, points_range
 
 # One colour per meaning, in the page and in the PNG.
 COLOURS = {

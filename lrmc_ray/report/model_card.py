@@ -7,12 +7,13 @@ from typing import Any
 
 from lrmc_ray.config import DEMO
 from lrmc_ray.errors import IncompleteArtifactError
-from lrmc_ray.evaluate.changes import Comparison, MetricChange, TaskChange
+from lrmc_ray.evaluate.changes import MetricChange, TaskChange
+from lrmc_ray.evaluate.numbers import delta_texts, flatten, points, points_range, value_texts
 from lrmc_ray.evaluate.statistics import Interval
 from lrmc_ray.files.artifacts import write_atomically
 from lrmc_ray.report.method_words import PAPER, is_of_paper, method_tags, method_text
-from lrmc_ray.report.numbers import flatten, number, percent, percent_range, points, points_range
-from lrmc_ray.report.study import Study, load_study
+from lrmc_ray.report.study import Study, Verdict, load_study
+from lrmc_ray.report.words import items_text, score_text, verdict_items_text
 from lrmc_ray.tasks.demo.base_model import HUB_ID
 
 MODEL_CARD = "README.md"
@@ -78,8 +79,8 @@ def write_model_card(directory: Path, study_dir: Path) -> Path:
         f"method: {method_text(tuned)}{f' ({PAPER})' if is_of_paper(tuned) else ''}. "
         f"{study.best.name.capitalize()} of the study {study.file.name}.\n",
         "## Scores\n",
-        _scores_table(study.verdict.comparison),
-        _headline(study.verdict.comparison),
+        _scores_table(study.verdict),
+        _headline(study.verdict),
         "## Use\n",
         f"```python\n{_code(directory, _section(settings, 'model'))}```\n",
         "## Training data\n",
@@ -124,48 +125,45 @@ def _front_matter(base_model: str, license_name: str | None, tags: Sequence[str]
     return "\n".join(["---", *lines, "---", ""])
 
 
-def _scores_table(comparison: Comparison) -> str:
+def _scores_table(verdict: Verdict) -> str:
+    comparison = verdict.comparison
     rows = ["| task | metric | items | base | this model | change |", "|---|---|---|---|---|---|"]
     for group in ("domain", "general"):
         for task in comparison.tasks:
             if task.group == group:
-                rows += [_score_row(task, change) for change in task.metrics]
+                items = f"{task.num_items} {items_text([task.task], verdict.fresh_tasks)}"
+                rows += [_score_row(task, change, items) for change in task.metrics]
     return "\n".join(rows) + "\n"
 
 
-def _score_row(task: TaskChange, change: MetricChange) -> str:
+def _score_row(task: TaskChange, change: MetricChange, items: str) -> str:
     def value(interval: Interval) -> str:
-        if change.metric == "cross_entropy":
-            return f"{number(interval.value, 3)} ({_ends(interval)})"
-        return f"{percent(interval.value)} ({percent_range(interval)})"
+        text, ends = value_texts(change, interval)
+        return f"{text} ({ends})"
 
-    if change.metric == "cross_entropy":
-        delta = f"{number(change.delta.value, 3)} nats per token ({_ends(change.delta)})"
-    else:
-        delta = f"{points(change.delta.value)} ({points_range(change.delta)})"
+    delta, ends = delta_texts(change)
+    unit = " nats per token" if change.metric == "cross_entropy" else ""
     name = task.task.replace("|", "\\|")
     cells = (
         f"{name} ({task.group})",
         change.metric.replace("_", " "),
-        str(task.num_items),
+        items,
         value(change.before),
         value(change.after),
-        delta,
+        f"{delta}{unit} ({ends})",
     )
     return f"| {' | '.join(cells)} |"
 
 
-def _ends(interval: Interval) -> str:
-    return f"{number(interval.low, 3)} to {number(interval.high, 3)}"
-
-
-def _headline(comparison: Comparison) -> str:
+def _headline(verdict: Verdict) -> str:
+    comparison = verdict.comparison
     gain, forgetting = comparison.domain_gain, comparison.forgetting
     doubt = "" if forgetting.distinguishable else ", not distinguishable from none"
     return (
         f"Domain gain {points(gain.value)} points of 100 ({points_range(gain)}); forgetting on "
-        f"the general tasks {points(forgetting.value)} ({points_range(forgetting)}){doubt}. In "
-        "brackets are 95 % intervals over the items; changes are paired item by item.\n"
+        f"the general tasks {points(forgetting.value)} ({points_range(forgetting)}){doubt} "
+        f"({verdict_items_text(verdict)}). {score_text(comparison)} In brackets are 95 % "
+        "intervals over the items; changes are paired item by item.\n"
     )
 
 

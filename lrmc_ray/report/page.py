@@ -12,6 +12,12 @@ from typing import Any
 from lrmc_ray.evaluate.changes import (
     receipt,
 )
+from lrmc_ray.evaluate.numbers import (
+    flatten,
+    number,
+    points,
+    setting,
+)
 from lrmc_ray.files.artifacts import write_atomically
 from lrmc_ray.files.study import STUDY_FILE
 from lrmc_ray.report.costs import cost_footnote, rows_of_costs, sentences_on_cost
@@ -20,12 +26,6 @@ from lrmc_ray.report.figures_html import (
     front_figure,
 )
 from lrmc_ray.report.figures_png import FIGURE_FILE, draw_front, front_point_of
-from lrmc_ray.report.numbers import (
-    flatten,
-    number,
-    points,
-    setting,
-)
 from lrmc_ray.report.page_figures import (
     curve_drawings,
     importance_drawing,
@@ -43,8 +43,10 @@ from lrmc_ray.report.words import (
     headline,
     headline_numbers,
     note_on_not_drawn,
+    score_text,
     shown_role,
     tags_of,
+    verdict_items_text,
 )
 
 REPORT_FILE = "report.html"
@@ -92,6 +94,8 @@ def _page(study: Study) -> dict[str, Any]:
         "headline": headline(study),
         "tiles": _tiles(study),
         "resamples": RESAMPLES,
+        "items": verdict_items_text(verdict) if verdict is not None else "",
+        "score_text": score_text(verdict.comparison) if verdict is not None else "",
         "objective_text": (
             f"Combined = domain gain - {weight} x forgetting; against plain fine-tuning it is the "
             "difference of both combined scores."

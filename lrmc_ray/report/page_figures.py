@@ -5,6 +5,12 @@ from typing import Any
 
 from lrmc_ray.errors import DataError
 from lrmc_ray.evaluate.front import HYPERVOLUME_REFERENCE
+from lrmc_ray.evaluate.numbers import (
+    number,
+    percent,
+    points,
+    points_range,
+)
 from lrmc_ray.files.metrics_log import StepMetrics, read_metrics
 from lrmc_ray.report.figures_html import (
     Curve,
@@ -12,12 +18,6 @@ from lrmc_ray.report.figures_html import (
     curve_figure,
     hypervolume_figure,
     importance_figure,
-)
-from lrmc_ray.report.numbers import (
-    number,
-    percent,
-    points,
-    points_range,
 )
 from lrmc_ray.report.study import Study, Trial
 from lrmc_ray.report.template import drawing

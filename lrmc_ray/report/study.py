@@ -263,15 +263,22 @@ def _scored_model(directory: Path) -> str:
 
 
 def _differ(first: Scores, second: Scores, task: str) -> bool:
-    """Whether two evaluations of one model were of different items.
+    """Whether no item of one evaluation of a model was asked in another one.
 
-    Ids do not tell, since each split counts from 0; but the same items get the same scores.
+    Equal ids do not tell, since the files of a task may each count from 0; but the same items get
+    the same scores.
     """
     if task not in second.tasks:
         return True
-    own, other = (scores.objective(task).values for scores in (first, second))
+    own, other = (scores.objective(task) for scores in (first, second))
+    of_other = dict(zip(other.item_ids, other.values, strict=True))
+    common = [
+        abs(value - of_other[item_id])
+        for item_id, value in zip(own.item_ids, own.values, strict=True)
+        if item_id in of_other
+    ]
     # Another batch or another machine moves a score far less.
-    return len(own) != len(other) or bool(np.abs(own - other).mean() > 0.005)
+    return not common or bool(np.mean(common) > 0.005)
 
 
 def _load_trial(

@@ -6,16 +6,11 @@ from lrmc_ray.evaluate.changes import (
     MetricChange,
     TaskChange,
 )
+from lrmc_ray.evaluate.numbers import delta_texts, is_fraction, number, value_texts
 from lrmc_ray.evaluate.statistics import Interval
-from lrmc_ray.report.numbers import (
-    number,
-    percent,
-    percent_range,
-    points,
-    points_range,
-)
 from lrmc_ray.report.study import Trial, Verdict
 from lrmc_ray.report.template import whisker
+from lrmc_ray.report.words import items_text
 
 
 def drift_text(best: Trial) -> str:
@@ -34,7 +29,7 @@ def drift_text(best: Trial) -> str:
 
 def rows_of_tasks(verdict: Verdict) -> list[dict[str, Any]]:
     """The best trial's metrics, the objective's first within each task."""
-    comparison, plain = verdict.comparison, verdict.plain
+    comparison, plain, fresh = verdict.comparison, verdict.plain, verdict.fresh_tasks
     rows: list[dict[str, Any]] = []
     for group, heading in (("domain", "Domain tasks"), ("general", "General tasks")):
         rows.append({"heading": heading})
@@ -48,30 +43,27 @@ def rows_of_tasks(verdict: Verdict) -> list[dict[str, Any]]:
         low = min([0.0, *(interval.low for interval in drawn)])
         high = max([0.0, *(interval.high for interval in drawn)])
         for task, change in changes:
-            is_fraction = _is_fraction(change)
-            value, value_range = (percent, percent_range) if is_fraction else (_raw, _raw_range)
-            delta, delta_range = (
-                (points, points_range) if is_fraction else (_raw_delta, _raw_delta_range)
-            )
+            before, before_range = value_texts(change, change.before)
+            after, after_range = value_texts(change, change.after)
+            delta, delta_range = delta_texts(change)
             better = _better(task, change)
             row = {
                 "heading": "",
-                "task": f"{task.task} ({task.num_items} items)",
+                "task": f"{task.task} ({task.num_items} {items_text([task.task], fresh)})",
                 "metric": change.metric.replace("_", " "),
                 "is_objective": change.metric == task.objective_metric,
-                "before": value(change.before.value),
-                "before_range": value_range(change.before),
-                "after": value(change.after.value),
-                "after_range": value_range(change.after),
-                "delta": delta(change.delta.value),
-                "delta_range": delta_range(change.delta),
+                "before": before,
+                "before_range": before_range,
+                "after": after,
+                "after_range": after_range,
+                "delta": delta,
+                "delta_range": delta_range,
                 "distinguishable": change.delta.distinguishable,
                 "whisker": whisker(better, low, high) if better else "",
             }
             if plain is not None:
                 other = plain.task(task.task).metric(change.metric).after
-                row["yardstick"] = value(other.value)
-                row["yardstick_range"] = value_range(other)
+                row["yardstick"], row["yardstick_range"] = value_texts(change, other)
             rows.append(row)
     return rows
 
@@ -84,29 +76,8 @@ def _ordered(task: TaskChange) -> list[MetricChange]:
     )
 
 
-def _is_fraction(change: MetricChange) -> bool:
-    values = (change.before.value, change.after.value)
-    return change.metric != "cross_entropy" and all(0.0 <= value <= 1.0 for value in values)
-
-
 def _better(task: TaskChange, change: MetricChange) -> Interval | None:
     """The change with the better side positive; None where the metric's direction is unknown."""
     if change.metric == task.objective_metric:
         return task.objective
-    return change.delta if _is_fraction(change) else None
-
-
-def _raw(value: float) -> str:
-    return number(value, 3)
-
-
-def _raw_range(interval: Interval) -> str:
-    return f"{_raw(interval.low)} to {_raw(interval.high)}"
-
-
-def _raw_delta(value: float) -> str:
-    return f"+{_raw(value)}" if float(f"{value:.3f}") > 0.0 else _raw(value)
-
-
-def _raw_delta_range(interval: Interval) -> str:
-    return f"{_raw_delta(interval.low)} to {_raw_delta(interval.high)}"
+    return change.delta if is_fraction(change) else None

@@ -11,8 +11,8 @@ if TYPE_CHECKING:
     from markupsafe import Markup
     from plotly.graph_objects import Figure
 
+from lrmc_ray.evaluate.numbers import points, points_range
 from lrmc_ray.report.figures_html import COLOURS
-from lrmc_ray.report.numbers import points, points_range
 
 
 @dataclass(frozen=True)

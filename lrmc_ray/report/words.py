@@ -1,14 +1,11 @@
 """What the report says in sentences."""
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from lrmc_ray.config.search import Objective
-from lrmc_ray.evaluate.changes import (
-    Comparison,
-)
-from lrmc_ray.evaluate.statistics import CONFIDENCE, Interval
-from lrmc_ray.report.numbers import (
+from lrmc_ray.evaluate.changes import Comparison, TaskChange
+from lrmc_ray.evaluate.numbers import (
     flatten,
     number,
     percent,
@@ -16,6 +13,7 @@ from lrmc_ray.report.numbers import (
     points,
     points_range,
 )
+from lrmc_ray.evaluate.statistics import CONFIDENCE, Interval
 from lrmc_ray.report.study import Study, Trial, Verdict
 
 OBJECTIVE_NOTES: dict[Objective, str] = {
@@ -47,7 +45,7 @@ def headline(study: Study) -> tuple[Sentence, ...]:
     sentences = [
         *_closest(study),
         _learned(study.shown, comparison, study.verdict.fresh_tasks),
-        _forgotten(comparison),
+        _forgotten(comparison, study.verdict.fresh_tasks),
         *_by_objective(study),
     ]
     versus = _against_yardstick(study, study.verdict)
@@ -108,9 +106,9 @@ def _learned(best: Trial, comparison: Comparison, fresh_tasks: Collection[str]) 
             )
         else:
             change = task.metric("accuracy")
-            asked = f"{task.task} questions, the same that the search chose by,"
+            asked = f"{task.num_items} {task.task} items that the search also chose by"
             if task.task in fresh_tasks:
-                asked = f"held-out {task.task} questions"
+                asked = f"{task.num_items} {task.task} test items"
             facts.append(
                 f"answers {percent(change.after.value)} of the {asked} "
                 f"(95 % interval {percent_range(change.after)}; "
@@ -125,15 +123,56 @@ def _learned(best: Trial, comparison: Comparison, fresh_tasks: Collection[str]) 
     return Sentence(f"{subject} {', '.join(shown)}.{doubt}", gain.distinguishable)
 
 
-def _forgotten(comparison: Comparison) -> Sentence:
+def items_text(tasks: Iterable[str], fresh_tasks: Collection[str]) -> str:
+    """Which items scores of ``tasks`` are of: ``search items``, ``test items``, or both."""
+    kinds = {"test" if task in fresh_tasks else "search" for task in tasks}
+    return f"{' and '.join(sorted(kinds))} items"
+
+
+def verdict_items_text(verdict: Verdict) -> str:
+    """Which items domain gain and forgetting of a verdict are of."""
+    texts = {
+        group: items_text(
+            [task.task for task in verdict.comparison.tasks if task.group == group],
+            verdict.fresh_tasks,
+        )
+        for group in ("domain", "general")
+    }
+    if len(set(texts.values())) == 1:
+        return texts["domain"]
+    return f"domain: {texts['domain']}, general: {texts['general']}"
+
+
+def _score_of(task: TaskChange) -> str:
+    """What the score of a task is, in words."""
+    if task.kind == "choice":
+        return "the probability of the right choice"
+    if task.kind == "text":
+        return "the relative change of the cross-entropy"
+    if any(change.metric == "gold_probability" for change in task.metrics):
+        return "the mean of accuracy and the right answer's probability"
+    return "the accuracy"
+
+
+def score_text(comparison: Comparison) -> str:
+    """What gain and forgetting are differences of, in one sentence."""
+    tasks_of: dict[str, list[str]] = {}
+    for task in comparison.tasks:
+        tasks_of.setdefault(_score_of(task), []).append(task.task)
+    parts = [f"{what} ({', '.join(tasks)})" for what, tasks in tasks_of.items()]
+    return f"Gain and forgetting, in points of 100, are changes of {'; '.join(parts)}."
+
+
+def _forgotten(comparison: Comparison, fresh_tasks: Collection[str]) -> Sentence:
     forgetting = comparison.forgetting
     verb = "lost" if forgetting.value > 0 else "gained"
     amount = number(abs(100 * forgetting.value), 1)
     interval = forgetting if forgetting.value > 0 else -forgetting
     doubt = "" if forgetting.distinguishable else ", not distinguishable from zero"
+    general = [task.task for task in comparison.tasks if task.group == "general"]
     return Sentence(
         f"On the general tasks it {verb} {amount} points of 100 "
-        f"(95 % interval {points_range(interval)}){doubt}.",
+        f"({items_text(general, fresh_tasks)}, 95 % interval {points_range(interval)}){doubt}.",
         forgetting.distinguishable,
     )
 
@@ -143,7 +182,9 @@ def _against_yardstick(study: Study, verdict: Verdict) -> Sentence | None:
     if versus is None or study.candidate is None or study.yardstick is None:
         return None
     combined = versus.combined
-    plain = f"plain fine-tuning ({study.yardstick.name})"
+    # Where plain fine-tuning is the best itself, the other is compared with it by the search.
+    items = "search items" if verdict.plain is None else verdict_items_text(verdict)
+    plain = f"plain fine-tuning ({study.yardstick.name}, {items})"
     start = ""
     if study.candidate is not study.shown:
         start = f"Plain fine-tuning itself scored best; the best other is {study.candidate.name}. "
@@ -152,9 +193,10 @@ def _against_yardstick(study: Study, verdict: Verdict) -> Sentence | None:
     else:
         relation = "not distinguishable from"
     return Sentence(
-        f"{start}Item by item, {study.candidate.name} is {relation} {plain}: combined score "
-        f"{points(combined.value)} points (95 % interval {points_range(combined)}), from domain "
-        f"gain {points(versus.domain_gain.value)} ({points_range(versus.domain_gain)}) and "
+        f"{start}Item by item, {study.candidate.name} is {relation} {plain}: "
+        f"combined score {points(combined.value)} points "
+        f"(95 % interval {points_range(combined)}), from domain gain "
+        f"{points(versus.domain_gain.value)} ({points_range(versus.domain_gain)}) and "
         f"forgetting {points(versus.forgetting.value)} ({points_range(versus.forgetting)})."
         f"{_untuned(study)}",
         combined.distinguishable,
@@ -183,13 +225,14 @@ def caution_sentences(study: Study) -> list[str]:
     others = [task for task in study.verdict.base.tasks if task not in fresh]
     if fresh:
         cautions.append(
-            f"Scored on items that no choice was made on: {', '.join(fresh)}."
-            + (f" On the search's own items: {', '.join(others)}." if others else "")
+            f"Test items, which no trial was chosen by: {', '.join(fresh)}."
+            + (f" Search items: {', '.join(others)}." if others else "")
         )
     elif len(study.compared) > 1:
         cautions.append(
             f"The best of {len(study.compared)} trials was chosen on these same items, so its "
-            "numbers lean to the lucky side: score it on fresh items before relying on them."
+            "numbers lean to the lucky side: score it on other items before relying on them. A "
+            "domain task with 8 items or more keeps half of them for that (evaluate.test_share)."
         )
     cautions.append(
         "The intervals cover the choice of items. Another training seed adds its own spread: "

@@ -28,6 +28,7 @@ from lrmc_ray.errors import DataError
 from lrmc_ray.evaluate.harness import slice_rows
 from lrmc_ray.evaluate.items import Scores
 from lrmc_ray.evaluate.objective import combined_objective
+from lrmc_ray.evaluate.request import ALL_ITEMS, KeptApart
 from lrmc_ray.evaluate.task_files import located
 from lrmc_ray.files.artifacts import write_json
 from lrmc_ray.files.names import RUNG
@@ -74,6 +75,8 @@ class Rung:
     objective: Literal["combined", "budget"]
     forgetting_weight: float
     max_forgetting: float
+    kept: KeptApart = ALL_ITEMS
+    """Which items of the domain tasks are kept for the end."""
     template_options: Mapping[str, Any] = field(default_factory=dict)
     """What the chat template is given besides the messages."""
 
@@ -113,6 +116,7 @@ def rung_of(
         objective=search.objective,
         forgetting_weight=search.forgetting_weight,
         max_forgetting=search.max_forgetting,
+        kept=KeptApart(scored.test_share, scored.test_seed),
         template_options=settings.model.template_options,
     )
 
@@ -350,6 +354,7 @@ class EarlyStopping:
             items=self.rung.items,
             batch_tokens=self.rung.batch_tokens,
             split="dev",
+            kept=self.rung.kept,
             template_options=self.rung.template_options,
         )
 

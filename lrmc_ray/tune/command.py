@@ -99,7 +99,7 @@ def _print_end(search: "Search", arguments: argparse.Namespace) -> None:
 
     from lrmc_ray.report.console import as_json, summary_table
     from lrmc_ray.report.study import load_study
-    from lrmc_ray.report.words import headline
+    from lrmc_ray.report.words import headline, score_text
     from lrmc_ray.tune.finish import BEST_MODEL
 
     study = load_study(search.directory)
@@ -108,6 +108,8 @@ def _print_end(search: "Search", arguments: argparse.Namespace) -> None:
         return
     console = Console()
     console.print(summary_table(study))
+    if study.verdict is not None:
+        console.print(score_text(study.verdict.comparison), style="bright_black")
     for sentence in headline(study):
         console.print(sentence.text)
     model = search.directory / BEST_MODEL

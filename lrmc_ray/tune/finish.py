@@ -25,7 +25,7 @@ BEST_MODEL = "best_model"
 
 @dataclass(frozen=True)
 class Finalist:
-    """A model that is scored on the questions that no choice was made on."""
+    """A model that is scored on the test items."""
 
     model: Path
     searched: str
@@ -55,7 +55,7 @@ def finalists(description: Description) -> dict[str, Finalist]:
 
 
 def score_finalists(description: Description, output: Path) -> None:
-    """Score base, best and yardstick on the questions that no choice was made on.
+    """Score base, best and yardstick on the test items.
 
     Args:
         description: of the search, whose trials have ended; gets the paths of the scores.

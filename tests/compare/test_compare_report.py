@@ -36,8 +36,8 @@ from lrmc_ray.compare.table import SearchPoint, forgetting_predictors, load_tabl
 from lrmc_ray.errors import IncompleteArtifactError
 from lrmc_ray.evaluate.changes import compare
 from lrmc_ray.evaluate.items import Scores
+from lrmc_ray.evaluate.numbers import points
 from lrmc_ray.evaluate.statistics import Interval
-from lrmc_ray.report.numbers import points
 from tests.support.synthetic_comparison import RATES, make_space, write_base, write_run
 from tests.support.synthetic_study import item_rows, save_scores
 

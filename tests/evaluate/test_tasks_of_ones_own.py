@@ -15,7 +15,7 @@ from lm_eval.tasks import TaskManager
 
 from lrmc_ray.config import RunSettings
 from lrmc_ray.errors import ConfigError, DataError, LrmcError
-from lrmc_ray.evaluate.harness import run_task, score
+from lrmc_ray.evaluate.harness import ItemChoice, run_task, score
 from lrmc_ray.evaluate.item_rows import task_rows
 from lrmc_ray.evaluate.items import Scores
 from lrmc_ray.evaluate.json_items import read_dataset, read_items
@@ -186,7 +186,7 @@ def answering(answers):
 
 def generated(path: Path, lm, tmp_path: Path):
     manager = task_manager([str(path)], tmp_path / "scratch", "dev")
-    return list(task_rows("mine", "domain", run_task(lm, manager, str(path), None), None))
+    return list(task_rows("mine", "domain", run_task(lm, manager, str(path), ItemChoice()), None))
 
 
 def accuracy(rows):

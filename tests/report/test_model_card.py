@@ -9,12 +9,12 @@ import yaml
 
 from lrmc_ray.chat.answers import Chat
 from lrmc_ray.errors import IncompleteArtifactError
+from lrmc_ray.evaluate.numbers import percent, percent_range, points, points_range
 from lrmc_ray.method.names import Loss, OptimizerName
 from lrmc_ray.record.encode import encode_row
 from lrmc_ray.record.rows import Row
 from lrmc_ray.report.method_words import method_text
 from lrmc_ray.report.model_card import write_model_card
-from lrmc_ray.report.numbers import percent, percent_range, points, points_range
 from lrmc_ray.report.study import load_study
 from tests.support.chat_templates import shipped, tokenizer_for
 from tests.support.synthetic_study import add_final, edit, make_study
@@ -101,13 +101,13 @@ def test_scores_are_those_of_the_verdict(study_dir, tmp_path):
     verdict = load_study(own).verdict
     accuracy = verdict.comparison.task("nl2sql").metric("accuracy")
     assert (
-        f"| nl2sql (domain) | accuracy | 60 "
+        f"| nl2sql (domain) | accuracy | 60 test items "
         f"| {percent(accuracy.before.value)} ({percent_range(accuracy.before)}) "
         f"| {percent(accuracy.after.value)} ({percent_range(accuracy.after)}) "
         f"| {points(accuracy.delta.value)} ({points_range(accuracy.delta)}) |"
     ) in card
     entropy = verdict.comparison.task("plain_english").metric("cross_entropy")
-    assert f"| {entropy.delta.value:.3f} nats per token ({entropy.delta.low:.3f} to" in card
+    assert f"| +{entropy.delta.value:.3f} nats per token (+{entropy.delta.low:.3f} to" in card
     forgetting = verdict.comparison.forgetting
     assert f"{points(forgetting.value)} ({points_range(forgetting)})" in card
     rows = [line for line in card.splitlines() if line.startswith("| ") and "(domain)" in line]

@@ -19,12 +19,12 @@ from lrmc_ray.errors import DataError, IncompleteArtifactError
 from lrmc_ray.evaluate.changes import compare, difference, receipt
 from lrmc_ray.evaluate.front import front_probability, pareto_front
 from lrmc_ray.evaluate.items import Scores
+from lrmc_ray.evaluate.numbers import flatten, number, percent, percent_range, points, points_range
 from lrmc_ray.evaluate.statistics import Interval
 from lrmc_ray.report.command import main
 from lrmc_ray.report.console import as_json, summary_table
 from lrmc_ray.report.figures_html import Curve, curve_figure
 from lrmc_ray.report.figures_png import draw_front
-from lrmc_ray.report.numbers import flatten, number, percent, percent_range, points, points_range
 from lrmc_ray.report.page import write_report
 from lrmc_ray.report.study import Study, load_study
 from lrmc_ray.report.template import drawing, whisker
@@ -293,7 +293,7 @@ def test_the_headline_states_what_was_learned_and_forgotten(study):
     learned, forgotten, versus = headline(study)
     tuned = round(100 * right_answers(item_rows(3, 0.72, 0.012)) / 60)
     base = round(100 * right_answers(item_rows(1000, 0.03, 0.0)) / 60)
-    seen = "nl2sql questions, the same that the search chose by,"
+    seen = "60 nl2sql items that the search also chose by"
     assert learned.text.startswith(f"Trial 3 answers {tuned} % of the {seen} (")
     low, high = stats.binomtest(round(0.6 * base), 60).proportion_ci(method="wilson")
     assert f"; base {base} %, {100 * low:.0f} to {100 * high:.0f} %)." in learned.text
@@ -301,11 +301,12 @@ def test_the_headline_states_what_was_learned_and_forgotten(study):
     forgetting = study.best.comparison.forgetting
     assert forgotten.text == (
         f"On the general tasks it lost {100 * forgetting.value:.1f} points of 100 "
-        f"(95 % interval +{100 * forgetting.low:.1f} to +{100 * forgetting.high:.1f})."
+        f"(search items, 95 % interval +{100 * forgetting.low:.1f} to "
+        f"+{100 * forgetting.high:.1f})."
     )
     combined = study.verdict.versus.combined
     assert combined.low > 0
-    assert "Item by item, trial 3 is better than plain fine-tuning (trial 1): " in versus.text
+    assert "trial 3 is better than plain fine-tuning (trial 1, search items): " in versus.text
     assert (
         f"{points(combined.value)} points (95 % interval {points_range(combined)})" in versus.text
     )
@@ -365,7 +366,8 @@ def test_a_gain_in_general_scores_is_not_called_a_loss(own):
     assert forgetting.high < 0
     assert headline(loaded)[1].text == (
         f"On the general tasks it gained {-100 * forgetting.value:.1f} points of 100 "
-        f"(95 % interval +{-100 * forgetting.high:.1f} to +{-100 * forgetting.low:.1f})."
+        f"(search items, 95 % interval +{-100 * forgetting.high:.1f} to "
+        f"+{-100 * forgetting.low:.1f})."
     )
 
 
@@ -423,12 +425,14 @@ def test_final_scores_replace_the_searchs_in_the_verdict(own):
     )
     # Only the demo's questions have two splits; the general items are the search's own.
     assert loaded.verdict.fresh_tasks == ("nl2sql",)
-    assert " % of the held-out nl2sql questions (" in headline(loaded)[0].text
+    assert " % of the 60 nl2sql test items (" in headline(loaded)[0].text
+    assert "(search items, 95 % interval" in headline(loaded)[1].text
+    assert ", domain: test items, general: search items)" in headline(loaded)[2].text
     assert loaded.trials[3].comparison.metrics() != expected.metrics()
     accuracy = expected.task("nl2sql").metric("accuracy").after
     assert headline(loaded)[0].text.startswith(f"Trial 3 answers {percent(accuracy.value)} of")
     text = visible_text(write_report(own).read_text())
-    assert "items that no choice was made on: nl2sql. On the search's own items: wordnet" in text
+    assert "Test items, which no trial was chosen by: nl2sql. Search items: wordnet" in text
     assert "lucky side" not in text
 
 
@@ -619,11 +623,11 @@ def test_the_page_shows_every_trial_with_its_intervals(page, study):
 def test_the_page_compares_task_by_task(page, study):
     text = visible_text(page)
     for task in study.best.comparison.tasks:
-        assert f"{task.task} ({task.num_items} items)" in text
+        assert f"{task.task} ({task.num_items} search items)" in text
     change = study.best.comparison.task("wordnet").metric("accuracy")
     plain = study.yardstick.comparison.task("wordnet").metric("accuracy").after
     assert (
-        f"wordnet (200 items) accuracy {percent(change.before.value)} "
+        f"wordnet (200 search items) accuracy {percent(change.before.value)} "
         f"{100 * change.before.low:.0f} to {100 * change.before.high:.0f} % "
         f"{percent(plain.value)} {100 * plain.low:.0f} to {100 * plain.high:.0f} % "
         f"{percent(change.after.value)} {100 * change.after.low:.0f} to "
@@ -631,7 +635,7 @@ def test_the_page_compares_task_by_task(page, study):
     ) in text
     entropy = study.best.comparison.task("plain_english").metric("cross_entropy")
     assert (
-        f"plain_english (40 items) cross entropy, counts in the objective "
+        f"plain_english (40 search items) cross entropy, counts in the objective "
         f"{entropy.before.value:.3f} {entropy.before.low:.3f} to {entropy.before.high:.3f}"
     ) in text
     assert f"+{entropy.delta.value:.3f} +{entropy.delta.low:.3f} to" in text
