@@ -559,6 +559,13 @@ def dropped_parts(model: Any, directory: Path) -> str | None:
     )
 
 
+def hide_bars() -> None:
+    """Let transformers draw no progress bars of its own for weights that it reads or writes."""
+    from transformers.utils.logging import disable_progress_bar
+
+    disable_progress_bar()
+
+
 def save_model(model: Any, tokenizer_directory: Path, directory: Path) -> None:
     """Save ``model`` as safetensors beside a copy of the tokenizer in ``tokenizer_directory``."""
     model.save_pretrained(directory, safe_serialization=True)

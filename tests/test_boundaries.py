@@ -26,7 +26,7 @@ FLOORS = [
     {"record", "evaluate"},
     {"train", "report"},
     {"tune"},
-    {"compare"},
+    {"compare", "export"},
     {"outputs"},
 ]
 """Rooms from the ground up. A room imports those below it; rooms of one floor never each other."""

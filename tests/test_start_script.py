@@ -78,6 +78,8 @@ DEMO_STAGES = {
     "suggest",
     "doctor",
     "chat",
+    "export",
+    "blend",
 }
 BASE_STAGES = {"inspect", "report", "ls", "prune", "mlflow-sync"}
 

@@ -10,7 +10,7 @@ from lrmc_ray.chat.conversation import Message
 from lrmc_ray.chat.spoken import AnswerForm, Spoken
 from lrmc_ray.chat.template import special_tokens
 from lrmc_ray.chat.tokens import bare_ids
-from lrmc_ray.models import load_model, load_tokenizer
+from lrmc_ray.models import hide_bars, load_model, load_tokenizer
 
 Dtype = Literal["float32", "bf16"]
 
@@ -76,6 +76,7 @@ class Answerer:
         """
         import torch
 
+        hide_bars()
         self.directory = directory
         self._tokenizer = load_tokenizer(directory)
         self._chat = Chat(self._tokenizer, template_options)

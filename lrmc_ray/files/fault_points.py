@@ -23,6 +23,11 @@ POINTS = (
     "storage.record_committed",  # its manifest is, what is not part of it is not yet removed
     "storage.files_put",  # the files of a directory are in the storage, its marker is not
     "storage.committed",  # the marker is
+    "export.weights_written",  # in a directory beside the one that is asked for
+    "export.card_written",  # the model is complete there, perhaps but for the GGUF file
+    "export.written",  # everything is on the disk, under the temporary name
+    "export.published",  # the directory has its name
+    "blend.model_written",  # a model between two others is there, and not scored
     "chat.answered",  # every question is answered, the table is not written
 )
 _IS_TESTING = os.environ.get("LRMC_TESTING") == "1"

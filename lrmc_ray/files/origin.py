@@ -12,6 +12,19 @@ from lrmc_ray.files.artifacts import write_json
 ORIGIN_FILE = "lrmc.json"
 
 
+class Ancestor(BaseModel):
+    """A model that was tuned before, and became the base of a later one."""
+
+    model_config = ConfigDict(extra="allow")
+
+    base: str
+    """Name or directory of the model that it was made from."""
+    data: list[str] = []
+    study: str | None = None
+    trial: int | None = None
+    blend: float | None = None
+
+
 class Origin(BaseModel):
     """The file. Paths are absolute, as they were on the machine that made the model."""
 
@@ -29,6 +42,12 @@ class Origin(BaseModel):
     forgetting_weight: float
     output: str
     """Where its base's scores are."""
+    blend: float | None = None
+    """How far it is from the base, 0, to the trial's model, 1; None for that model itself."""
+    dtype: str = "float32"
+    """Of the weights."""
+    ancestors: list[Ancestor] = []
+    """What the base was made by, where it was tuned, too; the first one first."""
 
     @property
     def template_options(self) -> dict[str, Any]:
@@ -57,6 +76,8 @@ def origin_of(
     study: str | None = None,
     trial: int | None = None,
     limit: int | None = None,
+    blend: float | None = None,
+    dtype: str = "float32",
 ) -> Origin:
     """The origin of a model that was made with ``settings``.
 
@@ -67,6 +88,8 @@ def origin_of(
         study: The search.
         trial: Its number there.
         limit: Items per task of the last scoring; None for that of ``settings``.
+        blend: How far from the base it is; None for the trained model itself.
+        dtype: Of the weights.
     """
     values = settings.model_dump(mode="json")
     evaluate = values["evaluate"]
@@ -83,7 +106,24 @@ def origin_of(
         evaluate=evaluate,
         forgetting_weight=settings.search.forgetting_weight,
         output=str(output.resolve()),
+        blend=blend,
+        dtype=dtype,
+        ancestors=ancestors_of(Path(values["model"]["name"])),
     )
+
+
+def ancestors_of(base: Path) -> list[Ancestor]:
+    """What a base was made by; nothing where it is no directory, or does not say.
+
+    Raises:
+        DataError: what it says is damaged.
+    """
+    own = read_origin(base) if base.is_dir() else None
+    if own is None:
+        return []
+    base = str(own.model["name"])
+    made = Ancestor(base=base, data=own.data, study=own.study, trial=own.trial, blend=own.blend)
+    return [*own.ancestors, made]
 
 
 def write_origin(directory: Path, origin: Origin) -> None:

@@ -5,9 +5,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from lrmc_ray.command_line import CommandParser
+from lrmc_ray.files.sizes import size_text
 from lrmc_ray.outputs.arguments import add_output_argument
 from lrmc_ray.outputs.inventory import Entry, Sizes, inventory
-from lrmc_ray.outputs.words import size_text
 
 TITLES = {
     "search": "Searches",

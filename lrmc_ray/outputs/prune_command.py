@@ -7,10 +7,10 @@ from collections.abc import Sequence
 
 from lrmc_ray.command_line import CommandParser
 from lrmc_ray.files.artifacts import cache_directory
+from lrmc_ray.files.sizes import size_text
 from lrmc_ray.outputs.arguments import add_output_argument
 from lrmc_ray.outputs.inventory import Sizes, inventory
 from lrmc_ray.outputs.prunable import Prunable, cached, prunable, remove
-from lrmc_ray.outputs.words import size_text
 
 
 def main(argv: Sequence[str]) -> int:

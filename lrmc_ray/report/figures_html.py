@@ -122,10 +122,10 @@ def front_figure(trials: Sequence[FrontPoint]) -> "Figure":
         hovertemplate="base model, untuned<extra></extra>",
     )
     figure.update_layout(
-        **_layout(460),
+        **layout(460),
         showlegend=False,
-        xaxis=_axis(FORGETTING_LABEL),
-        yaxis=_axis(GAIN_LABEL),
+        xaxis=axis(FORGETTING_LABEL),
+        yaxis=axis(GAIN_LABEL),
     )
     return figure
 
@@ -174,7 +174,7 @@ def curve_figure(curves: Sequence[Curve], unit: str) -> "Figure":
             name=curve.label,
             hovertemplate="%{fullData.name}<br>step %{x}: %{y:.4g}<extra></extra>",
         )
-    figure.update_layout(**_layout(260), showlegend=False, xaxis=_axis("step"), yaxis=_axis(unit))
+    figure.update_layout(**layout(260), showlegend=False, xaxis=axis("step"), yaxis=axis(unit))
     return figure
 
 
@@ -203,10 +203,10 @@ def hypervolume_figure(areas: Sequence[Interval], labels: Sequence[str]) -> "Fig
         hovertemplate="up to %{customdata}<br>%{y:.3g}<extra></extra>",
     )
     figure.update_layout(
-        **_layout(260),
+        **layout(260),
         showlegend=False,
-        xaxis=_axis("trials with scores"),
-        yaxis=_axis("points x points"),
+        xaxis=axis("trials with scores"),
+        yaxis=axis("points x points"),
     )
     return figure
 
@@ -246,7 +246,7 @@ def contour_figure(
         hovertemplate="%{customdata}<br>%{x:.4g}, %{y:.4g}<extra></extra>",
     )
     figure.update_layout(
-        **_layout(360), showlegend=False, xaxis=_axis(names[0]), yaxis=_axis(names[1])
+        **layout(360), showlegend=False, xaxis=axis(names[0]), yaxis=axis(names[1])
     )
     return figure
 
@@ -270,18 +270,19 @@ def importance_figure(shares: Mapping[str, Mapping[str, float]]) -> "Figure":
             marker={"color": colours.get(score, COLOURS["search"])},
             hovertemplate="%{y}: %{x:.0f} % of the differences in %{fullData.name}<extra></extra>",
         )
-    layout = _layout(90 + 26 * len(names) * len(shares))
+    common = layout(90 + 26 * len(names) * len(shares))
     figure.update_layout(
-        **layout | {"margin": {"l": 56, "r": 12, "t": 36, "b": 48}},
+        **common | {"margin": {"l": 56, "r": 12, "t": 36, "b": 48}},
         barmode="group",
         legend={"orientation": "h", "y": 1.0, "yanchor": "bottom", "traceorder": "reversed"},
-        xaxis=_axis("% of the differences explained"),
-        yaxis=_axis("") | {"gridcolor": "rgba(0,0,0,0)"},
+        xaxis=axis("% of the differences explained"),
+        yaxis=axis("") | {"gridcolor": "rgba(0,0,0,0)"},
     )
     return figure
 
 
-def _layout(height: int) -> dict[str, Any]:
+def layout(height: int) -> dict[str, Any]:
+    """What all figures have in common, at a height in pixels."""
     return {
         "template": {},  # The default one adds 7 kB to every figure.
         "height": height,
@@ -294,7 +295,8 @@ def _layout(height: int) -> dict[str, Any]:
     }
 
 
-def _axis(title: str) -> dict[str, Any]:
+def axis(title: str) -> dict[str, Any]:
+    """An axis of any figure."""
     return {
         "title": {"text": title, "font": {"size": 12}},
         "gridcolor": "#e2e8f0",

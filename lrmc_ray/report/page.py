@@ -20,6 +20,7 @@ from lrmc_ray.evaluate.numbers import (
 )
 from lrmc_ray.files.artifacts import write_atomically
 from lrmc_ray.files.study import STUDY_FILE
+from lrmc_ray.report.blend_section import blend_section
 from lrmc_ray.report.costs import cost_footnote, rows_of_costs, sentences_on_cost
 from lrmc_ray.report.figures_html import (
     ROLE_NAMES,
@@ -84,6 +85,7 @@ def _page(study: Study) -> dict[str, Any]:
     best, verdict = study.shown, study.verdict
     surface_names, ground = surface_drawing(study)
     curves, curve_notes = curve_drawings(study)
+    blend, blend_notes = blend_section(study)
     weight = setting(study.file.forgetting_weight)
     roles = {shown_role(study, trial) for trial in study.compared}
     curve_roles = {shown_role(study, trial) for trial in study.trials if trial.entry.metrics_file}
@@ -102,7 +104,7 @@ def _page(study: Study) -> dict[str, Any]:
             + OBJECTIVE_NOTES[study.file.objective].format(budget=points(study.file.max_forgetting))
         ),
         "cautions": caution_sentences(study),
-        "notes": (*study.notes, *curve_notes),
+        "notes": (*study.notes, *curve_notes, *blend_notes),
         "parameters": chosen_settings(study, best) if best is not None else [],
         "front": (
             drawing(
@@ -127,6 +129,7 @@ def _page(study: Study) -> dict[str, Any]:
         "cost_sentences": sentences_on_cost(study),
         "cost_note": cost_footnote(study),
         "trade_off": trade_off_section(study),
+        "blend": blend,
         "surface": ground,
         "surface_names": surface_names,
         "importance": importance_drawing(study),

@@ -11,13 +11,13 @@ import pytest
 
 from lrmc_ray.errors import IncompleteArtifactError
 from lrmc_ray.files.artifacts import lock_directory, write_json, write_manifest
+from lrmc_ray.files.sizes import size_text
 from lrmc_ray.files.study import find_study
 from lrmc_ray.outputs import prunable as module
 from lrmc_ray.outputs.inventory import Sizes, inventory
 from lrmc_ray.outputs.ls_command import main as ls
 from lrmc_ray.outputs.prunable import cached, prunable, remove
 from lrmc_ray.outputs.prune_command import main as prune
-from lrmc_ray.outputs.words import size_text
 from lrmc_ray.report.page import write_study_report
 from lrmc_ray.report.study import load_study
 from tests.support.synthetic_study import edit, make_study

@@ -1,4 +1,4 @@
-"""Numbers as ``ls`` and ``prune`` write them."""
+"""Sizes in words."""
 
 
 def size_text(size_bytes: int) -> str:

@@ -1,0 +1,113 @@
+"""The command ``lrmc blend``."""
+
+import argparse
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+from lrmc_ray.cluster.session import RAY_LOG, ray_session
+from lrmc_ray.command_line import CommandParser, pasteable
+from lrmc_ray.console import setup_logging
+from lrmc_ray.errors import ConfigError
+from lrmc_ray.files.artifacts import lock_directory
+from lrmc_ray.files.study import find_study, read_study
+
+
+def main(argv: Sequence[str]) -> int:
+    """The command ``lrmc blend``."""
+    arguments = _parser().parse_args(argv)
+    setup_logging(arguments.verbose)
+    weights = _weights(arguments.at)
+    directory = find_study(arguments.study)
+
+    from lrmc_ray.export.curve import curve_trials, measure_curves
+    from lrmc_ray.export.trial_model import study_settings
+    from lrmc_ray.report.blend_section import curves_table
+    from lrmc_ray.report.blends import blend_curves
+    from lrmc_ray.report.page import write_study_report
+    from lrmc_ray.report.study import load_study
+
+    file = read_study(directory)
+    trials = curve_trials(file, arguments.trial)
+    storage = study_settings(directory).resources.storage
+    with (
+        lock_directory(directory),
+        ray_session(
+            arguments.address, log=directory / RAY_LOG, verbose=arguments.verbose, storage=storage
+        ),
+    ):
+        measure_curves(directory, file, trials, weights)
+    study = load_study(directory)
+    report = write_study_report(study)
+    curves = blend_curves(study, [trial.number for trial in trials])
+    if arguments.json:
+        rows = [
+            {
+                "trial": curve.trial.entry.number,
+                "weight": place.weight,
+                **place.comparison.metrics(),
+            }
+            for curve in curves
+            for place in curve.places
+        ]
+        print(json.dumps({"report": str(report), "points": rows}))
+        return 0
+    from rich.console import Console
+
+    Console(highlight=False).print(curves_table(study, curves))
+    print(f"\nReport  {report}")
+    trial = curves[0].trial.entry.number
+    command = ("export", directory, "--trial", trial, "--blend", "0.5", "--to", "DIR")
+    print(f"The model of a row: {pasteable('lrmc', *command)}")
+    return 0
+
+
+def _weights(text: str) -> list[float]:
+    """Numbers between 0 and 1, ascending.
+
+    Raises:
+        ConfigError: one is none.
+    """
+    try:
+        weights = sorted({float(part) for part in text.split(",")})
+    except ValueError:
+        weights = []
+    if not weights or not all(0.0 < weight < 1.0 for weight in weights):
+        raise ConfigError(
+            f"--at must be numbers between 0 and 1, got {text}; write them as 0.25,0.5,0.75"
+        )
+    return weights
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = CommandParser(
+        "blend",
+        description="Score models between the base and a trial's, so that you can pick how much "
+        "gain for how much forgetting. The curves come into the report.",
+    )
+    parser.add_argument(
+        "study",
+        type=Path,
+        metavar="STUDY",
+        help="the search's output directory, or the study's in it",
+    )
+    parser.add_argument(
+        "--trial",
+        type=int,
+        action="append",
+        metavar="N",
+        help="a finished trial; may be given several times (default: the best one and plain "
+        "fine-tuning)",
+    )
+    parser.add_argument(
+        "--at",
+        default="0.25,0.5,0.75",
+        metavar="X,X,...",
+        help="how far from the base, 0, to the trial, 1 (default: 0.25,0.5,0.75)",
+    )
+    parser.add_argument(
+        "--address", default="local", help="Ray cluster to join (default: Ray on this machine)"
+    )
+    parser.add_argument("--json", action="store_true", help="print one JSON object on stdout")
+    parser.add_argument("--verbose", action="store_true", help="show the workers' output, too")
+    return parser

@@ -1,0 +1,101 @@
+"""Export the model of a trial, or one between it and the base, as a directory by itself."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from lrmc_ray.export.gguf import convert, find_converter
+from lrmc_ray.export.new_directory import check_space, check_target, new_directory
+from lrmc_ray.export.trial_model import (
+    base_scores_of,
+    check_base,
+    finished_trial,
+    study_settings,
+    trial_model,
+)
+from lrmc_ray.export.weights import Dtype, size_of, size_of_directory, write_model
+from lrmc_ray.files.fault_points import passed
+from lrmc_ray.files.origin import origin_of, write_origin
+from lrmc_ray.files.study import read_study
+from lrmc_ray.models import local_directory, model_fingerprint
+from lrmc_ray.report.model_card import write_model_card
+
+
+@dataclass(frozen=True)
+class ExportRequest:
+    """What is asked for."""
+
+    study: Path
+    """The study's directory."""
+    target: Path
+    trial: int | None = None
+    """None for the best one."""
+    dtype: Dtype = "float32"
+    blend: float = 1.0
+    """How far from the base, 0, to the trial's model, 1."""
+    with_gguf: bool = False
+    address: str = "local"
+    """Of Ray, should the trial have to be trained again."""
+    verbose: bool = False
+
+
+@dataclass(frozen=True)
+class Exported:
+    """What was written."""
+
+    directory: Path
+    trial: int
+    size_bytes: int
+    fingerprint: str
+    """Of configuration and weights, see ``models.model_fingerprint``."""
+    gguf: Path | None
+
+
+def export(request: ExportRequest) -> Exported:
+    """Write the model's directory, whole or not at all.
+
+    Raises:
+        ConfigError: the trial has no scores, or the target is not free.
+        IncompleteArtifactError: GGUF is wanted, and there is no converter; a file is gone.
+        DataError: what was kept, or trained again, is not the model that was scored.
+        DiskError: it would not fit on the disk.
+    """
+    study = read_study(request.study)
+    entry = finished_trial(study, request.trial)
+    check_target(request.target)
+    converter = find_converter() if request.with_gguf else None
+    settings = study_settings(request.study)
+    base = None
+    if request.blend != 1.0:
+        base = local_directory(settings.model)
+        check_base(base, base_scores_of(request.study, study))
+    source = trial_model(
+        request.study, study, entry, address=request.address, verbose=request.verbose
+    )
+    needed = size_of(source, dtype=request.dtype)
+    check_space(request.target, needed * (2 if request.with_gguf else 1))
+    origin = origin_of(
+        settings,
+        request.study.resolve().parent,
+        train=entry.settings,
+        study=study.id,
+        trial=entry.number,
+        limit=study.final_limit,
+        blend=None if request.blend == 1.0 else request.blend,
+        dtype=request.dtype,
+    )
+    gguf = None
+    with new_directory(request.target) as directory:
+        write_model(source, directory, dtype=request.dtype, base=base, blend=request.blend)
+        passed("export.weights_written")
+        write_origin(directory, origin)
+        write_model_card(directory, request.study, request.target.name)
+        passed("export.card_written")
+        if converter is not None:
+            gguf = convert(converter, directory, request.target.name, dtype=request.dtype)
+    return Exported(
+        directory=request.target,
+        trial=entry.number,
+        size_bytes=size_of_directory(request.target),
+        fingerprint=model_fingerprint(request.target),
+        gguf=None if gguf is None else request.target / gguf.name,
+    )

@@ -1,0 +1,103 @@
+"""A model's weights: copied as they are, rounded to bf16, or part of the way from the base."""
+
+import shutil
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from lrmc_ray.errors import DataError
+from lrmc_ray.files.names import MODEL_CARD
+from lrmc_ray.files.origin import ORIGIN_FILE
+from lrmc_ray.models import WEIGHT_SUFFIX, hide_bars, load_model, save_model
+
+if TYPE_CHECKING:
+    import torch
+
+Dtype = Literal["float32", "bf16"]
+
+
+def copy_model(source: Path, target: Path) -> None:
+    """Copy a model's files, byte by byte, readable for whom the umask allows.
+
+    Its card and its origin stay behind: the copy gets its own.
+    """
+    for path in sorted(source.iterdir()):
+        if path.is_file() and not path.name.startswith(".") and path.name not in (
+            ORIGIN_FILE,
+            MODEL_CARD,
+        ):  # fmt: skip
+            shutil.copyfile(path, target / path.name)
+
+
+def write_model(
+    source: Path, target: Path, *, dtype: Dtype, base: Path | None = None, blend: float = 1.0
+) -> None:
+    """Write a model made from that in ``source``.
+
+    Args:
+        source: the tuned model.
+        target: an empty directory.
+        dtype: of the weights.
+        base: the model that it was made from; needed for a ``blend`` other than 1.
+        blend: how far to go from ``base``, 0, to the tuned model, 1.
+
+    Raises:
+        DataError: the two have other weights.
+    """
+    if dtype == "float32" and blend == 1.0:
+        copy_model(source, target)
+        return
+    import torch
+
+    hide_bars()
+    model = load_model(source)
+    if blend != 1.0:
+        assert base is not None, "a blend is made from two models"
+        blend_into(model, load_model(base), blend)
+    save_model(model.to(torch.bfloat16) if dtype == "bf16" else model, source, target)
+
+
+def blend_into(tuned: Any, base: Any, weight: float) -> None:
+    """Make ``tuned`` base + weight * (tuned - base), parameter by parameter, in float32.
+
+    Args:
+        tuned: a model; it is changed.
+        base: the model that it was made from.
+        weight: 0 gives the base, 1 the tuned model, both to the bit.
+
+    Raises:
+        DataError: the two have other parameters.
+    """
+    import torch
+
+    before, after = dict(base.named_parameters()), dict(tuned.named_parameters())
+    if differing := sorted(
+        name
+        for name in before.keys() | after.keys()
+        if _shape(before.get(name)) != _shape(after.get(name))
+    ):
+        raise DataError(
+            "a blend needs a base with the same weights as the tuned model, "
+            f"{len(differing)} differ, first {differing[0]}; give the base that it was made from"
+        )
+    with torch.no_grad():
+        for name, parameter in after.items():
+            parameter.copy_(torch.lerp(before[name].float(), parameter.float(), weight))
+
+
+def _shape(parameter: "torch.Tensor | None") -> tuple[int, ...] | None:
+    return None if parameter is None else tuple(parameter.shape)
+
+
+def size_of(source: Path, *, dtype: Dtype) -> int:
+    """Bytes that an export takes, about."""
+    total = 0
+    for path in source.iterdir():
+        if path.is_file():
+            is_halved = dtype == "bf16" and path.suffix == WEIGHT_SUFFIX
+            total += path.stat().st_size // (2 if is_halved else 1)
+    return total
+
+
+def size_of_directory(directory: Path) -> int:
+    """Bytes of all files in a directory."""
+    return sum(path.stat().st_size for path in directory.rglob("*") if path.is_file())
