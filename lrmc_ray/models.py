@@ -563,7 +563,7 @@ def hide_bars() -> None:
     """Let transformers draw no progress bars of its own for weights that it reads or writes."""
     from transformers.utils.logging import disable_progress_bar
 
-    disable_progress_bar()
+    disable_progress_bar()  # type: ignore[no-untyped-call]
 
 
 def save_model(model: Any, tokenizer_directory: Path, directory: Path) -> None:

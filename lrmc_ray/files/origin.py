@@ -121,8 +121,8 @@ def ancestors_of(base: Path) -> list[Ancestor]:
     own = read_origin(base) if base.is_dir() else None
     if own is None:
         return []
-    base = str(own.model["name"])
-    made = Ancestor(base=base, data=own.data, study=own.study, trial=own.trial, blend=own.blend)
+    first = str(own.model["name"])
+    made = Ancestor(base=first, data=own.data, study=own.study, trial=own.trial, blend=own.blend)
     return [*own.ancestors, made]
 
 

@@ -70,8 +70,9 @@ def test_the_best_models_files_are_copied_byte_by_byte(shared_study, tmp_path, c
     assert [path.name for path in target.parent.iterdir()] == ["mine"]
 
 
-@pytest.mark.parametrize(("umask", "file_mode", "folder_mode"), [(0o022, 0o644, 0o755),
-                                                                 (0o077, 0o600, 0o700)])  # fmt: skip
+@pytest.mark.parametrize(
+    ("umask", "file_mode", "folder_mode"), [(0o022, 0o644, 0o755), (0o077, 0o600, 0o700)]
+)
 @pytest.mark.parametrize("dtype", ["float32", "bf16"])
 def test_files_are_readable_for_whom_the_umask_allows(
     shared_study, tmp_path, umask, file_mode, folder_mode, dtype
