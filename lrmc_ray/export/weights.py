@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from lrmc_ray.errors import DataError
-from lrmc_ray.files.names import MODEL_CARD
+from lrmc_ray.files.names import ADAPTER, MODEL_CARD
 from lrmc_ray.files.origin import ORIGIN_FILE
 from lrmc_ray.models import WEIGHT_SUFFIX, hide_bars, load_model, save_model
 
@@ -18,13 +18,14 @@ Dtype = Literal["float32", "bf16"]
 def copy_model(source: Path, target: Path) -> None:
     """Copy a model's files, byte by byte, readable for whom the umask allows.
 
-    Its card and its origin stay behind: the copy gets its own.
+    Its card and its origin stay behind: the copy gets its own. Adapters that are kept beside the
+    weights go along.
     """
     for path in sorted(source.iterdir()):
-        if path.is_file() and not path.name.startswith(".") and path.name not in (
-            ORIGIN_FILE,
-            MODEL_CARD,
-        ):  # fmt: skip
+        if path.is_dir() and path.name == ADAPTER:
+            (target / ADAPTER).mkdir()
+            copy_model(path, target / ADAPTER)
+        elif path.is_file() and path.name not in (ORIGIN_FILE, MODEL_CARD):
             shutil.copyfile(path, target / path.name)
 
 
