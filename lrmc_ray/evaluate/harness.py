@@ -16,6 +16,7 @@ from lrmc_ray.errors import DataError, LrmcError
 from lrmc_ray.evaluate.drift import DRIFT_POSITIONS, item_texts, pick_evenly
 from lrmc_ray.evaluate.item_parts import Indices, divide_items, is_divided
 from lrmc_ray.evaluate.item_rows import GOLD, task_rows
+from lrmc_ray.evaluate.questions import describe_item, question_rows
 from lrmc_ray.evaluate.request import ALL_ITEMS, Group, KeptApart, ScoreRequest, ScoreResult, Split
 from lrmc_ray.evaluate.task_checks import right_choices
 from lrmc_ray.evaluate.task_files import (
@@ -42,6 +43,7 @@ def score(model_directory: Path, request: ScoreRequest) -> ScoreResult:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     dtype = torch.bfloat16 if request.precision == "bf16" else torch.float32
     rows: list[dict[str, Any]] = []
+    questions: list[dict[str, Any]] = []
     texts: dict[str, list[list[int]]] = {}
     with tempfile.TemporaryDirectory() as scratch:
         # Before the model is loaded: a task that does not exist is found out at once.
@@ -53,6 +55,7 @@ def score(model_directory: Path, request: ScoreRequest) -> ScoreResult:
             choice = ItemChoice(request.limit, request.split, request.kept, group)
             samples = run_task(lm, manager, name, choice)
             rows.extend(task_rows(task_label(name), group, samples, tokenizer))
+            questions.extend(question_rows(task_label(name), samples))
             if request.drift_texts is None:
                 texts[task_label(name)] = pick_evenly(
                     item_texts(samples, tokenizer), request.drift_samples[group]
@@ -61,7 +64,7 @@ def score(model_directory: Path, request: ScoreRequest) -> ScoreResult:
         labels = [task_label(name) for name, _ in request.tasks]
         texts = {label: request.drift_texts.get(label, []) for label in labels}
     logprobs = {label: lm.last_logprobs(part, DRIFT_POSITIONS) for label, part in texts.items()}
-    return ScoreResult(rows, texts, logprobs)
+    return ScoreResult(rows, texts, logprobs, questions)
 
 
 def slice_rows(
@@ -151,6 +154,7 @@ def run_task(
                 sample["metric_names"] = list(task.aggregation())
                 if task.OUTPUT_TYPE == "multiple_choice" and hasattr(task, "multiple_input"):
                     sample["right"], sample["num_choices"] = right_choices(task, sample["doc"])
+                describe_item(task, sample)
     return samples
 
 

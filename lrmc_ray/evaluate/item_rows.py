@@ -21,16 +21,13 @@ def task_rows(
     name: str, group: Group, samples: Mapping[str, list[dict[str, Any]]], tokenizer: Any
 ) -> Iterator[dict[str, Any]]:
     """The rows of one requested task; a group's subtasks become its items."""
-    own = [task for task in samples if task.startswith("lrmc_")]
-    companions = {task + suffix for task in own for suffix in _COMPANIONS} & samples.keys()
-    for task, items in samples.items():
-        if task in companions or not items:
-            continue
+    companions = _companions(samples)
+    for task, first, prefix in items_of(samples):
+        items = samples[task]
         further: dict[int, dict[str, float]] = {}
         for suffix, (metric, measure) in _COMPANIONS.items():
             for item in samples[task + suffix] if task + suffix in companions else ():
                 further.setdefault(item["doc_id"], {})[metric] = measure(item, tokenizer)
-        first = [item for item in items if item["filter"] == items[0]["filter"]]
         judged_by = _accuracy_metric(task, first)
         for item in items:
             # Of the other filters, which lm-eval reports beside the first one.
@@ -40,7 +37,6 @@ def task_rows(
         for item in first:
             kind, metrics, weight = _metrics(task, item, tokenizer, judged_by)
             metrics |= further.get(item["doc_id"], {})
-            prefix = "" if len(samples) - len(companions) == 1 else f"{task}/"
             for metric, value in metrics.items():
                 yield {
                     "task": name,
@@ -52,6 +48,23 @@ def task_rows(
                     "weight": weight,
                     "output": _output(item) if metric == "accuracy" else None,
                 }
+
+
+def items_of(
+    samples: Mapping[str, Sequence[Mapping[str, Any]]],
+) -> Iterator[tuple[str, list[Mapping[str, Any]], str]]:
+    """The items of every task that is scored by itself, each once, and what precedes their ids."""
+    companions = _companions(samples)
+    for task, items in samples.items():
+        if task not in companions and items:
+            prefix = "" if len(samples) - len(companions) == 1 else f"{task}/"
+            yield task, [item for item in items if item["filter"] == items[0]["filter"]], prefix
+
+
+def _companions(samples: Mapping[str, Any]) -> set[str]:
+    """Tasks that only add a metric to another one's items."""
+    own = [task for task in samples if task.startswith("lrmc_")]
+    return {task + suffix for task in own for suffix in _COMPANIONS} & samples.keys()
 
 
 def _accuracy_metric(task: str, items: Sequence[Mapping[str, Any]]) -> str:
@@ -152,6 +165,9 @@ _COMPANIONS: Mapping[str, tuple[str, Callable[[Mapping[str, Any], Any], float]]]
 
 
 def _output(item: Mapping[str, Any]) -> str | None:
-    """What the model said, where it said something."""
+    """What the model said, or the choice that it finds most likely."""
+    if choices := item.get("choices"):
+        likelihoods = [float(answer[0]) for answer in item["filtered_resps"][: len(choices)]]
+        return str(choices[int(np.argmax(likelihoods))])
     answer = item["filtered_resps"][0]
     return answer if isinstance(answer, str) else None

@@ -18,7 +18,7 @@ Shape suffixes: those of :mod:`lrmc_ray.method`.
 
 import itertools
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -52,7 +52,7 @@ ITEMS_SCHEMA = pa.schema(
         pa.field("item_id", pa.string(), nullable=False),
         pa.field("value", pa.float64(), nullable=False),
         pa.field("weight", pa.float64(), nullable=False),  # tokens for texts, otherwise 1
-        pa.field("output", pa.string()),  # the generated text, where there is one
+        pa.field("output", pa.string()),  # the generated text, or the choice
     ],
     metadata={"lrmc.schema_version": SCHEMA_VERSION},
 )
@@ -127,6 +127,8 @@ class Scores:
     """All items of one model's evaluation, checked against the contract."""
 
     items: pa.Table
+    directory: Path | None = field(default=None, compare=False)
+    """Where they were read; None where they were made from rows."""
 
     def __post_init__(self) -> None:
         _ = self.metrics  # Checks the rows; a broken table never becomes a Scores.
@@ -161,7 +163,7 @@ class Scores:
                 f"{path} is damaged ({error}); remove it and evaluate the model again"
             ) from None
         try:
-            return cls(table)
+            return cls(table, directory)
         except DataError as error:
             raise DataError(f"{path}: {error}") from None
 
@@ -216,9 +218,9 @@ def _read_metrics(table: pa.Table) -> dict[tuple[str, str], MetricItems]:
             f"columns differ from ITEMS_SCHEMA; expected\n{ITEMS_SCHEMA.to_string()}\n"
             f"got\n{table.schema.remove_metadata().to_string()}"
         )
-    for field in ITEMS_SCHEMA:
-        if not field.nullable and table[field.name].null_count:
-            raise DataError(f"column {field.name} must not have nulls")
+    for column in ITEMS_SCHEMA:
+        if not column.nullable and table[column.name].null_count:
+            raise DataError(f"column {column.name} must not have nulls")
     if table.num_rows == 0:
         raise DataError("there are no items; evaluate at least one task")
     rows_of: dict[tuple[str, str], list[int]] = {}

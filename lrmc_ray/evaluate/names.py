@@ -2,8 +2,9 @@
 
 MADE_BY = "python -m lrmc_ray.evaluate"
 
-SCORING = 2
-"""Changes whenever the same model, asked the same questions, would get other scores."""
+SCORING = 3
+"""Changes whenever the same model, asked the same questions, would get other scores, or more would
+be kept of its answers."""
 
 RECEIPT = "receipt.parquet"
 """The items that a tuned model lost and gained against its base."""

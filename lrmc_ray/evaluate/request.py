@@ -54,3 +54,5 @@ class ScoreResult:
     """Token ids of the texts on which drift is measured, by task."""
     logprobs: dict[str, np.ndarray]
     """The model's log-probabilities there, float32 [texts x positions, vocabulary], by task."""
+    questions: list[dict[str, Any]] = field(default_factory=list)
+    """Rows of ``questions.parquet``."""

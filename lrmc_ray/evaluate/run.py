@@ -28,6 +28,7 @@ from lrmc_ray.evaluate.drift import BaseTexts, drift_metrics, read_base_texts, w
 from lrmc_ray.evaluate.items import Scores
 from lrmc_ray.evaluate.names import MADE_BY, RECEIPT, SCORING
 from lrmc_ray.evaluate.processes import ScoredModel, fits_here, score_here, score_in_tasks
+from lrmc_ray.evaluate.questions import read_questions, write_questions
 from lrmc_ray.evaluate.request import Group, KeptApart, ScoreRequest, Split
 from lrmc_ray.evaluate.task_files import (
     located,
@@ -203,6 +204,7 @@ def _score(
         rows += [row for row in taken if row["group"] == "general"]
     scores = Scores.from_rows(rows)
     scores.save(partial)
+    _write_questions(partial, known.general, [row for one in results for row in one.questions])
     texts = {label: part for result in results for label, part in result.texts.items()}
     logprobs = {label: part for result in results for label, part in result.logprobs.items()}
     if before is None:
@@ -243,6 +245,20 @@ def _requests(
         )
         for hand in _divide(tasks, parallel)
     ]
+
+
+def _write_questions(
+    partial: Path, general_from: Path | None, rows: Sequence[Mapping[str, Any]]
+) -> None:
+    """Write ``questions.parquet``, with those of the scores that are taken over."""
+    asked = {row["task"] for row in rows}
+    taken = read_questions(general_from) if general_from is not None else {}
+    general = [
+        {"task": task, "item_id": item_id, "question": one.question, "expected": one.expected}
+        for (task, item_id), one in taken.items()
+        if task not in asked
+    ]
+    write_questions(partial, [*rows, *general])
 
 
 def _write_receipt(path: Path, table: pa.Table) -> None:

@@ -5,13 +5,9 @@ The sections' figures are in ``page_figures``, the table of tasks in ``task_tabl
 """
 
 import io
-from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from lrmc_ray.evaluate.changes import (
-    receipt,
-)
 from lrmc_ray.evaluate.numbers import (
     flatten,
     number,
@@ -33,7 +29,8 @@ from lrmc_ray.report.page_figures import (
     surface_drawing,
     trade_off_section,
 )
-from lrmc_ray.report.study import RESAMPLES, Study, Trial, Verdict, bootstrap_seed, load_study
+from lrmc_ray.report.receipt_section import receipt_section
+from lrmc_ray.report.study import RESAMPLES, Study, Trial, bootstrap_seed, load_study
 from lrmc_ray.report.task_table import drift_text, rows_of_tasks
 from lrmc_ray.report.template import drawing, render
 from lrmc_ray.report.words import (
@@ -51,7 +48,6 @@ from lrmc_ray.report.words import (
 )
 
 REPORT_FILE = "report.html"
-_MAX_EXAMPLES = 6
 
 
 # Page
@@ -134,7 +130,7 @@ def _page(study: Study) -> dict[str, Any]:
         "surface_names": surface_names,
         "importance": importance_drawing(study),
         "record": flatten(study.file.record),
-        **_receipt(verdict),
+        **receipt_section(verdict),
         "tables": _tables(study),
         "footer": f"Written by lrmc_ray from {STUDY_FILE}; figures need no network.",
     }
@@ -203,45 +199,6 @@ def _trial_row(study: Study, trial: Trial) -> dict[str, Any]:
     row["front_probability"] = number(trial.front_probability, 2)
     row["is_on_front"] = trial.is_on_front
     return row
-
-
-def _receipt(verdict: Verdict | None) -> dict[str, Any]:
-    """Lost and gained items of the best trial: counts per task, and a few examples."""
-    if verdict is None:
-        return {"receipts": [], "examples": []}
-    rows = receipt(verdict.base, verdict.scores).to_pylist()
-    counts = [
-        {
-            "task": f"{task.task} ({task.group})",
-            "num_items": task.num_items,
-            "lost": _count(rows, task.task, "lost"),
-            "gained": _count(rows, task.task, "gained"),
-        }
-        for task in verdict.comparison.tasks
-        if any(change.metric == "accuracy" for change in task.metrics)
-    ]
-    examples = []
-    for change, group in (("lost", "general"), ("gained", "domain")):
-        items = [row for row in rows if row["change"] == change]
-        # What the search is about comes first: forgotten general items, learned domain items.
-        items.sort(key=lambda row: row["group"] != group)
-        if items:
-            shown = [
-                {
-                    "task": row["task"],
-                    "item_id": row["item_id"],
-                    "before": row["output_before"],
-                    "after": row["output_after"],
-                }
-                for row in items[:_MAX_EXAMPLES]
-            ]
-            more = max(0, len(items) - _MAX_EXAMPLES)
-            examples.append((f"{change.capitalize()}: {len(items)} items", shown, more))
-    return {"receipts": counts, "examples": examples}
-
-
-def _count(rows: Sequence[Mapping[str, Any]], task: str, change: str) -> int:
-    return sum(row["task"] == task and row["change"] == change for row in rows)
 
 
 def _seeds(study: Study) -> list[tuple[str, str]]:
