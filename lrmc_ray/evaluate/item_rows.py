@@ -32,8 +32,8 @@ def task_rows(
         for item in items:
             # Of the other filters, which lm-eval reports beside the first one.
             if item["filter"] != items[0]["filter"] and judged_by in item["metrics"]:
-                name = f"{judged_by}:{item['filter']}"
-                further.setdefault(item["doc_id"], {})[name] = float(item[judged_by])
+                filtered = f"{judged_by}:{item['filter']}"
+                further.setdefault(item["doc_id"], {})[filtered] = float(item[judged_by])
         for item in first:
             kind, metrics, weight = _metrics(task, item, tokenizer, judged_by)
             metrics |= further.get(item["doc_id"], {})
@@ -51,8 +51,8 @@ def task_rows(
 
 
 def items_of(
-    samples: Mapping[str, Sequence[Mapping[str, Any]]],
-) -> Iterator[tuple[str, list[Mapping[str, Any]], str]]:
+    samples: Mapping[str, list[dict[str, Any]]],
+) -> Iterator[tuple[str, list[dict[str, Any]], str]]:
     """The items of every task that is scored by itself, each once, and what precedes their ids."""
     companions = _companions(samples)
     for task, items in samples.items():

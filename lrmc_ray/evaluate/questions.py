@@ -3,7 +3,7 @@
 Items are kept by their ids; this is what people read beside them.
 """
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -62,7 +62,7 @@ def describe_item(task: Any, sample: dict[str, Any]) -> None:
 
 
 def question_rows(
-    name: str, samples: Mapping[str, Sequence[Mapping[str, Any]]]
+    name: str, samples: Mapping[str, list[dict[str, Any]]]
 ) -> Iterator[dict[str, Any]]:
     """Rows of the items of one requested task, texts without a question left out."""
     for _, items, prefix in items_of(samples):
