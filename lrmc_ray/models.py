@@ -173,10 +173,8 @@ def vocabulary_size(directory: Path) -> int:
     return size
 
 
-def template_fingerprint(directory: Path, options: Mapping[str, Any] | None = None) -> str:
-    """SHA-256 of the chat template, wherever the tokenizer keeps it, and of what it is given.
-
-    Without a template it is that of the plain format that stands in for one.
+def _chat_template(directory: Path) -> Any:
+    """The chat template, wherever the tokenizer keeps it; None without.
 
     Raises:
         DataError: the file that holds it is not readable.
@@ -190,7 +188,23 @@ def template_fingerprint(directory: Path, options: Mapping[str, Any] | None = No
                 template = json.loads(file.read_text(encoding="utf-8")).get("chat_template")
     except (ValueError, AttributeError) as error:
         raise DataError(f"{file} is not readable ({error}); save the tokenizer again") from None
-    rendered = template or PLAIN_FORMAT
+    return template
+
+
+def has_chat_template(directory: Path) -> bool:
+    """Whether the tokenizer of a model directory says how a conversation is written."""
+    return bool(_chat_template(directory))
+
+
+def template_fingerprint(directory: Path, options: Mapping[str, Any] | None = None) -> str:
+    """SHA-256 of the chat template, wherever the tokenizer keeps it, and of what it is given.
+
+    Without a template it is that of the plain format that stands in for one.
+
+    Raises:
+        DataError: the file that holds it is not readable.
+    """
+    rendered = _chat_template(directory) or PLAIN_FORMAT
     if options:
         rendered = [rendered, dict(options)]
     return hashlib.sha256(json.dumps(rendered, sort_keys=True).encode()).hexdigest()

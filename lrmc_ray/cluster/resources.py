@@ -39,7 +39,14 @@ def count_slots(nodes: Iterable[Node], resources: ResourceSettings) -> int:
     )
 
 
-def check_slots(nodes: Iterable[Node], resources: ResourceSettings, least: int, what: str) -> int:
+def check_slots(
+    nodes: Iterable[Node],
+    resources: ResourceSettings,
+    least: int,
+    what: str,
+    *,
+    of: str = "the cluster",
+) -> int:
     """Workers that fit on ``nodes``, if they are ``least`` or more.
 
     Args:
@@ -47,6 +54,7 @@ def check_slots(nodes: Iterable[Node], resources: ResourceSettings, least: int, 
         resources: what a worker needs.
         least: workers without which nothing runs.
         what: what a worker is called, for example ``"training worker"``.
+        of: whose the nodes are; one machine is called so.
 
     Raises:
         ResourceError: fewer fit; says what is missing on how many nodes, and what to change.
@@ -55,10 +63,19 @@ def check_slots(nodes: Iterable[Node], resources: ResourceSettings, least: int, 
     slots = count_slots(nodes, resources)
     if slots >= least:
         return slots
+    if of == "the cluster":
+        there = f"{_totals(nodes, resources)} on {sum(node.count for node in nodes)} nodes"
+        remedy = _remedy(resources, slots)
+    else:
+        need = resources.of_worker()
+        there = ", ".join(f"{nodes[0].resources.get(name, 0.0):g} {name}" for name in need)
+        there += " and no labels" if resources.labels else ""
+        remedy = (
+            f"{_remedy(resources, slots).partition(', or add')[0]}, or join a cluster (--address)"
+        )
     raise ResourceError(
         f"{least} {what}{'s' if least > 1 else ''} of {_text(resources)} must fit, "
-        f"{slots} {'do' if slots != 1 else 'does'}: the cluster has {_totals(nodes, resources)} on "
-        f"{sum(node.count for node in nodes)} nodes; {_remedy(resources, slots)}"
+        f"{slots} {'do' if slots != 1 else 'does'}: {of} has {there}; {remedy}"
     )
 
 

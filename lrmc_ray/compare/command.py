@@ -27,6 +27,7 @@ def main(argv: Sequence[str]) -> int:
     space = read_settings(arguments, CompareSpace)
     methods = chosen_methods(space, arguments.methods)
 
+    from lrmc_ray.cluster.beforehand import check_beforehand, check_model, trains_lora
     from lrmc_ray.compare.description import COMPARISON_FILE, Description
     from lrmc_ray.compare.explain import explain
     from lrmc_ray.compare.run import Comparing
@@ -37,6 +38,11 @@ def main(argv: Sequence[str]) -> int:
     from lrmc_ray.train.checks import check_training
     from lrmc_ray.tune.provenance import contents
 
+    if not arguments.report_only:
+        changes = [space.methods[method].train for method in methods]
+        lora = trains_lora(space, changes)
+        check_beforehand(space, arguments.output, address=arguments.address, lora=lora)
+        check_model(space.model)
     training_files(space)
     names = expand([*space.evaluate.domain_tasks, *space.evaluate.general_tasks])
     if not arguments.report_only:

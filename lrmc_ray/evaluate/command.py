@@ -4,6 +4,7 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
+from lrmc_ray.cluster.beforehand import check_beforehand
 from lrmc_ray.cluster.resources import local_cpus
 from lrmc_ray.cluster.session import RAY_LOG, ray_session
 from lrmc_ray.command_line import CommandParser
@@ -35,11 +36,11 @@ def main(argv: Sequence[str]) -> int:
             raise IncompleteArtifactError(
                 f"{directory} does not exist; give the directory of a tuned model"
             )
+    check_beforehand(settings, output, address=arguments.address, data=False)
     base = ModelSettings(name=arguments.base) if arguments.base else settings.model
     tuned = [ModelSettings(name=directory) for directory in arguments.tuned]
     if arguments.base and not tuned:
         tuned = [settings.model]
-    models = [local_directory(model) for model in (base, *tuned)]
     place.check()
 
     from lrmc_ray.evaluate.run import evaluate
@@ -47,6 +48,7 @@ def main(argv: Sequence[str]) -> int:
     from lrmc_ray.evaluate.task_files import check_tasks
 
     check_tasks(expand([*settings.evaluate.domain_tasks, *settings.evaluate.general_tasks]), "test")
+    models = [local_directory(model) for model in (base, *tuned)]
     scored: list[Path] = []
     with (
         ray_session(

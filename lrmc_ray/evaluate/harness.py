@@ -122,7 +122,7 @@ class ItemChoice:
 
     def of(self, name: str, tasks: Mapping[str, Any]) -> dict[str, Indices] | None:
         """Indices of the items of ``tasks`` that are asked; None for the first ``limit``."""
-        if not is_divided(name, self.group, self.kept):
+        if not is_divided(name, self.group, self.kept.share):
             return None
         items = {task_name: task.eval_docs for task_name, task in tasks.items()}
         parts = divide_items(items, self.split, self.kept)

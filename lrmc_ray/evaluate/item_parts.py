@@ -24,9 +24,9 @@ LEAST_OF_WANTED = 0.8
 give it less. Only then may an item change its part when others are added."""
 
 
-def is_divided(name: str, group: Group, kept: KeptApart) -> bool:
+def is_divided(name: str, group: Group, share: float) -> bool:
     """Whether the items of a task are to be divided, if there are enough of them."""
-    return group == "domain" and name not in IN_TWO_PARTS and kept.share > 0.0
+    return group == "domain" and name not in IN_TWO_PARTS and share > 0.0
 
 
 def divide_items(

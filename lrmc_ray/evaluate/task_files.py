@@ -1,21 +1,26 @@
 """Which files a task is made of: ours, written where lm-eval finds them, and the user's own."""
 
+import dataclasses
 import difflib
 import functools
 import logging
 import os
+import re
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from lrmc_ray.command_line import nearest
 from lrmc_ray.errors import ConfigError, DataError
 from lrmc_ray.evaluate.fewshot import drawn_split, never_its_own_example, tested_split
+from lrmc_ray.evaluate.hub_data import check_reachable
 from lrmc_ray.evaluate.json_items import JsonItem, is_json, read_dataset, read_items
 from lrmc_ray.evaluate.request import Split
 from lrmc_ray.evaluate.task_checks import check_config, check_items
 from lrmc_ray.evaluate.task_sources import (
     data_files,
+    is_of_hub,
     read_task_file,
     sections,
     task_sources,
@@ -111,6 +116,11 @@ def _place_data(config: Any, folder: Path) -> None:
 
 def _refused(name: str, why: Exception | str) -> ConfigError:
     told = why if isinstance(why, str) else error_text(why)
+    if unknown := re.search(r"unexpected keyword argument '(\w+)'", told):
+        from lm_eval.config.task import TaskConfig
+
+        known = [field.name for field in dataclasses.fields(TaskConfig)]
+        told = f"it has no field {unknown[1]}{nearest(unknown[1], known)}"
     return ConfigError(
         f"lm-eval refuses the task {name}: {told}; correct the task file (its data must be where "
         "`data_files` says), or choose another task"
@@ -189,12 +199,13 @@ def _json_items(task: Any, split: str | None) -> list[JsonItem]:
 def check_tasks(names: Sequence[str], split: Split) -> None:
     """Refuse tasks that would be scored wrongly or in part, before a model is loaded.
 
-    Of lm-eval's own tasks the definitions are looked at, their items are not.
+    Of lm-eval's own tasks the definitions are looked at, and whether the Hub gives the items.
 
     Raises:
         ConfigError: a task does not exist, is refused by lm-eval, or has what is not scored.
         DataError: an item of a task file would be scored wrongly.
-        IncompleteArtifactError: data of one of ours are not built.
+        IncompleteArtifactError: data of one of ours are not built, or the Hub does not give those
+            of another one.
     """
     ours = {*OURS, *(part for parts in OURS.values() for part in parts)}
     foreign = [name for name in names if name not in ours]
@@ -204,12 +215,27 @@ def check_tasks(names: Sequence[str], split: Split) -> None:
     quieten()
     with tempfile.TemporaryDirectory() as scratch:
         manager = task_manager(names, Path(scratch), split)
+        on_hub: dict[str, str] = {}
         for name in foreign:
             if Path(name).is_file():
-                load_task(manager, name)
+                on_hub |= _hub_data_of(name)
                 continue
             for task_name, config in _definitions(manager, name):
                 check_config(task_name, config)
+                if is_of_hub(config, Path()):
+                    on_hub[task_name] = config["dataset_path"]
+        check_reachable(on_hub)
+        for name in foreign:
+            if Path(name).is_file():
+                load_task(manager, name)
+
+
+def _hub_data_of(name: str) -> dict[str, str]:
+    """The data on the Hub that a task file names, by its name."""
+    config, _ = read_task_file(Path(name))
+    folder = Path(name).parent
+    found = [part["dataset_path"] for part in sections(config) if is_of_hub(part, folder)]
+    return {f"{name}{f' ({path})' if len(found) > 1 else ''}": path for path in found}
 
 
 def _definitions(manager: Any, name: str) -> Iterator[tuple[str, Mapping[str, Any]]]:

@@ -110,6 +110,14 @@ def data_files(config: Mapping[str, Any], folder: Path) -> dict[str, list[Path |
     }
 
 
+def is_of_hub(config: Mapping[str, Any], folder: Path) -> bool:
+    """Whether the data of one task are a data set of the Hub, and no files of this machine."""
+    path = config.get("dataset_path")
+    if not isinstance(path, str) or path in _LOADERS or callable(config.get("custom_dataset")):
+        return False
+    return _place(path, folder) is None and not path.endswith(".py")
+
+
 def _files_of(pattern: str, parts: list[str], folder: Path) -> list[Path | str]:
     """The files that a pattern stands for, beside the task file or in the current folder."""
     if _REMOTE.match(pattern):
@@ -152,8 +160,8 @@ def _place(name: str, folder: Path) -> Path | None:
 
 def _missing(name: str, folder: Path) -> str:
     return (
-        f"lm-eval refuses the task: its data {name} are neither in {folder.resolve()} nor in "
-        f"{Path.cwd()}; correct `data_files` in the task file"
+        f"lm-eval refuses the task: its data {name} are not in "
+        f"{' nor in '.join(map(str, _bases(name, folder)))}; correct `data_files` in the task file"
     )
 
 

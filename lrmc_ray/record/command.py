@@ -3,6 +3,7 @@
 import json
 from collections.abc import Sequence
 
+from lrmc_ray.cluster.beforehand import check_beforehand
 from lrmc_ray.cluster.session import RAY_LOG, ray_session
 from lrmc_ray.command_line import CommandParser, pasteable
 from lrmc_ray.config.arguments import (
@@ -30,6 +31,7 @@ def main(argv: Sequence[str]) -> int:
     setup_logging(arguments.verbose)
     settings = settings_from(arguments)
     uri = settings.resources.storage
+    check_beforehand(settings, arguments.output, address=arguments.address, tasks=False)
     place = place_of(uri)
     place.check()
 

@@ -14,6 +14,7 @@ from lrmc_ray.files.names import MODEL_CARD
 from lrmc_ray.files.origin import read_origin
 from lrmc_ray.report.card_recipes import recipes
 from lrmc_ray.report.card_subject import subject_of
+from lrmc_ray.models import has_chat_template
 from lrmc_ray.report.method_words import PAPER, is_of_paper, method_tags, method_text
 from lrmc_ray.report.study import Study, Verdict, load_study
 from lrmc_ray.report.words import items_text, score_text, verdict_items_text
@@ -201,7 +202,7 @@ def _two_columns(title: str, rows: Sequence[tuple[str, str]]) -> str:
 
 def _code(directory: Path, model: Mapping[str, Any]) -> str:
     """Code that renders a question as the model was taught."""
-    if not _has_chat_template(directory):
+    if not has_chat_template(directory):
         return _PLAIN_CODE
     options = model.get("template_options")
     line = (
@@ -209,10 +210,3 @@ def _code(directory: Path, model: Mapping[str, Any]) -> str:
     )
     given = "**options, " if options else ""
     return _CHAT_CODE.replace("OPTIONS", line).replace("GIVEN", given)
-
-
-def _has_chat_template(directory: Path) -> bool:
-    if (directory / "chat_template.jinja").is_file():
-        return True
-    config = directory / "tokenizer_config.json"
-    return config.is_file() and "chat_template" in json.loads(config.read_text(encoding="utf-8"))

@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
+from lrmc_ray.cluster.beforehand import check_beforehand, trains_lora
 from lrmc_ray.cluster.session import RAY_LOG, ray_session
 from lrmc_ray.command_line import CommandParser, pasteable
 from lrmc_ray.config.arguments import (
@@ -16,6 +17,7 @@ from lrmc_ray.config.arguments import (
     settings_from,
 )
 from lrmc_ray.console import progress, setup_logging
+from lrmc_ray.evaluate.task_files import check_tasks
 from lrmc_ray.files.artifacts import fingerprint, read_manifest
 from lrmc_ray.files.metrics_log import read_new_lines
 from lrmc_ray.files.names import METRICS, MODEL
@@ -23,6 +25,7 @@ from lrmc_ray.files.origin import origin_of, write_origin
 from lrmc_ray.files.place import place_of
 from lrmc_ray.record.prepare import prepare
 from lrmc_ray.record.run import record
+from lrmc_ray.tasks.registry import expand
 from lrmc_ray.train.checks import check_settings
 from lrmc_ray.train.driver import MADE_BY, check_converged, run_identity, train, with_steps
 
@@ -95,6 +98,16 @@ def main(argv: Sequence[str]) -> int:
     arguments.overrides += flag_overrides(arguments)
     settings = settings_from(arguments)
     storage = settings.resources.storage
+    check_beforehand(
+        settings,
+        arguments.output,
+        address=arguments.address,
+        tasks=False,
+        lora=trains_lora(settings),
+    )
+    if arguments.domain_tasks or arguments.general_tasks:  # by which the model is to be scored
+        names = expand([*settings.evaluate.domain_tasks, *settings.evaluate.general_tasks])
+        check_tasks(names, "test")
     place_of(storage).check()
     check_settings(settings)
     prepare(settings, arguments.output)  # bad rows are found before Ray starts

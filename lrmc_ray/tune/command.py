@@ -27,6 +27,10 @@ def main(argv: Sequence[str]) -> int:
     arguments = _parser().parse_intermixed_args(argv)
     setup_logging(arguments.verbose)
     settings = settings_from(arguments)
+
+    from lrmc_ray.tune.inputs import check_inputs, check_quickly
+
+    check_quickly(settings, arguments.output, arguments.address)
     if arguments.explain:
         from lrmc_ray.tune.explain import explain
 
@@ -34,7 +38,6 @@ def main(argv: Sequence[str]) -> int:
         return 0
 
     from lrmc_ray.tune.description import study_directory
-    from lrmc_ray.tune.inputs import check_inputs
     from lrmc_ray.tune.run import Search
 
     contents = check_inputs(settings, arguments.output)

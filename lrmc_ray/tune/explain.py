@@ -1,15 +1,20 @@
 """``lrmc tune --explain``: what a search would do and what it would cost, before it is started."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from lrmc_ray.cluster.resources import local_cpus
-from lrmc_ray.config import ParameterRange, RunSettings
+from lrmc_ray.config import DEMO, ModelSettings, ParameterRange, RunSettings
 from lrmc_ray.console import format_seconds
+from lrmc_ray.evaluate.item_parts import is_divided
+from lrmc_ray.evaluate.task_files import task_label
+from lrmc_ray.models import has_chat_template
 from lrmc_ray.record.sources import training_files
+from lrmc_ray.tasks.demo.base_model import HUB_ID
+from lrmc_ray.tasks.registry import expand
 from lrmc_ray.tune.forecast import Forecast, forecast, with_expected_steps
 
 
@@ -21,12 +26,12 @@ def explain(settings: RunSettings, output: Path, *, as_json: bool) -> None:
         output: where costs of earlier searches are looked for.
         as_json: one JSON object in place of text.
     """
-    training_files(settings)
+    files = training_files(settings)
     settings = with_expected_steps(settings, output)
     slots = local_cpus() // settings.resources.cpus_per_worker
     cost = forecast(settings, output, slots=max(1, slots))
     if as_json:
-        print(json.dumps(_as_dict(settings, cost)))
+        print(json.dumps(_as_dict(settings, cost, output, files)))
         return
     from rich.console import Console
     from rich.table import Table
@@ -43,11 +48,52 @@ def explain(settings: RunSettings, output: Path, *, as_json: bool) -> None:
             str(getattr(settings.train, name)),
         )
     console = Console(highlight=False)
+    for line in what_lines(settings, output, files):
+        console.print(line, markup=False)
     if settings.parameters:
+        console.print()
         console.print(table)
     lines = [objective_text(settings), sampler_text(settings), early_stopping_text(settings)]
     for line in (*lines, *cost_lines(cost, slots)):
         console.print(line, markup=False)
+
+
+def what_lines(settings: RunSettings, output: Path, files: Sequence[Path]) -> list[str]:
+    """Model, data, tasks, output, and what is compared with what."""
+    scored, search = settings.evaluate, settings.search
+    domain, general = expand(scored.domain_tasks), expand(scored.general_tasks)
+    limit = "all items" if scored.limit is None else f"at most {scored.limit} items"
+    divided = [name for name in domain if is_divided(name, "domain", scored.test_share)]
+    kept = (
+        f" {100 * scored.test_share:g} % of the items of {', '.join(map(task_label, divided))} are "
+        "test items, which no trial is chosen by."
+        if divided
+        else ""
+    )
+    compared = ["the untuned base", "the settings of [train]"]
+    if search.yardstick_lr is not None:
+        compared.append(f"plain fine-tuning (AdamW, lr {search.yardstick_lr:g})")
+    if (searched := search.trials - len(compared) + 1) > 0:
+        compared.append(f"{searched} searched trial{'s' if searched > 1 else ''}")
+    sources = ", ".join(settings.data.train)
+    return [
+        f"Model:         {HUB_ID if settings.model.name == DEMO else settings.model.name}"
+        f"{template_text(settings.model)}",
+        f"Training data: {sources} ({len(files)} file{'s' if len(files) != 1 else ''})",
+        f"Domain tasks:  {', '.join(domain)}: should improve, {limit} each.{kept}",
+        f"General tasks: {', '.join(general)}: must not get worse, {limit} each.",
+        f"Output:        a directory {search.name}-ID in {output.resolve()}",
+        f"Compared:      {'; '.join(compared)}. At the end base, best trial and plain fine-tuning "
+        "are scored on the test items of the domain.",
+    ]
+
+
+def template_text(model: ModelSettings) -> str:
+    """That a model of this machine has no chat template, where that is so."""
+    directory = Path(model.name)
+    if not directory.is_dir() or has_chat_template(directory):
+        return ""
+    return " (no chat template: conversations are written in the plain form 'User:', 'Assistant:')"
 
 
 def values_text(searched: ParameterRange) -> str:
@@ -137,10 +183,17 @@ def cost_lines(cost: Forecast | None, slots: int) -> list[str]:
     ]
 
 
-def _as_dict(settings: RunSettings, cost: Forecast | None) -> Mapping[str, Any]:
+def _as_dict(
+    settings: RunSettings, cost: Forecast | None, output: Path, files: Sequence[Path]
+) -> Mapping[str, Any]:
     search = settings.search
     return {
         "name": search.name,
+        "model": settings.model.name,
+        "training_data": [str(path) for path in files],
+        "domain_tasks": list(expand(settings.evaluate.domain_tasks)),
+        "general_tasks": list(expand(settings.evaluate.general_tasks)),
+        "output": str(output.resolve()),
         "objective": search.objective,
         "max_forgetting": search.max_forgetting,
         "forgetting_weight": search.forgetting_weight,

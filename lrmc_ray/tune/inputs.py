@@ -2,25 +2,38 @@
 
 from pathlib import Path
 
+from lrmc_ray.cluster.beforehand import check_beforehand, check_model, trains_lora
 from lrmc_ray.config import RunSettings
 from lrmc_ray.evaluate.task_files import check_tasks, task_data
 from lrmc_ray.files.place import place_of
 from lrmc_ray.record.prepare import prepare
+from lrmc_ray.record.sources import training_files
 from lrmc_ray.tasks.registry import expand
 from lrmc_ray.train.checks import check_settings
 from lrmc_ray.tune.provenance import contents
 
 
+def check_quickly(settings: RunSettings, output: Path, address: str) -> None:
+    """Look at whatever can be looked at in seconds: downloads no model, reads no training data.
+
+    Raises:
+        LrmcError: something is missing or wrong; the message says what to do.
+    """
+    check_beforehand(settings, output, address=address, lora=trains_lora(settings))
+    check_model(settings.model)
+    training_files(settings)
+    names = expand([*settings.evaluate.domain_tasks, *settings.evaluate.general_tasks])
+    check_tasks(names, "dev")
+    task_data(names, "test")
+
+
 def check_inputs(settings: RunSettings, output: Path) -> dict[str, str]:
-    """Look at the storage, the tasks and the training data; returns their digests.
+    """Look at the storage, the model and every row of the training data; returns their digests.
 
     Raises:
         LrmcError: one of them cannot be used; the message says why.
     """
     place_of(settings.resources.storage).check()
-    names = expand([*settings.evaluate.domain_tasks, *settings.evaluate.general_tasks])
-    check_tasks(names, "dev")
-    task_data(names, "test")
     check_settings(settings)
     prepare(settings, output)
     return contents(settings)

@@ -65,11 +65,11 @@ def test_every_task_of_a_group_is_in_both_parts():
 
 
 def test_only_domain_tasks_without_two_parts_of_their_own_are_divided():
-    assert is_divided("kinds", "domain", HALF)
-    assert not is_divided("kinds", "general", HALF)
-    assert not is_divided("nl2sql", "domain", HALF)
-    assert not is_divided("ct", "domain", HALF)
-    assert not is_divided("kinds", "domain", ALL_ITEMS)
+    assert is_divided("kinds", "domain", 0.5)
+    assert not is_divided("kinds", "general", 0.5)
+    assert not is_divided("nl2sql", "domain", 0.5)
+    assert not is_divided("ct", "domain", 0.5)
+    assert not is_divided("kinds", "domain", 0.0)
 
 
 def test_a_task_file_asks_the_items_of_one_part_under_their_own_numbers(tmp_path, tiny_model):

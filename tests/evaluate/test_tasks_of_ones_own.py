@@ -343,7 +343,7 @@ def test_two_files_of_one_relative_name_are_refused(tmp_path, monkeypatch):
 
 def test_data_that_do_not_exist_are_named(tmp_path):
     path = write(tmp_path, ITEMS, dataset_kwargs={"data_files": {"test": "no.jsonl"}})
-    with pytest.raises(ConfigError, match=r"its data no\.jsonl are neither in"):
+    with pytest.raises(ConfigError, match=r"its data no\.jsonl are not in"):
         task_fingerprints([str(path)], "dev")
 
 

