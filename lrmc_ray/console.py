@@ -243,7 +243,7 @@ class _Lines:
         parts = [f"{self._title}: {self._count()}"]
         if done_here > 0:
             per_second = done_here / (now - self._start)
-            parts.append(f"{per_second:.3g} per second")
+            parts.append(speed_text(per_second))
             if self._total is not None:
                 left_seconds = max(0, self._total - self._completed) / per_second
                 parts.append(f"{format_seconds(left_seconds)} left")
@@ -258,6 +258,13 @@ class _Lines:
         if self._total is None:
             return f"{self._completed} {self._unit}"
         return f"{self._completed}/{self._total} {self._unit}"
+
+
+def speed_text(per_second: float) -> str:
+    """How fast it goes; less than one in a second is told by what one takes."""
+    if per_second >= 1.0:
+        return f"{per_second:.3g} per second"
+    return f"{format_seconds(1.0 / per_second)} each"
 
 
 def format_seconds(seconds: float) -> str:

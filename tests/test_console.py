@@ -252,7 +252,7 @@ def test_progress_lines_without_a_terminal(monkeypatch, capsys):
         "Recording: 100/600 samples",
         "Recording: 150/600 samples, 10 per second, 45 s left, K 12.5",
         "Recording: 200/600 samples, 10 per second, 40 s left, K 12.5",
-        "Recording: 200/600 samples, 0.164 per second, 40 min 40 s left, K 12.5",
+        "Recording: 200/600 samples, 6.1 s each, 40 min 40 s left, K 12.5",
         "Recording: 200/600 samples after 10 min 10 s, K 12.5",
     ]
 
@@ -266,7 +266,7 @@ def test_progress_of_unknown_length_and_failure(monkeypatch, capsys):
         raise ValueError
     assert capsys.readouterr().err.splitlines() == [
         "Search: 0 trials",
-        "Search: 1 trials, 0.167 per second",
+        "Search: 1 trials, 6.0 s each",
         "Search: stopped at 1 trials after 7.0 s",
     ]
 

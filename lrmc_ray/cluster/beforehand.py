@@ -6,6 +6,7 @@ packages, and what this machine has.
 
 import importlib.util
 import os
+import sys
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
@@ -55,8 +56,14 @@ def check_beforehand(
         data=settings.data.train if data else (),
         lora=lora,
     )
-    if address == "local":
+    if address == "local" and not _ray_runs():
         check_machine(settings.resources)
+
+
+def _ray_runs() -> bool:
+    """Whether this process has a session of Ray, which a command then uses as it is."""
+    ray = sys.modules.get("ray")
+    return ray is not None and bool(ray.is_initialized())
 
 
 def check_output(directory: Path) -> None:

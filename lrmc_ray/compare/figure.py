@@ -14,7 +14,7 @@ import numpy as np
 from lrmc_ray.compare.measure import Estimate
 from lrmc_ray.compare.table import ComparisonTable, MethodRow
 from lrmc_ray.evaluate.front import pareto_front
-from lrmc_ray.report.figures_html import COLOURS, FORGETTING_LABEL, GAIN_LABEL
+from lrmc_ray.report.figures_html import COLOURS, FORGETTING_LABEL, GAIN_LABEL, axis_label
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -100,8 +100,8 @@ def draw_scatter(table: ComparisonTable) -> "Figure":
 
 
 def _draw_points(axes: "Axes", rows: Sequence[MethodRow], named: dict[str, Named]) -> None:
-    axes.set_xlabel(FORGETTING_LABEL, fontsize=9)
-    axes.set_ylabel(GAIN_LABEL, fontsize=9)
+    axes.set_xlabel(axis_label(FORGETTING_LABEL), fontsize=9)
+    axes.set_ylabel(axis_label(GAIN_LABEL), fontsize=9)
     axes.tick_params(labelsize=9)
     axes.grid(color="#eef2f6", zorder=0)
     axes.spines[["top", "right"]].set_visible(False)

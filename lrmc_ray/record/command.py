@@ -52,7 +52,7 @@ def main(argv: Sequence[str]) -> int:
     if arguments.json:
         print(json.dumps({"directory": str(directory), **manifest["summary"]}))
     else:
-        print_summary(manifest["summary"])
+        print_summary(manifest["summary"], k_max=settings.record.k_max)
         where = f", its files in {uri}" if uri else ""
         print(f"The record is in {directory}{where}. Look into it: lrmc inspect {directory}")
         print(f"Next: {pasteable('lrmc', 'train', *argv)}")

@@ -11,23 +11,48 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from lrmc_ray.files.artifacts import file_digest
+from lrmc_ray.record.capped import capped_text
 
 _PER_CANDIDATE = ("candidate_ids", "candidate_logprobs")
 _PER_POSITION = ("positions", "is_supervised", "gold_ids", "candidate_offsets", "outside_mass")
 
 
-def print_summary(summary: Mapping[str, Any]) -> None:
-    """The record in numbers, on stdout."""
-    for name, value in summary.items():
-        if not isinstance(value, Mapping):
-            print(f"{name:>30}  {value}")
-    for name, count in summary.get("formats", {}).items():
-        print(f"{'rows of ' + name:>30}  {count}")
-    for domain, counts in summary["domains"].items():
-        print(
-            f"{'domain ' + (domain or '(none)'):>30}  "
-            + ", ".join(f"{count} {unit.replace('_', ' ')}" for unit, count in counts.items())
-        )
+def print_summary(summary: Mapping[str, Any], *, k_max: int | None = None) -> None:
+    """The record in numbers, on stdout, what matters first.
+
+    Args:
+        summary: see :func:`summarize`.
+        k_max: most candidates of a learned position, where it is known.
+    """
+    left_out = [
+        f"{summary[name]:,} {name}"
+        for name in ("dropped", "truncated", "rejected")
+        if summary.get(name)
+    ]
+    formats = [f"{count:,} rows of {name}" for name, count in summary.get("formats", {}).items()]
+    print(
+        f"{summary['samples']:,} samples ({', '.join([*formats, *left_out])}), "
+        f"{summary['tokens']:,} tokens: {summary['supervised_positions']:,} are learned, "
+        f"{summary['prompt_positions']:,} of the prompts recorded."
+    )
+    print(
+        f"Candidates of a learned position: median {summary['k_median']}, mean "
+        f"{summary['k_mean']}, 95 % have at most {summary['k_95']}. "
+        f"{summary['active_share']:.0%} have one beside the right token, "
+        f"{summary['capped_share']:.1%} are cut short by record.k_max."
+    )
+    print(
+        f"{summary['bytes'] / 1e6:.1f} MB, {summary['bytes_per_supervised_position']:g} bytes a "
+        "learned position."
+    )
+    if len(summary["domains"]) > 1:
+        for domain, counts in summary["domains"].items():
+            print(
+                f"  {domain or '(no domain)'}: {counts['samples']:,} samples, "
+                f"{counts['supervised_positions']:,} learned positions"
+            )
+    if k_max is not None and (warning := capped_text(summary["capped_share"], k_max)):
+        print(f"Warning: {warning}")
 
 
 def describe(path: Path, *, tokenizer_size: int) -> dict[str, Any]:

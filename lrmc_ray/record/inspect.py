@@ -126,8 +126,10 @@ def _text(tokenizer: Any, token: int) -> str:
     return text
 
 
-def show_sample(sample: Mapping[str, Any], console: Console) -> None:
+def show_sample(sample: Mapping[str, Any], console: Console, *, with_prompt: bool = False) -> None:
     """The text in colours, then a line for every token: what the base model thought of it.
+
+    The lines begin at the first token that is learned, or at the very first ``with_prompt``.
 
     K, rho and candidates in a token's line are of the position before it, which predicts it.
     """
@@ -141,7 +143,9 @@ def show_sample(sample: Mapping[str, Any], console: Console) -> None:
     table = Table(box=None, pad_edge=False)
     for name in ("token", "", "K", "rho", "candidates"):
         table.add_column(name, justify="right" if name in ("K", "rho") else "left")
-    for token in sample["tokens"]:
+    roles = [token["role"] for token in sample["tokens"]]
+    first = 0 if with_prompt or "supervised" not in roles else roles.index("supervised")
+    for token in sample["tokens"][first:]:
         style = styles[token["role"]]
         row = [Text(repr(token["text"])[1:-1], style=style), Text(token["role"], style=style)]
         if "k" in token:
@@ -152,6 +156,8 @@ def show_sample(sample: Mapping[str, Any], console: Console) -> None:
                 tops.append(f" {top['probability']:.3f}  ", style="dim")
             row += [Text(str(token["k"])), Text(f"{token['rho']:.3f}"), tops]
         table.add_row(*row)
+    if first:
+        console.print(f"from the first learned token; {first} before it (--prompt)", style="dim")
     console.print(table)
 
 
@@ -188,22 +194,31 @@ def shown_samples(records: Records, number: int, model: str | None) -> Iterator[
         yield describe_sample(records[index], tokenizer)
 
 
-def show_record(result: Mapping[str, Any]) -> None:
-    """What was asked of a record, on stdout; the keys are those of ``lrmc inspect --json``."""
-    print(f"The record in {result['directory']}")
-    for name, value in result["identity"].items():
-        print(f"{name:>30}  {value}")
-    print_summary(result["summary"])
+def show_record(result: Mapping[str, Any], *, with_prompts: bool = False) -> None:
+    """What was asked of a record, on stdout; the keys are those of ``lrmc inspect --json``.
+
+    Args:
+        result: what is to be shown.
+        with_prompts: samples from their first token on, not from the first that is learned.
+    """
+    directory, identity = result["directory"], result["identity"]
     if verified := result.get("verified"):
         print(
-            f"All {verified['files']} files are as they were recorded: {verified['samples']} "
-            f"samples, {verified['bytes']} bytes, {verified['bytes_per_second'] / 1e6:.0f} MB/s."
+            f"OK: all {verified['files']} files are as they were recorded: "
+            f"{verified['samples']:,} samples, {verified['bytes']:,} bytes, "
+            f"{verified['bytes_per_second'] / 1e6:.0f} MB/s."
         )
         if verified["stray_files"]:
             print(f"Not of the record, never read: {', '.join(verified['stray_files'])}")
-    console = Console(highlight=False)
-    for sample in result.get("samples", ()):
-        show_sample(sample, console)
-    directory = result["directory"]
-    if "samples" not in result:
+    print(f"The record in {directory}")
+    if samples := result.get("samples", ()):
+        console = Console(highlight=False)
+        for sample in samples:
+            show_sample(sample, console, with_prompt=with_prompts)
+        return
+    print_summary(result["summary"], k_max=identity.get("k_max"))
+    if not verified:
+        print("Made of:")
+        for name, value in identity.items():
+            print(f"{name:>20}  {value}")
         print(f"Next: {pasteable('lrmc', 'inspect', directory, '--sample', 3)}, or --verify")

@@ -47,7 +47,7 @@ def main(argv: Sequence[str]) -> int:
     if arguments.json:
         print(json.dumps(result))
     else:
-        show_record(result)
+        show_record(result, with_prompts=arguments.prompt)
     return 0
 
 
@@ -79,6 +79,9 @@ def _parser() -> argparse.ArgumentParser:
         help="one of model.template_options, with --data",
     )
     parser.add_argument("--sample", type=int, default=0, metavar="N", help="show N samples")
+    parser.add_argument(
+        "--prompt", action="store_true", help="with --sample: the tokens of the prompt, too"
+    )
     parser.add_argument(
         "--verify", action="store_true", help="read and check every file; exit code 4 if one is bad"
     )

@@ -11,7 +11,7 @@ from lrmc_ray.report.console import as_json, summary_table
 from lrmc_ray.report.figures_png import FIGURE_FILE
 from lrmc_ray.report.page import write_study_report
 from lrmc_ray.report.study import load_study
-from lrmc_ray.report.words import headline, score_text
+from lrmc_ray.report.words import headline, record_sentences, score_text
 
 # Command
 
@@ -47,7 +47,7 @@ def main(argv: Sequence[str]) -> int:
         console.print(score_text(study.verdict.comparison), style="bright_black")
     for sentence in headline(study):
         console.print(sentence.text, markup=False)
-    for note in study.notes:
+    for note in (*study.notes, *record_sentences(study)):
         console.print(f"Note: {note}", markup=False)
     # Not through rich, which would break a long path in two.
     print(f"\nReport  {path}\nFigure  {path.with_name(FIGURE_FILE)}")

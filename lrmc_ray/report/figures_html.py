@@ -28,8 +28,10 @@ MARKERS = {  # Plotly's name, Matplotlib's name
     "search": ("circle", "o"),
     "base": ("x", "X"),
 }
-GAIN_LABEL = "Domain gain (points of 100; up is better)"
-FORGETTING_LABEL = "Forgetting (points of 100; left is better)"
+GAIN_LABEL = "Domain gain{items}(points of 100; up is better)"
+FORGETTING_LABEL = "Forgetting{items}(points of 100; left is better)"
+SEARCH_ITEMS = "search items"
+BASE_LABEL = "base model (0, 0)"
 _LABEL_POSITIONS = {
     "best": "top right",
     "yardstick": "bottom right",
@@ -73,6 +75,61 @@ ROLE_NAMES = {
 }
 
 
+def axis_label(label: str, items: str = "") -> str:
+    """``GAIN_LABEL`` or ``FORGETTING_LABEL`` with the items that it is of, where they are known."""
+    return label.format(items=f" on {items}\n" if items else " ")
+
+
+@dataclass(frozen=True)
+class Canvas:
+    """What the figure shows: the marked trials with their intervals, the others' points."""
+
+    forgetting: tuple[float, float]
+    """Lowest and highest value across, in points of 100."""
+    gain: tuple[float, float]
+
+    @property
+    def shows_base(self) -> bool:
+        """Whether the base model, at 0, lies on it; else a mark at the edge says where it is."""
+        return all(low <= 0.0 <= high for low, high in (self.forgetting, self.gain))
+
+    @property
+    def nearest_to_base(self) -> tuple[float, float]:
+        """The point of the canvas that is nearest to the base model, forgetting first."""
+        across, up = (min(max(0.0, low), high) for low, high in (self.forgetting, self.gain))
+        return across, up
+
+
+def canvas_of(trials: Sequence[FrontPoint]) -> Canvas:
+    """The axes that the trials fill. The base model is kept on them where that costs little room.
+
+    With a gain of 50 points, and trials within 10 of each other, axes from 0 would be mostly empty.
+    """
+    ranges = []
+    for one in ("forgetting", "gain"):
+        ends = [
+            end
+            for trial in trials
+            for interval in [getattr(trial, one)]
+            for end in (
+                (interval.low, interval.high) if trial.role != "search" else (interval.value,) * 2
+            )
+        ]
+        low, high = 100 * min(ends), 100 * max(ends)
+        margin = 0.08 * ((high - low) or 1.0)
+        ranges.append((low - margin, high + margin))
+    wide = [(min(low, 0.0), max(high, 0.0)) for low, high in ranges]
+    room = [(high - low) / (b - a) for (low, high), (a, b) in zip(wide, ranges, strict=True)]
+    if room[0] * room[1] <= MOST_ROOM_FOR_BASE:
+        pads = [0.06 * (high - low) for low, high in wide]
+        ranges = [(low - pad, high + pad) for (low, high), pad in zip(wide, pads, strict=True)]
+    return Canvas(*ranges)
+
+
+MOST_ROOM_FOR_BASE = 1.5
+"""Times the area of the figure without the base model."""
+
+
 def front_figure(trials: Sequence[FrontPoint]) -> "Figure":
     """Domain gain over forgetting, with intervals and the Pareto front, in points of 100."""
     import plotly.graph_objects as go
@@ -97,8 +154,9 @@ def front_figure(trials: Sequence[FrontPoint]) -> "Figure":
         figure.add_scatter(
             x=[100 * p.forgetting.value for p in group],
             y=[100 * p.gain.value for p in group],
-            error_x=_error_bars([p.forgetting for p in group], role, is_marked),
-            error_y=_error_bars([p.gain for p in group], role, is_marked),
+            # Those of the other trials are in their hover boxes.
+            error_x=_error_bars([p.forgetting for p in group], role) if is_marked else None,
+            error_y=_error_bars([p.gain for p in group], role) if is_marked else None,
             mode="markers+text" if is_marked else "markers",
             text=[p.label for p in group],
             textposition=_LABEL_POSITIONS.get(role),
@@ -113,32 +171,39 @@ def front_figure(trials: Sequence[FrontPoint]) -> "Figure":
             customdata=[_hover_text(p) for p in group],
             hovertemplate="%{customdata}<extra></extra>",
         )
+    canvas = canvas_of(trials)
+    across, up = canvas.nearest_to_base
     figure.add_scatter(
-        x=[0],
-        y=[0],
-        mode="markers",
+        x=[across],
+        y=[up],
+        mode="markers" if canvas.shows_base else "markers+text",
         marker={"symbol": MARKERS["base"][0], "size": 11, "color": COLOURS["base"]},
+        text=[f"{BASE_LABEL} lies this way"],
+        textposition="top right" if across <= sum(canvas.forgetting) / 2 else "top left",
+        textfont={"size": 11},
+        cliponaxis=False,
         name="base model",
-        hovertemplate="base model, untuned<extra></extra>",
+        hovertemplate="base model, untuned: 0, 0<extra></extra>",
     )
     figure.update_layout(
         **layout(460),
         showlegend=False,
-        xaxis=axis(FORGETTING_LABEL),
-        yaxis=axis(GAIN_LABEL),
+        xaxis=axis(axis_label(FORGETTING_LABEL, SEARCH_ITEMS))
+        | {"range": list(canvas.forgetting)},
+        yaxis=axis(axis_label(GAIN_LABEL, SEARCH_ITEMS)) | {"range": list(canvas.gain)},
     )
     return figure
 
 
-def _error_bars(intervals: Sequence[Interval], role: str, is_marked: bool) -> dict[str, Any]:
+def _error_bars(intervals: Sequence[Interval], role: str) -> dict[str, Any]:
     return {
         "type": "data",
         "symmetric": False,
         "array": [100 * (one.high - one.value) for one in intervals],
         "arrayminus": [100 * (one.value - one.low) for one in intervals],
-        "color": COLOURS[role] if is_marked else "rgba(148, 163, 184, 0.35)",
-        "thickness": 1.5 if is_marked else 1,
-        "width": 3 if is_marked else 0,
+        "color": COLOURS[role],
+        "thickness": 1.5,
+        "width": 3,
     }
 
 
@@ -298,7 +363,7 @@ def layout(height: int) -> dict[str, Any]:
 def axis(title: str) -> dict[str, Any]:
     """An axis of any figure."""
     return {
-        "title": {"text": title, "font": {"size": 12}},
+        "title": {"text": title.replace("\n", "<br>"), "font": {"size": 12}},
         "gridcolor": "#e2e8f0",
         "zerolinecolor": "#94a3b8",
         "linecolor": "#cbd5e1",

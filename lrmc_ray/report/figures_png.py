@@ -4,12 +4,17 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from lrmc_ray.report.figures_html import (
+    BASE_LABEL,
     COLOURS,
     FORGETTING_LABEL,
     GAIN_LABEL,
     MARKERS,
     ROLE_NAMES,
+    SEARCH_ITEMS,
+    Canvas,
     FrontPoint,
+    axis_label,
+    canvas_of,
 )
 
 if TYPE_CHECKING:
@@ -52,20 +57,38 @@ def draw_front(study: Study) -> "Figure":
     )
     for role in ("search", "defaults", "yardstick", "best"):
         _draw_trials(axes, [p for p in shown if p.role == role], role)
-    axes.plot(
-        0, 0, MARKERS["base"][1], color=COLOURS["base"], markersize=9, linestyle="", label="base"
-    )
+    if shown:
+        _draw_base(axes, canvas_of(shown))
     axes.set_title(f"{study.file.name}: what was learned against what was forgotten", loc="left")
-    axes.set_xlabel(FORGETTING_LABEL)
-    axes.set_ylabel(GAIN_LABEL)
+    axes.set_xlabel(axis_label(FORGETTING_LABEL, SEARCH_ITEMS))
+    axes.set_ylabel(axis_label(GAIN_LABEL, SEARCH_ITEMS))
     axes.spines[["top", "right"]].set_visible(False)
     axes.grid(color="#eef2f6", zorder=0)
     axes.legend(frameon=False, loc="upper center", bbox_to_anchor=(0.5, -0.12), ncols=3)
     figure.text(
-        0.01, -0.02, f"Bars: 95 % intervals over the items. {note_on_not_drawn(study)}".strip(),
+        0.01, -0.02,
+        f"Bars: 95 % intervals over the search items. {note_on_not_drawn(study)}".strip(),
         fontsize=8, color="#526077",
     )  # fmt: skip
     return figure
+
+
+def _draw_base(axes: "Axes", canvas: Canvas) -> None:
+    """Set the axes, and mark the base model, or the way to it from the nearest edge."""
+    axes.set_xlim(*canvas.forgetting)
+    axes.set_ylim(*canvas.gain)
+    across, up = canvas.nearest_to_base
+    axes.plot(
+        across, up, MARKERS["base"][1], color=COLOURS["base"], markersize=9, linestyle="",
+        label="base", clip_on=False, zorder=6,
+    )  # fmt: skip
+    if not canvas.shows_base:
+        is_left = across <= sum(canvas.forgetting) / 2
+        axes.annotate(
+            f"{BASE_LABEL} lies this way", (across, up), xytext=(8 if is_left else -8, 6),
+            textcoords="offset points", ha="left" if is_left else "right", fontsize=8,
+            color=COLOURS["base"],
+        )  # fmt: skip
 
 
 def _draw_trials(axes: "Axes", trials: Sequence[FrontPoint], role: str) -> None:
@@ -85,7 +108,7 @@ def _draw_trials(axes: "Axes", trials: Sequence[FrontPoint], role: str) -> None:
         x, y, xerr=errors[0], yerr=errors[1],
         fmt=MARKERS[role][1], markersize=14 if role == "best" else 7,
         color=COLOURS[role], markeredgecolor="white", markeredgewidth=0.8,
-        ecolor=COLOURS[role] if is_marked else "#dbe2ea", elinewidth=1.3 if is_marked else 0.9,
+        ecolor=COLOURS[role] if is_marked else "#edf1f5", elinewidth=1.3 if is_marked else 0.7,
         capsize=2.5 if is_marked else 0, zorder=4 if is_marked else 2, label=ROLE_NAMES[role],
     )  # fmt: skip
     for point, left, bottom in zip(trials, x, y, strict=True):
@@ -100,6 +123,16 @@ def _draw_trials(axes: "Axes", trials: Sequence[FrontPoint], role: str) -> None:
         )
 
 
+def point_label(study: Study, trial: Trial) -> str:
+    """What a trial is called in the figure: by its role, where it has one."""
+    names = {"yardstick": "plain fine-tuning", "defaults": "defaults", "search": trial.name}
+    role = trial.entry.role
+    name = names[role]
+    if sum(other.entry.role == role for other in study.compared) > 1:
+        name = trial.name if role == "search" else f"{name}, {trial.name}"
+    return f"best: {name}" if trial is study.best else name
+
+
 def front_point_of(study: Study, trial: Trial) -> FrontPoint:
     """A compared trial as a point of the figure."""
     assert trial.comparison is not None  # Only compared trials are drawn.
@@ -108,7 +141,7 @@ def front_point_of(study: Study, trial: Trial) -> FrontPoint:
     if accuracy is not None:
         details.append(f"domain {accuracy_text(accuracy)}")
     return FrontPoint(
-        label=trial.name,
+        label=point_label(study, trial),
         role=shown_role(study, trial),
         gain=trial.comparison.domain_gain,
         forgetting=trial.comparison.forgetting,

@@ -41,6 +41,7 @@ from lrmc_ray.report.words import (
     headline,
     headline_numbers,
     note_on_not_drawn,
+    record_sentences,
     score_text,
     shown_role,
     tags_of,
@@ -100,7 +101,7 @@ def _page(study: Study) -> dict[str, Any]:
             + OBJECTIVE_NOTES[study.file.objective].format(budget=points(study.file.max_forgetting))
         ),
         "cautions": caution_sentences(study),
-        "notes": (*study.notes, *curve_notes, *blend_notes),
+        "notes": (*study.notes, *record_sentences(study), *curve_notes, *blend_notes),
         "parameters": chosen_settings(study, best) if best is not None else [],
         "front": (
             drawing(
@@ -154,14 +155,15 @@ def _tiles(study: Study) -> list[dict[str, Any]]:
 
 
 def _tables(study: Study) -> list[tuple[str, list[tuple[str, str]]]]:
-    """How the study was made, in tables of names and values; empty ones are left out."""
+    """How the study was made, in tables of names and values; what is not set is left out."""
     tables = (
         ("Search space", flatten(study.file.space)),
         ("Settings", flatten(study.file.settings)),
         ("Versions", flatten(study.file.versions)),
         ("Seeds", _seeds(study)),
     )
-    return [(title, rows) for title, rows in tables if rows]
+    said = [(title, [row for row in rows if row[1] != "None"]) for title, rows in tables]
+    return [(title, rows) for title, rows in said if rows]
 
 
 def _trial_row(study: Study, trial: Trial) -> dict[str, Any]:

@@ -22,9 +22,7 @@ from lrmc_ray.report.figures_html import (
 from lrmc_ray.report.study import Study, Trial
 from lrmc_ray.report.template import drawing
 from lrmc_ray.report.trade_off import surface
-from lrmc_ray.report.words import (
-    shown_role,
-)
+from lrmc_ray.report.words import knee_advice, shown_role
 
 CURVES = {
     "train/loss": ("Training loss", "nats per supervised position"),
@@ -62,7 +60,8 @@ def trade_off_section(study: Study) -> dict[str, Any] | None:
             f"{bend.name}, in {percent(traded.knee_probability[traded.knee])} of the resamples; "
             f"wherever the knee falls, its gain is {points(traded.knee_gain.value)} "
             f"({points_range(traded.knee_gain)}) and its forgetting "
-            f"{points(traded.knee_forgetting.value)} ({points_range(traded.knee_forgetting)})."
+            f"{points(traded.knee_forgetting.value)} ({points_range(traded.knee_forgetting)}).",
+            *filter(None, [knee_advice(study)]),
         ],
         "rows": rows,
         "figure": drawing(

@@ -14,6 +14,7 @@ from lrmc_ray.evaluate.numbers import (
     points_range,
 )
 from lrmc_ray.evaluate.statistics import CONFIDENCE, Interval
+from lrmc_ray.record.capped import capped_text
 from lrmc_ray.report.study import Study, Trial, Verdict
 
 OBJECTIVE_NOTES: dict[Objective, str] = {
@@ -239,6 +240,36 @@ def caution_sentences(study: Study) -> list[str]:
         "repeat the best trial with other seeds to see it."
     )
     return cautions
+
+
+def record_sentences(study: Study) -> list[str]:
+    """What the record of a study says against its tau."""
+    settings = study.file.settings.get("record")
+    k_max = settings.get("k_max") if isinstance(settings, Mapping) else None
+    share = study.file.record.get("capped_share")
+    if not isinstance(k_max, int) or not isinstance(share, int | float):
+        return []
+    warning = capped_text(float(share), k_max)
+    return [warning] if warning else []
+
+
+def knee_advice(study: Study) -> str:
+    """Which of the front's knee and the best trial to take."""
+    traded = study.trade_off
+    if traded is None or study.best is None:
+        return ""
+    bend = study.compared[traded.knee]
+    if bend is study.best:
+        return f"{bend.name.capitalize()} is both the best and the knee: take it."
+    assert bend.comparison is not None  # compared
+    assert study.best.comparison is not None
+    gain = study.best.comparison.domain_gain.value - bend.comparison.domain_gain.value
+    forgetting = study.best.comparison.forgetting.value - bend.comparison.forgetting.value
+    return (
+        f"Take {study.best.name}, the best by the study's own objective, unless forgetting counts "
+        f"more for you than search.forgetting_weight says: the knee, {bend.name}, differs from it "
+        f"by {points(-gain)} points of gain and {points(-forgetting)} of forgetting."
+    )
 
 
 def headline_numbers(comparison: Comparison) -> tuple[Interval, Interval, Interval]:

@@ -102,7 +102,7 @@ def _print_end(search: "Search", arguments: argparse.Namespace) -> None:
 
     from lrmc_ray.report.console import as_json, summary_table
     from lrmc_ray.report.study import load_study
-    from lrmc_ray.report.words import headline, score_text
+    from lrmc_ray.report.words import headline, record_sentences, score_text
     from lrmc_ray.tune.finish import BEST_MODEL
 
     study = load_study(search.directory)
@@ -114,7 +114,9 @@ def _print_end(search: "Search", arguments: argparse.Namespace) -> None:
     if study.verdict is not None:
         console.print(score_text(study.verdict.comparison), style="bright_black")
     for sentence in headline(study):
-        console.print(sentence.text)
+        console.print(sentence.text, markup=False)
+    for warning in record_sentences(study):
+        console.print(f"Warning: {warning}", markup=False)
     model = search.directory / BEST_MODEL
     print(f"\nReport  {search.directory / 'report.html'}")
     print(f"Figure  {search.directory / 'gain_vs_forgetting.png'}")

@@ -12,6 +12,7 @@ How many trials of a search fit side by side on that cluster, and the hours that
 
 import argparse
 import json
+import math
 import random
 import sys
 import tempfile
@@ -34,6 +35,8 @@ from lrmc_ray.config.arguments import (
 from lrmc_ray.console import format_seconds, progress, setup_logging
 from lrmc_ray.errors import ConfigError
 from lrmc_ray.files.artifacts import is_finished
+from lrmc_ray.models import vocabulary_size
+from lrmc_ray.record.capped import MOST_CAPPED, capped_text
 from lrmc_ray.record.examples import SORT_WINDOW, read_examples
 from lrmc_ray.record.names import EXAMPLES, PLAN
 from lrmc_ray.record.prepare import Preparation, prepare
@@ -47,6 +50,9 @@ if TYPE_CHECKING:
 TAUS = (0.8, 0.9, 0.95, 0.99)
 
 ACTORS = (1, 2, 4, 8, 16, 32, 64)
+
+UNCAPPED_CANDIDATES = 2**24
+"""Candidates without a cap, at least as many as one sample's, that exist at a time."""
 
 SAMPLE_TOKENS = 4096
 """Enough for K, bytes and speed within some ten percent."""
@@ -80,6 +86,8 @@ def measure(prepared: Preparation, *, sample_tokens: int, seed: int) -> dict[str
     per_supervised = of_sample["supervised_bytes"] / of_sample["supervised_positions"]
     per_prompt = of_sample["prompt_bytes"] / max(1, of_sample["prompt_positions"])
     other_bytes = part["bytes"] - of_sample["supervised_bytes"] - of_sample["prompt_bytes"]
+    at_tau = [_at(supervised, tau) for tau in sorted({*TAUS, settings.recorded_tau()})]
+    capped = next(row for row in at_tau if row["tau"] == settings.recorded_tau())["capped_share"]
     actors = _actors_here(settings)
     per_second = num_tokens / seconds
     counted = ("samples", "tokens", "supervised_tokens", "dropped", "truncated", "rejected")
@@ -92,8 +100,11 @@ def measure(prepared: Preparation, *, sample_tokens: int, seed: int) -> dict[str
             "seconds": round(seconds, 2),
             "tokens_per_second": round(per_second, 1),
         },
-        "at_tau": [_at(supervised, tau) for tau in sorted({*TAUS, settings.recorded_tau()})],
+        "at_tau": at_tau,
         "recorded_tau": settings.recorded_tau(),
+        "k_max": settings.record.k_max,
+        "capped_share": capped,
+        "needed_k_max": _needed_k_max(prepared, rows) if capped > MOST_CAPPED else None,
         "bytes": {
             "supervised": round(per_supervised * plan["supervised_tokens"]),
             "prompt": round(per_prompt * num_prompt),
@@ -131,6 +142,37 @@ def _recorded(prepared: Preparation, rows: list[dict[str, Any]]) -> tuple[list["
             seconds += time.perf_counter() - start
             bar.advance(sum(len(row["input_ids"]) for row in batch))
     return samples, seconds
+
+
+def _needed_k_max(prepared: Preparation, rows: Sequence[Mapping[str, Any]]) -> int:
+    """Candidates that are enough for all but ``MOST_CAPPED`` of the learned positions.
+
+    Measured without a cap on some of the rows, since a set may then be as large as the vocabulary.
+    """
+    from lrmc_ray.method.subsets import CandidateSets
+    from lrmc_ray.record.candidates import CandidateRecorder
+
+    settings = prepared.settings
+    vocabulary = vocabulary_size(prepared.model_directory)
+    recorder = CandidateRecorder(
+        prepared.model_directory,
+        tau=settings.recorded_tau(),
+        k_min=settings.record.k_min,
+        k_max=vocabulary,
+        prompt_k_max=0,
+        threads=settings.resources.cpus_per_worker,
+    )
+    most = max(1, UNCAPPED_CANDIDATES // vocabulary)
+    found: list[CandidateSets] = []
+    # Shuffled, since they come shortest first.
+    for row in random.Random(0).sample(list(rows), len(rows)):
+        if found and sum(len(sets.sizes) for sets in found) >= most:
+            break
+        (sample,) = recorder.record([row])
+        found.append(sample.candidates.rows(sample.is_supervised_P))
+    sizes = CandidateSets.concatenate(found).sizes.double()
+    needed = float(sizes.quantile(1.0 - MOST_CAPPED))
+    return int(2 ** math.ceil(math.log2(max(2.0, needed))))
 
 
 def _written(
@@ -344,6 +386,9 @@ def show(result: Mapping[str, Any]) -> None:
             f"{row['tau']:>8g}{row['k_mean']:>9.1f}{row['k_median']:>9.0f}{row['k_95']:>9.0f}"
             f"{row['capped_share']:>9.1%}{row['active_share']:>9.1%}"
         )
+    warning = capped_text(result["capped_share"], result["k_max"], needed=result["needed_k_max"])
+    if warning is not None:
+        print(f"Warning: {warning}")
     total = size["supervised"] + size["prompt"] + size["tokens"]
     print(f"\non disk at tau {result['recorded_tau']:g}: {total / 1e6:.1f} MB")
     for name, note in (

@@ -37,14 +37,13 @@ from lrmc_ray.errors import DataError
 from lrmc_ray.files.place import place_of
 from lrmc_ray.files.study import FoundRange
 from lrmc_ray.models import local_directory
+from lrmc_ray.record.capped import MOST_CAPPED
 from lrmc_ray.record.run import record
 from lrmc_ray.train.run_files import LocalRun
 
 if TYPE_CHECKING:
     from lrmc_ray.method.subsets import CandidateSets
 
-
-MOST_CAPPED = 0.10
 
 LEAST_ACTIVE = 0.50
 

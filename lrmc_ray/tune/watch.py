@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lrmc_ray.console import format_seconds
+from lrmc_ray.evaluate.numbers import points
 from lrmc_ray.files.metrics_log import read_metrics
 from lrmc_ray.files.study import StudyFile, TrialEntry
 from lrmc_ray.tune.result import COMBINED, FORGETTING, GAIN
@@ -66,6 +67,7 @@ def _watch_lines(
     read: Callable[[], StudyFile],
 ) -> None:
     seen: dict[int, str] = {}
+    said: dict[int, str] = {}
     printed = 0.0
     while is_running():
         study = read()
@@ -75,7 +77,9 @@ def _watch_lines(
             for trial in study.trials:
                 if trial.state == "RUNNING":
                     progress = _progress(directory, trial)
-                    print(f"trial {trial.number}: {progress}", file=sys.stderr, flush=True)
+                    if said.get(trial.number) != progress:
+                        said[trial.number] = progress
+                        print(f"trial {trial.number}: {progress}", file=sys.stderr, flush=True)
         time.sleep(POLL_SECONDS)
     _print_changes(read(), total, seen)
 
@@ -113,8 +117,9 @@ def _params(trial: TrialEntry) -> str:
 
 
 def _scores(trial: TrialEntry) -> str:
+    """In points of 100, on the search items."""
     return ", ".join(
-        f"{name} {trial.results[key]:+.3f}"
+        f"{name} {points(trial.results[key])}"
         for name, key in (("gain", GAIN), ("forgetting", FORGETTING), ("combined", COMBINED))
     )
 
@@ -126,11 +131,11 @@ def _progress(directory: Path, trial: TrialEntry) -> str:
         return "starting"
     last = lines[-1]
     if last.step >= steps:
-        return "evaluating"
+        return "scoring"
     left = (steps - last.step) * last.metrics.get("train/step_seconds", 0.0)
     loss = last.metrics.get("train/loss", float("nan"))
     scored = [line.metrics["slice/combined"] for line in lines if "slice/combined" in line.metrics]
-    way = f"{scored[-1]:+.3f} on the way, " if scored else ""
+    way = f"combined {points(scored[-1])} on the way, " if scored else ""
     return (
         f"step {last.step}/{steps}, loss {loss:.3f}, {way}{format_seconds(left)} of training left"
     )
@@ -168,8 +173,9 @@ def trials_table(directory: Path, study: StudyFile, total: int, start: float) ->
     if hours := _core_hours(study.trials):
         title += f", {hours:.2g} core hours so far"
     table = Table(title=title, title_justify="left")
-    for column in ("trial", "settings", "state"):
-        table.add_column(column)
+    table.add_column("trial")
+    table.add_column("settings")
+    table.add_column("state; scores in points of 100 on the search items")
     for trial in study.trials:
         if trial.state == "COMPLETE":
             state = _scores(trial) + ("  best so far" if trial.number == study.best else "")

@@ -182,6 +182,22 @@ def test_the_text_form_names_tokens_candidates_and_the_next_command(recorded, ca
     assert run_command(main, [str(recorded)]) == 0
     said = capsys.readouterr().out
     assert f"lrmc inspect {shlex.quote(str(recorded))} --sample 3, or --verify" in said
+    assert said.splitlines()[1].startswith("45 samples (")
+    assert "Made of:" in said
+
+
+def test_samples_begin_at_what_is_learned(recorded, capsys):
+    assert run_command(main, [str(recorded), "--sample", "1"]) == 0
+    short = capsys.readouterr().out
+    assert run_command(main, [str(recorded), "--sample", "1", "--prompt"]) == 0
+    whole = capsys.readouterr().out
+    (sample,) = inspect(recorded, "--sample", 1, capsys=capsys)["samples"]
+    roles = [token["role"] for token in sample["tokens"]]
+    first = roles.index("supervised")
+    assert first > 1
+    assert f"from the first learned token; {first} before it (--prompt)" in short
+    assert len(whole.splitlines()) - len(short.splitlines()) == first - 1  # less that line itself
+    assert "Made of:" not in short
 
 
 def test_another_models_tokenizer_is_refused(recorded, tmp_path, capsys):
@@ -227,6 +243,8 @@ def test_a_good_record_is_verified_and_strays_are_named(copy, capsys):
     code, shown = verify(copy, capsys)
     assert code == 0
     assert "are as they were recorded: 45 samples" in shown
+    assert shown.splitlines()[0].startswith("OK: all ")
+    assert len(shown.splitlines()) < 10
     assert "never read" not in shown
     (copy / "part-99999.parquet").write_bytes(b"stray")
     code, shown = verify(copy, capsys)

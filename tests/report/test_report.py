@@ -1,3 +1,4 @@
+import gzip
 import json
 import math
 import os
@@ -6,10 +7,12 @@ import shutil
 import subprocess
 import sys
 from html.parser import HTMLParser
+from importlib import resources
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import plotly.offline
 import pytest
 from rich.console import Console
 from scipy import stats
@@ -21,14 +24,21 @@ from lrmc_ray.evaluate.front import front_probability, pareto_front
 from lrmc_ray.evaluate.items import Scores
 from lrmc_ray.evaluate.numbers import flatten, number, percent, percent_range, points, points_range
 from lrmc_ray.evaluate.statistics import Interval
+from lrmc_ray.record.capped import capped_text
 from lrmc_ray.report.command import main
 from lrmc_ray.report.console import as_json, summary_table
-from lrmc_ray.report.figures_html import Curve, curve_figure
-from lrmc_ray.report.figures_png import draw_front
+from lrmc_ray.report.figures_html import (
+    Curve,
+    FrontPoint,
+    canvas_of,
+    curve_figure,
+    front_figure,
+)
+from lrmc_ray.report.figures_png import draw_front, point_label
 from lrmc_ray.report.page import write_report
 from lrmc_ray.report.study import Study, load_study
-from lrmc_ray.report.template import drawing, whisker
-from lrmc_ray.report.words import headline
+from lrmc_ray.report.template import PLOTLY, drawing, whisker
+from lrmc_ray.report.words import headline, knee_advice, record_sentences
 from tests.support.synthetic_study import (
     SEED,
     TRIALS,
@@ -411,7 +421,84 @@ def test_without_a_finished_trial_the_report_says_so(own):
     assert as_json(loaded)["best"] is None
 
 
-# Items that no choice was made on
+def test_a_cap_that_decides_in_place_of_tau_is_said(own):
+    assert record_sentences(load_study(own)) == []
+    study = json.loads((own / "study.json").read_text())
+    edit(
+        own,
+        record=study["record"] | {"capped_share": 0.63},
+        settings=study["settings"] | {"record": {"k_max": 64}},
+    )
+    (warning,) = record_sentences(load_study(own))
+    assert warning == capped_text(0.63, 64)
+    assert warning in visible_text(write_report(own).read_text())
+
+
+def test_the_knee_beside_the_best_comes_with_advice(study):
+    bend = study.compared[study.trade_off.knee]
+    assert bend is not study.best
+    gain = bend.comparison.domain_gain.value - study.best.comparison.domain_gain.value
+    advice = knee_advice(study)
+    assert advice.startswith("Take trial 3, the best by the study's own objective, unless")
+    assert f"{bend.name}, differs from it by {points(gain)} points of gain" in advice
+
+
+def test_the_page_is_small_and_says_nothing_of_what_is_not_set(own):
+    study = json.loads((own / "study.json").read_text())
+    model = study["settings"]["model"] | {"revision": None}
+    edit(own, settings=study["settings"] | {"model": model})
+    page = write_report(own).read_text()
+    assert len(page.encode()) < 1_500_000
+    assert "None" not in visible_text(page)
+    assert "model.revision" not in visible_text(page)
+
+
+def test_the_packed_figures_are_those_of_plotly_for_python():
+    packed = resources.files("lrmc_ray.report").joinpath(PLOTLY).read_bytes()
+    code = gzip.decompress(packed).decode()
+    assert code.startswith("/**\n* plotly.js (cartesian - minified) v")
+    version = code.partition(") v")[2].split()[0]
+    installed = plotly.offline.get_plotlyjs_version()
+    assert version.split(".")[0] == installed.split(".")[0]
+
+
+def point(label, role, gain, forgetting, spread=0.01):
+    return FrontPoint(
+        label,
+        role,
+        Interval(gain, gain - spread, gain + spread),
+        Interval(forgetting, forgetting - spread, forgetting + spread),
+        "",
+        is_on_front=False,
+    )
+
+
+def test_the_axes_are_filled_by_the_trials():
+    """Trials far from the base model: it is a mark at the corner, and the way to it is said."""
+    far = [point("a", "best", 0.52, 0.03), point("b", "search", 0.50, 0.05, spread=0.3)]
+    canvas = canvas_of(far)
+    # The interval of a trial that is not marked does not count.
+    assert canvas.gain == pytest.approx((50 - 0.08 * 3, 53 + 0.08 * 3))
+    assert canvas.forgetting == pytest.approx((2 - 0.08 * 3, 5 + 0.08 * 3))
+    assert not canvas.shows_base
+    assert canvas.nearest_to_base == (canvas.forgetting[0], canvas.gain[0])
+    near = [point("a", "best", 0.02, 0.0), point("b", "yardstick", 0.01, 0.01)]
+    assert canvas_of(near).shows_base
+    assert canvas_of(near).nearest_to_base == (0.0, 0.0)
+    mark = front_figure(far).data[-1]
+    assert (mark.x, mark.y) == ((canvas.forgetting[0],), (canvas.gain[0],))
+    assert mark.text == ("base model (0, 0) lies this way",)
+
+
+def test_trials_are_called_by_their_roles(study):
+    labels = {trial.entry.number: point_label(study, trial) for trial in study.compared}
+    assert labels[0] == "defaults"
+    assert labels[1] == "plain fine-tuning"
+    assert labels[3] == "best: trial 3"
+    assert labels[5] == "trial 5"
+
+
+# Test items
 
 
 def test_final_scores_replace_the_searchs_in_the_verdict(own):
@@ -566,7 +653,7 @@ def test_the_figure_draws_every_finished_trial_in_points(study):
     assert (np.diff(front[:, 1]) > 0).all()
     assert len(front) == sum(trial.is_on_front for trial in study.trials)
     assert axes.get_xlabel() == "Forgetting (points of 100; left is better)"
-    assert axes.get_ylabel() == "Domain gain (points of 100; up is better)"
+    assert axes.get_ylabel() == "Domain gain on search items\n(points of 100; up is better)"
     labels = {text.get_text() for text in axes.texts}
     assert {"trial 3", "trial 1", "trial 0", "2", "5", "6", "8"} <= labels
     assert any("4, 7, 9" in text.get_text() for text in axes.figure.texts)

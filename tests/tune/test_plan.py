@@ -113,6 +113,23 @@ def test_a_capped_position_is_counted_as_such(tiny_model, data, tmp_path, capsys
     assert rows[0.99]["capped_share"] > 0.9  # random weights are never sure
     assert all(row["k_95"] <= 5 for row in rows.values())  # four, and gold
     assert (result["bytes"]["prompt"], result["data"]["prompt_positions"]) == (0, 0)
+    # With as many candidates as are said to be needed, a tenth of the sets or fewer are cut short.
+    needed = result["needed_k_max"]
+    assert needed > 4
+    wider = planned(
+        *(tiny_model, data, tmp_path / "wider", "--k-max", needed, "--prompt-k-max", 0),
+        *("train.anchor_weight=0", "train.tau=0.5"),
+        capsys=capsys,
+    )
+    assert wider["capped_share"] <= 0.1
+    assert wider["needed_k_max"] is None
+    half = planned(
+        *(tiny_model, data, tmp_path / "half", "--k-max", needed // 2, "--prompt-k-max", 0),
+        *("train.anchor_weight=0", "train.tau=0.5"),
+        capsys=capsys,
+    )
+    assert half["capped_share"] > 0.1
+    assert half["needed_k_max"] == needed
 
 
 def test_tokenizing_for_the_plan_serves_the_record(tiny_model, data, tmp_path, capsys, monkeypatch):

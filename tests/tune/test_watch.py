@@ -65,7 +65,9 @@ def test_a_trial_that_stopped_early_is_told_from_one_that_failed(tmp_path):
     with MetricsLog(tmp_path / "none.jsonl") as log:
         log.log(3, {"train/loss": 0.5, "slice/combined": 0.125})
         log.log(4, {"train/loss": 0.4, "train/step_seconds": 2.0})
-    assert "loss 0.400, +0.125 on the way, 12 s" in shown([trial_entry(1, "RUNNING")], tmp_path)
+    assert "loss 0.400, combined +12.5 on the way, 12 s" in shown(
+        [trial_entry(1, "RUNNING")], tmp_path
+    )
 
 
 def test_without_costs_there_are_no_core_hours(tmp_path):
@@ -75,4 +77,4 @@ def test_without_costs_there_are_no_core_hours(tmp_path):
 def test_a_line_says_which_trial_is_the_best():
     done = trial_entry(1, "COMPLETE", **DONE)
     assert trial_line(done, 4, is_best=True).endswith("the best so far")
-    assert trial_line(done, 4, is_best=False).endswith("combined +0.290")
+    assert trial_line(done, 4, is_best=False).endswith("combined +29.0")
