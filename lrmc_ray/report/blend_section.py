@@ -15,6 +15,7 @@ from lrmc_ray.report.figures_html import (
     GAIN_LABEL,
     MARKERS,
     axis,
+    axis_label,
     layout,
 )
 from lrmc_ray.report.study import Study, Trial
@@ -115,7 +116,10 @@ def blend_figure(curves: Sequence[tuple[BlendCurve, str]]) -> "Figure":
             hovertemplate="%{customdata}<extra></extra>",
         )
     figure.update_layout(
-        **layout(420), showlegend=False, xaxis=axis(FORGETTING_LABEL), yaxis=axis(GAIN_LABEL)
+        **layout(420),
+        showlegend=False,
+        xaxis=axis(axis_label(FORGETTING_LABEL)),
+        yaxis=axis(axis_label(GAIN_LABEL)),
     )
     return figure
 

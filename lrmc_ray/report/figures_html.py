@@ -188,8 +188,7 @@ def front_figure(trials: Sequence[FrontPoint]) -> "Figure":
     figure.update_layout(
         **layout(460),
         showlegend=False,
-        xaxis=axis(axis_label(FORGETTING_LABEL, SEARCH_ITEMS))
-        | {"range": list(canvas.forgetting)},
+        xaxis=axis(axis_label(FORGETTING_LABEL, SEARCH_ITEMS)) | {"range": list(canvas.forgetting)},
         yaxis=axis(axis_label(GAIN_LABEL, SEARCH_ITEMS)) | {"range": list(canvas.gain)},
     )
     return figure

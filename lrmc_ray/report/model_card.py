@@ -12,9 +12,9 @@ from lrmc_ray.evaluate.statistics import Interval
 from lrmc_ray.files.artifacts import write_atomically
 from lrmc_ray.files.names import MODEL_CARD
 from lrmc_ray.files.origin import read_origin
+from lrmc_ray.models import has_chat_template
 from lrmc_ray.report.card_recipes import recipes
 from lrmc_ray.report.card_subject import subject_of
-from lrmc_ray.models import has_chat_template
 from lrmc_ray.report.method_words import PAPER, is_of_paper, method_tags, method_text
 from lrmc_ray.report.study import Study, Verdict, load_study
 from lrmc_ray.report.words import items_text, score_text, verdict_items_text
