@@ -71,8 +71,29 @@ def test_named_arguments_win_over_file_and_overrides(space):
 
 
 def test_a_default_space_is_used_unless_another_is_named(space):
-    assert parse(default_space="demo").search.name == "demo"
-    assert parse("--space", space, default_space="demo").search.name == "study"
+    assert parse(default_space="demo").study_name() == "demo"
+    assert parse(default_space="demo").search.final_limit == 60
+    assert parse("--space", space, default_space="demo").search.final_limit is None
+
+
+@pytest.mark.parametrize(
+    ("data", "name", "called"),
+    [
+        (["demo"], None, "demo"),
+        (["demo"], "smoke", "smoke"),
+        (["my.jsonl"], None, "my"),
+        (["sql=data/my files.v2.jsonl.gz"], None, "my-files"),
+        (["data/cooking/**/*.parquet"], None, "cooking"),
+        (["org/name@main:train"], "budget", "name-budget"),
+        (["hf://org/Name"], None, "Name"),
+        (["a.jsonl", "b.jsonl", "replay=english"], None, "a-and-2-more"),
+        (["a.jsonl", "english"], None, "a"),
+        (["../.."], None, "data"),
+    ],
+)
+def test_a_study_is_called_by_its_data(data, name, called):
+    arguments = [part for source in data for part in ("--train-data", source)]
+    assert parse(*arguments, *([f"search.name={name}"] if name else [])).study_name() == called
 
 
 def test_arguments_of_the_run_have_their_defaults():

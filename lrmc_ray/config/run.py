@@ -1,5 +1,6 @@
 """All settings of one command, checked against each other."""
 
+import re
 from typing import Any, Self
 
 from pydantic import (
@@ -8,7 +9,7 @@ from pydantic import (
 )
 
 from lrmc_ray.command_line import nearest
-from lrmc_ray.config.base import Settings
+from lrmc_ray.config.base import DEMO, ENGLISH, Settings
 from lrmc_ray.config.search import AUTOMATIC, ParameterRange, SearchSettings, trial_settings
 from lrmc_ray.config.stages import (
     DataSettings,
@@ -104,6 +105,26 @@ class RunSettings(Settings):
             values += searched.choices or (searched.high,)
         return float(max(values))
 
+    def study_name(self) -> str:
+        """What a search is called: by its training data, and by ``search.name`` behind it.
+
+        The demo's data need not be named beside it.
+        """
+        sources = [name for name in self.data.train if name != ENGLISH]
+        if self.search.name is not None and set(sources) <= {DEMO}:
+            return self.search.name
+        more = f"-and-{len(sources) - 1}-more" if len(sources) > 1 else ""
+        parts = [_data_name(sources[0] if sources else ENGLISH) + more, self.search.name]
+        return "-".join(filter(None, parts))
+
     def recorded_tau(self) -> float:
         """The tau at which Stage 0 records: one from which every trial can be cut."""
         return self.record.tau if self.record.tau is not None else self.wanted_tau()
+
+
+def _data_name(source: str) -> str:
+    """A file's or folder's name without its ending, or that of a data set of the Hub."""
+    path = source.rpartition("=")[2].removeprefix("hf://").partition("@")[0]
+    parts = [part for part in path.split("/") if part not in ("", ".", "..") and "*" not in part]
+    stem = parts[-1].partition(".")[0] if parts else ""
+    return re.sub(r"[^A-Za-z0-9_-]+", "-", stem).strip("-_")[:40] or "data"

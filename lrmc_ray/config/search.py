@@ -60,8 +60,8 @@ class ParameterRange(Settings):
 class SearchSettings(Settings):
     """Which trials are run, and what makes one better."""
 
-    name: str = Field("study", pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]{0,63}$")
-    """Names the study in MLflow and on disk."""
+    name: str | None = Field(None, pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]{0,63}$")
+    """Names the study in MLflow and on disk, behind the name of its training data."""
     trials: int = Field(10, ge=1)
     """Trials in all, the defaults and the yardstick included."""
     objective: Objective = "combined"

@@ -66,7 +66,7 @@ def study_fingerprint(settings: RunSettings, contents: Mapping[str, str]) -> str
 
 def study_directory(settings: RunSettings, output: Path, contents: Mapping[str, str]) -> Path:
     """Where a search keeps everything: its name and fingerprint, in the output directory."""
-    return output.resolve() / f"{settings.search.name}-{study_fingerprint(settings, contents)}"
+    return output.resolve() / f"{settings.study_name()}-{study_fingerprint(settings, contents)}"
 
 
 class Description:
@@ -217,7 +217,7 @@ def _new_file(settings: RunSettings, name: str, experiment: str, now: float) -> 
     return StudyFile(
         schema=1,
         id=name,
-        name=settings.search.name,
+        name=settings.study_name(),
         created=datetime.now(UTC).isoformat(timespec="seconds"),
         state="RUNNING",
         objective=settings.search.objective,

@@ -36,7 +36,7 @@ def explain(settings: RunSettings, output: Path, *, as_json: bool) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    table = Table(title=f"{settings.search.name}: what is searched", title_justify="left")
+    table = Table(title=f"{settings.study_name()}: what is searched", title_justify="left")
     for column in ("setting of train", "values", "scale", "only where", "first trial"):
         table.add_column(column)
     for name, searched in settings.parameters.items():
@@ -82,7 +82,7 @@ def what_lines(settings: RunSettings, output: Path, files: Sequence[Path]) -> li
         f"Training data: {sources} ({len(files)} file{'s' if len(files) != 1 else ''})",
         f"Domain tasks:  {', '.join(domain)}: should improve, {limit} each.{kept}",
         f"General tasks: {', '.join(general)}: must not get worse, {limit} each.",
-        f"Output:        a directory {search.name}-ID in {output.resolve()}",
+        f"Output:        a directory {settings.study_name()}-ID in {output.resolve()}",
         f"Compared:      {'; '.join(compared)}. At the end base, best trial and plain fine-tuning "
         "are scored on the test items of the domain.",
     ]
@@ -188,7 +188,7 @@ def _as_dict(
 ) -> Mapping[str, Any]:
     search = settings.search
     return {
-        "name": search.name,
+        "name": settings.study_name(),
         "model": settings.model.name,
         "training_data": [str(path) for path in files],
         "domain_tasks": list(expand(settings.evaluate.domain_tasks)),

@@ -182,8 +182,10 @@ RULES = {
     "evaluate.batch_tokens": whole(1),
     "evaluate.precision": precision,
     "evaluate.limit": optional(whole(2)),
+    "evaluate.test_share": number(lambda x: 0 <= x < 1),
+    "evaluate.test_seed": whole(-math.inf),
     "evaluate.drift_samples": whole(0),
-    "search.name": study_name,
+    "search.name": optional(study_name),
     "search.trials": whole(1),
     "search.objective": one_of("combined", "budget", "pareto"),
     "search.forgetting_weight": not_negative,
@@ -582,7 +584,7 @@ def test_every_shipped_space_loads_and_searches_tau_and_delta_max(path):
     made = load_settings(path)
     assert {"tau", "delta_max"} <= set(made.parameters)
     assert made.search.trials >= 2
-    assert made.search.name == path.stem.replace("_", "-")
+    assert made.search.name == (None if path.stem == "demo" else path.stem.replace("_", "-"))
 
 
 def test_a_space_is_found_by_path_and_by_name_from_anywhere(tmp_path, monkeypatch):

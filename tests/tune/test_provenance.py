@@ -112,7 +112,7 @@ def test_data_that_change_while_the_base_is_scored_end_the_search(settings, tmp_
 
 
 def test_a_study_of_an_older_version_is_not_mixed_in(settings, tmp_path, caplog):
-    name = f"{settings.search.name}-{fingerprint(study_identity(settings))}"
+    name = f"{settings.study_name()}-{fingerprint(study_identity(settings))}"
     (tmp_path / name).mkdir()
     (tmp_path / name / "study.json").write_text('{"schema": 1}')
     made_of = contents(settings)
