@@ -229,6 +229,7 @@ def test_every_filter_is_scored(tmp_path, monkeypatch):
     assert accuracy(rows) == [0, 0, 0, 0]
     loose = [row["value"] for row in rows if row["metric"] == "exact_match:loose"]
     assert loose == [1, 1, 1, 1]
+    assert {row["task"] for row in rows} == {"mine"}
 
 
 @pytest.mark.parametrize(
