@@ -134,3 +134,5 @@ def _print_end(search: "Search", arguments: argparse.Namespace) -> None:
         print(f"      forgetting against gain: {MLFLOW_UI}/{path}")
     if study.best is not None:
         print(f"  {pasteable('lrmc', 'evaluate', '--tuned', model)}")
+        print(f"  {pasteable('lrmc', 'chat', model)}")
+        print(f"  {pasteable('lrmc', 'blend', search.directory)}")
