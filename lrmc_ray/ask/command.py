@@ -101,11 +101,19 @@ def _run(
     from lrmc_ray.ask.terminal import show
 
     console = Console(highlight=False)
-    if questions is None and sys.stdin.isatty():
+    is_typed = questions is None and sys.stdin.isatty()
+    if is_typed:
         print("Every question is asked by itself. Ctrl-D ends.", file=sys.stderr)
+    short = tuple(_short(name) for name in names)
     for question in questions if questions is not None else _typed():
-        show(console, ask(question), names)
+        show(console, ask(question), short, is_typed=is_typed)
     return 0
+
+
+def _short(name: str) -> str:
+    """A column's heading that stays on one line: of a path its last part."""
+    role, _, path = name.partition(": ")
+    return f"{role}: {Path(path).name}"
 
 
 def _typed() -> Iterator[Question]:
@@ -113,7 +121,7 @@ def _typed() -> Iterator[Question]:
     while True:
         if sys.stdin.isatty():
             try:
-                line = input("? ")
+                line = input("> ")
             except EOFError:
                 print(file=sys.stderr)
                 return

@@ -18,13 +18,14 @@ def harmless(text: str) -> str:
     return _CONTROLS.sub("\N{REPLACEMENT CHARACTER}", text)
 
 
-def show(console: "Console", row: Row, models: tuple[str, ...]) -> None:
+def show(console: "Console", row: Row, models: tuple[str, ...], *, is_typed: bool = False) -> None:
     """One question with its answers, a column for each model.
 
     Args:
         console: of rich; it says how wide the terminal is.
         row: the question and the answers.
         models: headings of the columns.
+        is_typed: whether the question stands in the terminal already.
     """
     from rich import box
     from rich.table import Table
@@ -33,7 +34,8 @@ def show(console: "Console", row: Row, models: tuple[str, ...]) -> None:
     def plain(text: str, style: str = "") -> Text:
         return Text(harmless(text), style=style)
 
-    console.print(plain(f"> {row.question}", "bold"))
+    if not is_typed:
+        console.print(plain(f"> {row.question}", "bold"))
     if row.expected is not None:
         console.print(plain(f"expected: {row.expected}", "bright_black"))
     if console.width < _NARROWEST or len(models) == 1:

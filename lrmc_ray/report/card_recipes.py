@@ -2,10 +2,10 @@
 
 _RECIPES = """\
 ```bash
-# in this directory
-vllm serve . --served-model-name NAME                # vLLM
-echo 'FROM .' > Modelfile && ollama create NAME       # Ollama
-hf upload USER/NAME .                                # the Hugging Face Hub
+# in this directory, with vLLM, with Ollama, to the Hugging Face Hub
+vllm serve . --served-model-name NAME
+echo 'FROM .' > Modelfile && ollama create NAME
+hf upload USER/NAME .
 ```
 """
 

@@ -48,7 +48,8 @@ class CardSubject:
         text = f"This blend was not scored; `{command} --at {self.blend:g}` does that."
         if self.nearest:
             parts = [
-                f"at {place.weight:g} gain {points(place.comparison.domain_gain.value)}, "
+                f"{'at 1, the trial,' if place.weight == 1.0 else f'at {place.weight:g}'} gain "
+                f"{points(place.comparison.domain_gain.value)}, "
                 f"forgetting {points(place.comparison.forgetting.value)}"
                 for place in self.nearest
             ]

@@ -161,7 +161,7 @@ def test_the_card_of_a_blend_claims_only_what_was_measured(study, tmp_path):
     card = (tmp_path / "beside" / "README.md").read_text()
     assert (
         f"at 0.5 gain {points(half.domain_gain.value)}, forgetting "
-        f"{points(half.forgetting.value)}; at 1 gain {points(whole.domain_gain.value)}"
+        f"{points(half.forgetting.value)}; at 1, the trial, gain {points(whole.domain_gain.value)}"
     ) in card
     assert "Domain gain" not in card
     assert exported(study, tmp_path / "measured", "--blend", 0.5) == 0
