@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 
 from lrmc_ray.config import ResourceSettings
 from lrmc_ray.errors import ResourceError
+from lrmc_ray.files.beats import beat
 
 _ROUNDING = 1e-9
 """Three thirds of a GPU are one."""
@@ -116,8 +117,8 @@ A trial's driver only waits for its workers. Were it to hold CPUs, the elastic p
 all CPUs of a node, would ask for workers that can never start.
 """
 TRIAL_SLOTS = 64
-HELD_SECONDS = 60.0
-"""How often a process that waits for cores says so."""
+HELD_SECONDS = 5.0
+"""How often a process that waits for cores says that it does not hang."""
 
 
 def local_cpus() -> int:
@@ -190,7 +191,7 @@ def held_cores(count: int) -> Iterator[None]:
     group = placement_group([{"CPU": count}], bundle_label_selector=[{"ray.io/node-id": node}])
     try:
         while not group.wait(HELD_SECONDS):
-            _log.debug("waiting for %d cores", count)
+            beat()
         yield
     finally:
         remove_placement_group(group)

@@ -75,6 +75,7 @@ class Description:
         self.outcomes: dict[Job, Outcome] = {}
         self.values: dict[str, Any] = {}
         self._session = [time.time(), time.time()]
+        self._began = time.monotonic()
         self._is_earlier = False
 
     @property
@@ -166,7 +167,8 @@ class Description:
 
     def write(self) -> None:
         """Bring ``compare.json`` on disk up to date."""
-        self._session[1] = time.time()
+        # A clock that is set meanwhile changes no duration.
+        self._session[1] = self._session[0] + time.monotonic() - self._began
         self.values["chosen"] = {
             method: best_learning_rate(self.space, method, self.outcomes)
             for method in self.space.methods

@@ -12,9 +12,7 @@ again goes on where it stopped, also after kill -9, and does nothing twice.
 """
 
 import logging
-import math
-import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, get_args
 
@@ -29,14 +27,15 @@ from lrmc_ray.evaluate.names import MADE_BY as EVALUATE
 from lrmc_ray.evaluate.request import Split
 from lrmc_ray.evaluate.run import evaluate
 from lrmc_ray.files.artifacts import read_manifest, relative_path, write_json
+from lrmc_ray.files.fault_points import passed
 from lrmc_ray.files.names import SETTINGS_FILE
 from lrmc_ray.files.place import place_of
 from lrmc_ray.models import local_directory
 from lrmc_ray.record.names import MADE_BY as RECORD
 from lrmc_ray.record.run import record
-from lrmc_ray.tune.forecast import divide
-from lrmc_ray.tune.limits import STOP_SECONDS, time_limit, write_overdue
-from lrmc_ray.tune.processes import DIED, end_leftovers, finish_steps
+from lrmc_ray.tune.forecast import divide, forecast
+from lrmc_ray.tune.limits import RunWatch, time_limit
+from lrmc_ray.tune.processes import DIED, end_leftovers
 from lrmc_ray.tune.provenance import check_unchanged
 from lrmc_ray.tune.result import failure_cause
 
@@ -60,8 +59,8 @@ class Comparing:
         self.methods = description.methods
         self.output = description.directory.parent
         self.place = place_of(self.space.resources.storage)
-        self.began: dict[Job, float] = {}
-        """When each running job was started, in seconds since 1970."""
+        self.tasks: dict[Path, Any] = {}
+        """The task that runs in a directory, which one job at a time uses."""
 
     @property
     def directory(self) -> Path:
@@ -78,9 +77,12 @@ class Comparing:
         log, storage = self.directory / RAY_LOG, self.place.uri
         with ray_session(address, log=log, verbose=verbose, storage=storage):
             check_trial_slots(storage)
+            passed("compare.begun")
             self.prepare()
+            passed("compare.prepared")
             try:
                 self.run_jobs()
+                passed("compare.runs_ended")
                 self.leave_storage()
             except BaseException:
                 if self.description.outcomes:
@@ -136,6 +138,7 @@ class Comparing:
             execute
         )
         running: dict[Any, Job] = {}
+        watch = self.watch()
         with progress(
             "Comparing",
             total=num_jobs(self.space, self.methods),
@@ -145,20 +148,26 @@ class Comparing:
             try:
                 while True:
                     for job in self._waiting(running.values())[: concurrent - len(running)]:
-                        running[start.remote(**self.arguments(job, workers))] = job
-                        self.began[job] = time.time()
+                        directory = self.description.run_directory(job)
+                        watch.begin(directory)
+                        self.tasks[directory] = start.remote(**self.arguments(job, workers))
+                        running[self.tasks[directory]] = job
+                        passed("compare.run_started", str(job))
                     if not running:
                         return
                     done, _ = ray.wait(list(running), num_returns=1, timeout=POLL_SECONDS)
                     for reference in done:
                         job = running.pop(reference)
+                        watch.end(self.description.run_directory(job))
+                        passed("compare.run_ended", str(job))
                         self._settle(job, reference)
+                        passed("compare.run_settled", str(job))
                         state = self.description.outcomes[job].state
                         bar.advance(note=f"{job}: {state.lower()}")
-                    self.stop_overdue(running)
+                    watch.look(self.time_limit())
                     release_orphaned_groups()
             except (KeyboardInterrupt, SystemExit):
-                finish_steps([self._training(job) for job in running.values()], STOP_SECONDS)
+                watch.finish_steps()
                 raise
 
     def _waiting(self, running: Iterable[Job]) -> list[Job]:
@@ -166,9 +175,6 @@ class Comparing:
         started = set(running)
         known = open_jobs(self.space, self.methods, self.description.outcomes)
         return [job for job in known if job not in started]
-
-    def _training(self, job: Job) -> Path:
-        return self.description.run_directory(job) / "training"
 
     def arguments(self, job: Job, workers: tuple[int, int]) -> dict[str, Any]:
         """What :func:`execute` is called with for ``job``.
@@ -211,7 +217,6 @@ class Comparing:
         """Write down how ``job`` ended."""
         import ray
 
-        self.began.pop(job, None)
         try:
             ray.get(reference)
         except ray.exceptions.RayError as error:
@@ -231,16 +236,21 @@ class Comparing:
         costs = [entry.get("cost") or {} for entry in self.description.values["runs"]]
         return time_limit(self.space.compare.run_timeout_seconds, costs)
 
-    def stop_overdue(self, running: Mapping[Any, Job]) -> None:
-        """End those of ``running`` that are beyond their time."""
+    def watch(self) -> RunWatch:
+        """Ends the runs that take too long or hang."""
+        resources = self.space.resources
+        settings = self.space.run_settings(self.space.train)
+        expected = forecast(settings, self.output, slots=worker_slots(resources))
+        return RunWatch(
+            self._cancel,
+            setting="compare.run_timeout_seconds",
+            hang_seconds=resources.hang_seconds,
+            step_seconds=expected.step_seconds if expected else 0.0,
+        )
+
+    def _cancel(self, directory: Path) -> bool:
+        """End the task that runs in ``directory``."""
         import ray
 
-        limit = self.time_limit()
-        for reference, job in running.items():
-            taken = time.time() - self.began.get(job, math.inf)
-            if taken <= limit:
-                continue
-            directory = self.description.run_directory(job)
-            write_overdue(directory, taken, limit, "compare.run_timeout_seconds")
-            self.began.pop(job)
-            ray.cancel(reference, force=True)
+        ray.cancel(self.tasks[directory], force=True)
+        return True

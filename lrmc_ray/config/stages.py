@@ -135,6 +135,10 @@ class ResourceSettings(Settings):
     """Fewest and most recording actors; derived by default."""
     resize_seconds: float = Field(60.0, gt=0)
     """How often training looks for workers that it could add."""
+    hang_seconds: float | None = Field(None, gt=0)
+    """Time without progress after which a trial, a comparison's run or a scoring task is ended as
+    hanging, with the stacks of its processes in the log; by default ten times the longest pause so
+    far, or ten steps of the forecast, and at least ten minutes, thirty until it has begun."""
     cpus_per_worker: int = Field(1, ge=1)
     """CPU cores, and torch threads, of a worker or an actor."""
     gpus_per_worker: float = Field(0, ge=0)

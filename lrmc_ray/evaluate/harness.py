@@ -26,6 +26,7 @@ from lrmc_ray.evaluate.task_files import (
     task_label,
     task_manager,
 )
+from lrmc_ray.files.beats import beat_with
 from lrmc_ray.models import load_model, load_tokenizer
 from lrmc_ray.tasks.registry import OURS
 
@@ -49,6 +50,7 @@ def score(model_directory: Path, request: ScoreRequest) -> ScoreResult:
         # Before the model is loaded: a task that does not exist is found out at once.
         manager = task_manager([name for name, _ in request.tasks], Path(scratch), request.split)
         model = load_model(model_directory, dtype=dtype).to(device)
+        beat_with(model)
         tokenizer = load_tokenizer(model_directory)
         lm = _language_model(model, tokenizer, request.batch_tokens, request.template_options)
         for name, group in request.tasks:

@@ -1,7 +1,7 @@
 """The processes that score: this one, or Ray tasks side by side."""
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -10,6 +10,7 @@ from lrmc_ray.config import ResourceSettings
 from lrmc_ray.errors import EvaluationError, LrmcError
 from lrmc_ray.evaluate.harness import score
 from lrmc_ray.evaluate.request import ScoreRequest, ScoreResult
+from lrmc_ray.evaluate.waiting import Watched, results_of
 from lrmc_ray.files.place import LocalPlace, Place
 from lrmc_ray.models import send_model
 
@@ -43,7 +44,10 @@ def fits_here(resources: ResourceSettings) -> bool:
 
 
 def score_here(
-    model: ScoredModel, requests: Sequence[ScoreRequest], resources: ResourceSettings
+    model: ScoredModel,
+    requests: Sequence[ScoreRequest],
+    resources: ResourceSettings,
+    _directory: Path,
 ) -> list[ScoreResult]:
     """Score in this process, while Ray gives its cores to nobody else.
 
@@ -54,7 +58,7 @@ def score_here(
     with held_cores(cores):
         try:
             return [
-                score_part(str(model.directory), request, cores, LocalPlace(), model.is_base)
+                score_part(str(model.directory), request, cores, LocalPlace(), model.is_base, None)
                 for request in requests
             ]
         except LrmcError:
@@ -64,12 +68,21 @@ def score_here(
 
 
 def score_in_tasks(
-    model: ScoredModel, requests: Sequence[ScoreRequest], resources: ResourceSettings
+    model: ScoredModel,
+    requests: Sequence[ScoreRequest],
+    resources: ResourceSettings,
+    directory: Path,
 ) -> list[ScoreResult]:
     """Score in Ray tasks side by side; one whose process or node is lost is started again.
 
+    Args:
+        model: what is scored.
+        requests: the work of each task.
+        resources: what a task has.
+        directory: where the scores will be, by which the tasks are found if they hang.
+
     Raises:
-        EvaluationError: scoring failed; the message has the cause.
+        EvaluationError: scoring failed or hangs; the message has the cause.
     """
     import ray
     from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
@@ -84,13 +97,19 @@ def score_in_tasks(
         scheduling_strategy=PlacementGroupSchedulingStrategy(placement_group=None),
     )
     threads = resources.cpus_per_worker
+    work = str(directory.resolve())
+    tasks = [Watched(work, number, model.place) for number in range(len(requests))]
     try:
         with model.sent() as sent:
-            results: list[ScoreResult] = ray.get(
-                [
-                    remote.remote(sent, request, threads, model.place, model.is_base)
-                    for request in requests
-                ]
+            references = [
+                remote.remote(sent, request, threads, model.place, model.is_base, task)
+                for request, task in zip(requests, tasks, strict=True)
+            ]
+            results: list[ScoreResult] = results_of(
+                references,
+                tasks,
+                resources.hang_seconds,
+                stop=lambda reference: ray.cancel(reference, force=True),
             )
     except ray.exceptions.RayTaskError as error:
         if isinstance(error.cause, LrmcError):
@@ -102,7 +121,12 @@ def score_in_tasks(
 
 
 def score_part(
-    sent: str, request: ScoreRequest, threads: int, place: Place, is_base: bool
+    sent: str,
+    request: ScoreRequest,
+    threads: int,
+    place: Place,
+    is_base: bool,
+    watched: Watched | None,
 ) -> ScoreResult:
     """Answer one request, in a Ray task or in the process of a trial.
 
@@ -112,11 +136,14 @@ def score_part(
         threads: torch threads of this process.
         place: where this node finds the model.
         is_base: whether the node keeps what it fetches.
+        watched: by whom its signs of life are looked for; a trial's own process has been giving
+            them since it began.
     """
     import torch
 
     torch.set_num_threads(threads)
-    if is_base:
-        return score(place.here(sent), request)
-    with place.borrowed(sent) as directory:
-        return score(directory, request)
+    with watched.shown() if watched else nullcontext():
+        if is_base:
+            return score(place.here(sent), request)
+        with place.borrowed(sent) as directory:
+            return score(directory, request)

@@ -195,7 +195,7 @@ def _score(
     before = read_base_texts(known.base) if known.base else None
     requests = _requests(settings, tasks, split, before, parallel)
     run = score_here if here and fits_here(resources) else score_in_tasks
-    results = run(model, requests, resources)
+    results = run(model, requests, resources, partial)
     rows = [row for result in results for row in result.rows]
     order = {task_label(name): index for index, (name, _) in enumerate(tasks)}
     rows.sort(key=lambda row: order[row["task"]])

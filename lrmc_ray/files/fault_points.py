@@ -1,13 +1,20 @@
-"""Named places at which a test may kill the process, so that the known windows are proven.
+"""Named places at which a test may break the process, so that the known windows are proven.
 
     LRMC_TESTING=1 LRMC_FAULT=record.part_written:kill:3 python -m lrmc_ray.record ...
 
-kills the process with SIGKILL when it passes ``record.part_written`` for the third time. The
-variable has no effect without ``LRMC_TESTING=1``; a pass then costs one comparison.
+kills the process with SIGKILL when it passes ``record.part_written`` for the third time. In place
+of ``kill``, ``full`` finds the disk full there, ``hang`` waits for ever, and ``interrupt`` is a
+Ctrl-C. The variable has no effect without ``LRMC_TESTING=1``; a pass then costs one comparison.
+
+A new window gets a line in ``POINTS``, a call of :func:`passed`, and by its name a row in
+tests/reliability/test_fault_table.py.
 """
 
+import errno
 import os
 import signal
+import time
+from collections.abc import Callable
 from pathlib import Path
 
 POINTS = (
@@ -29,6 +36,25 @@ POINTS = (
     "export.published",  # the directory has its name
     "blend.model_written",  # a model between two others is there, and not scored
     "chat.answered",  # every question is answered, the table is not written
+    "tune.begun",  # study.json says that the search runs, and nothing else is there
+    "tune.prepared",  # record and base scores are there, no trial has been asked for
+    "tune.trial_asked",  # the study's database has a new trial, study.json has not
+    "tune.trial_described",  # study.json has it too, it has not begun
+    "tune.result_written",  # a trial has left its result, nobody has read it
+    "tune.trial_told",  # the database knows the result, study.json does not
+    "tune.trial_ended",  # study.json knows it too
+    "tune.trials_ended",  # every trial has ended, the finalists are not scored
+    "tune.finalists_scored",  # they are, the best model is not in its place
+    "tune.model_copied",  # it is, under its temporary name
+    "tune.exported",  # it has its name, there is no report
+    "tune.reported",  # the report is there, the search is not declared finished
+    "tune.ended",  # it is
+    "compare.begun",  # compare.json says what is compared
+    "compare.prepared",  # record and base scores are there
+    "compare.run_started",  # a run has been handed out
+    "compare.run_ended",  # a run has left its result, compare.json does not know
+    "compare.run_settled",  # compare.json knows it
+    "compare.runs_ended",  # all runs have ended, there is no report
 )
 _IS_TESTING = os.environ.get("LRMC_TESTING") == "1"
 _FAULT = os.environ.get("LRMC_FAULT") if _IS_TESTING else None
@@ -38,12 +64,35 @@ _passes: dict[str, int] = {}
 
 
 def passed(point: str, note: str = "") -> None:
-    """Die here, if this is the pass that ``LRMC_FAULT`` names."""
+    """Break here, if this is the pass that ``LRMC_FAULT`` names.
+
+    Raises:
+        OSError: the fault is ``full``.
+        KeyboardInterrupt: the fault is ``interrupt``.
+    """
     if _FAULT is None and _LOG is None:
         return
     _passes[point] = _passes.get(point, 0) + 1
     if _LOG is not None:
         with Path(_LOG).open("a", encoding="utf-8") as log:
             log.write(f"{point} {os.getpid()} {note}\n")
-    if f"{point}:kill:{_passes[point]}" == _FAULT:
-        os.kill(os.getpid(), signal.SIGKILL)
+    for kind, do in _FAULTS.items():
+        if f"{point}:{kind}:{_passes[point]}" == _FAULT:
+            do()
+
+
+def _find_no_space() -> None:
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "an output file")
+
+
+def _interrupt() -> None:
+    raise KeyboardInterrupt
+
+
+_FAULTS: dict[str, Callable[[], object]] = {
+    "kill": lambda: os.kill(os.getpid(), signal.SIGKILL),
+    "full": _find_no_space,
+    "hang": lambda: time.sleep(1e9),
+    "interrupt": _interrupt,
+}
+"""What can happen at a point."""

@@ -14,6 +14,8 @@ MODEL_CARD = "README.md"
 CHECKPOINTS = "checkpoints"
 CHECKPOINT_NOW = "checkpoint_now"
 """A file of this name asks rank 0 for a checkpoint; it removes the file when that is saved."""
+STACKS = "stacks.txt"
+"""Where the processes of a run that hung were when it was ended."""
 RUNG = "rung.json"
 """A trial's score on the way and what follows from it: to go on, or to stop early."""
 

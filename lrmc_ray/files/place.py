@@ -29,6 +29,7 @@ from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
 from lrmc_ray.errors import DiskError
+from lrmc_ray.files.node_cache import use
 from lrmc_ray.files.storage import Storage, check_storage, files_below
 
 _log = logging.getLogger(__name__)
@@ -208,8 +209,10 @@ class StoredPlace:
         return sent
 
     def here(self, sent: str) -> Path:
-        """The copy that this node keeps, from one command to the next."""
-        return self.storage.fetch(sent, self.storage.cache / sent)
+        """The copy that this node keeps, from one command to the next; see ``node_cache``."""
+        directory = self.storage.cache / sent
+        use(directory)
+        return self.storage.fetch(sent, directory)
 
     @contextlib.contextmanager
     def lend(self, directory: Path, *, name: str | None) -> Iterator[str]:

@@ -30,7 +30,9 @@ from lrmc_ray.files.artifacts import (
     json_content,
     write_json,
 )
+from lrmc_ray.files.beats import beat
 from lrmc_ray.files.fault_points import passed
+from lrmc_ray.files.node_cache import trim
 
 _log = logging.getLogger(__name__)
 COMMITTED = "committed.json"
@@ -83,7 +85,9 @@ class Storage:
 
         def upload() -> None:
             with path.open("rb") as source, self._writing(name) as sink:
-                shutil.copyfileobj(source, sink, CHUNK_BYTES)
+                while chunk := source.read(CHUNK_BYTES):
+                    sink.write(chunk)
+                    beat()
 
         self._tried(upload, name)
 
@@ -143,6 +147,7 @@ class Storage:
                 while chunk := source.read(CHUNK_BYTES):
                     digest.update(chunk)
                     sink.write(chunk)
+                    beat()
             return digest.hexdigest()
 
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -253,6 +258,7 @@ class Storage:
             write_json(partial / COMMITTED, {"files": files})
             shutil.rmtree(directory, ignore_errors=True)
             os.replace(partial, directory)
+        trim()
         return directory
 
     # Of the storage as a whole

@@ -16,6 +16,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from lrmc_ray.files.node_cache import unused
 from lrmc_ray.outputs.inventory import Entry, Sizes
 
 SECONDS_PER_DAY = 86_400.0
@@ -90,8 +91,14 @@ def cached(
     return [
         Prunable(path, reason, sizes.of(path))
         for path in sorted(directory.glob("*/*/*"))
-        if path.is_dir() and not is_held(path) and _last_use(path) < since
+        if path.is_dir() and not _is_used(path) and _last_use(path) < since
     ]
+
+
+def _is_used(path: Path) -> bool:
+    """Whether a process uses what this node fetched, or fetches it now."""
+    with unused(path) as is_free:
+        return not is_free or is_held(path)
 
 
 def _last_use(path: Path) -> float:
@@ -121,12 +128,13 @@ def remove(found: Sequence[Prunable]) -> None:
     A directory loses its name first, so that a kill leaves none that looks whole.
     """
     for item in found:
-        if is_held(item.path) or is_held(item.path.parent):
-            continue
-        doomed = item.path.with_name(f".{item.path.name}.pruned")
-        shutil.rmtree(doomed, ignore_errors=True)
-        try:
-            item.path.rename(doomed)
-        except FileNotFoundError:
-            continue
-        shutil.rmtree(doomed)
+        with unused(item.path) as is_free:
+            if not is_free or is_held(item.path) or is_held(item.path.parent):
+                continue
+            doomed = item.path.with_name(f".{item.path.name}.pruned")
+            shutil.rmtree(doomed, ignore_errors=True)
+            try:
+                item.path.rename(doomed)
+            except FileNotFoundError:
+                continue
+            shutil.rmtree(doomed)

@@ -16,6 +16,7 @@ from typing import Any, Self
 from lrmc_ray.errors import DataError, IncompleteArtifactError
 from lrmc_ray.files.artifacts import MANIFEST, json_content, write_atomically, write_json
 from lrmc_ray.files.fault_points import passed
+from lrmc_ray.files.node_cache import trim, use
 from lrmc_ray.files.place import Place
 from lrmc_ray.files.storage import Storage
 from lrmc_ray.record.names import EXAMPLES, MADE_BY, VIEW
@@ -139,6 +140,7 @@ class StoredRecord:
     def view_here(self) -> Path:
         """The view of this node, whose processes wait for each other."""
         directory = self.storage.cache / self._prefix
+        use(directory)
         directory.parent.mkdir(parents=True, exist_ok=True)
         with directory.with_name(f".{directory.name}.lock").open("a") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)
@@ -150,11 +152,13 @@ class StoredRecord:
         Raises:
             DataError: it is missing, or not what was written.
         """
+        trim()
         free = shutil.disk_usage(path.parent).free
         size = self.storage.size(self._key(path.name, sha256))
         if size is not None and size > free:
             raise OSError(28, "No space left on device", str(path))
         self.storage.get(self._key(path.name, sha256), path, sha256)
+        trim()
 
 
 def record_here(place: Place, record: Path) -> Path:

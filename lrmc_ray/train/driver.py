@@ -29,6 +29,7 @@ from lrmc_ray.files.artifacts import (
     write_json,
     write_manifest,
 )
+from lrmc_ray.files.beats import PROGRESS, beat
 from lrmc_ray.files.names import CHECKPOINTS, LEDGER
 from lrmc_ray.files.place import place_of
 from lrmc_ray.models import local_directory, send_model
@@ -131,6 +132,7 @@ def train(
         files.commit(manifest)
         write_manifest(directory, manifest)
         shutil.rmtree(directory / CHECKPOINTS, ignore_errors=True)
+        (directory / PROGRESS).unlink(missing_ok=True)
     return directory
 
 
@@ -274,6 +276,7 @@ def make_trainer(job: TrainingJob, files: RunFiles) -> Any:
             "files": files.for_workers(),
             "threads": resources.cpus_per_worker,
             "rung": job.rung,
+            "work": str(files.directory.resolve()),
             "may_be_preempted": watches_preemption(),
         },
         torch_config=TorchConfig(backend=collective_backend(resources)),
@@ -325,10 +328,25 @@ def _trainer_class() -> Any:
             if ray.get_runtime_context().get_actor_id() is None:
                 return super()._initialize_and_run_controller(**arguments)
             controller = TrainController(**arguments)
+            _beat_with(controller)
             asyncio.run(controller.run())
             return controller.get_result()
 
     return LeanTrainer
+
+
+def _beat_with(controller: Any) -> None:
+    """Give a sign of life whenever Ray Train tries again to start the workers of a run.
+
+    A run that waits for a node to come back does not hang.
+    """
+    set_state = controller._set_state
+
+    def changed(state: Any) -> None:
+        beat()
+        set_state(state)
+
+    controller._set_state = changed
 
 
 def interruptible(fit: Callable[[], Any], files: RunFiles) -> dict[str, Any]:

@@ -22,6 +22,7 @@ from typing import Any
 import torch
 
 from lrmc_ray.config import TrainSettings
+from lrmc_ray.files.beats import beat_with
 from lrmc_ray.files.names import MODEL
 from lrmc_ray.method.optimizers import learning_rate
 from lrmc_ray.method.step_result import StepResult
@@ -79,6 +80,7 @@ class TrainingRun:
         records = Records(record)
         self.samples = TrainingSamples(records, settings)
         self.learner = Learner(settings, model_directory, device)
+        beat_with(self.learner.model)
         k_max = records.manifest["identity"]["k_max"]
         self.fresh = FreshCandidates(settings, self.samples, self.learner, k_max=k_max, group=group)
         held_out = [self.samples[index] for index in self.samples.held_out]

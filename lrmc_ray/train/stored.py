@@ -10,6 +10,7 @@ import contextlib
 import logging
 import shutil
 import threading
+import time
 import uuid
 from collections.abc import Callable, Collection, Iterator, Mapping
 from functools import cached_property, partial
@@ -18,6 +19,7 @@ from typing import Any
 
 from lrmc_ray.errors import DataError, DirectoryInUseError, DiskError
 from lrmc_ray.files.artifacts import MANIFEST, json_content, write_json
+from lrmc_ray.files.beats import PROGRESS
 from lrmc_ray.files.names import CHECKPOINT_NOW, CHECKPOINTS, LEDGER, METRICS, MODEL, RUNG
 from lrmc_ray.files.place import StoredPlace
 from lrmc_ray.files.storage import COMMITTED, Storage, files_below
@@ -29,6 +31,8 @@ PACE_SECONDS = 2.0
 """How often the metrics, and a wish for a checkpoint, cross between driver and rank 0."""
 
 
+SIGN_SECONDS = 15.0
+"""Shortest time between two signs of life that cross to the storage."""
 METRICS_BYTES_PER_SECOND = 1e6
 """Metrics are copied as a whole: seldom enough that this much of them crosses in a second."""
 
@@ -59,6 +63,7 @@ class StoredRun:
         self._token = uuid.uuid4().hex
         self._is_asked = False
         self._sent = -1
+        self._next_sign = 0.0
 
     @cached_property
     def place(self) -> StoredPlace:
@@ -123,6 +128,7 @@ class StoredRun:
 
         def follow() -> None:
             self._send_metrics()
+            self._send_sign()
             if self.storage.exists(f"{self.name}/{CHECKPOINT_NOW}"):
                 self._is_asked = True
                 (self.directory / CHECKPOINT_NOW).touch()
@@ -137,6 +143,14 @@ class StoredRun:
         if size > self._sent and self._is_alone():
             self.storage.put(path, f"{self.name}/{METRICS}")
             self._sent = size
+
+    def _send_sign(self) -> None:
+        """Copy the sign of life of this worker, not too often."""
+        path, now = self.directory / PROGRESS, time.monotonic()
+        if now < self._next_sign or not path.is_file() or not self._is_alone():
+            return
+        self._next_sign = now + SIGN_SECONDS
+        self.storage.put(path, f"{self.name}/{PROGRESS}")
 
     def push_decision(self) -> None:
         """Copy the decision about a trial, before anybody acts on it."""
@@ -235,7 +249,7 @@ class StoredRun:
         self.storage.write(f"{self.name}/{MANIFEST}", json_content(manifest))
         for name in (CHECKPOINTS, RAY):
             self.storage.delete_all(f"{self.name}/{name}")
-        for name in (WRITER, RESERVATION, CHECKPOINT_NOW):
+        for name in (WRITER, RESERVATION, CHECKPOINT_NOW, PROGRESS):
             self.storage.delete(f"{self.name}/{name}")
 
     def clear(self) -> None:
@@ -288,6 +302,8 @@ class StoredRun:
             size = self.storage.size(f"{self.name}/{METRICS}")
             if size is not None and (not path.is_file() or size != path.stat().st_size):
                 self.storage.get(f"{self.name}/{METRICS}", path)
+            if (sign := self.storage.read(f"{self.name}/{PROGRESS}")) is not None:
+                path.with_name(PROGRESS).write_bytes(sign)
 
         with _repeated(follow, path):
             yield

@@ -1,13 +1,19 @@
 """What one training worker runs, and how many of them there may be."""
 
 import logging
+from contextlib import nullcontext
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from lrmc_ray.cluster.resources import worker_slots
+from lrmc_ray.cluster.stacks import listening
 from lrmc_ray.config import ResourceSettings, RunSettings, TrainSettings, validate
+from lrmc_ray.files.beats import PROGRESS, beating, file_writer
 from lrmc_ray.record.stored import record_here
 from lrmc_ray.train.run_files import RunFiles
+
+if TYPE_CHECKING:
+    from lrmc_ray.method.workers import WorkerGroup
 
 _log = logging.getLogger(__name__)
 
@@ -70,23 +76,34 @@ def training_worker(config: dict[str, Any]) -> dict[str, Any]:
         config: what :func:`lrmc_ray.train.driver.make_trainer` gives Ray for its workers.
     """
     import ray.train
-    import ray.train.torch
     import torch
 
     from lrmc_ray.method.workers import WorkerGroup
-    from lrmc_ray.train.loop import TrainingRun
 
     torch.set_num_threads(config["threads"])
     context = ray.train.get_context()
     files: RunFiles = config["files"]()
-    if context.get_world_rank() == 0:
+    is_writer = context.get_world_rank() == 0
+    if is_writer:
         _note_reservation(files)
+        files.directory.mkdir(parents=True, exist_ok=True)
+    sign = beating(file_writer(files.directory / PROGRESS)) if is_writer else nullcontext()
+    with listening(config["work"]), sign:
+        return _run(config, files, WorkerGroup(context.get_world_rank(), context.get_world_size()))
+
+
+def _run(config: dict[str, Any], files: RunFiles, group: "WorkerGroup") -> dict[str, Any]:
+    """Load everything on this node, and train."""
+    import ray.train.torch
+
+    from lrmc_ray.train.loop import TrainingRun
+
     run = TrainingRun(
         validate(TrainSettings, config["train"], "train"),
         record=record_here(files.place, Path(config["record"])),
         model_directory=files.place.here(config["model"]),
         files=files,
-        group=WorkerGroup(context.get_world_rank(), context.get_world_size()),
+        group=group,
         device=ray.train.torch.get_device(),
         is_preempted=_is_preempted if config["may_be_preempted"] else lambda: False,
         rung=config["rung"],

@@ -1,7 +1,7 @@
 """Which trial is the best of a search so far, and which tuned models are still needed."""
 
 import shutil
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 
 from lrmc_ray.config import SearchSettings
@@ -44,14 +44,30 @@ def needed_models(study: StudyFile, search: SearchSettings) -> set[int]:
     return needed | {number for number in (study.best, study.closest) if number is not None}
 
 
-def remove_models(directory: Path, study: StudyFile, search: SearchSettings) -> None:
-    """Remove the models that nothing will ask for again."""
+def remove_models(
+    directory: Path,
+    study: StudyFile,
+    search: SearchSettings,
+    *,
+    removed: Collection[int] = frozenset(),
+) -> set[int]:
+    """Remove the models that nothing will ask for again.
+
+    Args:
+        directory: of the study.
+        study: as it is now.
+        search: says which models are kept.
+        removed: trials whose models are gone already.
+
+    Returns:
+        The trials whose models are gone now.
+    """
     if search.keep_models == "all":
-        return
-    needed = needed_models(study, search)
-    for trial in study.trials:
-        if trial.number not in needed:
-            shutil.rmtree(model_of(directory, trial.number), ignore_errors=True)
+        return set()
+    gone = {trial.number for trial in study.trials} - needed_models(study, search) - set(removed)
+    for number in gone:
+        shutil.rmtree(model_of(directory, number), ignore_errors=True)
+    return gone
 
 
 def model_of(directory: Path, number: int) -> Path:

@@ -1,5 +1,6 @@
 """What ``study.json`` says of a search, kept up to date while the search runs."""
 
+import bisect
 import logging
 import secrets
 import threading
@@ -16,7 +17,6 @@ from lrmc_ray.files.artifacts import fingerprint
 from lrmc_ray.files.names import METRICS
 from lrmc_ray.files.study import (
     STUDY_FILE,
-    Role,
     StudyFile,
     TrialEntry,
     TrialState,
@@ -35,6 +35,9 @@ if TYPE_CHECKING:
     from optuna.trial import FrozenTrial
 
 _log = logging.getLogger(__name__)
+
+WRITE_FACTOR = 20.0
+"""Of the time of a search, at most one part in so many goes into writing ``study.json``."""
 
 _STATES: Mapping[str, TrialState] = {
     "WAITING": "RUNNING",
@@ -98,8 +101,11 @@ class Description:
         self.settings = settings
         self.recorded: Path | None = None
         self.lock = threading.RLock()
+        self._is_behind = False
+        self._next_write = 0.0
         directory.mkdir(parents=True, exist_ok=True)
-        now = time.time()
+        self._began = (time.time(), time.monotonic())
+        now = self._began[0]
         if (directory / STUDY_FILE).is_file():
             self.file = read_study(directory)
             self.file.sessions = [*self.file.sessions, (now, now)]
@@ -114,21 +120,53 @@ class Description:
             self.file.contents = dict(contents)
             self.write()
 
+    def now(self) -> float:
+        """Seconds since 1970, by the clock as it was when this sitting began.
+
+        A clock that is set meanwhile changes no duration.
+        """
+        wall, monotonic = self._began
+        return wall + time.monotonic() - monotonic
+
     def write(self) -> None:
         """Bring ``study.json`` on disk up to date."""
         began, _ = self.file.sessions[-1]
-        self.file.sessions[-1] = (began, time.time())
+        self.file.sessions[-1] = (began, self.now())
+        start = time.monotonic()
         write_study(self.directory, self.file)
+        self._is_behind = False
+        self._next_write = time.monotonic() + WRITE_FACTOR * (time.monotonic() - start)
+
+    def write_soon(self) -> None:
+        """Bring it up to date now, or with the next call, if the last one was just before.
+
+        What is not written is not lost: the study's database has it, and trials their results.
+        """
+        self._is_behind = True
+        self.catch_up()
+
+    def catch_up(self) -> None:
+        """Write what :meth:`write_soon` has left, if it is time for that."""
+        with self.lock:
+            if self._is_behind and time.monotonic() >= self._next_write:
+                self.write()
 
     def snapshot(self) -> StudyFile:
-        """A copy for those who only look."""
+        """A copy for those who only look; it shares entries, which are replaced, never changed."""
         with self.lock:
-            return self.file.model_copy(deep=True)
+            return self.file.model_copy(update={"trials": list(self.file.trials)})
 
     def describe(self, trial: "FrozenTrial") -> TrialEntry:
         """Bring the entry of ``trial`` up to date; it is added if it is new."""
         directory = trial_directory(self.directory, trial.number)
-        entry = self._entry(trial.number, trial.user_attrs["role"])
+        trials = self.file.trials
+        place = bisect.bisect_left(trials, trial.number, key=lambda entry: entry.number)
+        if place < len(trials) and trials[place].number == trial.number:
+            # In place of the old one, which others may be looking at.
+            entry = trials[place] = trials[place].model_copy()
+        else:
+            entry = TrialEntry(number=trial.number, role=trial.user_attrs["role"], state="RUNNING")
+            trials.insert(place, entry)
         tuned = trial_settings(
             self.settings.train, {**trial.params, **trial.user_attrs["overrides"]}
         )
@@ -143,7 +181,7 @@ class Description:
         decision = read_decision(directory / "training")
         entry.rung = None if decision is None else asdict(decision)
         if entry.started is None:
-            entry.started = time.time()
+            entry.started = self.now()
         result = read_result(directory)
         if entry.state == "COMPLETE" and result is not None and COMBINED in result.results:
             entry.scores = f"{entry.directory}/{result.scores}"
@@ -151,15 +189,7 @@ class Description:
         if entry.state == "PRUNED" and result is not None and decision is not None:
             entry.cause, entry.cost = decision.reason(result.train["steps"]), result.cost
         if entry.state != "RUNNING" and entry.ended is None:
-            entry.ended = time.time()
-        return entry
-
-    def _entry(self, number: int, role: Role) -> TrialEntry:
-        known = self.file.trial(number)
-        if known is not None:
-            return known
-        entry = TrialEntry(number=number, role=role, state="RUNNING")
-        self.file.trials = sorted([*self.file.trials, entry], key=lambda trial: trial.number)
+            entry.ended = self.now()
         return entry
 
     def with_steps(self, tuned: TrainSettings) -> TrainSettings:
@@ -207,7 +237,7 @@ class Description:
     def end(self) -> None:
         """Declare the search finished."""
         self.file.state = "FINISHED"
-        self.file.ended = time.time()
+        self.file.ended = self.now()
         self.write()
 
 

@@ -1,5 +1,6 @@
 """Faults on purpose, for tests: ``LRMC_TESTING=1 LRMC_TRIAL_FAULTS=2:raise,3:hang,4:none``."""
 
+import ctypes
 import math
 import os
 import signal
@@ -42,6 +43,9 @@ def fail_on_purpose(fault: str, directory: Path) -> RunResult:
         bytearray(2**31)
     if fault == "hang":
         time.sleep(1e9)
+    if fault == "hang_in_c":
+        while True:  # a signal ends a pause
+            ctypes.PyDLL(None).pause()  # with the interpreter's lock, so that no thread goes on
     names = ("eval/domain_gain", "eval/forgetting", "eval/combined")
     if fault == "none":
         cost = {"train_seconds": 1.0, "evaluate_seconds": 1.0}

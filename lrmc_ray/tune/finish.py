@@ -9,6 +9,7 @@ from lrmc_ray.console import progress
 from lrmc_ray.errors import DataError
 from lrmc_ray.evaluate.run import evaluate
 from lrmc_ray.files.artifacts import PARTIAL, relative_path
+from lrmc_ray.files.fault_points import passed
 from lrmc_ray.files.names import SETTINGS_FILE
 from lrmc_ray.files.origin import Origin, origin_of, read_origin, write_origin
 from lrmc_ray.files.study import STUDY_FILE, Artifact, TrialEntry
@@ -120,6 +121,7 @@ def export_best(description: Description) -> Path | None:
     shutil.copytree(model_of(directory, trial.number), partial)
     write_origin(partial, wanted)
     write_model_card(partial, directory)
+    passed("tune.model_copied")
     shutil.rmtree(final, ignore_errors=True)
     partial.rename(final)
     return final

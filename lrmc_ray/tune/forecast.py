@@ -56,6 +56,8 @@ class Forecast:
     """Scoring the base model, once."""
     train_seconds: float
     """Training of one trial."""
+    step_seconds: float
+    """One step of it."""
     evaluate_seconds: float
     """Scoring of one trial."""
     seconds: float
@@ -128,6 +130,7 @@ def forecast(
         record_seconds=parts.record_seconds,
         base_seconds=parts.base_seconds,
         train_seconds=train,
+        step_seconds=train / settings.train.steps,
         evaluate_seconds=parts.evaluate_seconds,
         seconds=once + math.ceil(trials / concurrent) * each,
         core_seconds=cores

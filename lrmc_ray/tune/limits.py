@@ -1,23 +1,28 @@
-"""How long a run may take, and what becomes of one that takes longer or is interrupted."""
+"""How long a run may take or be silent, and what becomes of one that must stop.
+
+The limit in all needs a run that has ended. The limit for silence holds from the first run on: it
+rests on the longest pause between two signs of progress that any run made here, and on the
+forecast of one step.
+"""
 
 import logging
 import math
-import time
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
+from typing import Any
 
+from lrmc_ray.cluster.stacks import Stack, kill_all, report, stacks_of
 from lrmc_ray.console import format_seconds
-from lrmc_ray.files.study import trial_directory
-from lrmc_ray.tune.processes import finish_steps, kill_run, last_process
+from lrmc_ray.files.artifacts import is_finished
+from lrmc_ray.files.beats import PROGRESS, OwnTime, Pauses
+from lrmc_ray.files.names import METRICS, STACKS
+from lrmc_ray.tune.processes import count_starts, finish_steps
 from lrmc_ray.tune.result import write_failure
 
 _log = logging.getLogger(__name__)
 
 STOP_SECONDS = 20.0
 """How long an interrupted command waits for the checkpoints of what still runs."""
-
-CLOCK_SECONDS = 2.0
-"""Most by which the clocks of two nodes may differ."""
 
 SHORTEST_LIMIT_SECONDS = 600.0
 """Time that every run has, where no limit is set."""
@@ -41,64 +46,116 @@ def time_limit(chosen: float | None, costs: Iterable[Mapping[str, float]]) -> fl
     return max(SHORTEST_LIMIT_SECONDS, LIMIT_FACTOR * max(taken))
 
 
-def write_overdue(directory: Path, taken: float, limit: float, setting: str) -> None:
-    """Leave in a run's directory that it fails for having taken too long.
+class RunWatch:
+    """The runs that go on now: those that take too long or hang are ended, with their stacks."""
 
-    Args:
-        directory: of the run.
-        taken: seconds since it began.
-        limit: seconds that it had.
-        setting: what gives it more.
-    """
-    cause = (
-        f"it has not ended after {format_seconds(taken)}, more than {format_seconds(limit)}; raise "
-        f"{setting} if it is only slow"
-    )
-    write_failure(directory, cause)
-
-
-class RunningTrials:
-    """The trials of a search that run now, and how those that must stop are stopped."""
-
-    def __init__(self, directory: Path, kill: Callable[[Path], bool] = kill_run) -> None:
+    def __init__(
+        self,
+        kill: Callable[[Path], bool],
+        *,
+        setting: str,
+        hang_seconds: float | None = None,
+        step_seconds: float = 0.0,
+        stacks: Callable[[Path], list[Stack]] | None = None,
+        time: OwnTime | None = None,
+    ) -> None:
         """None so far.
 
         Args:
-            directory: of the study.
-            kill: ends the process of a trial, given its directory; whether it was there.
+            kill: ends the process of a run, given its directory; whether it was there.
+            setting: what gives a run more time in all.
+            hang_seconds: how long a run may show no progress; None for the rule of ``Pauses``.
+            step_seconds: what one step of training was forecast to take.
+            stacks: says what the processes of a run do; by default asks them.
+            time: of this process.
         """
-        self._directory = directory
-        self._kill = kill
-        self.handed_out: dict[int, float] = {}
-        """When each was handed out here, in seconds since 1970."""
+        self._kill, self._setting = kill, setting
+        self._stacks = stacks or stacks_of
+        self._time = time or OwnTime()
+        self._pauses = Pauses(hang_seconds, expected=step_seconds, time=self._time)
+        self._starts: dict[Path, int] = {}
+        """Of every run, how often it had begun when it was handed out here."""
+        self._began: dict[Path, float] = {}
 
-    def begin(self, number: int) -> None:
-        """Trial ``number`` is handed out."""
-        self.handed_out[number] = time.time()
+    @property
+    def directories(self) -> list[Path]:
+        """Of the runs that go on."""
+        return list(self._starts)
 
-    def end(self, number: int) -> None:
-        """Trial ``number`` has ended."""
-        self.handed_out.pop(number, None)
+    def begin(self, directory: Path) -> None:
+        """The run in ``directory`` is handed out; it may still wait for its turn."""
+        self._starts[directory] = count_starts(directory)
 
-    def stop_overdue(self, limit: float) -> None:
-        """Kill the processes of trials beyond ``limit`` seconds; Ray Tune then sees them fail."""
-        for number, handed_out in list(self.handed_out.items()):
-            directory = trial_directory(self._directory, number)
-            process = last_process(directory)
-            # One from before is that of an earlier sitting; clocks of nodes may differ a little.
-            if process is None or process.began < handed_out - CLOCK_SECONDS:
+    def end(self, directory: Path) -> None:
+        """The run in ``directory`` has ended."""
+        self._starts.pop(directory, None)
+        self._began.pop(directory, None)
+        self._pauses.forget(directory)
+
+    def look(self, limit: float) -> None:
+        """End the runs that have taken more than ``limit`` seconds, and those that hang."""
+        for directory, before in list(self._starts.items()):
+            starts = count_starts(directory)
+            if starts == before:
+                continue  # it waits for its turn
+            now = self._time.look()
+            taken = now - self._began.setdefault(directory, now)
+            silent = self._pauses.look(directory, (starts, *_signs(directory)))
+            patience = self._pauses.limit(directory)
+            if taken > limit:
+                cause = (
+                    f"it has not ended after {format_seconds(taken)}, more than "
+                    f"{format_seconds(limit)}; raise {self._setting} if it is only slow"
+                )
+            elif silent > patience:
+                cause = (
+                    f"it has shown no progress for {format_seconds(silent)}, more than "
+                    f"{format_seconds(patience)}, and hangs; {STACKS} in its directory says where; "
+                    "raise resources.hang_seconds if it is only slow"
+                )
+            else:
                 continue
-            taken = time.time() - process.began
-            if taken <= limit:
-                continue
-            write_overdue(directory, taken, limit, "search.trial_timeout_seconds")
-            if not self._kill(directory):
-                _log.warning("trial %d is overdue, and its process was not found", number)
-            self.end(number)
+            self._stop(directory, cause)
+
+    def _stop(self, directory: Path, cause: str) -> None:
+        """Leave the cause and the stacks in the run's directory, and kill its processes."""
+        stacks = self._stacks(directory)
+        text = report(stacks)
+        (directory / STACKS).write_text(text + "\n", encoding="utf-8")
+        _log.warning("%s is ended: %s\n%s", directory.name, cause, text)
+        write_failure(directory, cause)
+        if not self._kill(directory):
+            _log.warning("%s is ended, and its process was not found", directory.name)
+        # A worker that hangs does not hear that its trial has died.
+        if stacks:
+            kill_all(stacks)
+        self.end(directory)
 
     def finish_steps(self, seconds: float = STOP_SECONDS) -> None:
-        """Let every trial finish its step and save a checkpoint, for at most ``seconds``."""
-        finish_steps(
-            [trial_directory(self._directory, number) / "training" for number in self.handed_out],
-            seconds,
-        )
+        """Let every run finish its step and save a checkpoint, for at most ``seconds``."""
+        finish_steps([directory / "training" for directory in self._starts], seconds)
+
+
+def _signs(directory: Path) -> tuple[Any, ...]:
+    """What changes in a run's directory as long as the run gets on."""
+    training = directory / "training"
+    return (
+        _content(directory / PROGRESS),
+        _content(training / PROGRESS),
+        _size(training / METRICS),
+        is_finished(training),
+    )
+
+
+def _content(path: Path) -> bytes | None:
+    try:
+        return path.read_bytes()
+    except OSError:
+        return None
+
+
+def _size(path: Path) -> int:
+    try:
+        return path.stat().st_size
+    except OSError:
+        return -1

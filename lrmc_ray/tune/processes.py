@@ -3,12 +3,12 @@
 import json
 import logging
 import os
-import signal
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from lrmc_ray.cluster.stacks import kill_process, process_birth
 from lrmc_ray.files.artifacts import is_finished
 from lrmc_ray.files.names import CHECKPOINT_NOW
 
@@ -33,7 +33,7 @@ class RunProcess:
     node: str
     """Ray's id of its node."""
     began: float
-    """When the run began in it, in seconds since 1970."""
+    """When the run began in it, in seconds since 1970; for people to read."""
 
 
 def death_cause(directory: Path) -> str:
@@ -52,6 +52,14 @@ def write_process(directory: Path) -> None:
         log.write(json.dumps(asdict(process)) + "\n")
 
 
+def count_starts(directory: Path) -> int:
+    """How often a run has begun."""
+    try:
+        return (directory / PROCESSES).read_bytes().count(b"\n")
+    except FileNotFoundError:
+        return 0
+
+
 def last_process(directory: Path) -> RunProcess | None:
     """The process in which a run runs, or ran last; None if it never began."""
     try:
@@ -59,24 +67,6 @@ def last_process(directory: Path) -> RunProcess | None:
         return RunProcess(**json.loads(lines[-1]))
     except (FileNotFoundError, IndexError, ValueError, TypeError):  # or torn by a crash
         return None
-
-
-def process_birth(pid: int) -> int | None:
-    """When a process began, in clock ticks since boot; None if there is none of that number."""
-    try:
-        # The second field, the program's name, may contain anything but ends in the last ")".
-        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-    except (FileNotFoundError, ProcessLookupError):
-        return None
-    return int(fields[19])
-
-
-def kill_process(pid: int, born: int | None) -> bool:
-    """End a process of this node at once, unless its number has gone to another one."""
-    if born is None or process_birth(pid) != born:
-        return False
-    os.kill(pid, signal.SIGKILL)
-    return True
 
 
 def kill_run(directory: Path) -> bool:

@@ -24,6 +24,7 @@ from ray.tune.search import Searcher
 
 from lrmc_ray.config import ParameterRange, RunSettings, TrainSettings
 from lrmc_ray.config.search import Objective
+from lrmc_ray.files.fault_points import passed
 from lrmc_ray.tune.importance import importance
 from lrmc_ray.tune.processes import DIED
 from lrmc_ray.tune.result import COMBINED, FORGETTING, GAIN
@@ -276,6 +277,7 @@ class StudySearcher(Searcher):  # type: ignore[misc]  # Ray's types are skipped
                 self._on_change(number, None, f"its {name} is {value}, not a finite number")
                 return
         self._queue.complete(number, result)
+        passed("tune.trial_told", str(number))
         self._on_change(number, result, None)
 
     def __getstate__(self) -> dict[str, Any]:

@@ -21,6 +21,7 @@ from lrmc_ray.config.base import flatten
 from lrmc_ray.console import progress
 from lrmc_ray.evaluate.run import evaluate
 from lrmc_ray.files.artifacts import read_manifest, relative_path, write_json
+from lrmc_ray.files.fault_points import passed
 from lrmc_ray.files.names import SETTINGS_FILE, default_tracking_uri
 from lrmc_ray.files.place import place_of
 from lrmc_ray.models import local_directory
@@ -86,6 +87,7 @@ class Search:
         """
         study = self.description.file
         self.description.write()  # this sitting has begun
+        passed("tune.begun")
         with ExitStack() as stack:
             settings_file = self.directory / SETTINGS_FILE
             write_json(settings_file, self.settings.model_dump(mode="json"))
@@ -100,6 +102,7 @@ class Search:
                 expected = forecast(self.settings, self.output, slots=self.slots())
                 study.forecast = asdict(expected) if expected else None
             recorded, base = self.prepare()
+            passed("tune.prepared")
             try:
                 self.run_trials(recorded, base)
             except BaseException:
@@ -107,13 +110,18 @@ class Search:
                 self._publish_report()
                 _log.info("what there is so far: %s", self.directory / "report.html")
                 raise
+            passed("tune.trials_ended")
             check_unchanged(self.contents, self.settings)
             finish.score_finalists(self.description, self.output)
+            passed("tune.finalists_scored")
             finish.export_best(self.description)
+            passed("tune.exported")
             self._report(tracker)
+            passed("tune.reported")
             if study.stored_as is not None:
                 self.place.clear(study.stored_as)
             self.description.end()
+            passed("tune.ended")
         study.trade_off_path = tracker.trade_off_path
         self.description.write()
         self._publish_report()

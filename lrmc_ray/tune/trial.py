@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from lrmc_ray.cluster.stacks import listening
 from lrmc_ray.config import RunSettings, trial_settings
 from lrmc_ray.errors import DiskError, LrmcError, ObjectiveError
 from lrmc_ray.evaluate.changes import compare
@@ -18,7 +19,9 @@ from lrmc_ray.evaluate.names import MADE_BY as EVALUATE
 from lrmc_ray.evaluate.request import Split
 from lrmc_ray.evaluate.run import evaluate
 from lrmc_ray.files.artifacts import read_manifest
-from lrmc_ray.files.names import MODEL
+from lrmc_ray.files.beats import PROGRESS, beating, file_writer
+from lrmc_ray.files.fault_points import passed
+from lrmc_ray.files.names import MODEL, STACKS
 from lrmc_ray.files.place import place_of
 from lrmc_ray.files.study import TRIALS, trial_directory
 from lrmc_ray.train.driver import MADE_BY as TRAIN
@@ -117,17 +120,22 @@ def attempt(
         LrmcError: the run failed; the cause is in its ``failure.json`` as well.
     """
     directory.mkdir(parents=True, exist_ok=True)
-    (directory / FAILURE).unlink(missing_ok=True)
+    for left in (FAILURE, STACKS):
+        (directory / left).unlink(missing_ok=True)
     write_process(directory)
     try:
-        fault = asked_fault(name)
-        result = fail_on_purpose(fault, directory) if fault else work()
+        with listening(directory), beating(file_writer(directory / PROGRESS)):
+            fault = asked_fault(name)
+            result = fail_on_purpose(fault, directory) if fault else work()
     except Exception as error:
         cause = str(error) if isinstance(error, LrmcError) else f"{type(error).__name__}: {error}"
         write_failure(directory, cause)
         raise
+    finally:
+        (directory / PROGRESS).unlink(missing_ok=True)
     if fault != "nan":  # as JSON has no such number
         write_result(directory, result, result_file)
+        passed("tune.result_written", name)
     return result
 
 

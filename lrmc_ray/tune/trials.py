@@ -11,6 +11,7 @@ from ray import tune
 from lrmc_ray.cluster.resources import TRIAL_SLOT
 from lrmc_ray.cluster.session import release_orphaned_groups
 from lrmc_ray.config import RunSettings
+from lrmc_ray.files.fault_points import passed
 from lrmc_ray.files.names import RUNG
 from lrmc_ray.files.place import place_of
 from lrmc_ray.files.storage import Storage
@@ -19,8 +20,8 @@ from lrmc_ray.report.mlflow import StudyTracker
 from lrmc_ray.tune.choice import remove_models
 from lrmc_ray.tune.description import Description
 from lrmc_ray.tune.forecast import divide
-from lrmc_ray.tune.limits import RunningTrials, time_limit
-from lrmc_ray.tune.processes import DIED, death_cause, end_leftovers
+from lrmc_ray.tune.limits import RunWatch, time_limit
+from lrmc_ray.tune.processes import DIED, death_cause, end_leftovers, kill_run
 from lrmc_ray.tune.queue import StudySearcher, TrialQueue
 from lrmc_ray.tune.result import FAILURE, failure_cause
 from lrmc_ray.tune.trial import trainable
@@ -54,7 +55,14 @@ class Trials:
         self.queue = queue
         self.tracker = tracker
         self.place = place_of(settings.resources.storage)
-        self.running = RunningTrials(self.directory)
+        self.removed: set[int] = set()
+        """Trials whose models have been removed here."""
+        self.running = RunWatch(
+            kill_run,
+            setting="search.trial_timeout_seconds",
+            hang_seconds=settings.resources.hang_seconds,
+            step_seconds=(description.file.forecast or {}).get("step_seconds", 0.0),
+        )
         for trial in queue.ready_trials():
             description.describe(trial)
         description.choose_best()
@@ -86,6 +94,8 @@ class Trials:
         thread = threading.Thread(target=fit, name="tune", daemon=True)
         thread.start()
         self._watch(thread)
+        with self.description.lock:
+            self.description.write()
         if failure:
             raise failure[0]
         shutil.rmtree(scratch, ignore_errors=True)
@@ -145,10 +155,11 @@ class Trials:
         directory = trial_directory(self.directory, number)
         starts = result is None and cause is None
         if starts:
+            passed("tune.trial_asked", str(number))
             (directory / FAILURE).unlink(missing_ok=True)
-            self.running.begin(number)
+            self.running.begin(directory)
         else:
-            self.running.end(number)
+            self.running.end(directory)
             release_orphaned_groups()
         if cause is not None:
             died = death_cause(directory) if cause == DIED else cause
@@ -159,14 +170,23 @@ class Trials:
                 _forward(self.tracker, entry, self.directory)
             if not starts:
                 self.description.choose_best()
-                remove_models(self.directory, self.description.file, self.settings.search)
-            self.description.write()
+                self.removed.update(
+                    remove_models(
+                        self.directory,
+                        self.description.file,
+                        self.settings.search,
+                        removed=self.removed,
+                    )
+                )
+            self.description.write_soon()
+        passed("tune.trial_described" if starts else "tune.trial_ended", str(number))
 
     def _watch(self, thread: threading.Thread) -> None:
         """Show the trials until the last has ended, and stop those that take too long."""
 
         def is_running() -> bool:
-            self.running.stop_overdue(self.time_limit())
+            self.running.look(self.time_limit())
+            self.description.catch_up()
             # The controller of a dead trial's training dies a little after it.
             release_orphaned_groups()
             return thread.is_alive()

@@ -34,6 +34,8 @@ from lrmc_ray.config.compare import CompareSpace
 from lrmc_ray.console import run_command
 from lrmc_ray.errors import ConfigError
 from lrmc_ray.files.artifacts import read_manifest, write_json
+from lrmc_ray.tune import limits
+from lrmc_ray.tune.processes import PROCESSES
 from lrmc_ray.tune.provenance import newest_earlier, why_new
 from lrmc_ray.tune.result import failure_cause
 from tests.support.synthetic_comparison import (
@@ -179,7 +181,8 @@ def begin(tmp_path, monkeypatch):
         monkeypatch.setitem(sys.modules, "ray", ray)
         monkeypatch.setattr(run_module, "worker_slots", lambda resources: 2)
         monkeypatch.setattr(run_module, "release_orphaned_groups", lambda: 0)
-        monkeypatch.setattr(run_module, "STOP_SECONDS", 0.0)
+        monkeypatch.setattr(run_module, "forecast", lambda *_, **__: None)
+        monkeypatch.setattr(limits, "finish_steps", lambda *_: None)
         return comparing
 
     return make
@@ -353,23 +356,25 @@ def test_the_time_limit_and_what_becomes_of_an_overdue_run(begin, monkeypatch):
     assert comparing.time_limit() == 2250.0  # ten times 150 + 75 seconds
     chosen = begin(["sft"], compare={"run_timeout_seconds": 5.0})
     assert chosen.time_limit() == 5.0
-    late, early = Job("sft", 3e-5, 0, "dev"), Job("sft", 1e-4, 0, "dev")
-    for job in (late, early):
-        chosen.description.run_directory(job).mkdir(parents=True)
-    chosen.began = {late: time.time() - 6.0, early: time.time() - 4.0}
+    late = chosen.description.run_directory(Job("sft", 3e-5, 0, "dev"))
+    late.mkdir(parents=True)
+    chosen.tasks[late] = "its task"
     cancelled = []
     chosen.ray.cancel = lambda reference, force: cancelled.append((reference, force))
-    chosen.stop_overdue({"a": late, "b": early})
-    chosen.stop_overdue({"a": late, "b": early})
-    assert cancelled == [("a", True)]
-    cause = failure_cause(chosen.description.run_directory(late))
-    assert "not ended after 6.0 s, more than 5.0 s; raise compare.run_timeout_seconds" in cause
+    monkeypatch.setattr("lrmc_ray.tune.limits.stacks_of", lambda _: [])
+    watch = chosen.watch()
+    watch.begin(late)
+    (late / PROCESSES).write_text("{}\n")
+    for _ in range(3):
+        watch.look(-1.0)
+    assert cancelled == [("its task", True)]
+    assert "raise compare.run_timeout_seconds if it is only slow" in failure_cause(late)
 
 
 def test_an_interrupted_comparison_asks_its_runs_for_a_checkpoint(begin, monkeypatch):
     asked = []
-    monkeypatch.setattr(run_module, "finish_steps", lambda paths, seconds: asked.extend(paths))
     comparing = begin(["sft"])
+    monkeypatch.setattr(limits, "finish_steps", lambda paths, seconds: asked.extend(paths))
     comparing.ray.wait = lambda *_, **__: (_ for _ in ()).throw(KeyboardInterrupt())
     with pytest.raises(KeyboardInterrupt):
         comparing.run_jobs()

@@ -204,6 +204,7 @@ RULES = {
     "resources.max_concurrent": optional(whole(1)),
     "resources.actors": optional(pair(whole(1), lambda low, high: low <= high)),
     "resources.resize_seconds": number(lambda x: x > 0),
+    "resources.hang_seconds": optional(positive),
     "resources.cpus_per_worker": whole(1),
     "resources.gpus_per_worker": number(lambda x: 0 <= x <= 1 or x == int(x) >= 0),
     "resources.custom": amounts,

@@ -10,14 +10,13 @@ from pathlib import Path
 
 import pytest
 
+from lrmc_ray.cluster.stacks import kill_process, process_birth
 from lrmc_ray.tune.processes import (
     PROCESSES,
     RunProcess,
     end_leftovers,
-    kill_process,
     kill_run,
     last_process,
-    process_birth,
 )
 
 

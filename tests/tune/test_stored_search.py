@@ -24,6 +24,7 @@ from lrmc_ray.errors import DataError, IncompleteArtifactError
 from lrmc_ray.evaluate import command as evaluate
 from lrmc_ray.evaluate.items import ITEMS_FILE, Scores
 from lrmc_ray.evaluate.processes import ScoredModel, score_part
+from lrmc_ray.evaluate.waiting import Watched
 from lrmc_ray.files.artifacts import read_manifest
 from lrmc_ray.files.names import LEDGER, MODEL, RUNG
 from lrmc_ray.files.place import LocalPlace, StoredPlace
@@ -209,7 +210,14 @@ def test_a_node_scores_what_it_fetched(storage, tiny_model, monkeypatch, kind):
     monkeypatch.setattr("lrmc_ray.evaluate.processes.score", score)
     storage.publish("x/model", files_below(tiny_model))
     expected: Any = (model_fingerprint(tiny_model), "request")
-    assert score_part("x/model", "request", 1, StoredPlace(storage.uri), kind == "base") == expected
+    place = StoredPlace(storage.uri)
+    watched = Watched("/out/scores/x.partial", 3, place)
+    assert watched.sign() is None
+    part = score_part("x/model", "request", 1, place, kind == "base", watched)
+    assert part == expected
+    assert watched.sign().split()[0] == str(os.getpid()).encode()
+    watched.forget()
+    assert watched.sign() is None
     left = [path.name for path in storage.cache.rglob("*.safetensors")]
     assert left == (["model.safetensors"] if kind == "base" else [])
     assert not list(storage.cache.glob("scoring-*"))

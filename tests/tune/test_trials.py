@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -69,7 +70,7 @@ from lrmc_ray.tune.run import Search
 
 directory, data = Path(sys.argv[1]), sys.argv[2]
 settings = load_settings(None, [
-    f'data.train="{data}"', "search.trials=13", "search.trial_timeout_seconds=4",
+    f'data.train="{data}"', "search.trials=13", "resources.hang_seconds=4",
     "search.yardstick_lr=1e-4", "parameters.tau={low=0.8, high=0.999}",
     "resources.max_concurrent=2",
 ])
@@ -102,7 +103,7 @@ def test_however_a_trial_ends_the_search_goes_on_and_nothing_is_left(tmp_path):
     """
     data = make_data(tmp_path / "train.jsonl", num_rows=3)
     faults = ["none", "raise", "exit", "kill", "memory", "nan", "hang", "prune"]
-    faults += ["scoring_raise", "scoring_kill", "scoring_hang", "none", "none"]
+    faults += ["scoring_raise", "scoring_kill", "scoring_hang_in_c", "none", "none"]
     environment = {
         **os.environ,
         "LRMC_TESTING": "1",
@@ -134,17 +135,23 @@ def test_however_a_trial_ends_the_search_goes_on_and_nothing_is_left(tmp_path):
         "its process died",
         "MemoryError",
         "its eval/domain_gain is nan, not a finite number",
-        "raise search.trial_timeout_seconds",
+        "it has shown no progress for",
         None,
         "ValueError: a fault was asked for",
         "its process died while its model was scored",
-        "raise search.trial_timeout_seconds",
+        "more than 4.0 s, and hangs; stacks.txt in its directory says where",
         None,
         None,
     ]
     for cause, part in zip(causes, expected, strict=True):
         assert (cause is None) == (part is None)
         assert part is None or part in cause
+    for number in (6, 10):  # in Python, and in C code that holds the interpreter's lock
+        stacks = (directory / "trials" / f"{number:04d}" / "stacks.txt").read_text()
+        hung = re.findall(r'File ".*faults\.py", line \d+ in fail_on_purpose', stacks)
+        assert hung, stacks
+        assert stacks.count("Thread 0x") + stacks.count("Current thread 0x") > 1
+        assert stacks in done.stderr
     told = json.loads((directory / "study.json").read_text())["trials"]
     assert told[7].pop("cause").startswith("after 3 of 6 steps its combined score on a few items")
     assert [trial.get("cause") for trial in told] == causes
