@@ -57,15 +57,15 @@ def report(output: Path, _: int) -> None:
 
 
 def list_outputs(output: Path, _: int) -> None:
-    from lrmc_ray.cli import main
+    from lrmc_ray.outputs.ls_command import main
 
-    main(["ls", str(output), "--size"])
+    main([str(output), "--size"])
 
 
 def prune(output: Path, _: int) -> None:
-    from lrmc_ray.cli import main
+    from lrmc_ray.outputs.prune_command import main
 
-    main(["prune", str(output), "--dry-run"])
+    main([str(output), "--dry-run"])
 
 
 def look_back(output: Path, _: int) -> None:

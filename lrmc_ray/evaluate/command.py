@@ -8,12 +8,13 @@ from lrmc_ray.cluster.beforehand import check_beforehand
 from lrmc_ray.cluster.resources import local_cpus
 from lrmc_ray.cluster.session import RAY_LOG, ray_session
 from lrmc_ray.command_line import CommandParser
-from lrmc_ray.config import ModelSettings
+from lrmc_ray.config import ModelSettings, RunSettings
 from lrmc_ray.config.arguments import add_run_arguments, settings_from
 from lrmc_ray.console import progress, setup_logging
 from lrmc_ray.errors import ConfigError, IncompleteArtifactError
-from lrmc_ray.files.origin import Origin, read_origin
+from lrmc_ray.files.origin import ORIGIN_FILE, Origin, read_origin
 from lrmc_ray.files.place import place_of
+from lrmc_ray.files.study import STUDY_FILE
 from lrmc_ray.models import local_directory
 from lrmc_ray.tasks.registry import expand
 
@@ -47,6 +48,10 @@ def main(argv: Sequence[str]) -> int:
     from lrmc_ray.evaluate.show import show_changes, show_scores
     from lrmc_ray.evaluate.task_files import check_tasks
 
+    if origin is not None:
+        check_named_tasks(
+            Path(arguments.tuned[0]), origin, settings, settings_from(arguments, None)
+        )
     check_tasks(expand([*settings.evaluate.domain_tasks, *settings.evaluate.general_tasks]), "test")
     models = [local_directory(model) for model in (base, *tuned)]
     scored: list[Path] = []
@@ -79,9 +84,55 @@ def main(argv: Sequence[str]) -> int:
     return 0
 
 
+def check_named_tasks(
+    model: Path, origin: Origin, settings: RunSettings, said: RunSettings
+) -> None:
+    """Refuse Python that only a model's directory asks for: it may come from anybody.
+
+    A model that still lies in the search or the training that made it is one's own.
+
+    Args:
+        model: the tuned model's directory.
+        origin: what that says.
+        settings: those of the command, the model's where nothing else was said.
+        said: those without what the model says.
+
+    Raises:
+        ConfigError: a task file that runs Python was named by the model alone.
+    """
+    from lrmc_ray.evaluate.task_files import own_files
+
+    if _is_where_it_was_made(model, origin):
+        return
+    for group in ("domain_tasks", "general_tasks"):
+        names = getattr(settings.evaluate, group)
+        if names == getattr(said.evaluate, group):
+            continue
+        for name in names:
+            if any(path.suffix == ".py" for path in own_files([name]).values()):
+                raise ConfigError(
+                    f"Python must be run at your own wish, and {name}, which runs some, is named "
+                    f"by {model / ORIGIN_FILE} alone; look at it, and name it with "
+                    f"--{group.replace('_', '-')}"
+                )
+
+
+def _is_where_it_was_made(model: Path, origin: Origin) -> bool:
+    output = Path(origin.output)
+    if origin.study is None:
+        return model.resolve().is_relative_to(output.resolve() / "training")
+    study = output / origin.study
+    is_name = Path(origin.study).name == origin.study
+    return (
+        is_name
+        and (study / STUDY_FILE).is_file()
+        and model.resolve().is_relative_to(study.resolve())
+    )
+
+
 def scores_directory(origin: Origin | None) -> Path:
     """Where scores are kept: where those of the model's base are, if that is on this machine."""
-    if origin is not None and Path(origin.output).is_dir():
+    if origin is not None and (Path(origin.output) / "scores").is_dir():
         return Path(origin.output)
     return Path("runs")
 

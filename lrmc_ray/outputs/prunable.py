@@ -6,7 +6,8 @@
 - If asked for: what this node fetched from a storage and has not used for some days.
 
 Scores, ledgers, metrics and descriptions stay, so every report can be written again. So does a
-record that nothing was made from yet, and everything in a directory that a command works in.
+record that nothing was made from yet, everything in a directory that a command works in, and links
+with what lies behind them.
 """
 
 import fcntl
@@ -57,7 +58,19 @@ def prunable(
             for entry in entries
             if entry.kind == "unfinished" and not is_held(entry.path)
         ]
-    return [Prunable(path, reason, sizes.of(path)) for path, reason in found]
+    return [
+        Prunable(path, reason, sizes.of(path))
+        for path, reason in found
+        if not _leads_away(path, entries)
+    ]
+
+
+def _leads_away(path: Path, entries: Sequence[Entry]) -> bool:
+    """Whether ``path`` is a link, or lies behind one that leaves its entry: that is not ours."""
+    own = [entry.path for entry in entries if path.is_relative_to(entry.path)]
+    return path.is_symlink() or not any(
+        not entry.is_symlink() and path.resolve().is_relative_to(entry.resolve()) for entry in own
+    )
 
 
 def _records(entries: Sequence[Entry]) -> Iterator[tuple[Path, str]]:

@@ -102,7 +102,7 @@ def test_evaluate_takes_what_is_not_said_from_the_model(settings, tmp_path, monk
     assert (taken.model.name, taken.evaluate.limit) == (str(tmp_path / "base"), 7)
     assert taken.search.forgetting_weight == 2.0
     assert output == Path("runs")  # that of the model is not on this machine
-    (tmp_path / "runs").mkdir()
+    (tmp_path / "runs" / "scores").mkdir(parents=True)
     argv = ["--tuned", str(tuned), "--domain-tasks", "kinds", "evaluate.limit=3"]
     taken, output = asked(argv, monkeypatch)
     assert (taken.evaluate.domain_tasks, taken.evaluate.limit) == (("kinds",), 3)

@@ -1,0 +1,237 @@
+"""Files that others made: none runs code, leads out of the output, or brings a secret to light.
+
+The canaries are harmless: code that would make a file, and made-up secrets that are looked for.
+Ports are in tests/test_security.py; models with code of their own in tests/test_models.py.
+"""
+
+import json
+import os
+import pickle
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from lrmc_ray.config import RunSettings
+from lrmc_ray.console import run_command
+from lrmc_ray.errors import ConfigError, LrmcError
+from lrmc_ray.evaluate.command import check_named_tasks, scores_directory
+from lrmc_ray.evaluate.task_files import check_tasks, task_fingerprints
+from lrmc_ray.files.origin import origin_of
+from lrmc_ray.files.study import read_study
+from lrmc_ray.outputs.inventory import Sizes, inventory
+from lrmc_ray.outputs.ls_command import main as ls
+from lrmc_ray.outputs.prunable import prunable, remove
+from lrmc_ray.outputs.prune_command import main as prune
+from lrmc_ray.record import hub
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.fixture
+def canary(tmp_path):
+    """A file that appears if a planted piece of code runs."""
+    path = tmp_path / "canary"
+    yield path
+    assert not path.exists(), "code from data was run"
+
+
+class Planted:
+    """A pickle that makes a file when it is read."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self):
+        return (Path.touch, (self.path,))
+
+
+# Tasks
+
+
+def task_with_python(folder: Path, canary: Path) -> Path:
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "items.jsonl").write_text('{"question": "a", "answer": "b"}\n')
+    (folder / "utils.py").write_text(
+        f"from pathlib import Path\nPath({str(canary)!r}).touch()\n"
+        "def check(doc, results):\n    return {'exact_match': 1.0}\n"
+    )
+    path = folder / "task.yaml"
+    path.write_text(
+        "task: mine\ndataset_path: json\ndataset_kwargs: {data_files: {test: items.jsonl}}\n"
+        "test_split: test\noutput_type: generate_until\ndoc_to_text: '{{question}}'\n"
+        "doc_to_target: answer\nprocess_results: !function utils.check\n"
+        "metric_list: [{metric: exact_match}]\n"
+    )
+    return path
+
+
+def test_the_python_of_a_task_is_not_run_to_take_its_digest(tmp_path, canary):
+    task = task_with_python(tmp_path / "tasks", canary)
+    found = task_fingerprints([str(task)], "dev")
+    (tmp_path / "tasks" / "utils.py").write_text("def check(doc, results): return {}\n")
+    assert task_fingerprints([str(task)], "dev") != found
+
+
+@pytest.mark.parametrize(
+    "tag",
+    [
+        "!!python/object/apply:pathlib.Path.touch",
+        "!!python/object/new:pathlib.PosixPath",
+        "!!python/name:os.system",
+        "!!python/module:this",
+    ],
+)
+def test_yaml_of_a_task_makes_no_objects(tmp_path, canary, tag):
+    path = tmp_path / "task.yaml"
+    value = f" [{str(canary)!r}]" if "object" in tag else " ''"
+    path.write_text(f"task: mine\ndoc_to_text: {tag}{value}\n")
+    with pytest.raises(LrmcError):
+        check_tasks([str(path)], "dev")
+    with pytest.raises(LrmcError):
+        task_fingerprints([str(path)], "dev")
+
+
+def settings_of(*tasks: Path) -> RunSettings:
+    names = [str(task) for task in tasks] or ["nl2sql"]
+    return RunSettings.model_validate({"evaluate": {"domain_tasks": names}})
+
+
+def test_python_that_only_a_models_directory_names_is_refused(tmp_path, canary):
+    model = tmp_path / "downloaded" / "model"
+    task = task_with_python(model, canary)
+    settings = settings_of(task)
+    origin = origin_of(settings, tmp_path / "runs")
+    with pytest.raises(ConfigError, match=r"Python must be run at your own wish, .*lrmc\.json"):
+        check_named_tasks(model, origin, settings, settings_of())
+    check_named_tasks(model, origin, settings, settings)  # the user has named it, too
+    check_named_tasks(model, origin, settings_of(), settings_of(task))  # or another one
+    own = tmp_path / "runs" / "training" / "x" / "model"
+    check_named_tasks(own, origin, settings, settings_of())
+    plain = tmp_path / "plain.yaml"
+    plain.write_text(task.read_text().replace("process_results: !function utils.check\n", ""))
+    for name in ("items.jsonl",):
+        (tmp_path / name).write_text((model / name).read_text())
+    check_named_tasks(model, origin, settings_of(plain), settings_of())
+
+
+@pytest.mark.parametrize("output", ["/", "downloaded", "downloaded/model"])
+@pytest.mark.parametrize("study", [None, "", ".", "..", "model", "../downloaded", "/"])
+def test_no_name_of_a_study_or_an_output_makes_a_model_ones_own(tmp_path, canary, output, study):
+    model = tmp_path / "downloaded" / "model"
+    task = task_with_python(model, canary)
+    origin = origin_of(settings_of(task), tmp_path / output, study=study)
+    with pytest.raises(ConfigError, match="at your own wish"):
+        check_named_tasks(model, origin, settings_of(task), settings_of())
+
+
+def test_scores_are_not_written_where_a_models_directory_points(tmp_path):
+    (tmp_path / "etc").mkdir()
+    origin = origin_of(settings_of(), tmp_path / "etc")
+    assert scores_directory(origin) == Path("runs")
+    (tmp_path / "etc" / "scores").mkdir()  # of an output directory that is there
+    assert scores_directory(origin) == tmp_path / "etc"
+
+
+# Outputs
+
+
+def planted_output(folder: Path, outside: Path) -> Path:
+    """An output directory with descriptions whose paths lead out of it, and with links."""
+    outside.mkdir()
+    (outside / "kept").write_text("kept")
+    (outside / "model").mkdir()
+    study = folder / "study-0123456789ab"
+    (study / "trials").mkdir(parents=True)
+    away = os.path.relpath(outside, study)
+    (study / "study.json").write_text(
+        json.dumps(
+            {
+                "schema": 1, "id": f"../../{outside.name}", "name": "../x", "state": "FINISHED",
+                "created": "2026-11-22", "objective": "combined", "forgetting_weight": 1.0,
+                "base_scores": f"{away}/scores", "best": 0,
+                "trials": [
+                    {"number": number, "role": "search", "state": "COMPLETE",
+                     "directory": f"{away}", "scores": f"{away}/scores"}
+                    for number in range(3)
+                ],
+            }
+        )
+    )  # fmt: skip
+    (study / "trials" / "0001").mkdir()
+    (study / "trials" / "0001" / "training").symlink_to(outside)
+    (folder / "records").mkdir()
+    (folder / "records" / "0123456789ab").symlink_to(outside)
+    (folder / "link").symlink_to(outside)
+    return study
+
+
+def test_prune_and_ls_stay_within_the_output(tmp_path, capsys):
+    folder, outside = tmp_path / "runs", tmp_path / "outside"
+    planted_output(folder, outside)
+    before = sorted(path.relative_to(outside) for path in outside.rglob("*"))
+    assert run_command(ls, [str(folder), "--size"]) in (0, 4)
+    assert run_command(prune, [str(folder), "--yes", "--unfinished"]) in (0, 4)
+    assert sorted(path.relative_to(outside) for path in outside.rglob("*")) == before
+    found = prunable(inventory(folder), sizes=Sizes(), with_unfinished=True)
+    remove(found)
+    assert sorted(path.relative_to(outside) for path in outside.rglob("*")) == before
+    assert "Traceback" not in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["study.json", "compare.json", "manifest.json"])
+def test_a_pickle_in_the_place_of_a_description_is_not_read(tmp_path, canary, name):
+    study = tmp_path / "runs" / "study-0123456789ab"
+    study.mkdir(parents=True)
+    (study / name).write_bytes(pickle.dumps(Planted(canary)))
+    if name == "study.json":
+        with pytest.raises(LrmcError):
+            read_study(study)
+    assert run_command(ls, [str(tmp_path / "runs")]) in (0, 4)
+
+
+# Data of the Hub
+
+
+@pytest.mark.parametrize(
+    "file", ["../../../escaped.jsonl", "/etc/escaped.jsonl", "data/../../../escaped.jsonl"]
+)
+def test_files_of_a_hub_data_set_stay_in_the_cache(tmp_path, monkeypatch, file):
+    """What a hostile description lists is asked for by name, and never written elsewhere."""
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setattr(hub, "_find", lambda _: hub._Found("0" * 40, (file,)))
+    hub.hub_files.cache_clear()
+    with pytest.raises(LrmcError):
+        hub.hub_files("org/name")
+    assert not list(tmp_path.rglob("escaped*"))
+    assert not Path("/etc/escaped.jsonl").exists()
+
+
+@pytest.mark.parametrize(
+    "name", ["../x/y", "org/../../x", "org/name@../../x y", "org/name:a/b", "a\0/b"]
+)
+def test_names_that_are_no_data_set_are_no_path(name):
+    hub.hub_files.cache_clear()
+    with pytest.raises(LrmcError):
+        hub.hub_files(f"hf://{name}")
+
+
+# Compiled code and secrets
+
+
+def test_compiled_code_is_not_taken_from_the_working_directory(tmp_path):
+    """numba keeps what it compiles; of that, nothing is looked for where others may write."""
+    code = (
+        "import os; from lrmc_ray.method.fast import moclip_kernel as k\n"
+        "import numba; print(numba.config.CACHE_DIR)\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        check=True,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+    )
+    assert not list(tmp_path.rglob("*.nb*")), done.stdout
