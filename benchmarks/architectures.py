@@ -13,6 +13,7 @@ JSON object with the number of types of each outcome; a type has its worst cell'
 import argparse
 import collections
 import dataclasses
+import functools
 import json
 import logging
 import re
@@ -107,6 +108,16 @@ class Subject:
     note: str = ""
     """What a cell has to say though it works."""
 
+    @functools.cached_property
+    def loaded(self) -> Any:
+        """The model as it is on the disk; nobody changes its weights."""
+        return load_model(self.directory)
+
+    @functools.cached_property
+    def expected(self) -> tuple[float, dict[str, Tensor]]:
+        """Loss and gradients by cross-entropy of the model's own logits, sample by sample."""
+        return plain_gradients(self, load_model(self.directory))
+
     @property
     def sequences(self) -> list[Tensor]:
         """Token ids of the samples, which begin alike."""
@@ -144,7 +155,7 @@ def loads(subject: Subject) -> None:
 
 def has_a_head(subject: Subject) -> None:
     """Hidden states times head are the model's logits."""
-    model = load_model(subject.directory)
+    model = subject.loaded
     head = head_of(model)
     with torch.no_grad():
         for ids_T in subject.sequences[::2]:
@@ -167,10 +178,9 @@ def records(subject: Subject) -> None:
         for number, ids_T in enumerate(subject.sequences)
     ]
     samples = recorder.record(rows)
-    model = load_model(subject.directory)
     for sample in samples:
         with torch.no_grad():
-            logits_TV = subject.logits(model, sample.input_ids_T).float()
+            logits_TV = subject.logits(subject.loaded, sample.input_ids_T).float()
         sets = sample.candidates
         row_N = sample.positions_P[sets.row_ids]
         theirs = logits_TV.log_softmax(-1)[row_N, sets.token_ids.long()]
@@ -229,7 +239,7 @@ def has_gradients(subject: Subject) -> None:
     """Loss and gradients of padded micro-batches are those of cross-entropy, sample by sample."""
     learner = subject.learner(packing=False)
     learner.model.eval()  # no dropout
-    theirs, expected = plain_gradients(subject, load_model(subject.directory))
+    theirs, expected = subject.expected
     ours, found = our_gradients(subject, learner)
     if not abs(ours - theirs) <= 1e-4 * abs(theirs):
         raise WrongError(f"loss {ours:.5g} for {theirs:.5g}")
@@ -242,7 +252,7 @@ def packs(subject: Subject) -> None:
     learner.model.eval()
     cost = min(learner.attention_cost, 1e-9 if learner.attention_cost < 1e9 else float("inf"))
     limit = longest_packed(learner.model.config)
-    _, expected = plain_gradients(subject, load_model(subject.directory))
+    _, expected = subject.expected
     _, found = our_gradients(subject, learner, attention_cost=cost, pack_up_to=limit)
     same_gradients(found, expected, "gradient")
     short = [ids_T for ids_T in subject.sequences if len(ids_T) <= limit]
@@ -284,8 +294,7 @@ def adapts(subject: Subject) -> None:
         for parameter in learner.trainable.parameters.values():
             parameter.copy_(0.1 * torch.randn_like(parameter))
         before = [subject.logits(learner.model, ids_T) for ids_T in subject.sequences]
-        base = load_model(subject.directory)
-        if torch.allclose(before[0], subject.logits(base, subject.sequences[0])):
+        if torch.allclose(before[0], subject.logits(subject.loaded, subject.sequences[0])):
             raise WrongError("adapters change nothing")
         directory = subject.directory.with_name("merged")
         learner.save(directory)
@@ -302,7 +311,7 @@ def scores(subject: Subject) -> None:
 
     from lrmc_ray.evaluate.prefix_lm import PrefixLM
 
-    model, tokenizer = load_model(subject.directory), words()
+    model, tokenizer = subject.loaded, words()
     requests = [
         (("", ""), ids_T.tolist(), end)
         for ids_T in subject.sequences

@@ -1,8 +1,8 @@
 """Models of transformers through all that is done with a model; see ``benchmarks/architectures``.
 
-Those of the default tests are one of each family: attention with sliding windows and with chunks,
-latent attention, state spaces, linear attention, recurrence, convolution, experts, images beside
-the text, and an encoder.
+Those of the default tests are thirty that matter, and one of each family at least: attention with
+sliding windows and with chunks, latent and sparse attention, positions by a bias, state spaces,
+linear attention, recurrence, convolution, experts, images beside the text, and an encoder.
 """
 
 import json
@@ -18,17 +18,17 @@ from benchmarks.tiny_models import causal_types
 
 torch.set_num_threads(1)
 
+PACKED = [
+    *("llama", "qwen2", "qwen3", "granite", "smollm3", "gpt2", "gpt_neox", "opt", "falcon"),
+    *("mistral", "gemma2", "gemma3_text", "phi3", "olmo3", "cohere2", "llama4_text"),
+    *("mixtral", "qwen3_moe", "gpt_oss", "deepseek_v3", "deepseek_v32"),
+]
+PADDED = [
+    *("bloom", "gpt_neo", "mamba2", "jamba", "qwen3_next", "recurrent_gemma", "lfm2", "mistral3"),
+]
 FAMILIES = {
-    "gpt2": ("works", "works"),
-    "gemma3_text": ("works", "works"),
-    "llama4_text": ("works", "works"),
-    "gpt_oss": ("works", "works"),
-    "deepseek_v3": ("works", "works"),
-    "mamba2": ("works", "padded"),
-    "qwen3_next": ("works", "padded"),
-    "rwkv": ("works", "padded"),
-    "lfm2": ("works", "padded"),
-    "mistral3": ("works", "padded"),
+    **dict.fromkeys(PACKED, ("works", "works")),
+    **dict.fromkeys(PADDED, ("works", "padded")),
     "bert": ("refused", ""),
 }
 """What comes out, and what is said of packing."""

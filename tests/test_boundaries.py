@@ -102,6 +102,7 @@ def test_optuna_is_imported_by_the_search_alone():
 def test_the_method_imports_torch_and_itself_alone():
     """Whoever never installed Ray can read, test and reuse the paper's part."""
     compiled = {"numba", "numpy"}
+    kernels = {f"lrmc_ray.method.fast.{name}_kernel" for name in ("logits", "moclip")}
     for name, path in MODULES.items():
         if name.startswith("lrmc_ray.method"):
             for imported in imports_of(path):
@@ -110,7 +111,7 @@ def test_the_method_imports_torch_and_itself_alone():
                     top in {"torch", "__future__"}
                     or top in sys.stdlib_module_names
                     or imported.startswith("lrmc_ray.method.")
-                    or (name == "lrmc_ray.method.fast.moclip_kernel" and top in compiled)
+                    or (name in kernels and top in compiled)
                 ), f"{name} imports {imported}"
 
 

@@ -22,12 +22,14 @@ label). The rounding, the tie rule and the exactness of the cut are this project
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
 from lrmc_ray.method.candidate_sets import CandidateSets as CandidateSets
 from lrmc_ray.method.candidate_sets import row_offsets
-from lrmc_ray.method.fast.top_tokens import cached_logsumexp, top_tokens
+from lrmc_ray.method.fast.top_tokens import Blocks, cached_logsumexp, top_tokens
 from lrmc_ray.method.stored_mass import (
     first_reaching,
     mass_goal,
@@ -36,8 +38,8 @@ from lrmc_ray.method.stored_mass import (
     running_mass,
 )
 
-CHUNK_ELEMENTS = 2**21
-"""Of the [n, V] temporaries of a selection: 8 MiB in float32."""
+CHUNK_ELEMENTS = 2**22
+"""Logits that are looked at together: 16 MiB in float32."""
 
 
 @torch.no_grad()
@@ -98,18 +100,21 @@ def _select_chunk(
 ) -> CandidateSets:
     # Half precision is widened, which is exact; float64 stays.
     logits_nV = logits_nV.to(torch.promote_types(logits_nV.dtype, torch.float32))
-    highest_n = logits_nV.amax(-1)
-    if not (highest_n.isfinite() & logits_nV.amin(-1).isfinite()).all():
+    if plain:
+        lse_n = logits_nV.double().logsumexp(-1)
+        lse_n.masked_fill_(~logits_nV.isfinite().all(-1), math.nan)
+    else:
+        blocks = Blocks(logits_nV, int(cap_n.max()))
+        lse_n = cached_logsumexp(logits_nV, blocks.highest())
+    if not lse_n.isfinite().all():
         raise ValueError(
             "logits must be finite, got NaN or infinity; half precision may have overflowed (use "
             "float32), and a mask of -inf is nothing that Stage 1 could repeat"
         )
     if plain:
-        lse_n = logits_nV.double().logsumexp(-1)
         logits_nK, tokens_nK = torch.sort(logits_nV, dim=-1, descending=True, stable=True)
     else:
-        lse_n = cached_logsumexp(logits_nV, highest_n)
-        logits_nK, tokens_nK = top_tokens(logits_nV, lse_n, tau, k_min, cap_n)
+        logits_nK, tokens_nK = top_tokens(logits_nV, blocks, lse_n, tau, k_min, cap_n)
     logprobs_nK = round_down(logits_nK - lse_n[:, None])
     k_n = first_reaching(tau, mass_of(logprobs_nK)).clamp_min(k_min).minimum(cap_n)
 
