@@ -4,8 +4,11 @@ import argparse
 import importlib
 import importlib.metadata
 import sys
+from collections.abc import Callable, Sequence
 
-from lrmc_ray.command_line import CommandParser
+import shtab
+
+from lrmc_ray.command_line import CommandParser, parser_of
 from lrmc_ray.console import run_command
 
 STAGES = {
@@ -25,6 +28,7 @@ STAGES = {
     "prune": "remove what no report needs; asks first",
     "doctor": "is everything in place, and what to do where it is not",
     "mlflow-sync": "bring MLflow up to date with the files of a search",
+    "completion": "print a script that completes commands and flags in bash, zsh or fish",
 }
 
 _MODULES = {
@@ -66,6 +70,46 @@ def main() -> int:
     for name, text in STAGES.items():
         stages.add_parser(name, help=text, add_help=False)
     arguments, rest = parser.parse_known_args(sys.argv[1:2])
-    name = _MODULES.get(arguments.stage, f"{arguments.stage}.command")
-    module = importlib.import_module(f"lrmc_ray.{name}")
-    return run_command(module.main, sys.argv[2:] + rest)
+    return run_command(main_of(arguments.stage), sys.argv[2:] + rest)
+
+
+def main_of(stage: str) -> Callable[[Sequence[str]], int]:
+    """What runs a stage."""
+    if stage == "completion":
+        return _complete
+    module = importlib.import_module(f"lrmc_ray.{_MODULES.get(stage, f'{stage}.command')}")
+    found: Callable[[Sequence[str]], int] = module.main
+    return found
+
+
+SHELLS = ("bash", "zsh", "fish")
+_FILES = {"FILE": shtab.FILE, "DIR": shtab.DIRECTORY}
+"""What a flag takes that is completed, by the last word of how its help calls it."""
+
+
+def _complete(argv: Sequence[str]) -> int:
+    """The command ``lrmc completion``."""
+    parser = CommandParser(
+        "completion",
+        description="Print a script that completes commands, flags and files. For bash: "
+        'eval "$(lrmc completion bash)", in ~/.bashrc to have it always; for zsh the same in '
+        "~/.zshrc behind compinit; for fish: lrmc completion fish | source.",
+    )
+    parser.add_argument("shell", choices=SHELLS, metavar="SHELL", help="bash, zsh or fish")
+    shell = parser.parse_args(argv).shell
+    print(shtab.complete(_whole_parser(), shell=shell))
+    return 0
+
+
+def _whole_parser() -> argparse.ArgumentParser:
+    """One parser with all commands and their flags."""
+    whole = argparse.ArgumentParser(prog="lrmc")
+    stages = whole.add_subparsers()
+    for name, text in STAGES.items():
+        found = parser_of(main_of(name))
+        stage = stages.add_parser(name, help=text, parents=[found], add_help=False)
+        for action in stage._actions:  # argparse has no other way to them
+            kind = str(action.metavar).split(" ")[-1].rpartition("]")[2].split("_")[-1]
+            if kind in _FILES:
+                action.complete = _FILES[kind]  # type: ignore[attr-defined]
+    return whole

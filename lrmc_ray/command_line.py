@@ -7,16 +7,32 @@ import re
 import shlex
 import shutil
 import sys
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, ClassVar, NoReturn
 
 _UNRECOGNIZED = "unrecognized arguments: "
 _INVALID_CHOICE = re.compile(r"(?s)argument (?P<argument>.*?): invalid choice: '(?P<value>.*?)'")
 
 
+class ParserFound(Exception):  # noqa: N818  # no error: it ends a command that is only looked at
+    """Carries the parser of a command out of it, see :func:`parser_of`."""
+
+    def __init__(self, parser: "CommandParser") -> None:
+        self.parser = parser
+
+
 class CommandParser(argparse.ArgumentParser):
     """Of ``lrmc NAME``."""
+
+    only_looked_at: ClassVar[bool] = False
+    """Whether commands are run for their parsers alone."""
+
+    def parse_known_args(self, *arguments: Any, **named: Any) -> Any:
+        """As of argparse; where the parser alone is wanted, it is carried out of the command."""
+        if CommandParser.only_looked_at:
+            raise ParserFound(self)
+        return super().parse_known_args(*arguments, **named)
 
     def __init__(self, name: str, **options: Any) -> None:
         """As of argparse, but for the program's name.
@@ -45,6 +61,22 @@ class CommandParser(argparse.ArgumentParser):
                     hint = nearest(found["value"], map(str, action.choices))
                     return f"{found['argument']} must be one of {known}, got {found['value']}{hint}"
         return message
+
+
+def parser_of(main: Callable[[Sequence[str]], int]) -> CommandParser:
+    """The parser of a command, which is not run.
+
+    Raises:
+        ValueError: the command has none.
+    """
+    CommandParser.only_looked_at = True
+    try:
+        main([])
+    except ParserFound as found:
+        return found.parser
+    finally:
+        CommandParser.only_looked_at = False
+    raise ValueError(f"{main.__module__} parses no arguments")
 
 
 def nearest(name: str, known: Iterable[str]) -> str:

@@ -136,8 +136,21 @@ class _StderrHandler(logging.Handler):
         _say(self.format(record))
 
 
-def setup_logging(verbose: bool = False) -> None:
-    """Log to stderr: our own messages from INFO (``verbose``: DEBUG), others' from WARNING."""
+_quiet = False
+
+
+def is_quiet() -> bool:
+    """Whether only warnings, errors and results are wanted."""
+    return _quiet
+
+
+def setup_logging(verbose: bool = False, *, quiet: bool = False) -> None:
+    """Log to stderr: our own messages from INFO (``verbose``: DEBUG), others' from WARNING.
+
+    With ``quiet`` nothing below a warning is said, and no progress is shown.
+    """
+    global _quiet
+    _quiet = quiet
     handler = _StderrHandler()
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s", "%H:%M:%S"))
     root = logging.getLogger()
@@ -146,7 +159,8 @@ def setup_logging(verbose: bool = False) -> None:
     root.addHandler(handler)
     root.setLevel(logging.WARNING)
     for name in ("lrmc_ray", "__main__"):  # the latter is ours under `python -m`
-        logging.getLogger(name).setLevel(logging.DEBUG if verbose else logging.INFO)
+        own = logging.WARNING if quiet else logging.DEBUG if verbose else logging.INFO
+        logging.getLogger(name).setLevel(own)
 
 
 class ProgressBar(Protocol):
@@ -154,6 +168,13 @@ class ProgressBar(Protocol):
 
     def advance(self, count: int = 1, *, note: str = "") -> None:
         """Add ``count`` finished units; a ``note`` replaces the one before."""
+
+
+class _Silent:
+    """No progress."""
+
+    def advance(self, count: int = 1, *, note: str = "") -> None:
+        """Nothing."""
 
 
 @contextlib.contextmanager
@@ -168,7 +189,9 @@ def progress(
         unit: what is counted, in the plural.
         completed: units that an earlier run finished; they do not count towards the speed.
     """
-    if sys.stderr.isatty() and os.environ.get("TERM") not in (None, "dumb"):
+    if _quiet:
+        yield _Silent()
+    elif sys.stderr.isatty() and os.environ.get("TERM") not in (None, "dumb"):
         with _live_bar(title, total, unit, completed) as bar:
             yield bar
     else:

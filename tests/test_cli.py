@@ -2,12 +2,14 @@ import argparse
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 
 import pytest
 
 from lrmc_ray import cli as cli_module
+from lrmc_ray.command_line import CommandParser, parser_of
 from lrmc_ray.config.arguments import add_run_arguments, settings_from
 from lrmc_ray.errors import ConfigError, DirectoryInUseError, IncompleteArtifactError
 from lrmc_ray.files.artifacts import lock_directory
@@ -304,3 +306,48 @@ def test_a_broken_row_ends_record_with_code_4_and_its_place(tmp_path, tiny_model
     assert len(said) == 2
     assert result.stdout == ""
     assert not list((tmp_path / "runs").rglob("manifest.json"))
+
+
+# Completion
+
+
+@pytest.fixture(scope="module")
+def completion(tmp_path_factory) -> str:
+    done = subprocess.run(
+        [sys.executable, "-m", "lrmc_ray", "completion", "bash"],
+        capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    path = tmp_path_factory.mktemp("completion") / "lrmc.bash"
+    path.write_text(done.stdout)
+    return str(path)
+
+
+@pytest.mark.skipif(shutil.which("bash") is None, reason="needs bash")
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        (["lrmc", "tu"], {"tune"}),
+        (["lrmc", "e"], {"evaluate", "export"}),
+        (["lrmc", "tune", "--domain"], {"--domain-tasks"}),
+        (["lrmc", "record", "--k"], {"--k-max"}),
+        (["lrmc", "train", "--lora-r"], {"--lora-rank"}),
+        (["lrmc", "completion", "z"], {"zsh"}),
+    ],
+)
+def test_bash_completes_commands_flags_and_choices(completion, words, expected):
+    quoted = " ".join(words)
+    asked = (
+        f"source {completion}; COMP_WORDS=({quoted}); COMP_CWORD={len(words) - 1}; "
+        '_shtab_lrmc lrmc "${COMP_WORDS[COMP_CWORD]}"; printf "%s\\n" "${COMPREPLY[@]}"'
+    )
+    done = subprocess.run(["bash", "-c", asked], capture_output=True, text=True, check=False)
+    assert {word.strip() for word in done.stdout.split()} == expected
+
+
+@pytest.mark.parametrize("name", cli_module.STAGES)
+def test_a_command_is_looked_at_without_being_run(name):
+    parser = parser_of(cli_module.main_of(name))
+    assert parser.prog == f"lrmc {name}"
+    assert CommandParser.only_looked_at is False
+    with pytest.raises(SystemExit):  # it parses again
+        parser.parse_args(["--no-such-flag"])

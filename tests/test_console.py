@@ -13,7 +13,14 @@ import time
 import pytest
 
 from lrmc_ray import console
-from lrmc_ray.console import format_seconds, progress, run_command, setup_logging
+from lrmc_ray.console import (
+    format_seconds,
+    is_quiet,
+    progress,
+    run_command,
+    setup_logging,
+    speed_text,
+)
 from lrmc_ray.errors import (
     ConfigError,
     DataError,
@@ -388,3 +395,29 @@ def test_sigterm_leaves_a_command_that_uses_ray_the_time_to_end_in_order(tmp_pat
     assert done.returncode == 143, done.stderr
     assert done.stdout == "cleaned\n"
     assert done.stderr.splitlines()[-1].startswith("stopped by SIGTERM; run the same command again")
+
+
+def test_quiet_commands_show_no_progress_and_say_warnings(capsys):
+    log = logging.getLogger("lrmc_ray.anything")
+    try:
+        setup_logging(quiet=True)
+        assert is_quiet()
+        with progress("Recording", total=2, unit="samples") as bar:
+            bar.advance(2)
+        log.info("nobody needs this")
+        log.warning("everybody needs this")
+    finally:
+        setup_logging()
+    assert not is_quiet()
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.endswith("WARNING everybody needs this")
+    log.info("and this again")
+    assert "and this again" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("per_second", "text"),
+    [(12.34, "12.3 per second"), (1.0, "1 per second"), (0.0303, "33 s each"), (0.5, "2.0 s each")],
+)
+def test_slow_progress_is_told_by_what_one_takes(per_second, text):
+    assert speed_text(per_second) == text

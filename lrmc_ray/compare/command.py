@@ -23,7 +23,7 @@ SOME_RUNS_FAILED = 10
 def main(argv: Sequence[str]) -> int:
     """The command ``python -m lrmc_ray.compare``."""
     arguments = _parser().parse_intermixed_args(argv)
-    setup_logging(arguments.verbose)
+    setup_logging(arguments.verbose, quiet=arguments.quiet)
     space = read_settings(arguments, CompareSpace)
     methods = chosen_methods(space, arguments.methods)
 

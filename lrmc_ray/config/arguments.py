@@ -62,6 +62,9 @@ def add_run_arguments(parser: argparse.ArgumentParser, *, default_space: str | N
     parser.add_argument("--json", action="store_true", help="results as one JSON object on stdout")
     parser.add_argument("--verbose", action="store_true", help="show the workers' output, too")
     parser.add_argument(
+        "--quiet", action="store_true", help="no progress: only warnings, errors and the result"
+    )
+    parser.add_argument(
         "overrides",
         nargs="*",
         metavar="section.key=value",

@@ -25,7 +25,7 @@ _CHOSEN_BY_NOTHING = {"evaluate": {"test_share": 0}}
 def main(argv: Sequence[str]) -> int:
     """The command ``python -m lrmc_ray.evaluate``."""
     arguments = _parser().parse_intermixed_args(argv)
-    setup_logging(arguments.verbose)
+    setup_logging(arguments.verbose, quiet=arguments.quiet)
     if arguments.actors is not None and arguments.actors < 1:
         raise ConfigError(f"--actors must be at least 1, got {arguments.actors}")
     origin = read_origin(Path(arguments.tuned[0])) if arguments.tuned else None

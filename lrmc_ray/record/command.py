@@ -28,7 +28,7 @@ def main(argv: Sequence[str]) -> int:
     add_record_arguments(parser)
     argv = without_aliases(argv)
     arguments = parser.parse_intermixed_args(argv)
-    setup_logging(arguments.verbose)
+    setup_logging(arguments.verbose, quiet=arguments.quiet)
     settings = settings_from(arguments)
     uri = settings.resources.storage
     check_beforehand(settings, arguments.output, address=arguments.address, tasks=False)

@@ -1,6 +1,7 @@
 """Stage 1 from the command line: ``python -m lrmc_ray.train``."""
 
 import json
+import logging
 import math
 import threading
 from collections.abc import Iterator, Mapping, Sequence
@@ -37,6 +38,7 @@ def _shown_progress(directory: Path, steps: int) -> Iterator[None]:
     path = directory / METRICS
     lines, offset = read_new_lines(path, 0)
     shown = lines[-1].step if lines else 0
+    _log.info("%s", LEGEND)
     with progress("Training", total=steps, unit="steps", completed=shown) as bar:
 
         def follow() -> None:
@@ -74,6 +76,16 @@ _NOTES = (
 )
 
 
+LEGEND = (
+    "K: candidates of a position; active: positions with a candidate beside the right token; rho: "
+    "probability outside the candidates; angle: of gradient and momentum, in degrees; clipped: "
+    "tensors whose angle was capped"
+)
+"""What the words of :func:`progress_note` mean."""
+
+_log = logging.getLogger(__name__)
+
+
 def progress_note(metrics: Mapping[str, float]) -> str:
     """The metrics that say at a glance how training goes, in one line."""
     return ", ".join(
@@ -94,7 +106,7 @@ def main(argv: Sequence[str]) -> int:
     add_run_arguments(parser)
     add_setting_flags(parser)
     arguments = parser.parse_intermixed_args(argv)
-    setup_logging(arguments.verbose)
+    setup_logging(arguments.verbose, quiet=arguments.quiet)
     arguments.overrides += flag_overrides(arguments)
     settings = settings_from(arguments)
     storage = settings.resources.storage

@@ -25,7 +25,7 @@ SOME_TRIALS_FAILED = 10
 def main(argv: Sequence[str]) -> int:
     """The command ``python -m lrmc_ray.tune``."""
     arguments = _parser().parse_intermixed_args(argv)
-    setup_logging(arguments.verbose)
+    setup_logging(arguments.verbose, quiet=arguments.quiet)
     settings = settings_from(arguments)
 
     from lrmc_ray.tune.inputs import check_inputs, check_quickly

@@ -305,7 +305,7 @@ def main(argv: Sequence[str]) -> int:
     """The command ``lrmc plan``."""
     argv = without_aliases(argv)
     arguments = _parser().parse_intermixed_args(argv)
-    setup_logging(arguments.verbose)
+    setup_logging(arguments.verbose, quiet=arguments.quiet)
     settings = settings_from(arguments)
     if arguments.cluster is not None or arguments.slots is not None:
         planned = plan_search(

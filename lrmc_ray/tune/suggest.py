@@ -256,7 +256,7 @@ def main(argv: Sequence[str]) -> int:
     )
     add_run_arguments(parser)
     arguments = parser.parse_intermixed_args(argv)
-    setup_logging(arguments.verbose)
+    setup_logging(arguments.verbose, quiet=arguments.quiet)
     settings = settings_from(arguments)
     place = place_of(settings.resources.storage)
     place.check()

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from lrmc_ray.console import format_seconds
+from lrmc_ray.console import format_seconds, is_quiet
 from lrmc_ray.evaluate.numbers import points
 from lrmc_ray.files.metrics_log import read_metrics
 from lrmc_ray.files.study import StudyFile, TrialEntry
@@ -38,7 +38,10 @@ def watch(
         is_running: whether there is still something to show.
         read: the study as it is now.
     """
-    if sys.stderr.isatty() and os.environ.get("TERM") not in (None, "dumb"):
+    if is_quiet():
+        while is_running():
+            time.sleep(POLL_SECONDS)
+    elif sys.stderr.isatty() and os.environ.get("TERM") not in (None, "dumb"):
         _watch_live(directory, total, is_running, read)
     else:
         _watch_lines(directory, total, is_running, read)
