@@ -47,6 +47,7 @@ def blend_section(study: Study) -> tuple[dict[str, Any] | None, list[str]]:
         return None, [f"The curves over the blend cannot be shown: {error}"]
     if not curves:
         return None, []
+    curves.sort(key=lambda curve: curve.trial.entry.role == "yardstick")
     shown = [(curve, shown_role(study, curve.trial)) for curve in curves]
     section = {
         "figure": drawing(blend_figure(shown), "blend"),
@@ -97,7 +98,7 @@ def blend_figure(curves: Sequence[tuple[BlendCurve, str]]) -> "Figure":
             x=[0.0, *(100 * one.value for one in losses)],
             y=[0.0, *(100 * one.value for one in gains)],
             mode="lines+markers+text",
-            text=["base" if weight == 0.0 else f"{weight:g}" for weight in weights],
+            text=["" if weight == 0.0 else f"{weight:g}" for weight in weights],
             textposition="top left" if role == "yardstick" else "bottom right",
             textfont={"color": COLOURS[role], "size": 12},
             line={"color": COLOURS[role], "width": 2},
