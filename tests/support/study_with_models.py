@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 from lrmc_ray.config import RunSettings
 from lrmc_ray.files.artifacts import write_json, write_manifest
@@ -37,7 +38,7 @@ def name_model(scores: Path, model: Path) -> None:
     write_manifest(scores, {"kind": "scores", "identity": {"model": model_fingerprint(model)}})
 
 
-def add_blend(directory: Path, trial: int, weight: float, rows: list[dict]) -> None:
+def add_blend(directory: Path, trial: int, weight: float, rows: list[dict[str, Any]]) -> None:
     """Let a blend of a trial have these scores, as ``lrmc blend`` leaves them."""
     folder = f"blends/scores/{trial}-{weight:g}"
     save_scores(directory / folder, rows, "blend")
