@@ -100,7 +100,6 @@ def study(settings, tmp_path_factory, tiny_model):
 def test_a_model_that_was_not_kept_is_trained_again_to_the_same_bits(study, tmp_path, capsys):
     kept = tmp_path / "kept"
     shutil.move(model_of(study, 0), kept)
-    (study / "records").mkdir(exist_ok=True)
     shutil.rmtree(study.parent / "records")  # what `lrmc prune` removes is recorded again
     assert export([str(study), "--to", str(tmp_path / "mine"), "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["fingerprint"] == model_fingerprint(kept)
