@@ -47,7 +47,11 @@ def main(argv: Sequence[str]) -> int:
     print(f"{made.directory}: {size_text(made.size_bytes)}, {what}, {arguments.dtype}")
     if made.gguf is not None:
         print(f"{made.gguf}: {size_text(made.gguf.stat().st_size)}")
-    print(f"Next: {pasteable('lrmc', 'chat', made.directory)}")
+    print("Next:")
+    print(f"  {pasteable('lrmc', 'chat', made.directory)}")
+    if 0.0 < arguments.blend < 1.0:
+        words = ("--trial", made.trial, "--at", f"{arguments.blend:g}")
+        print(f"  {pasteable('lrmc', 'blend', study, *words)}")
     return 0
 
 

@@ -155,9 +155,7 @@ def find_study(directory: Path) -> Path:
         )
     if len(found) > 1:
         names = ", ".join(str(path) for path in found)
-        raise ConfigError(
-            f"one study is needed, {directory} holds several; name one: {names}"
-        )
+        raise ConfigError(f"one study is needed, {directory} holds several; name one: {names}")
     return found[0]
 
 

@@ -3,6 +3,7 @@
 import io
 import json
 import os
+import shutil
 import signal
 import sys
 from html.parser import HTMLParser
@@ -79,6 +80,15 @@ def test_drawn_answers_and_plain_text_are_those_of_transformers(tuned):
         assert answerer.answer(messages, generation).text.strip() == expected
     greedy = answerer.answer(messages, Generation(12)).text.strip()
     assert greedy == by_transformers(tuned, QUESTION, chat=False) != expected
+
+
+def test_a_model_without_a_template_is_asked_in_the_plain_format(tiny_model, tmp_path):
+    directory = shutil.copytree(tiny_model, tmp_path / "model")
+    (directory / "chat_template.jinja").unlink()
+    prompt = f"User:\n{QUESTION}\n\nAssistant:\n"
+    messages = [{"role": "user", "content": QUESTION}]
+    written = Answerer(directory).answer(messages, Generation(12))
+    assert written.text.strip() == by_transformers(directory, prompt, chat=False)
 
 
 def test_an_answer_ends_with_its_turn(tmp_path):
