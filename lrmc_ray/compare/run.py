@@ -23,11 +23,13 @@ from lrmc_ray.compare.execute import execute
 from lrmc_ray.compare.jobs import Job, num_jobs, open_jobs
 from lrmc_ray.compare.report import write_report
 from lrmc_ray.console import progress
+from lrmc_ray.errors import DiskError
 from lrmc_ray.evaluate.names import MADE_BY as EVALUATE
 from lrmc_ray.evaluate.request import Split
 from lrmc_ray.evaluate.run import evaluate
 from lrmc_ray.files.artifacts import read_manifest, relative_path, write_json
 from lrmc_ray.files.fault_points import passed
+from lrmc_ray.files.full_disk import full_disk
 from lrmc_ray.files.names import SETTINGS_FILE
 from lrmc_ray.files.place import place_of
 from lrmc_ray.models import local_directory
@@ -84,6 +86,8 @@ class Comparing:
                 self.run_jobs()
                 passed("compare.runs_ended")
                 self.leave_storage()
+            except DiskError:
+                raise  # there is no space for a report either
             except BaseException:
                 if self.description.outcomes:
                     write_report(self.directory)
@@ -224,6 +228,8 @@ class Comparing:
             if cause is None:
                 told = isinstance(error, ray.exceptions.RayTaskError)
                 cause = repr(error.cause) if told else DIED
+            if (full := full_disk(self.description.run_directory(job), cause)) is not None:
+                raise full from None  # the run goes on with the next command
             self.description.fail(job, cause)
             _log.warning("%s failed: %s", job, cause)
         else:

@@ -1,6 +1,7 @@
 """Faults on purpose, for tests: ``LRMC_TESTING=1 LRMC_TRIAL_FAULTS=2:raise,3:hang,4:none``."""
 
 import ctypes
+import errno
 import math
 import os
 import signal
@@ -41,6 +42,8 @@ def fail_on_purpose(fault: str, directory: Path) -> RunResult:
 
         resource.setrlimit(resource.RLIMIT_AS, (2**30, resource.RLIM_INFINITY))
         bytearray(2**31)
+    if fault == "full":
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
     if fault == "hang":
         time.sleep(1e9)
     if fault == "hang_in_c":

@@ -74,15 +74,20 @@ class TrialQueue:
     def __init__(self, study: optuna.Study, settings: RunSettings) -> None:
         """Prepare ``study``: its first trial is the defaults, its second plain fine-tuning."""
         self._study = study
+        self._is_stopped = False
         self._settings = settings
         # Those that others depend on first.
         parameters = sorted(settings.parameters.items(), key=lambda item: bool(item[1].when))
         self._distributions = {name: distribution(name, searched) for name, searched in parameters}
         self._abandon_unready()
-        self._waiting = [
-            trial for trial in study.get_trials(deepcopy=False) if trial.state in UNFINISHED
-        ]
-        roles = {trial.user_attrs.get("role") for trial in study.get_trials(deepcopy=False)}
+        trials = study.get_trials(deepcopy=False)
+        self._waiting = [trial for trial in trials if trial.state in UNFINISHED]
+        # One command at a time adds trials, so they are counted here: to list all takes longer with
+        # each of them.
+        self._num_trials = len(trials)
+        self.num_counted = sum(bool(trial.user_attrs.get("ready")) for trial in trials)
+        """Trials that count towards ``search.trials``."""
+        roles = {trial.user_attrs.get("role") for trial in trials}
         if "defaults" not in roles:
             self._waiting.append(self._ask_defaults())
         if settings.search.yardstick_lr is not None and "yardstick" not in roles:
@@ -90,7 +95,8 @@ class TrialQueue:
 
     def trial(self, number: int) -> FrozenTrial:
         """What the study knows of a trial."""
-        return self._study.get_trials(deepcopy=False)[number]
+        storage, study = self._study._storage, self._study._study_id
+        return storage.get_trial(storage.get_trial_id_from_study_id_trial_number(study, number))
 
     def ready_trials(self) -> list[FrozenTrial]:
         """All trials but those cut off before they began."""
@@ -131,6 +137,8 @@ class TrialQueue:
         trial.set_user_attr("role", role)
         trial.set_user_attr("overrides", dict(overrides))
         trial.set_user_attr("ready", True)
+        self._num_trials = trial.number + 1
+        self.num_counted += 1
         return self.trial(trial.number)
 
     def _is_searched(self, name: str, params: Mapping[str, Any]) -> bool:
@@ -141,17 +149,18 @@ class TrialQueue:
         )
 
     @property
-    def num_counted(self) -> int:
-        """Trials that count towards ``search.trials``."""
-        return len(self.ready_trials())
-
-    @property
     def is_finished(self) -> bool:
         """Whether every trial of the search has ended."""
         return not self._waiting and self.num_counted >= self._settings.search.trials
 
+    def stop(self) -> None:
+        """Hand out no more trials."""
+        self._is_stopped = True
+
     def next(self) -> FrozenTrial | None:
         """The next trial: an unfinished one if there is, else a new one; None when all are out."""
+        if self._is_stopped:
+            return None
         if self._waiting:
             return self._waiting.pop(0)
         if self.num_counted >= self._settings.search.trials:
@@ -159,7 +168,7 @@ class TrialQueue:
         search = self._settings.search
         # Seeded per trial: a resumed search neither repeats its points nor depends on when it died.
         self._study.sampler = optuna.samplers.TPESampler(
-            seed=(search.seed * 10_007 + len(self._study.get_trials(deepcopy=False))) % 2**32,
+            seed=(search.seed * 10_007 + self._num_trials) % 2**32,
             n_startup_trials=search.startup_trials,
             constant_liar=True,  # trials run side by side
         )

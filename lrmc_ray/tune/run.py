@@ -19,6 +19,7 @@ from lrmc_ray.cluster.session import RAY_LOG, ray_session
 from lrmc_ray.config import RunSettings
 from lrmc_ray.config.base import flatten
 from lrmc_ray.console import progress
+from lrmc_ray.errors import DiskError
 from lrmc_ray.evaluate.run import evaluate
 from lrmc_ray.files.artifacts import read_manifest, relative_path, write_json
 from lrmc_ray.files.fault_points import passed
@@ -105,6 +106,8 @@ class Search:
             passed("tune.prepared")
             try:
                 self.run_trials(recorded, base)
+            except DiskError:
+                raise  # there is no space for a report either
             except BaseException:
                 self._report(tracker)
                 self._publish_report()

@@ -4,6 +4,7 @@ Runs in a Ray Tune trial. Everything it makes is in its own directory, under the
 the study; a trial that died goes on there when it is started again.
 """
 
+import contextlib
 import logging
 import math
 from collections.abc import Callable, Mapping
@@ -129,7 +130,8 @@ def attempt(
             result = fail_on_purpose(fault, directory) if fault else work()
     except Exception as error:
         cause = str(error) if isinstance(error, LrmcError) else f"{type(error).__name__}: {error}"
-        write_failure(directory, cause)
+        with contextlib.suppress(OSError):  # of a full disk, which the driver sees for itself
+            write_failure(directory, cause)
         raise
     finally:
         (directory / PROGRESS).unlink(missing_ok=True)

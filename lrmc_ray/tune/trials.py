@@ -1,5 +1,6 @@
 """The trials of a search, run side by side with Ray Tune."""
 
+import contextlib
 import shutil
 import threading
 from collections.abc import Mapping
@@ -11,7 +12,9 @@ from ray import tune
 from lrmc_ray.cluster.resources import TRIAL_SLOT
 from lrmc_ray.cluster.session import release_orphaned_groups
 from lrmc_ray.config import RunSettings
+from lrmc_ray.errors import DiskError
 from lrmc_ray.files.fault_points import passed
+from lrmc_ray.files.full_disk import full_disk
 from lrmc_ray.files.names import RUNG
 from lrmc_ray.files.place import place_of
 from lrmc_ray.files.storage import Storage
@@ -55,6 +58,8 @@ class Trials:
         self.queue = queue
         self.tracker = tracker
         self.place = place_of(settings.resources.storage)
+        self.full: DiskError | None = None
+        """Why no further trial is begun."""
         self.removed: set[int] = set()
         """Trials whose models have been removed here."""
         self.running = RunWatch(
@@ -94,8 +99,11 @@ class Trials:
         thread = threading.Thread(target=fit, name="tune", daemon=True)
         thread.start()
         self._watch(thread)
-        with self.description.lock:
+        full = self.full or (full_disk(self.directory) if failure else None)
+        with self.description.lock, contextlib.suppress(*([OSError] if full else [])):
             self.description.write()
+        if full is not None:
+            raise full
         if failure:
             raise failure[0]
         shutil.rmtree(scratch, ignore_errors=True)
@@ -163,7 +171,13 @@ class Trials:
             release_orphaned_groups()
         if cause is not None:
             died = death_cause(directory) if cause == DIED else cause
-            self.queue.fail(number, failure_cause(directory) or died)
+            told = failure_cause(directory) or died
+            if (full := full_disk(directory, told)) is not None:
+                # The trial stays open, and goes on with the next command.
+                self.full = full
+                self.queue.stop()
+                return
+            self.queue.fail(number, told)
         with self.description.lock:
             entry = self.description.describe(self.queue.trial(number))
             if self.tracker is not None:

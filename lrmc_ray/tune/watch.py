@@ -19,6 +19,9 @@ if TYPE_CHECKING:
 
 POLL_SECONDS = 1.0
 
+MOST_ROWS = 40
+"""Of a live table."""
+
 LINE_SECONDS = 15.0
 """Time between two lines about running trials where there is no terminal."""
 
@@ -155,6 +158,15 @@ def _core_hours(trials: Sequence[TrialEntry]) -> float:
     return seconds / 3600
 
 
+def _shown(study: StudyFile) -> list[TrialEntry]:
+    """The trials that have room in a terminal: those that run, the best, and the latest to end."""
+    running = {trial.number for trial in study.trials if trial.state == "RUNNING"}
+    room = max(0, MOST_ROWS - len(running))
+    latest = [trial.number for trial in study.trials if trial.number not in running]
+    kept = running | set(latest[len(latest) - room :] if room else []) | {study.best}
+    return [trial for trial in study.trials if trial.number in kept]
+
+
 def trials_table(directory: Path, study: StudyFile, total: int, start: float) -> "Table":
     """All trials and how they stand, for a terminal.
 
@@ -179,7 +191,10 @@ def trials_table(directory: Path, study: StudyFile, total: int, start: float) ->
     table.add_column("trial")
     table.add_column("settings")
     table.add_column("state; scores in points of 100 on the search items")
-    for trial in study.trials:
+    shown = _shown(study)
+    if len(shown) < len(study.trials):
+        table.caption = f"{len(study.trials) - len(shown)} that ended earlier are not shown"
+    for trial in shown:
         if trial.state == "COMPLETE":
             state = _scores(trial) + ("  best so far" if trial.number == study.best else "")
         elif trial.state == "PRUNED":

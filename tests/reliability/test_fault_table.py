@@ -14,7 +14,9 @@ A new command that goes on where it stopped adds its points to ``fault_points.PO
 
 import json
 import os
+import shlex
 import signal
+import subprocess
 import sys
 import time
 from collections import Counter
@@ -37,7 +39,9 @@ from lrmc_ray.files.names import MODEL
 from lrmc_ray.tune.description import study_directory
 from tests.support.fake_search import FakeSearch, install, settings_of
 from tests.support.synthetic_comparison import FakeRay, make_space, write_base
+from tests.support.tiny import make_data
 
+ROOT = Path(__file__).parents[2]
 TRIALS = 4
 KILLED = -signal.SIGKILL
 
@@ -260,6 +264,26 @@ def test_every_point_of_these_commands_is_passed(tmp_path):
         assert missing <= {"compare.prepared"}, missing
 
 
+def test_a_trial_that_finds_the_disk_full_is_not_lost(left_alone, tmp_path, monkeypatch):
+    """It has not failed: the search ends, and the trial goes on with the next command."""
+    output = tmp_path / "runs"
+    output.mkdir()
+    monkeypatch.setenv("LRMC_TESTING", "1")
+    monkeypatch.setenv("LRMC_TRIAL_FAULTS", "2:full")
+    code, said = ended(search, output, None)
+    assert code == 7, said
+    (error,) = errors_in(said)
+    assert "trials/0002 failed: No space left on device; free space there, then run" in error
+    (path,) = output.glob("fake-*/study.json")
+    states = [trial["state"] for trial in json.loads(path.read_text())["trials"]]
+    assert states == ["COMPLETE", "COMPLETE", "RUNNING"]
+    monkeypatch.delenv("LRMC_TRIAL_FAULTS")
+    code, said = ended(search, output, None)
+    assert code == 0, said
+    assert search_result(output) == left_alone["tune"]
+    assert set(trained(output).values()) == {1}
+
+
 # Two commands, other data, another time
 
 
@@ -339,3 +363,97 @@ def test_a_clock_that_jumps_by_a_day_changes_nothing(left_alone, tmp_path, name,
         assert 0 <= end - began < 3600
     for trial in written.get("trials", []):
         assert 0 <= trial["ended"] - trial["started"] < 3600
+
+
+# The real commands, in file systems of their own
+
+
+def in_namespace(script: str, tmp_path: Path) -> subprocess.CompletedProcess[str]:
+    """Run a script that may mount; what it mounts is gone with it."""
+    if os.getuid() != 0 or subprocess.run(["unshare", "-m", "true"], check=False).returncode:
+        pytest.skip("needs the right to mount")
+    (tmp_path / "script.sh").write_text(script)
+    return subprocess.run(
+        ["unshare", "-m", "bash", str(tmp_path / "script.sh")],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+
+def command_of(name: str, model: Path, tmp_path: Path) -> str:
+    data = make_data(tmp_path / "train.jsonl")
+    words = [sys.executable, "-m", "lrmc_ray", name, "--model", str(model)]
+    words += ["--train-data", str(data), "--output", str(tmp_path / "runs")]
+    if name == "tune":
+        words += ["--space", "smoke", "--domain-tasks", "capitals"]
+        words += ["--general-tasks", "plain_english", "evaluate.limit=4", "search.trials=2"]
+    return shlex.join(words)
+
+
+@pytest.mark.slow
+@pytest.mark.ray
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize(
+    ("name", "kilobytes"),
+    [("record", 100), ("record", 300), ("tune", 1000), ("tune", 3000), ("tune", 6000)],
+)
+def test_a_disk_that_fills_ends_the_command_and_with_space_it_goes_on(
+    tiny_model, tmp_path, name, kilobytes
+):
+    output, command = tmp_path / "runs", command_of(name, tiny_model, tmp_path)
+    output.mkdir()
+    done = in_namespace(
+        f"mount -t tmpfs -o size={kilobytes}k none {output}\n"
+        f"{command} 2> {tmp_path}/first; echo $? > {tmp_path}/codes\n"
+        f"mount -o remount,size=500m {output}\n"
+        f"{command} 2> {tmp_path}/second; echo $? >> {tmp_path}/codes\n"
+        f"cp {output}/*/study.json {tmp_path} || true\n",
+        tmp_path,
+    )
+    first, second = (tmp_path / "first").read_text(), (tmp_path / "second").read_text()
+    codes = (tmp_path / "codes").read_text().split()
+    assert codes == ["7", "0"], f"{codes}\n{first[-3000:]}\n{second[-3000:]}\n{done.stderr}"
+    assert len(errors_in(first)) == 1
+    assert "Traceback" not in first
+    assert "No space left on device; free space there" in errors_in(first)[0]
+    if name == "tune":
+        trials = json.loads((tmp_path / "study.json").read_text())["trials"]
+        assert [trial["state"] for trial in trials] == ["COMPLETE"] * 2
+
+
+@pytest.mark.slow
+@pytest.mark.ray
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize("name", ["record", "tune"])
+def test_a_home_that_is_read_only_is_not_needed(tiny_model, tmp_path, name):
+    home, command = tmp_path / "home", command_of(name, tiny_model, tmp_path)
+    home.mkdir()
+    done = in_namespace(
+        f"mount -t tmpfs -o size=100k,ro none {home}\nexport HOME={home}\n"
+        "unset LRMC_CACHE HF_HOME XDG_CACHE_HOME RAY_AUTH_TOKEN_PATH MPLCONFIGDIR\n"
+        f"exec {command}\n",
+        tmp_path,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "Traceback" not in done.stderr
+
+
+@pytest.mark.slow
+@pytest.mark.ray
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize("point", ["tune.trial_told", "tune.trials_ended", "tune.exported"])
+def test_the_real_search_goes_on_after_kill_9(tiny_model, tmp_path, point):
+    command = shlex.split(command_of("tune", tiny_model, tmp_path))
+    fault = {"LRMC_TESTING": "1", "LRMC_FAULT": f"{point}:kill:1"}
+    first = subprocess.run(command, cwd=ROOT, env={**os.environ, **fault}, check=False)
+    assert first.returncode == KILLED
+    again = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert again.returncode == 0, again.stderr[-3000:]
+    (path,) = (tmp_path / "runs").glob("smoke-*/study.json")
+    study = json.loads(path.read_text())
+    assert [trial["state"] for trial in study["trials"]] == ["COMPLETE"] * 2
+    assert (path.parent / "best_model" / "config.json").is_file()
+    starts = path.parent.glob("trials/*/processes.jsonl")
+    assert sum(log.read_text().count("\n") for log in starts) <= 3

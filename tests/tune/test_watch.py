@@ -8,7 +8,7 @@ from rich.console import Console
 from lrmc_ray.files.metrics_log import MetricsLog
 from lrmc_ray.files.study import StudyFile
 from lrmc_ray.tune.watch import trial_line, trials_table
-from tests.support.searches import trial_entry
+from tests.support.searches import make_description, trial_entry
 
 DONE = {
     "results": {"eval/domain_gain": 0.3, "eval/forgetting": 0.01, "eval/combined": 0.29},
@@ -78,3 +78,15 @@ def test_a_line_says_which_trial_is_the_best():
     done = trial_entry(1, "COMPLETE", **DONE)
     assert trial_line(done, 4, is_best=True).endswith("the best so far")
     assert trial_line(done, 4, is_best=False).endswith("combined +29.0")
+
+
+def test_the_table_of_many_trials_has_room_in_a_terminal(tmp_path):
+    study = make_description(tmp_path, [(0.9, 0.0), *[(0.1, 0.0)] * 99]).file
+    study.trials[5] = trial_entry(5, "RUNNING")
+    study.best = 0
+    table = trials_table(tmp_path, study, 200, 0.0)
+    numbers = list(table.columns[0].cells)
+    assert numbers == [str(number) for number in (0, 5, *range(61, 100))]
+    assert table.caption == "59 that ended earlier are not shown"
+    few = make_description(tmp_path / "few", [(0.9, 0.0)] * 3).file
+    assert trials_table(tmp_path, few, 3, 0.0).caption is None
