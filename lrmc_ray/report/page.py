@@ -50,6 +50,9 @@ from lrmc_ray.report.words import (
 
 REPORT_FILE = "report.html"
 
+MOST_ROWS = 50
+"""Of a table of trials; a longer one is folded."""
+
 
 # Page
 
@@ -116,6 +119,7 @@ def _page(study: Study) -> dict[str, Any]:
             ("base", "base model"),
         ],
         "trials": [_trial_row(study, trial) for trial in study.trials],
+        "most_rows": MOST_ROWS,
         "best_name": best.name if best else "",
         "has_yardstick": verdict is not None and verdict.plain is not None,
         "tasks": rows_of_tasks(verdict) if verdict is not None else [],

@@ -299,11 +299,17 @@ def shown_role(study: Study, trial: Trial) -> str:
     return "best" if trial is study.best else trial.entry.role
 
 
+MOST_NAMED = 20
+"""Trials that one sentence names."""
+
+
 def note_on_not_drawn(study: Study) -> str:
     """Which trials the figure leaves out, and why; empty where it shows all."""
     if not study.problems:
         return ""
-    numbers = ", ".join(str(trial.entry.number) for trial in study.problems)
+    numbers = ", ".join(str(trial.entry.number) for trial in study.problems[:MOST_NAMED])
+    if len(study.problems) > MOST_NAMED:
+        numbers += f" and {len(study.problems) - MOST_NAMED} more"
     return f"Not drawn, because they have no scores: {numbers}."
 
 

@@ -229,7 +229,21 @@ ROWS = [(point, "kill") for point in OWN_POINTS] + [
 ]
 
 
-@pytest.mark.parametrize(("point", "kind"), ROWS, ids=lambda value: str(value))
+QUICK = {
+    ("tune.trial_described", "kill"),
+    ("tune.trial_told", "kill"),
+    ("tune.trials_ended", "kill"),
+    ("tune.model_copied", "full"),
+    ("compare.run_ended", "kill"),
+    ("compare.run_ended", "interrupt"),
+}
+"""Rows of the default tests: one of each kind of window. All others are slow."""
+
+
+@pytest.mark.parametrize(
+    ("point", "kind"),
+    [row if row in QUICK else pytest.param(*row, marks=pytest.mark.slow) for row in ROWS],
+)
 def test_broken_at_a_point_the_same_command_goes_on(left_alone, tmp_path, point, kind):
     name = point.partition(".")[0]
     command, output = COMMANDS[name], tmp_path / "runs"
@@ -248,6 +262,7 @@ def test_broken_at_a_point_the_same_command_goes_on(left_alone, tmp_path, point,
     assert max(command.done(output).values()) == 1  # what had ended was not done again
 
 
+@pytest.mark.slow
 def test_every_point_of_these_commands_is_passed(tmp_path):
     for name, command in COMMANDS.items():
         output = tmp_path / name
@@ -339,8 +354,15 @@ def test_data_that_change_in_mid_run_end_it_and_nothing_is_mixed(tmp_path):
     assert all(len(study["trials"]) == TRIALS for study in studies.values())
 
 
-@pytest.mark.parametrize("days", [1, -1])
-@pytest.mark.parametrize("name", ["tune", "compare"])
+@pytest.mark.parametrize(
+    ("name", "days"),
+    [
+        ("tune", -1),
+        ("compare", 1),
+        pytest.param("tune", 1, marks=pytest.mark.slow),
+        pytest.param("compare", -1, marks=pytest.mark.slow),
+    ],
+)
 def test_a_clock_that_jumps_by_a_day_changes_nothing(left_alone, tmp_path, name, days):
     command, output = COMMANDS[name], tmp_path / "runs"
     output.mkdir()
