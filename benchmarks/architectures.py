@@ -2,6 +2,7 @@
 
     python benchmarks/architectures.py                        # all types; writes docs/models.md
     python benchmarks/architectures.py --types gpt2,gemma3_text
+    python benchmarks/architectures.py --keep rows.jsonl      # goes on where it was stopped
 
 Each cell compares with something independent: logits, losses and gradients of the model's own
 forward pass over one sample alone, scores of plain lm-eval. *works* says they are the same up to
@@ -53,14 +54,20 @@ OUTCOMES: tuple[Outcome, ...] = ("traceback", "wrong", "not_built", "refused", "
 PAGE = Path(__file__).parents[1] / "docs" / "models.md"
 
 _ROTARY = {"rope_type": "default", "rope_theta": 10_000.0, "mrope_section": [1, 1, 2]}
-MULTIMODAL: dict[str, dict[str, Any]] = {
-    "mistral3": {},
-    "qwen2_5_vl": {"text_config": {"rope_parameters": _ROTARY}},
-    "qwen3_vl": {"text_config": {"rope_parameters": _ROTARY}},
-    "smolvlm": {},
+_WITH_PARTS: Mapping[str, Any] = {"text_config": {"rope_parameters": _ROTARY}}
+_NOTHING: Mapping[str, Any] = {}
+MULTIMODAL: dict[str, Mapping[str, Any]] = {
+    **dict.fromkeys(["qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe", "glm4v"], _WITH_PARTS),
+    **dict.fromkeys(
+        [
+            *("mistral3", "smolvlm", "idefics3", "llava", "llava_next", "internvl", "lfm2_vl"),
+            *("paligemma", "aya_vision"),
+        ],
+        _NOTHING,
+    ),
 }
 """Types with images that people fine-tune on text, though transformers has no causal class for
-them, with options for a tiny one."""
+them, with options for a tiny one. Gemma 3 and 4 and Llama 4 have one."""
 
 BORDER = 24
 """Tokens of every window and chunk."""
@@ -377,7 +384,7 @@ NEEDED = ("load", "head", "record")
 
 def make_any(model_type: str) -> Any:
     """A tiny model with short borders, whichever class transformers has for the type."""
-    options = short_borders(model_type, BORDER) | MULTIMODAL.get(model_type, {})
+    options = {**short_borders(model_type, BORDER), **MULTIMODAL.get(model_type, _NOTHING)}
     if model_type in causal_types():
         return make(model_type, **options)
     config = make_config(model_type, **options)
@@ -503,25 +510,41 @@ def _short(why: str) -> str:
     return why if len(why) <= 240 else why[:237] + "..."
 
 
+def _kept(path: Path) -> dict[str, dict[str, Cell]]:
+    """The rows that an earlier run has kept."""
+    lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
+    return {
+        model_type: {name: Cell(*cell) for name, cell in cells.items()}
+        for model_type, cells in map(json.loads, lines)
+    }
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the table; the status is 1 where a cell is wrong or has a traceback."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n", maxsplit=1)[0])
     parser.add_argument("--types", help="comma-separated; by default all, and the page is written")
+    parser.add_argument(
+        "--keep", type=Path, metavar="FILE", help="keep what is found here, and go on with it"
+    )
     args = parser.parse_args(arguments)
     warnings.simplefilter("ignore")
     logging.disable(logging.WARNING)
     transformers.utils.logging.disable_progress_bar()  # type: ignore[no-untyped-call]
     types: Iterable[str] = args.types.split(",") if args.types else [*causal_types(), *MULTIMODAL]
-    rows = {}
-    for model_type in sorted(set(types)):
+    rows = _kept(args.keep) if args.keep else {}
+    for model_type in sorted(set(types) - set(rows)):
         rows[model_type] = examine(model_type)
+        if args.keep:
+            with args.keep.open("a", encoding="utf-8") as file:
+                cells = {name: dataclasses.astuple(c) for name, c in rows[model_type].items()}
+                file.write(json.dumps([model_type, cells]) + "\n")
         said = None
         for name, cell in rows[model_type].items():
             if cell != said or cell.outcome == "works":
                 print(f"{model_type:28} {name:12} {cell.outcome:9} {cell.why[:400]}", flush=True)
             said = cell
     if not args.types:
-        PAGE.write_text(page(rows), encoding="utf-8")
+        PAGE.write_text(page(dict(sorted(rows.items()))), encoding="utf-8")
     found = counts(rows)
     print(json.dumps(found))
     return int(bool(found["wrong"] or found["traceback"]))

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lrmc_ray.chat.template import PLAIN_FORMAT
-from lrmc_ray.config import DEMO, ModelSettings
+from lrmc_ray.config import DEMO, GEMMA, ModelSettings
 from lrmc_ray.errors import DataError, IncompleteArtifactError
 from lrmc_ray.files.artifacts import (
     cache_directory,
@@ -85,7 +85,7 @@ def tokenizer_directory(settings: ModelSettings) -> Path:
         IncompleteArtifactError: it is no directory and the Hub does not have it or is out of reach.
         DataError: the directory lacks a tokenizer.
     """
-    if settings.name == DEMO or not Path(settings.name).is_dir():
+    if settings.name in (DEMO, GEMMA) or not Path(settings.name).is_dir():
         return local_directory(settings)
     directory = Path(settings.name).resolve()
     if not any((directory / name).is_file() for name in _TOKENIZERS):
@@ -100,12 +100,17 @@ def local_directory(settings: ModelSettings) -> Path:
 
     Raises:
         IncompleteArtifactError: it is no directory and the Hub does not have it or is out of reach.
+        ConfigError: its terms are not accepted.
         DataError: the directory lacks a configuration, weights or a tokenizer.
     """
     if settings.name == DEMO:
         from lrmc_ray.tasks.demo.base_model import demo_base_model
 
         directory = demo_base_model(cache_directory())
+    elif settings.name == GEMMA:
+        from lrmc_ray.tasks.demo.gemma_model import gemma_base_model
+
+        directory = gemma_base_model(cache_directory())
     elif Path(settings.name).is_dir():
         directory = Path(settings.name).resolve()
     else:

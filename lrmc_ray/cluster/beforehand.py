@@ -11,7 +11,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 from lrmc_ray.cluster.resources import Node, check_slots, local_cpus
-from lrmc_ray.config import DEMO, ModelSettings, ResourceSettings, RunSettings
+from lrmc_ray.config import DEMO, GEMMA, ModelSettings, ResourceSettings, RunSettings
 from lrmc_ray.errors import DiskError, IncompleteArtifactError
 from lrmc_ray.tasks.registry import expand
 
@@ -145,7 +145,7 @@ def check_model(model: ModelSettings) -> None:
     Raises:
         IncompleteArtifactError: says which.
     """
-    if model.name == DEMO or Path(model.name).is_dir():
+    if model.name in (DEMO, GEMMA) or Path(model.name).is_dir():
         return
     from huggingface_hub import HfApi, try_to_load_from_cache
 

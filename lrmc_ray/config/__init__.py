@@ -1,6 +1,6 @@
 """Settings: one frozen class per stage, read from TOML and the command line."""
 
-from lrmc_ray.config.base import CT, DEMO, ENGLISH, Settings
+from lrmc_ray.config.base import CT, DEMO, ENGLISH, GEMMA, Settings
 from lrmc_ray.config.reading import apply_overrides, find_space, load_settings, read_toml
 from lrmc_ray.config.run import RunSettings
 from lrmc_ray.config.search import (
@@ -27,6 +27,7 @@ __all__ = [
     "CT",
     "DEMO",
     "ENGLISH",
+    "GEMMA",
     "STORAGE_SCHEMES",
     "DataSettings",
     "EvaluateSettings",

@@ -13,6 +13,9 @@ from pydantic import (
 DEMO = "demo"
 """Names the embedded model and the embedded data."""
 
+GEMMA = "gemma-270m"
+"""Names the base model Gemma 3 270M, made from wheels once its terms are accepted."""
+
 CT = "ct"
 """Names the task of radio exam questions, and its training data."""
 

@@ -19,7 +19,8 @@ class ModelSettings(Settings):
     """Which model is taught."""
 
     name: str = DEMO
-    """Directory or Hugging Face id of a causal LM; ``demo`` is SmolLM2-135M-Instruct."""
+    """Directory or Hugging Face id of a causal LM; ``demo`` is SmolLM2-135M-Instruct,
+    ``gemma-270m`` Gemma 3 270M, whose terms are to be accepted."""
     revision: str | None = None
     """Commit, branch or tag on the Hub; none for a directory."""
     template_options: dict[str, bool | int | float | str] = Field(

@@ -13,14 +13,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lrmc_ray.config import DEMO, ResourceSettings, RunSettings
+from lrmc_ray.config import DEMO, GEMMA, ResourceSettings, RunSettings
 from lrmc_ray.errors import DataError, ResourceError
 from lrmc_ray.files.artifacts import cache_directory, fingerprint, is_finished
 from lrmc_ray.files.study import STUDY_FILE, StudyFile, read_study
 from lrmc_ray.record.identity import identify
 from lrmc_ray.record.sources import training_files, training_sources
 from lrmc_ray.record.token_counts import TokenCounts, count_sample_tokens
-from lrmc_ray.tasks.demo.base_model import NAME
+from lrmc_ray.tasks.demo import base_model, gemma_model
 from lrmc_ray.train.driver import with_steps
 
 CORE_FLOPS = 7e10
@@ -277,9 +277,10 @@ def _estimated(settings: RunSettings, slots: int, gpu_flops: float | None) -> _P
 
 def _model_directory(settings: RunSettings) -> Path | None:
     """The model's directory if it is on this machine; nothing is downloaded."""
-    if settings.model.name != DEMO:
+    made = {DEMO: base_model.NAME, GEMMA: gemma_model.NAME}
+    if settings.model.name not in made:
         return Path(settings.model.name) if Path(settings.model.name).is_dir() else None
-    directory = cache_directory() / NAME
+    directory = cache_directory() / made[settings.model.name]
     return directory if directory.is_dir() else None
 
 

