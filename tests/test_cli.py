@@ -13,8 +13,8 @@ from lrmc_ray.command_line import CommandParser, parser_of
 from lrmc_ray.config.arguments import add_run_arguments, settings_from
 from lrmc_ray.errors import ConfigError, DirectoryInUseError, IncompleteArtifactError
 from lrmc_ray.files.artifacts import lock_directory
-from lrmc_ray.report import mlflow as tracking
 from lrmc_ray.report import mlflow_command as mlflow_command_module
+from lrmc_ray.report import mlflow_sync as tracking
 from tests.support.tiny import make_data
 
 

@@ -10,14 +10,13 @@ from lrmc_ray.config import RunSettings, TrainSettings, validate
 from lrmc_ray.console import format_seconds
 from lrmc_ray.errors import ConfigError, DataError, IncompleteArtifactError
 from lrmc_ray.files.artifacts import lock_directory, read_manifest
-from lrmc_ray.files.names import MODEL, SETTINGS_FILE
+from lrmc_ray.files.names import BEST_MODEL, MODEL, SETTINGS_FILE
 from lrmc_ray.files.study import StudyFile, TrialEntry, trial_directory
 from lrmc_ray.models import model_fingerprint
 from lrmc_ray.record.run import record
 from lrmc_ray.train.driver import MADE_BY as TRAIN
 from lrmc_ray.train.driver import check_converged, train
 from lrmc_ray.tune.choice import model_of
-from lrmc_ray.tune.finish import BEST_MODEL
 
 _log = logging.getLogger(__name__)
 

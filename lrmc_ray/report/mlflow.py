@@ -3,19 +3,21 @@
 The truth is on disk: ``study.json`` and each trial's metrics file (``metrics_log``). MLflow gets a
 copy, from the driver process only, and nothing waits for it: :class:`StudyTracker` works in a side
 thread, and what a dead or frozen server missed is made up for by a later pass of the same thread
-or by :func:`sync`. Both bring MLflow up to a :class:`~lrmc_ray.report.mlflow_shown.ShownStudy`.
+or by ``mlflow_sync.sync``. Both bring MLflow up to a
+:class:`~lrmc_ray.report.mlflow_shown.ShownStudy`.
 """
 
 import logging
 import threading
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
-from lrmc_ray.errors import DataError, IncompleteArtifactError, ResourceError
+from lrmc_ray.errors import IncompleteArtifactError, ResourceError
+from lrmc_ray.files.names import BEST_MODEL
 from lrmc_ray.files.study import STUDY_FILE, Artifact, StudyFile, TrainingFile, read_study
 from lrmc_ray.report.mlflow_mirror import (
     StudyMirror,
@@ -23,7 +25,7 @@ from lrmc_ray.report.mlflow_mirror import (
     prepare_mlflow,
     root_cause,
 )
-from lrmc_ray.report.mlflow_shown import STUDY_TAG, TRIAL_TAG, ShownRun, ShownStudy
+from lrmc_ray.report.mlflow_shown import NOTE_TAG, STUDY_TAG, TRIAL_TAG, ShownRun, ShownStudy
 
 EXPERIMENT = "lrmc_ray"
 """Default name of the MLflow experiment."""
@@ -31,18 +33,6 @@ EXPERIMENT = "lrmc_ray"
 _MAX_BACKOFF_SECONDS = 60.0
 
 _logger = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True, slots=True)
-class Forwarded:
-    """What a pass added to MLflow."""
-
-    runs: int
-    """Runs created."""
-    points: int
-    """Metric values logged."""
-    trade_off_path: str
-    """Where MLflow's page shows the trade-off; see :attr:`StudyTracker.trade_off_path`."""
 
 
 class StudyTracker:
@@ -138,6 +128,15 @@ class StudyTracker:
 
     def _show(self, number: int, run: ShownRun) -> None:
         self._study = replace(self._study, trials={**self._study.trials, number: run})
+
+    def describe(self, note: str, scores: Mapping[str, float], model: Path | None) -> None:
+        """Say what the study has found: a description in Markdown, its scores, the best model."""
+        with self._lock:
+            run = replace(
+                self._study.run, tags={**self._study.run.tags, NOTE_TAG: note}, results=dict(scores)
+            )
+            self._study = replace(self._study, run=run, model=str(model) if model else None)
+        self._wake.set()
 
     def log_artifact(self, path: Path, folder: str = "") -> None:
         """Copy a file to the study's run; logged again, it replaces the one before."""
@@ -240,43 +239,18 @@ class StudyTracker:
         )
 
 
-def sync(study_dir: Path, tracking_uri: str, experiment: str | None = None) -> Forwarded:
-    """Bring MLflow up to ``study_dir``; a second call adds nothing.
-
-    Not to be called while a :class:`StudyTracker` forwards the same study: both would create the
-    runs that are missing. Hold the directory's lock.
-
-    Raises:
-        IncompleteArtifactError: there is no study in ``study_dir``.
-        DataError: its ``study.json`` or a metrics file is corrupt; all other trials are forwarded.
-        ResourceError: MLflow cannot be reached.
-    """
-    study = read_forwarded(study_dir)
-    prepare_mlflow()
-    from mlflow.exceptions import MlflowException
-
-    experiment = experiment or study.experiment or EXPERIMENT
-    mirror = StudyMirror(tracking_uri, experiment, study_dir)
-    problems: list[Exception] = []
-    try:
-        mirror.update(shown(study), warn=problems.append)
-    except (MlflowException, OSError) as error:  # requests' errors are OSErrors
-        raise ResourceError(
-            f"MLflow at {tracking_uri} must answer, but {in_one_line(root_cause(error))}; "
-            "start it, or give another --tracking-uri, and run this again"
-        ) from error
-    if problems:
-        raise DataError("; ".join(str(problem) for problem in problems))
-    assert mirror.trade_off_path is not None
-    return Forwarded(mirror.runs_created, mirror.points_sent, mirror.trade_off_path)
+def best_model_of(study_dir: Path) -> Path | None:
+    """The best model of a study; None while there is none."""
+    directory = study_dir.resolve() / BEST_MODEL
+    return directory if directory.is_dir() else None
 
 
 def register_model(study_dir: Path, model: Path, name: str, tracking_uri: str) -> str:
     """Put the study's best model into MLflow's registry; returns its version.
 
-    The version holds the Hugging Face directory as it is: ``mlflow.artifacts.download_artifacts(
-    "models:/NAME/VERSION")`` and ``from_pretrained`` open it. (MLflow 3.17's transformers flavour
-    cannot save what transformers 5 has written.) A second call for the same trial finds the first.
+    The version holds a copy of the directory as it is: ``mlflow models`` and ``mlflow.pyfunc`` load
+    it by ``models:/NAME/VERSION``, and ``from_pretrained`` opens what
+    ``mlflow.artifacts.download_artifacts`` brings. A second call for the same trial copies nothing.
 
     Raises:
         IncompleteArtifactError: there is no study, or it is not in MLflow.

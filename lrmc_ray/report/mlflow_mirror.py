@@ -22,13 +22,17 @@ from typing import TYPE_CHECKING, Any
 from lrmc_ray.config.base import flatten
 from lrmc_ray.errors import DataError
 from lrmc_ray.files.metrics_log import StepMetrics, last_of_each_step, read_new_lines
+from lrmc_ray.files.names import BEST_MODEL
 from lrmc_ray.files.study import Artifact, TrainingFile
 from lrmc_ray.report.mlflow_shown import (
+    NOTE_TAG,
     ROLE_TAG,
+    RUN_ID,
     STUDY_TAG,
     TRIAL_TAG,
     ShownRun,
     ShownStudy,
+    shown_results,
     trade_off_view,
 )
 
@@ -38,6 +42,8 @@ if TYPE_CHECKING:
 
 
 CAUSE_TAG = "lrmc.cause"
+DIRECTORY_TAG = "lrmc.directory"
+"""Of a model that MLflow knows: where it is."""
 PRUNED_TAG = "lrmc.stopped_early"
 """Of a trial that stopped itself: MLflow has no state of its own for it, and shows it as KILLED."""
 _PARENT_TAG = "mlflow.parentRunId"
@@ -119,6 +125,7 @@ class _MirroredRun:
     tags: dict[str, str]
     params: dict[str, str]
     has_datasets: bool
+    has_model: bool
     last_steps: dict[str, int]
     """Highest step by metric."""
     offset: int = 0
@@ -245,21 +252,40 @@ class StudyMirror:
             self.runs_created += 1
             self._runs[number] = _mirrored(client, run)
         have = self._runs[number]
+        if NOTE_TAG in tags:  # its figure is found by the run's own id
+            tags[NOTE_TAG] = tags[NOTE_TAG].replace(RUN_ID, have.run_id)
         _log_params_and_tags(client, have, wanted.params, tags)
         if study.datasets and not have.has_datasets:
             _log_datasets(client, have.run_id, study.datasets)
             have.has_datasets = True
         lines = self._read_new_lines(have, wanted.metrics_file, warn)
         if status in ENDED_STATUSES:
-            results = _numbers(wanted.results)
+            results = _numbers(shown_results(wanted.results))
             lines.append(StepMetrics(0, wanted.ended or time.time(), results))
         self.points_sent += _log_lines(client, have, lines)
         if number is None:
             for artifact in study.artifacts:
                 self._send_artifact(client, have, artifact, warn)
+            if study.model is not None and status == "FINISHED" and not have.has_model:
+                self._name_model(client, have, study.model)
         _set_status(client, have, status, wanted.ended)
         have.finished_as = wanted if number is not None and status in ENDED_STATUSES else None
         return have
+
+    def _name_model(self, client: "MlflowClient", have: _MirroredRun, directory: str) -> None:
+        """Tell MLflow of the best model and where it is. Its gigabytes are not copied."""
+        from mlflow.entities import LoggedModelOutput
+
+        model = client.create_logged_model(
+            self._experiment_id,
+            name=BEST_MODEL,
+            source_run_id=have.run_id,
+            tags={"mlflow.model.isExternal": "true", DIRECTORY_TAG: directory},
+            model_type="fine-tuned",
+        )
+        client.finalize_logged_model(model.model_id, "READY")
+        client.log_outputs(have.run_id, [LoggedModelOutput(model.model_id, 0)])
+        have.has_model = True
 
     def _read_new_lines(
         self, have: _MirroredRun, metrics_file: str | None, warn: _Warn
@@ -299,6 +325,7 @@ def _mirrored(client: "MlflowClient", run: "Run") -> _MirroredRun:
         tags=dict(run.data.tags),
         params=dict(run.data.params),
         has_datasets=bool(run.inputs and run.inputs.dataset_inputs),
+        has_model=bool(run.outputs and run.outputs.model_outputs),
         last_steps={
             key: max(point.step for point in client.get_metric_history(run_id, key))
             for key in run.data.metrics

@@ -11,6 +11,9 @@ from lrmc_ray.files.study import Artifact, TrainingFile
 STUDY_TAG = "lrmc.study"
 TRIAL_TAG = "lrmc.trial"
 ROLE_TAG = "lrmc.role"
+SEARCH = "search items"
+_SHARES = ("domain_gain", "forgetting", "combined", "accuracy", "probability", "gold_probability")
+"""How names of results begin that are fractions of 1."""
 
 
 @dataclass(frozen=True)
@@ -46,6 +49,35 @@ class ShownStudy:
     datasets: Sequence[TrainingFile] = ()
     artifacts: Sequence[Artifact] = ()
     """Paths are relative to the study's directory, or absolute."""
+    model: str | None = None
+    """Directory of the best model, where there is one; MLflow is told where it is."""
+
+
+RUN_ID = "RUN-ID-OF-THE-STUDY"
+"""Stands in a description for the id of the run that has the figure."""
+
+NOTE_TAG = "mlflow.note.content"
+"""A run's description, in Markdown."""
+
+GAIN, FORGETTING, COMBINED = (
+    f"{SEARCH}/{name}" for name in ("domain gain", "forgetting", "combined")
+)
+"""What MLflow calls a trial's scores: its charts have no other titles."""
+
+
+def shown_results(results: Mapping[str, Any]) -> dict[str, Any]:
+    """A trial's results as the report has them: scores in points of 100, of the search items.
+
+    What is no score of 100, such as a cross-entropy, keeps its name and its unit.
+    """
+    shown = {}
+    for name, value in results.items():
+        is_number = isinstance(value, int | float) and not isinstance(value, bool)
+        if is_number and name.startswith("eval/") and name.rpartition("/")[2].startswith(_SHARES):
+            shown[f"{SEARCH}/{name.removeprefix('eval/').replace('_', ' ')}"] = 100.0 * value
+        else:
+            shown[name] = value
+    return shown
 
 
 def trade_off_view(study_id: str, study_name: str) -> str:
@@ -77,22 +109,26 @@ def trade_off_view(study_id: str, study_name: str) -> str:
         "compareRunCharts": [
             chart(
                 "SCATTER",
-                xaxis={"key": "eval/domain_gain", "type": "METRIC"},
-                yaxis={"key": "eval/forgetting", "type": "METRIC"},
+                xaxis={"key": FORGETTING, "type": "METRIC"},
+                yaxis={"key": GAIN, "type": "METRIC"},
             ),
-            chart("BAR", metricKey="eval/combined"),
+            chart("BAR", metricKey=COMBINED),
             chart("LINE", metricKey="train/loss", selectedMetricKeys=["train/loss"]),
         ],
         "compareRunSections": [
             {
                 "uuid": "lrmc",
-                "name": "Trade-off",
+                "name": "Trade-off, in points of 100",
+                "columns": 2,
+                "cardHeight": 460,
                 "display": True,
                 "isReordered": False,
                 "deleted": False,
                 "isGenerated": False,
             }
         ],
+        # The charts have the whole width.
+        "runListHidden": True,
         # Otherwise sections are sorted by name.
         "isAccordionReordered": True,
     }

@@ -10,6 +10,7 @@ from lrmc_ray.command_line import CommandParser, pasteable
 from lrmc_ray.config.arguments import add_run_arguments, settings_from
 from lrmc_ray.console import setup_logging
 from lrmc_ray.files.artifacts import lock_directory
+from lrmc_ray.files.names import BEST_MODEL
 from lrmc_ray.files.study import trial_directory
 
 if TYPE_CHECKING:
@@ -89,7 +90,6 @@ def _parser() -> argparse.ArgumentParser:
 def _register(search: "Search", name: str) -> None:
     """Put the best model, if there is one, into MLflow's registry."""
     from lrmc_ray.report.mlflow import register_model
-    from lrmc_ray.tune.finish import BEST_MODEL
 
     model = search.directory / BEST_MODEL
     if model.is_dir():
@@ -103,7 +103,6 @@ def _print_end(search: "Search", arguments: argparse.Namespace) -> None:
     from lrmc_ray.report.console import as_json, summary_table
     from lrmc_ray.report.study import load_study
     from lrmc_ray.report.words import headline, record_sentences, score_text
-    from lrmc_ray.tune.finish import BEST_MODEL
 
     study = load_study(search.directory)
     if arguments.json:

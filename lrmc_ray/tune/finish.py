@@ -10,18 +10,19 @@ from lrmc_ray.errors import DataError
 from lrmc_ray.evaluate.run import evaluate
 from lrmc_ray.files.artifacts import PARTIAL, relative_path
 from lrmc_ray.files.fault_points import passed
-from lrmc_ray.files.names import SETTINGS_FILE
+from lrmc_ray.files.names import BEST_MODEL, SETTINGS_FILE
 from lrmc_ray.files.origin import Origin, origin_of, read_origin, write_origin
 from lrmc_ray.files.study import STUDY_FILE, Artifact, TrialEntry
 from lrmc_ray.models import local_directory
 from lrmc_ray.report.figures_png import FIGURE_FILE
-from lrmc_ray.report.mlflow import StudyTracker
+from lrmc_ray.report.mlflow import StudyTracker, best_model_of
+from lrmc_ray.report.mlflow_model import write_mlmodel
+from lrmc_ray.report.mlflow_note import study_note, study_scores
 from lrmc_ray.report.model_card import write_model_card
-from lrmc_ray.report.page import REPORT_FILE, write_report
+from lrmc_ray.report.page import REPORT_FILE, write_study_report
+from lrmc_ray.report.study import load_study
 from lrmc_ray.tune.choice import model_of
 from lrmc_ray.tune.description import Description
-
-BEST_MODEL = "best_model"
 
 
 @dataclass(frozen=True)
@@ -121,6 +122,7 @@ def export_best(description: Description) -> Path | None:
     shutil.copytree(model_of(directory, trial.number), partial)
     write_origin(partial, wanted)
     write_model_card(partial, directory)
+    write_mlmodel(partial)
     passed("tune.model_copied")
     shutil.rmtree(final, ignore_errors=True)
     partial.rename(final)
@@ -137,7 +139,9 @@ def _is_made_so(directory: Path, wanted: Origin) -> bool:
 def report(description: Description, tracker: StudyTracker) -> None:
     """Write the report of what there is, and send it to MLflow."""
     description.write()
-    write_report(description.directory)
+    study = load_study(description.directory)
+    write_study_report(study)
+    tracker.describe(study_note(study), study_scores(study), best_model_of(description.directory))
     artifacts = [
         Artifact(path=SETTINGS_FILE, folder="config"),
         Artifact(path=REPORT_FILE, folder=""),

@@ -142,7 +142,11 @@ def test_mlflow_has_one_parent_and_a_child_per_trial(search):
     assert len(children) == 2
     for run in children:
         assert run.info.status == "FINISHED"
-        assert {"eval/domain_gain", "eval/forgetting", "train/loss"} <= run.data.metrics.keys()
+        assert {
+            "search items/domain gain",
+            "search items/forgetting",
+            "train/loss",
+        } <= run.data.metrics.keys()
         points = client.get_metric_history(run.info.run_id, "train/loss")
         assert sorted(point.step for point in points) == list(range(1, STEPS + 1))
 
@@ -204,6 +208,6 @@ def test_mlflows_page_shows_forgetting_against_gain(search, tmp_path):
     finally:
         os.killpg(server.pid, signal.SIGKILL)
         server.wait()
-    for text in ("eval/domain_gain", "eval/forgetting", "yardstick"):
+    for text in ("search items/domain gain", "search items/forgetting", "yardstick"):
         assert text in page
     assert (tmp_path / "page.png").stat().st_size > 50_000

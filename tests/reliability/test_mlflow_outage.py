@@ -14,7 +14,8 @@ import pytest
 
 from lrmc_ray.files.metrics_log import MetricsLog
 from lrmc_ray.report import mlflow_mirror as tracking
-from lrmc_ray.report.mlflow import StudyTracker, sync
+from lrmc_ray.report.mlflow import StudyTracker
+from lrmc_ray.report.mlflow_sync import sync
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 

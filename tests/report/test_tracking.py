@@ -6,6 +6,7 @@ import json
 import logging
 import math
 import re
+import shutil
 import socket
 import socketserver
 import statistics
@@ -16,6 +17,7 @@ import time
 import urllib.request
 from pathlib import Path
 
+import pandas as pd
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -24,9 +26,16 @@ from lrmc_ray.errors import DataError, IncompleteArtifactError, ResourceError
 from lrmc_ray.files.metrics_log import MetricsLog, StepMetrics, read_metrics, read_new_lines
 from lrmc_ray.files.names import default_tracking_uri
 from lrmc_ray.files.study import TrainingFile
+from lrmc_ray.models import load_model, load_tokenizer
 from lrmc_ray.report import mlflow_mirror as tracking
-from lrmc_ray.report.mlflow import StudyTracker, sync
+from lrmc_ray.report.mlflow import StudyTracker
 from lrmc_ray.report.mlflow_mirror import metric_name, mlflow_status
+from lrmc_ray.report.mlflow_model import Answering, write_mlmodel
+from lrmc_ray.report.mlflow_shown import shown_results
+from lrmc_ray.report.mlflow_sync import sync
+from lrmc_ray.report.study import load_study
+from lrmc_ray.report.words import headline
+from tests.support.synthetic_study import add_final, edit, make_study
 
 MOST_CALL_SECONDS = 0.05
 """What a call on the driver may take, whatever MLflow does."""
@@ -192,6 +201,11 @@ def client(uri):
     return MlflowClient(uri)
 
 
+def default_artifacts(uri: str) -> Path:
+    """Where artifacts lie beside the database."""
+    return Path(uri.removeprefix("sqlite:///")).parent / "mlartifacts"
+
+
 def runs_of(client, study_id):
     """Parent and children by trial number."""
     experiment = client.get_experiment_by_name("lrmc_ray")
@@ -291,8 +305,8 @@ def test_a_study_as_it_runs(client, uri, tmp_path):
     assert "lrmc.cause" not in good.data.tags
     assert history(client, good, "train/loss") == [(1, 1.0), (2, 2.0), (3, 3.0)]
     assert history(client, good, "subset/rho") == [(1, 2.0), (2, 4.0), (3, 6.0)]
-    assert history(client, good, "eval/domain_gain") == [(0, 0.25)]
-    assert good.data.metrics["eval/forgetting"] == -0.5
+    assert history(client, good, "search items/domain gain") == [(0, 25.0)]
+    assert good.data.metrics["search items/forgetting"] == -50.0
     assert (bad.info.status, bad.data.tags["lrmc.cause"]) == ("FAILED", "loss was not finite")
     assert bad.data.metrics == {}
     on_disk = read_metrics(tmp_path / "0.jsonl")
@@ -378,8 +392,12 @@ def test_sync_brings_a_study_from_its_directory_alone_and_once(client, uri, tmp_
     assert parent.info.status == "FINISHED"
     assert sorted(children) == [0, 1]
     assert history(client, children[1], "train/loss") == [(1, 2.0), (2, 3.0), (3, 4.0)]
-    assert history(client, children[1], "eval/domain_gain") == [(0, 0.1)]
-    assert sorted(children[1].data.metrics) == ["eval/domain_gain", "subset/rho", "train/loss"]
+    assert history(client, children[1], "search items/domain gain") == [(0, 10.0)]
+    assert sorted(children[1].data.metrics) == [
+        "search items/domain gain",
+        "subset/rho",
+        "train/loss",
+    ]
     # A trial's own params lie over the settings.
     assert children[1].data.params == {
         "lr": "3e-05",
@@ -548,8 +566,10 @@ def test_the_trade_off_is_saved_as_a_view_of_the_runs_page(client, uri, tmp_path
     state = json.loads(view["state"])
     assert state["searchFilter"] == "tags.`lrmc.study` = 'viewed'"
     [scatter] = [c for c in state["compareRunCharts"] if c["type"] == "SCATTER"]
-    assert scatter["xaxis"] == {"key": "eval/domain_gain", "type": "METRIC"}
-    assert scatter["yaxis"] == {"key": "eval/forgetting", "type": "METRIC"}
+    assert scatter["xaxis"] == {"key": "search items/forgetting", "type": "METRIC"}
+    assert scatter["yaxis"] == {"key": "search items/domain gain", "type": "METRIC"}
+    assert state["runListHidden"] is True
+    assert [section["columns"] for section in state["compareRunSections"]] == [2]
     sections = {section["uuid"] for section in state["compareRunSections"]}
     assert {chart["metricSectionId"] for chart in state["compareRunCharts"]} == sections
 
@@ -632,7 +652,7 @@ def test_an_unhelpful_server_costs_no_time_and_sync_catches_up(
     assert sync(tmp_path, uri).points == 0
     _, children = runs_of(client, study["id"])
     assert history(client, children[1], "train/loss") == [(1, 2.0), (2, 3.0), (3, 4.0)]
-    assert history(client, children[0], "eval/domain_gain") == [(0, 0.0)]
+    assert history(client, children[0], "search items/domain gain") == [(0, 0.0)]
 
 
 def test_a_server_that_comes_up_late_gets_everything(client, uri, tmp_path, monkeypatch, caplog):
@@ -783,3 +803,70 @@ def test_the_best_model_is_registered_once_and_comes_back_whole(client, uri, tmp
     assert {path.name: path.read_bytes() for path in copy.iterdir()} == {
         path.name: path.read_bytes() for path in model.iterdir()
     }
+
+
+def test_scores_are_shown_in_points_of_100_and_others_as_they_are():
+    results = {
+        "eval/domain_gain": 0.25,
+        "eval/combined_low": -0.5,
+        "eval/general/wordnet/accuracy": 0.75,
+        "eval/general/plain_english/cross_entropy": 3.5,
+        "eval/kl_base_domain": 0.2,
+        "note": "text",
+    }
+    assert shown_results(results) == {
+        "search items/domain gain": 25.0,
+        "search items/combined low": -50.0,
+        "search items/general/wordnet/accuracy": 75.0,
+        "eval/general/plain_english/cross_entropy": 3.5,
+        "eval/kl_base_domain": 0.2,
+        "note": "text",
+    }
+
+
+def test_the_studys_run_says_what_was_found_and_where_the_best_model_is(client, uri, tmp_path):
+    directory = tmp_path / "demo-0123"
+    directory.mkdir()
+    add_final(make_study(directory))
+    edit(directory, state="FINISHED", trials={9: {"state": "FAIL"}})
+    (directory / "best_model").mkdir()
+    (directory / "best_model" / "model.safetensors").write_bytes(b"0" * 1000)
+    study = load_study(directory)
+    for _ in range(2):  # nothing is there twice
+        sync(directory, uri)
+    parent, _ = runs_of(client, study.file.id)
+    note = parent.data.tags["mlflow.note.content"]
+    assert headline(study)[0].text in note
+    assert f"get-artifact?path=gain_vs_forgetting.png&run_uuid={parent.info.run_id}" in note
+    verdict = study.verdict.comparison
+    gain = parent.data.metrics["test items/best: domain gain"]
+    assert gain == pytest.approx(100 * verdict.domain_gain.value)
+    lost = parent.data.metrics["search items/best: forgetting"]
+    assert lost == pytest.approx(100 * verdict.forgetting.value)
+    combined = parent.data.metrics["search and test items/best: combined"]
+    assert combined == pytest.approx(100 * verdict.combined.value)
+    assert "test items/plain fine-tuning: domain gain" in parent.data.metrics
+    (named,) = parent.outputs.model_outputs
+    (model,) = client.search_logged_models([parent.info.experiment_id], max_results=10)
+    assert model.model_id == named.model_id
+    assert model.tags["lrmc.directory"] == str(directory / "best_model")
+    assert model.source_run_id == parent.info.run_id
+    assert model.status.value == "READY"
+    copies = list(default_artifacts(uri).rglob("model.safetensors"))
+    assert not [path for path in copies if parent.info.run_id in str(path)]
+
+
+def test_mlflow_loads_a_models_directory_as_it_is(tiny_model, tmp_path):
+    import mlflow.pyfunc
+
+    directory = Path(shutil.copytree(tiny_model, tmp_path / "best_model"))
+    write_mlmodel(directory)
+    loaded = mlflow.pyfunc.load_model(str(directory))
+    questions = ["What is one?", "What is two, then?"]
+    answers = loaded.predict(pd.DataFrame({"prompt": questions}), params=None)
+    assert answers == Answering(tiny_model).predict(questions)
+    tokenizer, model = load_tokenizer(tiny_model), load_model(tiny_model)
+    text = f"<|im_start|>user\n{questions[0]}<|im_end|>\n<|im_start|>assistant\n"
+    ids = tokenizer(text, add_special_tokens=False, return_tensors="pt")["input_ids"]
+    expected = model.generate(ids, max_new_tokens=128, do_sample=False)[0, ids.shape[1] :]
+    assert answers[0] == tokenizer.decode(expected, skip_special_tokens=True)
