@@ -106,11 +106,30 @@ def _report(error: Exception) -> int:
             f"{_DISK_REMEDIES[plain.errno]}, then run the same command again"
         )
         return DiskError.exit_code
+    if (number := _told_of_disk(error)) is not None:
+        _say(
+            f"error: writing an output file failed: {os.strerror(number)}; "
+            f"{_DISK_REMEDIES[number]}, then run the same command again"
+        )
+        return DiskError.exit_code
     if isinstance(plain, BrokenPipeError) and _drop_closed_stdout():
         return 128 + signal.SIGPIPE
     with contextlib.suppress(BrokenPipeError):
         traceback.print_exception(error)
     return 1
+
+
+def _told_of_disk(error: BaseException) -> int | None:
+    """The number of a disk's error that another process met, or a library that wraps it."""
+    told = ""
+    inner: BaseException | None = error
+    while inner is not None and len(told) < 100_000:
+        told += f"{inner} {getattr(inner, 'cause', '')}"
+        inner = inner.__cause__ or inner.__context__
+    if "database or disk is full" in told:  # SQLite's words
+        return errno.ENOSPC
+    numbers = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
+    return next((number for number in numbers if os.strerror(number) in told), None)
 
 
 def _drop_closed_stdout() -> bool:

@@ -96,6 +96,33 @@ def test_disk_errors_name_path_and_remedy(number, remedy, capsys):
     assert err.count("\n") == 1
 
 
+def wrapped(text):
+    try:
+        try:
+            raise ValueError(text)
+        except ValueError as inner:
+            raise RuntimeError("the commit failed") from inner
+    except RuntimeError as error:
+        return error
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        RuntimeError("UDF failed: OSError: [Errno 28] No space left on device"),
+        wrapped("(sqlite3.OperationalError) database or disk is full"),
+        wrapped("[Errno 28] No space left on device"),
+    ],
+)
+def test_a_full_disk_that_another_process_or_a_library_met(error, capsys):
+    assert run_command(raising(error), []) == 7
+    err = capsys.readouterr().err
+    assert err == (
+        "error: writing an output file failed: No space left on device; free space there, then "
+        "run the same command again\n"
+    )
+
+
 def test_a_really_full_disk(capsys):
     def main(argv):
         with open("/dev/full", "w") as file:
