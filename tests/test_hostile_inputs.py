@@ -25,6 +25,9 @@ from lrmc_ray.outputs.ls_command import main as ls
 from lrmc_ray.outputs.prunable import prunable, remove
 from lrmc_ray.outputs.prune_command import main as prune
 from lrmc_ray.record import hub
+from lrmc_ray.report.mlflow import register_model
+from lrmc_ray.report.mlflow_mirror import in_one_line, public
+from tests.support.synthetic_study import make_study
 
 ROOT = Path(__file__).parents[1]
 
@@ -218,6 +221,32 @@ def test_names_that_are_no_data_set_are_no_path(name):
 
 
 # Compiled code and secrets
+
+
+@pytest.mark.parametrize(
+    ("uri", "shown"),
+    [
+        ("https://ann:hunter2@tracking.example/x", "https://***@tracking.example/x"),
+        ("postgresql://ann:hun%40ter2@db/mlflow", "postgresql://***@db/mlflow"),
+        ("postgresql://db/x?password=hunter2&a=b", "postgresql://db/x?password=***&a=b"),
+        ("https://hunter2token@tracking.example", "https://***@tracking.example"),
+        ("sqlite:////data/runs/mlflow.db", "sqlite:////data/runs/mlflow.db"),
+        ("http://127.0.0.1:5000", "http://127.0.0.1:5000"),
+    ],
+)
+def test_the_password_of_a_tracking_server_is_not_shown(uri, shown):
+    assert public(uri) == shown
+    assert in_one_line(OSError(f"no answer from {uri}\nmore")) == f"OSError: no answer from {shown}"
+
+
+def test_a_server_that_does_not_answer_is_named_without_its_password(tmp_path, caplog, capsys):
+    study = make_study(tmp_path / "demo-0123456789ab")
+    secret = "http://ann:hunter2@127.0.0.1:9"
+    with pytest.raises(LrmcError) as caught:
+        register_model(study, tmp_path, "x", secret)
+    said = f"{caught.value}{caplog.text}{capsys.readouterr()}"
+    assert "***@127.0.0.1:9" in said
+    assert "hunter2" not in said
 
 
 def test_compiled_code_is_not_taken_from_the_working_directory(tmp_path):

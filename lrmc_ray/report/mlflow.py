@@ -23,6 +23,7 @@ from lrmc_ray.report.mlflow_mirror import (
     StudyMirror,
     in_one_line,
     prepare_mlflow,
+    public,
     root_cause,
 )
 from lrmc_ray.report.mlflow_shown import NOTE_TAG, STUDY_TAG, TRIAL_TAG, ShownRun, ShownStudy
@@ -68,7 +69,7 @@ class StudyTracker:
         catch_up: str = "lrmc mlflow-sync",
         poll_seconds: float = 5.0,
     ) -> None:
-        self._uri = tracking_uri
+        self._shown_uri = public(tracking_uri)
         self._catch_up = catch_up
         self._poll_seconds = poll_seconds
         run = ShownRun(params=dict(params or {}), tags=dict(tags or {}), started=time.time())
@@ -164,7 +165,7 @@ class StudyTracker:
         if not self._is_complete:
             _logger.warning(
                 "MLflow at %s does not have everything. Nothing is lost; to catch up, run `%s`",
-                self._uri,
+                self._shown_uri,
                 self._catch_up,
             )
         return self._is_complete
@@ -215,7 +216,7 @@ class StudyTracker:
                     backoff = min(2 * backoff, _MAX_BACKOFF_SECONDS)
             else:
                 if self._is_failing:
-                    _logger.info("MLflow at %s is up to date again", self._uri)
+                    _logger.info("MLflow at %s is up to date again", self._shown_uri)
                 self._is_failing = False
                 self._is_complete = is_last
                 backoff = self._poll_seconds
@@ -233,7 +234,7 @@ class StudyTracker:
         _logger.warning(
             "MLflow at %s misses data (%s). The run goes on and nothing is lost; "
             "it is tried again, and `%s` catches up later",
-            self._uri,
+            self._shown_uri,
             in_one_line(root),
             self._catch_up,
         )
@@ -276,7 +277,7 @@ def register_model(study_dir: Path, model: Path, name: str, tracking_uri: str) -
         parents = [run for run in runs if TRIAL_TAG not in run.data.tags]
         if not parents:
             raise IncompleteArtifactError(
-                f"the study {study.id} is not in MLflow at {tracking_uri}; run "
+                f"the study {study.id} is not in MLflow at {public(tracking_uri)}; run "
                 f"`lrmc mlflow-sync {study_dir}` first"
             )
         run_id = parents[0].info.run_id
@@ -287,7 +288,7 @@ def register_model(study_dir: Path, model: Path, name: str, tracking_uri: str) -
         version = client.create_model_version(name, source, run_id, tags=wanted)
     except (MlflowException, OSError) as error:
         raise ResourceError(
-            f"MLflow at {tracking_uri} must take the model {name}, but "
+            f"MLflow at {public(tracking_uri)} must take the model {name}, but "
             f"{in_one_line(root_cause(error))}; start it, or choose another name"
         ) from error
     return str(version.version)

@@ -417,8 +417,14 @@ def root_cause(error: BaseException) -> BaseException:
 
 
 def in_one_line(error: BaseException) -> str:
-    """An error's text without line breaks."""
-    return f"{type(error).__name__}: {error}".splitlines()[0][:200]
+    """An error's text without line breaks and passwords."""
+    return public(f"{type(error).__name__}: {error}".splitlines()[0])[:200]
+
+
+def public(text: str) -> str:
+    """``text`` without the user, the password and the token of any address in it."""
+    text = re.sub(r"(?<=://)[^/\s]+@", "***@", text)
+    return re.sub(r"(?i)\b(password|passwd|pwd|token|secret)=[^&\s]+", r"\1=***", text)
 
 
 def _color(number: int, role: str) -> str:

@@ -9,6 +9,7 @@ from lrmc_ray.report.mlflow_mirror import (
     StudyMirror,
     in_one_line,
     prepare_mlflow,
+    public,
     root_cause,
 )
 from lrmc_ray.report.mlflow_note import study_note, study_scores
@@ -50,7 +51,7 @@ def sync(study_dir: Path, tracking_uri: str, experiment: str | None = None) -> F
         mirror.update(_described(shown(study), study_dir), warn=problems.append)
     except (MlflowException, OSError) as error:  # requests' errors are OSErrors
         raise ResourceError(
-            f"MLflow at {tracking_uri} must answer, but {in_one_line(root_cause(error))}; "
+            f"MLflow at {public(tracking_uri)} must answer, but {in_one_line(root_cause(error))}; "
             "start it, or give another --tracking-uri, and run this again"
         ) from error
     if problems:

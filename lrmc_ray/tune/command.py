@@ -101,6 +101,7 @@ def _print_end(search: "Search", arguments: argparse.Namespace) -> None:
     from rich.console import Console
 
     from lrmc_ray.report.console import as_json, summary_table
+    from lrmc_ray.report.mlflow_mirror import public
     from lrmc_ray.report.study import load_study
     from lrmc_ray.report.words import headline, record_sentences, score_text
 
@@ -128,7 +129,8 @@ def _print_end(search: "Search", arguments: argparse.Namespace) -> None:
             f"closest one: {closest / 'training' / 'model'}"
         )
     print("\nNext:")
-    print(f"  {pasteable('mlflow', 'ui', '--backend-store-uri', search.tracking_uri)}")
+    shown_uri = public(search.tracking_uri)
+    print(f"  {pasteable('mlflow', 'ui', '--backend-store-uri', shown_uri)}")
     if path := search.description.file.trade_off_path:
         print(f"      forgetting against gain: {MLFLOW_UI}/{path}")
     if study.best is not None:
