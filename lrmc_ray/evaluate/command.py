@@ -45,7 +45,7 @@ def main(argv: Sequence[str]) -> int:
     place.check()
 
     from lrmc_ray.evaluate.run import evaluate
-    from lrmc_ray.evaluate.show import show_changes, show_scores
+    from lrmc_ray.evaluate.show import items_text, show_changes, show_scores
     from lrmc_ray.evaluate.task_files import check_tasks
 
     if origin is not None:
@@ -77,10 +77,11 @@ def main(argv: Sequence[str]) -> int:
                 )
             )
             bar.advance(1)
+    items = items_text(settings.evaluate)
     if tuned:
-        show_changes(settings.search, scored, as_json=arguments.json)
+        show_changes(settings.search, scored, items=items, as_json=arguments.json)
     else:
-        show_scores(scored[0], as_json=arguments.json)
+        show_scores(scored[0], items=items, as_json=arguments.json)
     return 0
 
 

@@ -134,7 +134,7 @@ def _scores_text(results: Mapping[str, Any]) -> str:
     if not {"eval/domain_gain", "eval/forgetting"} <= results.keys():
         return ""
     gain, lost = (results[f"eval/{name}"] for name in ("domain_gain", "forgetting"))
-    return f" (gain {points(gain)}, forgetting {points(lost)} points)"
+    return f" (gain {points(gain)}, forgetting {points(lost)} points on search items)"
 
 
 def _spare_models(study: StudyFile, trainings: list[Path]) -> Iterator[Path]:
