@@ -81,11 +81,13 @@ def listening(work: str | Path) -> Iterator[None]:
     pid = os.getpid()
     note = directory / f"{pid}.json"
     said = {"job": _job(), "work": str(work), "born": process_birth(pid)}
-    note.write_text(json.dumps(said), encoding="utf-8")
+    with contextlib.suppress(OSError):  # whoever tidies /tmp may have removed the directory
+        note.write_text(json.dumps(said), encoding="utf-8")
     try:
         yield
     finally:
-        note.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            note.unlink(missing_ok=True)
 
 
 @functools.cache

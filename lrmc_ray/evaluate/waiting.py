@@ -11,7 +11,7 @@ from typing import Any
 
 from lrmc_ray.cluster.stacks import kill_all, listening, report, stacks_of
 from lrmc_ray.console import format_seconds
-from lrmc_ray.errors import EvaluationError
+from lrmc_ray.errors import DiskError, EvaluationError
 from lrmc_ray.files.beats import PROGRESS, Pauses, beat, beating, file_writer
 from lrmc_ray.files.names import STACKS
 from lrmc_ray.files.place import Place
@@ -70,10 +70,12 @@ class Watched:
         return self.place.read(self.place.either(lambda: str(self._path), lambda _: self._name))
 
     def forget(self) -> None:
-        """Remove the signs."""
-        self.place.either(
-            lambda: self._path.unlink(missing_ok=True), lambda storage: storage.delete(self._name)
-        )
+        """Remove the signs, where that can be done."""
+        with contextlib.suppress(DiskError, OSError):
+            self.place.either(
+                lambda: self._path.unlink(missing_ok=True),
+                lambda storage: storage.delete(self._name),
+            )
 
 
 def results_of(
@@ -123,7 +125,11 @@ def results_of(
 
 def is_hanging(task: Watched, pauses: Pauses) -> bool:
     """Whether ``task`` has given no new sign of life for longer than it may."""
-    sign = task.sign()
+    try:
+        sign = task.sign()
+    except DiskError as error:
+        _log.debug("whether scoring gets on is not known: %s", error)
+        return False
     if sign is None:  # it waits for its turn
         beat()
         return False

@@ -1,6 +1,7 @@
 """Where a process hangs, asked for from outside; with real processes that do."""
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -92,6 +93,21 @@ def test_a_late_question_does_not_end_a_process(own_directory):
         assert "test_a_late_question" in own.text
     assert stacks_here("", "/out/a") == []
     os.kill(os.getpid(), stacks.SIGNAL)
+    stacks._answers_in.cache_clear()
+
+
+def test_work_goes_on_where_the_directory_is_tidied_away(own_directory):
+    stacks._answers_in.cache_clear()
+    with listening("/out/a"):
+        pass
+    shutil.rmtree(own_directory)
+    own_directory.touch(mode=0o600)
+    with listening("/out/a"):
+        assert stacks_here("", "/out/a") == []
+    own_directory.unlink()
+    own_directory.mkdir(mode=0o700)
+    with listening("/out/a"):
+        shutil.rmtree(own_directory)
     stacks._answers_in.cache_clear()
 
 
