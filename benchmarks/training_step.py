@@ -2,6 +2,7 @@
 
     python benchmarks/training_step.py [--batch-size 8] [--steps 3] [--rounds 2] [--precision fp32]
     python benchmarks/training_step.py --length 512 --steps 1   # peak memory at 8 x 512 tokens
+    python benchmarks/training_step.py --clock cpu --variants trainer full default --micro-batches 1
 
 All take the same samples in the same batches, with as many torch threads. Every variant runs in a
 process of its own, in turn; the table shows the median step. Tokens are those of the samples before
@@ -16,14 +17,18 @@ are in it.
     restricted       the paper's loss and MoClip, packed, trimmed
     anchored         the same with the anchor on prompt positions
     tail             the same with the sampled tail of 1,024
-    default          as `python -m lrmc_ray.train`: the same in 4 micro-batches
+    default          as `python -m lrmc_ray.train`: the same in --micro-batches, which are 4
     ..., selective   with train.gradient_checkpointing = "selective"
     ..., layers      with train.gradient_checkpointing = "full"
 
 The samples are those of the NL2SQL demo, or with --data ct radio exam questions (built by
 scripts/build_ct.py), whose prompts share the beginning of the chat template alone. With --length
 they are passages of the Python documentation cut to that many tokens, the last quarter supervised,
-without a common prefix.
+without a common prefix. --model takes what `model.name` does.
+
+The last line is one JSON object. Where the variants are there, `defaults_over_plain` in it is the
+time of `default` over that of `full`, which is plain fine-tuning, and `trainer_over_defaults` that
+of `trainer` over that of `default`.
 """
 
 import argparse
@@ -36,7 +41,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -88,7 +93,7 @@ def make_samples(args: argparse.Namespace) -> list[Any]:
     from lrmc_ray.tasks.built import ct_files
     from lrmc_ray.tasks.demo.files import demo_files
 
-    directory = local_directory(ModelSettings())
+    directory = local_directory(ModelSettings(name=args.model))
     model, tokenizer = load_model(directory).to(args.device), load_tokenizer(directory)
     number = args.batch_size * (args.steps + 1)
     inputs: list[tuple[Any, Any]] = []
@@ -124,23 +129,28 @@ def make_samples(args: argparse.Namespace) -> list[Any]:
 def run_ours(args: argparse.Namespace, samples: Sequence[Any], name: str) -> list[float]:
     """Seconds of every step of our loop."""
     from lrmc_ray.config import ModelSettings
+    from lrmc_ray.method.fast.allocator import keep_freed_memory
     from lrmc_ray.method.losses import LanguageModel, LossSettings
     from lrmc_ray.method.optimizers import make_optimizer
     from lrmc_ray.method.training_loop import StepOptions, train
+    from lrmc_ray.method.vocabulary_rows import EmbeddingLookup
     from lrmc_ray.method.workers import WorkerGroup
-    from lrmc_ray.models import (
-        attention_cost,
-        head_of,
-        load_model,
-        local_directory,
-    )
+    from lrmc_ray.model_borders import longest_packed
+    from lrmc_ray.models import attention_cost, head_of, load_model, local_directory
     from lrmc_ray.train.recompute import Recomputation
+    from lrmc_ray.train.split_forward import SplitModel, can_split
 
     is_full = name.startswith("full")
-    model = load_model(local_directory(ModelSettings())).to(args.device).train()
+    model = load_model(local_directory(ModelSettings(name=args.model))).to(args.device).train()
     recomputation = Recomputation(model, RECOMPUTE.get(name, False))
+    split = SplitModel(model, recomputation.keep)
+    keep_freed_memory()
+    if args.device == "cpu":
+        EmbeddingLookup(model.get_input_embeddings())
+    parts = args.micro_batches if name == "default" else 1
+    shares = parts > 1 and args.device == "cpu" and args.precision == "fp32" and can_split(model)
     steps = train(
-        LanguageModel(recomputation.forward, head_of(model)),
+        LanguageModel(recomputation.forward, head_of(model), split),
         make_optimizer(
             "adamw" if is_full else "moclip",
             model.parameters(),
@@ -154,9 +164,11 @@ def run_ours(args: argparse.Namespace, samples: Sequence[Any], name: str) -> lis
             seed=0,
         ),
         StepOptions(
-            num_micro_batches=4 if name == "default" else 1,
+            num_micro_batches=parts,
             autocast=torch.bfloat16 if args.precision == "bf16" else None,
             attention_cost=math.inf if name == "full, padded" else attention_cost(model),
+            pack_up_to=longest_packed(model.config),
+            share_prefix_up_to=recomputation.most_kept if shares else 0,
         ),
         WorkerGroup(),
         steps=range(args.steps + 1),
@@ -180,7 +192,7 @@ def run_theirs(args: argparse.Namespace, samples: Sequence[Any], name: str) -> l
     from lrmc_ray.config import ModelSettings
     from lrmc_ray.models import load_model, load_tokenizer, local_directory
 
-    directory = local_directory(ModelSettings())
+    directory = local_directory(ModelSettings(name=args.model))
     model, tokenizer = load_model(directory), load_tokenizer(directory)
     rows = []
     for sample in samples:
@@ -320,7 +332,18 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
             f"{name:22s}{seconds:10.2f}{tokens_per_step / seconds:10.1f}"
             f"{rows[name]['speedup']:10.2f}{peak / 1e6:10.0f}{rows[name]['memory_ratio']:10.2f}"
         )
-    return {"tokens_per_step": tokens_per_step, "variants": rows}
+    return {"tokens_per_step": tokens_per_step, "variants": rows, **ratios(rows)}
+
+
+def ratios(rows: Mapping[str, Mapping[str, float]]) -> dict[str, float]:
+    """The defaults against plain fine-tuning and against Trainer, where both were run."""
+    seconds = {name: row["seconds_per_step"] for name, row in rows.items()}
+    found = {}
+    if {"default", "full"} <= seconds.keys():
+        found["defaults_over_plain"] = seconds["default"] / seconds["full"]
+    if {"default", "trainer"} <= seconds.keys():
+        found["trainer_over_defaults"] = seconds["trainer"] / seconds["default"]
+    return found
 
 
 def main() -> None:
@@ -336,6 +359,8 @@ def main() -> None:
     parser.add_argument("--precision", choices=["fp32", "bf16"], default="fp32")
     parser.add_argument("--data", choices=["nl2sql", "ct"], default="nl2sql")
     parser.add_argument("--length", type=int, default=0, help="tokens; default: samples of --data")
+    parser.add_argument("--model", default="demo")
+    parser.add_argument("--micro-batches", type=int, default=4, help="of the variant default")
     parser.add_argument("--variants", nargs="*", default=list(VARIANTS), choices=VARIANTS)
     parser.add_argument("--child", help=argparse.SUPPRESS)
     parser.add_argument("--samples", help=argparse.SUPPRESS)

@@ -475,23 +475,25 @@ def _padded_hidden_states(
     return torch.cat(parts)[order.to(input_ids_BT.device)]
 
 
-def batch_hidden_states(model: Any, batch: "MicroBatch | Layout") -> "Tensor":
-    """Final hidden states [B, T, D] of a batch, padded or packed."""
+def added_mask(model: Any, is_visible_QT: "Tensor") -> "Tensor":
+    """What is added to the scores of attention, [1, 1, Q, T]: every implementation takes it."""
     import torch
 
+    dtype = model.dtype
+    if torch.is_autocast_enabled(is_visible_QT.device.type):
+        dtype = torch.get_autocast_dtype(is_visible_QT.device.type)
+    mask_QT = torch.zeros(is_visible_QT.shape, dtype=dtype, device=is_visible_QT.device)
+    return mask_QT.masked_fill_(~is_visible_QT, torch.finfo(dtype).min)[None, None]
+
+
+def batch_hidden_states(model: Any, batch: "MicroBatch | Layout") -> "Tensor":
+    """Final hidden states [B, T, D] of a batch, padded or packed."""
     if batch.is_visible_TT is None:
         return _padded_hidden_states(model, batch.input_ids_BT, batch.full_lengths)
-    device = batch.input_ids_BT.device.type
-    dtype = model.dtype
-    if torch.is_autocast_enabled(device):
-        dtype = torch.get_autocast_dtype(device)
-    # Added to the scores of attention: every implementation takes such a mask.
-    mask_TT = torch.zeros(batch.is_visible_TT.shape, dtype=dtype, device=batch.input_ids_BT.device)
-    mask_TT.masked_fill_(~batch.is_visible_TT, torch.finfo(dtype).min)
     output = body_of(model)(
         input_ids=batch.input_ids_BT,
         position_ids=batch.position_ids_BT,
-        attention_mask=mask_TT[None, None],
+        attention_mask=added_mask(model, batch.is_visible_TT),
         use_cache=False,
     )
     hidden: Tensor = output.last_hidden_state

@@ -90,7 +90,8 @@ class TrainSettings(Settings):
     not the output head, routers, and layers whose weight the model reads past them."""
     packing: bool = True
     """Compute prefixes that samples of a micro-batch share once, without padding, where that is
-    cheaper; the loss is the same up to rounding. Models with windows of attention are packed while
+    cheaper, and what all samples of a step begin with once for all micro-batches (on a CPU, in
+    fp32); the loss is the same up to rounding. Models with windows of attention are packed while
     every sample is within the shortest one."""
     gradient_checkpointing: Literal["auto", False, "selective", "full"] = "auto"
     """What the backward pass computes again, for less memory and the same result: ``selective``

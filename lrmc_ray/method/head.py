@@ -18,17 +18,19 @@ class OutputHead:
         bias_V: None for none.
         logit_scale: Factor on the logits (Cohere; Granite divides by its ``logits_scaling``).
         softcap: Bound on the logits (Gemma), None for none.
+        whole_size: Tokens of the vocabulary of which ``weight_VD`` holds some rows; None for all.
     """
 
     weight_VD: Tensor
     bias_V: Tensor | None = None
     logit_scale: float = 1.0
     softcap: float | None = None
+    whole_size: int | None = None
 
     @property
     def vocabulary_size(self) -> int:
         """V, the tokenizer's tokens and padding behind them."""
-        return self.weight_VD.shape[0]
+        return self.weight_VD.shape[0] if self.whole_size is None else self.whole_size
 
     def shape_logits(self, logits: Tensor) -> Tensor:
         """Scale and bound the products of any hidden states and tokens, bias included."""

@@ -23,6 +23,8 @@ from lrmc_ray.method.restricted_loss import (
     restricted_cross_entropy,
     soft_cross_entropy,
 )
+from lrmc_ray.method.shared_prefix import SplitForward
+from lrmc_ray.method.vocabulary_rows import HeadRows
 
 
 @dataclass(frozen=True)
@@ -61,6 +63,10 @@ class LanguageModel:
     forward: Callable[[MicroBatch], Tensor]
     """Last hidden states [B, T, D] of a micro-batch."""
     head: OutputHead
+    split: SplitForward | None = None
+    """The same in two parts, for ``StepOptions.share_prefix_up_to``."""
+    rows: HeadRows | None = None
+    """Where some rows of the head are trained in place of all: the losses are taken from them."""
 
     @torch.no_grad()
     def frozen_logits(self, batch: MicroBatch) -> Callable[[slice], Tensor]:

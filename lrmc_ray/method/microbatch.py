@@ -91,6 +91,9 @@ class MicroBatch:
     """Of these, tokens of a prefix that another sequence brings along."""
     full_lengths: list[int]
     """Tokens of each sequence before trimming, which some models' positions depend on."""
+    num_prefix: int = 0
+    """Tokens at the beginning of the packed row that are computed once for all micro-batches of
+    the step, see ``shared_prefix``."""
 
     def to(self, device: torch.device) -> "MicroBatch":
         """The same on another device."""

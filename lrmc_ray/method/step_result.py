@@ -33,7 +33,7 @@ class StepResult:
     num_padded: int
     """Token slots of the forward passes."""
     num_shared: int
-    """Processed tokens of prefixes that another sequence of the micro-batch brought along."""
+    """Processed tokens of prefixes that another sequence, or micro-batch, brought along."""
     mean_candidates: float
     """Mean size of the candidate sets of active supervised positions."""
     is_applied: bool
@@ -65,6 +65,8 @@ def summarize(
     prompt = sum(batch.num_prompt for batch in batches)
     active = sum(len(batch.supervised.row_N) for batch in batches)
     candidates = sum(len(batch.supervised.candidates.token_ids) for batch in batches)
+    prefixes = [batch.num_prefix for batch in batches if batch.num_prefix]
+    spared = sum(prefixes[1:])  # one of the micro-batches has to bring its beginning along
     return StepResult(
         step=step,
         sample_ids=[sample.sample_id for sample in samples],
@@ -76,8 +78,8 @@ def summarize(
         num_active=active,
         num_tokens=sum(batch.num_tokens for batch in batches),
         num_processed=sum(batch.num_processed for batch in batches),
-        num_padded=sum(batch.input_ids_BT.numel() for batch in batches),
-        num_shared=sum(batch.num_shared for batch in batches),
+        num_padded=sum(batch.input_ids_BT.numel() for batch in batches) - spared,
+        num_shared=sum(batch.num_shared for batch in batches) + spared,
         mean_candidates=candidates / max(1, active),
         is_applied=bad_steps == 0,
         bad_steps=bad_steps,

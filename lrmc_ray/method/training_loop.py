@@ -19,9 +19,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from lrmc_ray.method.head import OutputHead
 from lrmc_ray.method.losses import LanguageModel, LossSettings, loss_sums
 from lrmc_ray.method.microbatch import Activity, MicroBatch, Sample, divide
 from lrmc_ray.method.names import Reduction
+from lrmc_ray.method.shared_prefix import SharedPrefix, share_prefix
 from lrmc_ray.method.step_result import Gradients, StepResult, summarize
 from lrmc_ray.method.workers import WorkerGroup, add_in_order, sum_gradients, waves
 
@@ -42,6 +44,10 @@ class StepOptions:
     """What it costs a token to see one more, see ``collate``; infinity pads every sequence."""
     pack_up_to: float = math.inf
     """Tokens of the longest sequence that may be packed, see ``lay_out``."""
+    share_prefix_up_to: float = 0
+    """Tokens of the longest packed micro-batch of which the beginning that all samples of the step
+    share is computed apart, once; see ``shared_prefix``. 0 where the model cannot, and with a
+    ``base`` or a ``balance_loss``, which see a micro-batch whole."""
     max_grad_norm: float | None = None
     """Gradients are scaled down to this norm; None leaves them."""
     max_bad_steps: int = 5
@@ -57,10 +63,12 @@ class StepOptions:
     the routers of a mixture of experts. Micro-batches count by their tokens."""
     penalize: Callable[[], None] | None = None
     """Adds the gradient of a penalty on the weights to theirs."""
+    after_update: Callable[[float], None] | None = None
+    """Called with the learning rate behind every update."""
 
     def divide(self, samples: Sequence[Sample], activity: Activity) -> list[MicroBatch]:
         """The fixed micro-batches of a global batch."""
-        return divide(
+        batches = divide(
             samples,
             self.num_micro_batches,
             activity,
@@ -68,6 +76,9 @@ class StepOptions:
             attention_cost=self.attention_cost,
             pack_up_to=self.pack_up_to,
         )
+        if not self.share_prefix_up_to or not math.isfinite(self.attention_cost):
+            return batches
+        return share_prefix(batches, self.share_prefix_up_to, self.pack_up_to)
 
 
 def micro_batch_seed(seed: int, step: int, index: int) -> int:
@@ -96,37 +107,41 @@ def compute_gradients(
         group: This worker and the others.
         step: Optimizer step, from 0; seeds dropout and the sampled tail.
     """
-    head, device = model.head, model.head.weight_VD.device
+    head = model.rows.head if model.rows else model.head
+    device = head.weight_VD.device
     num_supervised = sum(batch.num_supervised for batch in micro_batches)
     num_prompt = max(1, sum(batch.num_prompt for batch in micro_batches))
     tail = loss.tail_of_step(step, head)
-    ordered = _added_in_order(parameters, model, options, group)
+    tail = model.rows.tail(tail) if tail and model.rows else tail
     total: dict[Tensor, Tensor] = {}
     sums_M2 = torch.zeros(len(micro_batches), 2, dtype=torch.float64, device=device)
     busy = [index for index, batch in enumerate(micro_batches) if len(batch.input_ids_BT)]
     probed = next((i for i, batch in enumerate(micro_batches) if len(batch.supervised.row_N)), None)
     for parameter in parameters:
         parameter.grad = None
+    prefix = _run_prefix(model, micro_batches, loss, options, step)
+    leaves = prefix.leaves if prefix else []
+    ordered = _added_in_order(parameters, head, options, group)
     for wave in waves(busy, group.world_size):
         if group.rank < len(wave):
             index = wave[group.rank]
             batch = micro_batches[index].to(device)
             torch.manual_seed(micro_batch_seed(loss.seed, step, index))
             with torch.autocast(device.type, options.autocast, options.autocast is not None):
-                hidden_BTD = model.forward(batch)
+                hidden_BTD = (prefix.hidden_states if prefix else model.forward)(batch)
                 base_logits = options.base.frozen_logits(batch) if options.base else None
             if options.probe is not None and index == probed:
                 options.probe(step, hidden_BTD.detach(), batch)
+            if model.rows:
+                batch = model.rows.batch(batch)
             main, anchor = loss_sums(hidden_BTD, head, batch, loss, tail, base_logits)
             mean = main / num_supervised + loss.anchor_weight * anchor / num_prompt
             (mean + _balance_loss(options, batch, micro_batches)).backward()  # type: ignore[no-untyped-call]
             sums_M2[index] = torch.stack([main, anchor]).detach()
-        add_in_order(total, ordered, group, sources=len(wave))
-    for parameter in parameters:
-        if parameter in total:
-            parameter.grad = total[parameter]
-        elif parameter.grad is None:
-            parameter.grad = torch.zeros_like(parameter)
+        add_in_order(total, [*ordered, *(leaves if ordered else [])], group, sources=len(wave))
+    if prefix:
+        _end_prefix(prefix, total, ordered, group, options)
+    _leave_gradients(parameters, total)
     if options.reduction == "fast":
         sum_gradients(parameters, group)
     group.sum_(sums_M2)  # each row is zero on all workers but one, so this is exact
@@ -134,9 +149,53 @@ def compute_gradients(
     return Gradients(loss_sum, anchor_sum, micro_batches)
 
 
+def _leave_gradients(parameters: Sequence[nn.Parameter], total: dict[Tensor, Tensor]) -> None:
+    for parameter in parameters:
+        if parameter in total:
+            parameter.grad = total[parameter]
+        elif parameter.grad is None:
+            parameter.grad = torch.zeros_like(parameter)
+
+
+def _run_prefix(
+    model: LanguageModel,
+    micro_batches: Sequence[MicroBatch],
+    loss: LossSettings,
+    options: StepOptions,
+    step: int,
+) -> SharedPrefix | None:
+    """The beginning that all micro-batches share, where they do; every worker runs it."""
+    batch = next((batch for batch in micro_batches if batch.num_prefix), None)
+    if batch is None:
+        return None
+    assert model.split is not None
+    device = model.head.weight_VD.device
+    torch.manual_seed(micro_batch_seed(loss.seed, step, len(micro_batches)))
+    with torch.autocast(device.type, options.autocast, options.autocast is not None):
+        return SharedPrefix(model.split, batch.input_ids_BT[:, : batch.num_prefix].to(device))
+
+
+def _end_prefix(
+    prefix: SharedPrefix,
+    total: dict[Tensor, Tensor],
+    ordered: Sequence[Tensor],
+    group: WorkerGroup,
+    options: StepOptions,
+) -> None:
+    """Add the gradients of the beginning to those of the micro-batches."""
+    if options.reduction == "fast":
+        prefix.backward()  # each worker with the part of its own: the sum comes later
+        return
+    for leaf in prefix.leaves:
+        leaf.grad = total[leaf]
+    if group.rank == 0:
+        prefix.backward()
+    add_in_order(total, ordered, group, sources=1)
+
+
 def _added_in_order(
     parameters: Sequence[nn.Parameter],
-    model: LanguageModel,
+    head: OutputHead,
     options: StepOptions,
     group: WorkerGroup,
 ) -> Sequence[Tensor]:
@@ -147,7 +206,7 @@ def _added_in_order(
     """
     if options.reduction != "strict":
         return []
-    return [p for p in parameters if group.world_size > 1 or p is model.head.weight_VD]
+    return [p for p in parameters if group.world_size > 1 or p is head.weight_VD]
 
 
 def _balance_loss(
@@ -205,6 +264,8 @@ def train(
             for param_group in optimizer.param_groups:
                 param_group["lr"] = lr
             optimizer.step()
+            if options.after_update is not None:
+                options.after_update(lr)
         else:
             bad_steps += 1
             if bad_steps >= options.max_bad_steps:

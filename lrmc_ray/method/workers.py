@@ -73,7 +73,10 @@ def waves(parts: Sequence[int], world_size: int) -> list[Sequence[int]]:
 def add_in_order(
     total: dict[Tensor, Tensor], tensors: Sequence[Tensor], group: WorkerGroup, *, sources: int
 ) -> None:
-    """Add the gradients of the first ``sources`` workers to ``total``, in turn, and clear them."""
+    """Add the gradients of the first ``sources`` workers to ``total``, in turn, and clear them.
+
+    A worker alone keeps their memory, filled with zeros, for the next ones.
+    """
     for bucket in buckets(tensors):
         for source in range(sources):
             own = [tensor.grad if source == group.rank else None for tensor in bucket]
@@ -88,4 +91,5 @@ def add_in_order(
                 else:
                     total[tensor] = gradient
         for tensor in bucket:
-            tensor.grad = None
+            is_kept = group.world_size == 1 and tensor.grad is not total.get(tensor)
+            tensor.grad = tensor.grad.zero_() if is_kept and tensor.grad is not None else None

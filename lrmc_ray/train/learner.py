@@ -13,20 +13,28 @@ from lrmc_ray.config import TrainSettings
 from lrmc_ray.files.artifacts import PARTIAL
 from lrmc_ray.files.names import ADAPTER
 from lrmc_ray.method.baselines.l2_sp import StartingPoint
+from lrmc_ray.method.fast.allocator import keep_freed_memory
 from lrmc_ray.method.losses import LanguageModel, LossSettings
 from lrmc_ray.method.microbatch import MicroBatch
 from lrmc_ray.method.optimizers import make_optimizer
 from lrmc_ray.models import attention_cost, batch_hidden_states, head_of, load_model, save_model
 from lrmc_ray.train.recompute import Recomputation
 from lrmc_ray.train.routers import Routers
+from lrmc_ray.train.samples import TrainingSamples
+from lrmc_ray.train.split_forward import SplitModel, can_split
 from lrmc_ray.train.trainable import TrainableModel
+from lrmc_ray.train.vocabulary import Vocabulary
 
 
 class Learner:
     """A model with all that a step needs besides samples; the same on every worker."""
 
     def __init__(
-        self, settings: TrainSettings, model_directory: Path, device: torch.device
+        self,
+        settings: TrainSettings,
+        model_directory: Path,
+        device: torch.device,
+        samples: TrainingSamples | None = None,
     ) -> None:
         """Load the base model.
 
@@ -34,24 +42,20 @@ class Learner:
             settings: of the run.
             model_directory: the base model.
             device: where to compute.
+            samples: of the run, where the rows of the vocabulary that it does not touch may be left
+                out of training; None trains all.
 
         Raises:
             ConfigError: a setting fits nothing in the model.
             DataError: the model cannot be loaded, or its head is not supported.
         """
+        keep_freed_memory()
         self.settings = settings
         self.model_directory = model_directory
         self.trainable = TrainableModel(load_model(model_directory).to(device), settings)
         self.model = self.trainable.model
         self.recomputation = Recomputation(self.model, settings.gradient_checkpointing)
         self.head = head_of(self.model)
-        parameters = list(self.trainable.parameters.values())
-        self.optimizer = _optimizer(settings, parameters)
-        # Before a checkpoint is loaded: these are the base's weights.
-        self.penalty = None
-        if settings.l2_sp_weight:
-            self.penalty = StartingPoint(parameters, settings.l2_sp_weight)
-        self.base = _frozen_base(settings, model_directory, device)
         self.loss = LossSettings(
             loss=settings.loss,
             tail_samples=settings.tail_samples,
@@ -59,9 +63,26 @@ class Learner:
             seed=settings.seed,
             base_kl_weight=settings.base_kl_weight,
         )
+        self.vocabulary = Vocabulary(
+            self.model,
+            self.head,
+            self.trainable.parameters,
+            settings,
+            self.loss.activity,
+            samples,
+        )
+        parameters = list(self.trainable.parameters.values())
+        self.optimizer = _optimizer(settings, parameters)
+        # Before a checkpoint is loaded: these are the base's weights.
+        self.penalty = None
+        if settings.l2_sp_weight:
+            self.penalty = StartingPoint(parameters, settings.l2_sp_weight)
+        self.base = _frozen_base(settings, model_directory, device)
         self.autocast = torch.bfloat16 if settings.precision == "bf16" else None
         self.routers = Routers(self.model, settings.router_loss)
         self.attention_cost = attention_cost(self.model) if settings.packing else math.inf
+        self.split = SplitModel(self.model, self.recomputation.keep)
+        self.share_prefix_up_to = self.recomputation.most_kept if self._may_share() else 0.0
 
     def hidden_states(self, batch: MicroBatch) -> Tensor:
         """Final hidden states [B, T, D] of the model that is trained."""
@@ -69,17 +90,50 @@ class Learner:
 
     @property
     def language_model(self) -> LanguageModel:
-        """The model that is trained, as losses and measurements take it."""
+        """The model that is trained, as measurements take it."""
         return LanguageModel(self.hidden_states, self.head)
+
+    @property
+    def trained_model(self) -> LanguageModel:
+        """The same as the training loop takes it."""
+        return LanguageModel(self.hidden_states, self.head, self.split, self.vocabulary.head_rows)
+
+    def _may_share(self) -> bool:
+        """Whether a beginning that all samples of a step share may have a pass of its own.
+
+        On a GPU one more pass costs more calls than it spares work. What the base and routers say,
+        they say of a whole micro-batch, and half precision would round the sum of its gradients.
+        """
+        return (
+            self.settings.micro_batches > 1
+            and math.isfinite(self.attention_cost)
+            and self.head.weight_VD.is_cpu
+            and self.autocast is None
+            and self.base is None
+            and not self.routers.is_mixture
+            and can_split(self.model)
+        )
 
     def state(self) -> dict[str, Any]:
         """What a checkpoint keeps."""
-        return {"model": self.trainable.state(), "optimizer": self.optimizer.state_dict()}
+        return {
+            "model": self.trainable.state(),
+            "optimizer": self.optimizer.state_dict(),
+            "vocabulary": self.vocabulary.state(),
+        }
 
     def load(self, state: Mapping[str, Any]) -> None:
         """Go on from what :meth:`state` returned."""
+        vocabulary = state.get("vocabulary", {})
+        self.vocabulary.check(vocabulary)
         self.trainable.load(state["model"])
+        self.vocabulary.load(vocabulary)
         self.optimizer.load_state_dict(state["optimizer"])
+
+    def load_weights(self, weights: Mapping[str, Tensor]) -> None:
+        """Take the weights of a state on the way, to save them."""
+        self.trainable.load(dict(weights))
+        self.vocabulary.after_update(0.0)
 
     def save(self, directory: Path) -> None:
         """Save the model, adapters merged into it, with the base's tokenizer; whole or not.

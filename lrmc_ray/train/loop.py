@@ -79,7 +79,7 @@ class TrainingRun:
         self._is_preempted = is_preempted
         records = Records(record)
         self.samples = TrainingSamples(records, settings)
-        self.learner = Learner(settings, model_directory, device)
+        self.learner = Learner(settings, model_directory, device, self.samples)
         beat_with(self.learner.model)
         k_max = records.manifest["identity"]["k_max"]
         self.fresh = FreshCandidates(settings, self.samples, self.learner, k_max=k_max, group=group)
@@ -175,7 +175,7 @@ class TrainingRun:
         """Take the steps that are left, one after the other; nothing is measured or saved."""
         settings, learner = self.settings, self.learner
         return training_steps(
-            learner.language_model,
+            learner.trained_model,
             learner.optimizer,
             self.fresh.samples_of_step,
             learner.loss,
@@ -185,12 +185,14 @@ class TrainingRun:
                 autocast=learner.autocast,
                 attention_cost=learner.attention_cost,
                 pack_up_to=longest_packed(learner.model.config),
+                share_prefix_up_to=learner.share_prefix_up_to,
                 max_grad_norm=settings.max_grad_norm,
                 max_bad_steps=settings.max_bad_steps,
                 base=learner.base,
                 probe=self.probe.measure,
                 balance_loss=learner.routers.loss,
                 penalize=learner.penalty.add_gradient if learner.penalty else None,
+                after_update=learner.vocabulary.after_update,
             ),
             self.group,
             steps=range(self.first_step, settings.steps),
@@ -264,5 +266,5 @@ class TrainingRun:
     def _save_model(self) -> None:
         best = self.held_out.best_step
         if self.settings.export == "best" and best is not None and best < self.settings.steps:
-            self.learner.trainable.load(self.checkpoints.weights(best))
+            self.learner.load_weights(self.checkpoints.weights(best))
         self.learner.save(self.directory / MODEL)

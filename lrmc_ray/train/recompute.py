@@ -94,6 +94,17 @@ class Recomputation:
                 raise self._refusal("transformers cannot compute its layers again")
             self._ways = ()
 
+    @property
+    def most_kept(self) -> float:
+        """Tokens of the largest micro-batch of which all activations are kept; infinity for any."""
+        if not self._ways:
+            return float("inf")
+        return MANY_TOKENS - 1 if self.which == "auto" else 0
+
+    def keep(self) -> None:
+        """Keep all activations of passes that follow outside of :meth:`forward`."""
+        self._switch(False)
+
     def forward(self, batch: MicroBatch | Layout) -> Tensor:
         """Final hidden states [B, T, D] of ``batch``.
 

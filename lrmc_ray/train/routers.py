@@ -32,7 +32,8 @@ class Routers:
         self._logits: list[Tensor] = []
         self._chosen: list[Tensor | None] = []
         self._is_watching = False
-        self._is_mixture = bool(found)
+        self.is_mixture = bool(found)
+        """Whether the model has routers."""
         self._counts: list[Tensor] = []
         """Of each layer since the last report, float32 [E]."""
         if weight and not found:
@@ -75,7 +76,7 @@ class Routers:
 
     def report(self, group: WorkerGroup) -> dict[str, float]:
         """Load of the busiest experts since the last report, over all workers, under its name."""
-        if not self._is_mixture:
+        if not self.is_mixture:
             return {}
         own = torch.stack(self._counts) if self._counts else None
         shapes = group.gather(None if own is None else (tuple(own.shape), str(own.device)))

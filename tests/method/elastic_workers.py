@@ -17,11 +17,19 @@ from lrmc_ray.method.baselines.l2_sp import StartingPoint
 from lrmc_ray.method.losses import LanguageModel, LossSettings
 from lrmc_ray.method.microbatch import Sample, active_length
 from lrmc_ray.method.optimizers import make_optimizer
+from lrmc_ray.method.shared_prefix import FEWEST_TOKENS
 from lrmc_ray.method.step_result import StepResult
 from lrmc_ray.method.training_loop import StepOptions, train
 from lrmc_ray.method.workers import WorkerGroup
 from lrmc_ray.models import batch_hidden_states, head_of
-from tests.support.plain_training import base_llama, random_sample, random_samples, tiny_llama
+from lrmc_ray.train.split_forward import SplitModel
+from tests.support.plain_training import (
+    base_llama,
+    random_sample,
+    random_samples,
+    samples_with_a_beginning,
+    tiny_llama,
+)
 
 WORLD_SIZES = (1, 2, 3, 4)
 STEPS = 3
@@ -43,6 +51,8 @@ class Case:
     dropout: float = 0.1
     attention_cost: float = math.inf
     """0 packs every micro-batch that has two samples."""
+    shares_prefix: bool = False
+    """All samples begin alike, and their beginning is computed once."""
     num_active: int = 7
     """Samples, of 8, that have an active position."""
     optimizer: str = "moclip"
@@ -64,7 +74,11 @@ CASES = {
     "one busy part": Case(num_active=2),
     "no busy part": Case(num_active=0),
     "packed": Case(ANCHORED, attention_cost=0.0),
+    "shared prefix": Case(
+        dataclasses.replace(ANCHORED, tail_samples=32), attention_cost=0.0, shares_prefix=True
+    ),
     "fast": Case(ANCHORED, reduction="fast"),
+    "fast, shared prefix": Case(ANCHORED, attention_cost=0.0, shares_prefix=True, reduction="fast"),
     "fast, one busy part": Case(reduction="fast", num_active=2),
 }
 
@@ -85,6 +99,8 @@ class Outcome:
 
 def samples_of_step(case: Case, step: int) -> list[Sample]:
     """Eight samples; those without an active position have no choice anywhere."""
+    if case.shares_prefix:
+        return samples_with_a_beginning(8, common=FEWEST_TOKENS + 4, seed=step)
     generator = torch.Generator().manual_seed(1000 + step)
     samples = random_samples(20, seed=step)
     active = [sample for sample in samples if active_length(sample, case.loss.activity)]
@@ -100,7 +116,9 @@ def run(case: Case, group: WorkerGroup) -> Outcome:
     frozen = base_llama(torch.float32)
     base = LanguageModel(lambda batch: batch_hidden_states(frozen, batch), head_of(frozen))
     results = train(
-        LanguageModel(lambda batch: batch_hidden_states(model, batch), head_of(model)),
+        LanguageModel(
+            lambda batch: batch_hidden_states(model, batch), head_of(model), SplitModel(model)
+        ),
         make_optimizer(case.optimizer, parameters, lr=LR, weight_decay=WEIGHT_DECAY),
         lambda step: samples_of_step(case, step),
         case.loss,
@@ -109,6 +127,7 @@ def run(case: Case, group: WorkerGroup) -> Outcome:
             reduction=case.reduction,
             max_grad_norm=1.0,
             attention_cost=case.attention_cost,
+            share_prefix_up_to=math.inf if case.shares_prefix else 0,
             base=base if case.loss.loss == "kl_to_base" else None,
             penalize=penalty.add_gradient if case.l2_sp_weight else None,
         ),

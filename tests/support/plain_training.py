@@ -151,6 +151,23 @@ def branching_samples(num: int, *, seed: int = 0) -> list[Sample]:
     return samples
 
 
+def samples_with_a_beginning(num: int, *, common: int, seed: int = 0) -> list[Sample]:
+    """Samples whose first ``common`` tokens are the same, with 2 to 10 tokens of their own."""
+    generator = torch.Generator().manual_seed(seed)
+    beginning_T = torch.randint(VOCABULARY, (common,), generator=generator)
+    samples = []
+    for number in range(num):
+        own = 2 + int(torch.randint(9, (), generator=generator))
+        sizes = torch.randint(2, 9, (common + own - 1,), generator=generator).tolist()
+        sample = random_sample(generator, name=f"sample-{number}", sizes=sizes)
+        ids_T = torch.cat([beginning_T, sample.input_ids_T[common:]])
+        candidates = random_candidates(
+            generator, ids_T[sample.positions_P + 1], sample.candidates.sizes
+        )
+        samples.append(dataclasses.replace(sample, input_ids_T=ids_T, candidates=candidates))
+    return samples
+
+
 def random_samples(num: int, *, seed: int = 0) -> list[Sample]:
     """Samples of unequal lengths; the second has no position with a choice at all."""
     generator = torch.Generator().manual_seed(seed)

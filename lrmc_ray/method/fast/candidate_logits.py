@@ -74,7 +74,7 @@ def candidate_logits(
             f"{len(hidden_ND)} rows and {candidates.num_rows} sets"
         )
     if backend == "auto":
-        backend = _choose_backend(hidden_ND, head.weight_VD, candidates)
+        backend = _choose_backend(hidden_ND, head, candidates)
     dtype = _compute_dtype(hidden_ND, head.weight_VD)
     logits_E: Tensor
     if backend == "dense":
@@ -96,22 +96,29 @@ def candidate_logits(
 def token_logits(hidden_ND: Tensor, head: OutputHead, token_ids_R: Tensor) -> Tensor:
     """[N, R] logits of the same R distinct tokens at every position; else as above."""
     dtype = _compute_dtype(hidden_ND, head.weight_VD)
-    rows_RD = _TakeRows.apply(head.weight_VD, token_ids_R)  # type: ignore[no-untyped-call]
+    rows_RD = take_rows(head.weight_VD, token_ids_R)
     logits_NR = hidden_ND.to(dtype) @ rows_RD.to(dtype).T
     if head.bias_V is not None:
         logits_NR = logits_NR + head.bias_V[token_ids_R]
     return head.shape_logits(logits_NR)
 
 
+def take_rows(weight_VD: Tensor, token_ids_R: Tensor) -> Tensor:
+    """Rows [R, D] of R distinct tokens; their gradient goes where the module says."""
+    rows_RD: Tensor = _TakeRows.apply(weight_VD, token_ids_R)  # type: ignore[no-untyped-call]
+    return rows_RD
+
+
 def _compute_dtype(hidden_ND: Tensor, weight_VD: Tensor) -> torch.dtype:
     return torch.promote_types(torch.promote_types(hidden_ND.dtype, weight_VD.dtype), torch.float32)
 
 
-def _choose_backend(hidden_ND: Tensor, weight_VD: Tensor, candidates: CandidateSets) -> Backend:
+def _choose_backend(hidden_ND: Tensor, head: OutputHead, candidates: CandidateSets) -> Backend:
     dense_speedup = _DENSE_SPEEDUP.get(hidden_ND.device.type)
     if dense_speedup is None:
         return "gather"
-    num_logits = len(hidden_ND) * len(weight_VD)
+    # Of the whole vocabulary, so that the choice is the same where only some rows are trained.
+    num_logits = len(hidden_ND) * head.vocabulary_size
     return "dense" if candidates.token_ids.numel() * dense_speedup > num_logits else "sparse"
 
 
