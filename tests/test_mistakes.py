@@ -3,10 +3,12 @@
 import importlib.util
 import json
 import shutil
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 
+from lrmc_ray.cluster.beforehand import check_output
 from lrmc_ray.console import run_command
 
 ROWS = [{"prompt": f"What is {n}?", "completion": f"It is {n}."} for n in range(12)]
@@ -176,3 +178,10 @@ def test_a_model_without_a_chat_template_is_told_before_rows_are_read(folder, ca
     Path("bare/tokenizer_config.json").write_text(json.dumps(config))
     assert run("tune", *given(model="bare"), "--explain") == 0
     assert "no chat template" in " ".join(capsys.readouterr().out.split())
+
+
+def test_commands_that_start_together_do_not_find_each_others_probe(tmp_path):
+    with ThreadPoolExecutor(4) as pool:
+        done = [pool.submit(check_output, tmp_path / "a" / "b") for _ in range(40)]
+    assert [future.exception() for future in done] == [None] * 40
+    assert not (tmp_path / "a").exists()
