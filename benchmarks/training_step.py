@@ -57,6 +57,8 @@ VARIANTS = (
     *RECOMPUTE,
 )
 LR = 1e-5
+RUN_STEPS = 24
+"""Of the demo's runs, whose tails touch rows of the vocabulary."""
 CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
 """CPU seconds of the process; on a busy machine they are steadier, with one thread as telling."""
 
@@ -133,7 +135,7 @@ def run_ours(args: argparse.Namespace, samples: Sequence[Any], name: str) -> lis
     from lrmc_ray.method.losses import LanguageModel, LossSettings
     from lrmc_ray.method.optimizers import make_optimizer
     from lrmc_ray.method.training_loop import StepOptions, train
-    from lrmc_ray.method.vocabulary_rows import EmbeddingLookup
+    from lrmc_ray.method.vocabulary_rows import EmbeddingLookup, HeadRows
     from lrmc_ray.method.workers import WorkerGroup
     from lrmc_ray.model_borders import longest_packed
     from lrmc_ray.models import attention_cost, head_of, load_model, local_directory
@@ -141,34 +143,38 @@ def run_ours(args: argparse.Namespace, samples: Sequence[Any], name: str) -> lis
     from lrmc_ray.train.split_forward import SplitModel, can_split
 
     is_full = name.startswith("full")
+    loss = LossSettings(
+        "full" if is_full else "restricted",
+        1024 if name in ("tail", "default") else 0,
+        1.0 if name in ("anchored", "tail", "default") else 0.0,
+        seed=0,
+    )
     model = load_model(local_directory(ModelSettings(name=args.model))).to(args.device).train()
     recomputation = Recomputation(model, RECOMPUTE.get(name, False))
     split = SplitModel(model, recomputation.keep)
     keep_freed_memory()
-    if args.device == "cpu":
-        EmbeddingLookup(model.get_input_embeddings())
+    head = head_of(model)
+    parameters = dict(model.named_parameters())
+    rows = None if is_full else trained_rows(model, head, samples, loss)
+    if rows is not None:
+        name_of = {id(weight): name for name, weight in parameters.items()}
+        parameters[name_of[id(head.weight_VD)]] = rows.rows_XD
+    if rows is not None or args.device == "cpu":
+        EmbeddingLookup(model.get_input_embeddings(), rows)
     parts = args.micro_batches if name == "default" else 1
     shares = parts > 1 and args.device == "cpu" and args.precision == "fp32" and can_split(model)
     steps = train(
-        LanguageModel(recomputation.forward, head_of(model), split),
-        make_optimizer(
-            "adamw" if is_full else "moclip",
-            model.parameters(),
-            lr=LR,
-        ),
+        LanguageModel(recomputation.forward, head, split, HeadRows(head, rows) if rows else None),
+        make_optimizer("adamw" if is_full else "moclip", parameters.values(), lr=LR),
         lambda step: list(samples[step * args.batch_size : (step + 1) * args.batch_size]),
-        LossSettings(
-            "full" if is_full else "restricted",
-            1024 if name in ("tail", "default") else 0,
-            1.0 if name in ("anchored", "tail", "default") else 0.0,
-            seed=0,
-        ),
+        loss,
         StepOptions(
             num_micro_batches=parts,
             autocast=torch.bfloat16 if args.precision == "bf16" else None,
             attention_cost=math.inf if name == "full, padded" else attention_cost(model),
             pack_up_to=longest_packed(model.config),
             share_prefix_up_to=recomputation.most_kept if shares else 0,
+            after_update=(lambda lr: rows.write_back()) if rows else None,
         ),
         WorkerGroup(),
         steps=range(args.steps + 1),
@@ -181,6 +187,30 @@ def run_ours(args: argparse.Namespace, samples: Sequence[Any], name: str) -> lis
         seconds.append(now - last)
         last = now
     return seconds
+
+
+def trained_rows(model: Any, head: Any, samples: Sequence[Any], loss: Any) -> Any:
+    """Rows that a run of ``RUN_STEPS`` steps on these samples trains; None where all are.
+
+    For tied weights alone.
+    """
+    from lrmc_ray.method.restricted_loss import draw_tail
+    from lrmc_ray.method.vocabulary_rows import TrainedRows, tokens_of
+    from lrmc_ray.train.vocabulary import FEWEST_SPARED, LARGEST_SHARE
+
+    size = head.vocabulary_size
+    used = list(tokens_of(samples, loss.activity))
+    if loss.tail_samples:
+        used += [
+            draw_tail(loss.tail_samples, size, seed=0, step=step).ids_R for step in range(RUN_STEPS)
+        ]
+    tokens = torch.unique(torch.cat(used))
+    print(f"{len(tokens)} of {size} rows are touched", file=sys.stderr)
+    is_tied = model.get_input_embeddings().weight is head.weight_VD
+    spared = (size - len(tokens)) * head.weight_VD.shape[1]
+    if not is_tied or len(tokens) > LARGEST_SHARE * size or spared < FEWEST_SPARED:
+        return None
+    return TrainedRows(head.weight_VD, tokens)
 
 
 def run_theirs(args: argparse.Namespace, samples: Sequence[Any], name: str) -> list[float]:
