@@ -84,6 +84,8 @@ class EmbeddingLookup:
     def _begin(self, embedding: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...] | None:
         if not (embedding.training and torch.is_grad_enabled()):
             return None
+        if self._rows is None and not inputs:
+            return None  # called with a keyword; it makes its gradient by itself
         tokens_X, index_BT = torch.unique(inputs[0], return_inverse=True)
         taken_XD = (
             take_rows(self._weight_VD, tokens_X)
