@@ -57,7 +57,8 @@ def test_the_commands(model_type, run, tmp_path):
     model = make_model_of_type(model_type, tmp_path / "model")
     data = make_data(tmp_path / "train.jsonl", num_rows=12)
     place = ("--model", model, "--output", tmp_path / "runs")
-    common = (*place, "--train-data", data)
+    # The largest tau that the search may ask for: it records nothing again.
+    common = (*place, "--train-data", data, "record.tau=0.999")
     assert run(record, *common)["samples"] == 12
     trained = run(train, *common, *SETTINGS)
     assert trained["steps"] == 2
