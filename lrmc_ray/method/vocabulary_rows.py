@@ -10,9 +10,9 @@ So the rows that a run touches, which are known before it, are parameters of the
 (:class:`TrainedRows`), and gradients, moments, clipping, checkpoints and the sum over workers are
 of them alone. The whole weight stays in the model for all that looks at it without a gradient, and
 gets the new rows behind every step. Training all rows is the reference, with the same bits: what
-is done to a row does not depend on the others. (Sums over a whole tensor, its dot products and its
-norm, are made of the same numbers without the zeros, in float64; where many are added, they could
-differ in the last of its bits.)
+is done to a row does not depend on the others. (Sums over a whole tensor are made of the same
+numbers without the zeros, but in another grouping. They could differ in their last bit: dot products
+in that of float64, the norm for clipping in that of float32.)
 """
 
 import dataclasses

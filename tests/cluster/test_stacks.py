@@ -22,13 +22,13 @@ def waits_for_ever():
     threading.Event().wait()
 
 def hangs_in_c_code():
+    print("hangs", flush=True)
     while True:  # a signal ends a pause
         ctypes.PyDLL(None).pause()  # with the interpreter's lock
 
 with listening(sys.argv[1]):
     threading.Thread(target=waits_for_ever, daemon=True).start()
     time.sleep(0.2)
-    print("hangs", flush=True)
     hangs_in_c_code()
 """
 

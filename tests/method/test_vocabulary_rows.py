@@ -138,7 +138,7 @@ def test_an_embedding_is_as_it_was_without_a_gradient():
     EmbeddingLookup(embedding, rows)
     assert rows.token_ids_X.tolist() == [2, 7]
     with torch.no_grad():
-        rows.rows_XD += 1
+        rows.rows_XD.add_(1)
         assert torch.equal(embedding(torch.arange(10)), plain)
     assert torch.equal(embedding(torch.tensor([7, 2])), plain[[7, 2]] + 1)
     with pytest.raises(IndexError, match="token 3 is not among the 2 trained ones"):
