@@ -11,8 +11,8 @@ So the rows that a run touches, which are known before it, are parameters of the
 of them alone. The whole weight stays in the model for all that looks at it without a gradient, and
 gets the new rows behind every step. Training all rows is the reference, with the same bits: what
 is done to a row does not depend on the others. (Sums over a whole tensor are made of the same
-numbers without the zeros, but in another grouping. They could differ in their last bit: dot products
-in that of float64, the norm for clipping in that of float32.)
+numbers without the zeros, but in another grouping. They could differ in their last bit: dot
+products in that of float64, the norm for clipping in that of float32.)
 """
 
 import dataclasses
