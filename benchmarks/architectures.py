@@ -527,8 +527,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "--keep", type=Path, metavar="FILE", help="keep what is found here, and go on with it"
     )
     args = parser.parse_args(arguments)
-    warnings.simplefilter("ignore")
-    logging.disable(logging.WARNING)
     transformers.utils.logging.disable_progress_bar()  # type: ignore[no-untyped-call]
     types: Iterable[str] = args.types.split(",") if args.types else [*causal_types(), *MULTIMODAL]
     rows = _kept(args.keep) if args.keep else {}
@@ -551,4 +549,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
+    # Of the whole process: tests that call `main` keep theirs.
+    warnings.simplefilter("ignore")
+    logging.disable(logging.WARNING)
     sys.exit(main())

@@ -81,7 +81,7 @@ DEMO_STAGES = {
     "export",
     "blend",
 }
-BASE_STAGES = {"inspect", "report", "ls", "prune", "mlflow-sync"}
+BASE_STAGES = {"inspect", "report", "ls", "prune", "mlflow-sync", "completion"}
 
 
 def project(extras: str = "") -> str:

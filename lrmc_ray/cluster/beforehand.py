@@ -4,12 +4,9 @@ Training data and tasks are looked at by their own rooms; here are the output di
 packages, and what this machine has.
 """
 
-import contextlib
 import importlib.util
 import os
-import random
 import sys
-import time
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
@@ -23,9 +20,6 @@ _OF_TASKS = {
     "nl2sql_spider": ("sqlglot", "demo"),
 }
 """Packages that our tasks need, each with the extra that brings it."""
-
-PROBES = 20
-"""Times that an output directory is tried."""
 
 ANSWER_SECONDS = 10.0
 """How long the Hub may take to answer."""
@@ -73,48 +67,24 @@ def _ray_runs() -> bool:
 
 
 def check_output(directory: Path) -> None:
-    """Refuse an output directory that cannot be made or written; leaves nothing behind.
+    """Refuse an output directory that cannot be made or written; makes none.
+
+    A file is written to the directory, or to the nearest one above it that is there, and removed.
 
     Raises:
         DiskError: says which, and why.
     """
     directory = directory.absolute()
-    for tries_left in reversed(range(PROBES)):
-        try:
-            _probe(directory)
-        except (FileNotFoundError, FileExistsError) as error:
-            # A command that starts at the same time makes and removes the same directories.
-            if not tries_left:
-                raise _not_written(directory, error) from None
-            time.sleep(random.uniform(0.0, 0.02))
-        except OSError as error:
-            raise _not_written(directory, error) from None
-        else:
-            return
-
-
-def _not_written(directory: Path, error: OSError) -> DiskError:
-    return DiskError(
-        f"the output directory must be one that can be written, but {directory} is not "
-        f"({error.strerror}); give another one with --output"
-    )
-
-
-def _probe(directory: Path) -> None:
-    """Make a directory and a file in it, and remove what was made."""
-    missing = [path for path in (directory, *directory.parents) if not path.exists()]
-    probe = directory / f".probe_{os.urandom(8).hex()}"
-    made: list[Path] = []
     try:
-        for path in reversed(missing):
-            path.mkdir(exist_ok=True)
-            made.append(path)
+        there = next(path for path in (directory, *directory.parents) if path.exists())
+        probe = there / f".probe_{os.urandom(8).hex()}"
         probe.touch()
         probe.unlink()
-    finally:
-        for path in reversed(made):
-            with contextlib.suppress(OSError):  # somebody else works in it by now
-                path.rmdir()
+    except OSError as error:
+        raise DiskError(
+            f"the output directory must be one that can be written, but {directory} is not "
+            f"({error.strerror}); give another one with --output"
+        ) from None
 
 
 def check_packages(*, tasks: Sequence[str], data: Sequence[str], lora: bool) -> None:

@@ -662,7 +662,8 @@ def test_metrics_of_a_step(start, tmp_path):
         assert metrics["elastic/world_size"] == 1
     padded, packed = model_of(tmp_path / "padded"), model_of(tmp_path / "training")
     for name, tensor in packed.items():
-        torch.testing.assert_close(tensor, padded[name], rtol=1e-3, atol=1e-4)
+        # Not element by element: the step divides by the gradient's size, however small that is.
+        assert (tensor - padded[name]).norm() < 1e-3 * padded[name].norm(), name
 
 
 @pytest.mark.slow

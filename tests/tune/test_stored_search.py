@@ -275,7 +275,7 @@ def test_a_search_and_an_evaluation_by_way_of_the_storage(
         code = run_command(evaluate.main, [*common, "--tuned", str(other), "--actors", "1"])
         scored = capsys.readouterr()
         assert code == 0, scored.err
-    (study,) = (json.loads(path.read_text()) for path in runs.glob("smoke-*/study.json"))
+    (study,) = (json.loads(path.read_text()) for path in runs.glob("*/study.json"))
     assert {name.partition("/")[0] for name in left} == {"records", "models", "reports"}
     reported = {name: left[f"reports/{study['id']}/{name}"] for name in REPORTED}
     assert reported == {name: (runs / study["id"] / name).read_bytes() for name in REPORTED}
@@ -340,7 +340,7 @@ def test_a_killed_search_goes_on_by_way_of_the_storage(tiny_model, tmp_path):
     first.wait()
     assert found
     run_to_its_end(command)
-    (study,) = (json.loads(p.read_text()) for p in tmp_path.glob("runs/smoke-*/study.json"))
+    (study,) = (json.loads(p.read_text()) for p in tmp_path.glob("runs/*/study.json"))
     assert {trial["state"] for trial in study["trials"]} == {"COMPLETE"}
     assert len(study["sessions"]) == 2
     trial = study["trials"][0]

@@ -36,16 +36,16 @@ def cached_logsumexp(logits_nV: Tensor, highest_n: Tensor) -> Tensor:
     if logits_nV.device.type == "cpu":
         columns = max(1, min(columns, CACHED_ELEMENTS))
         rows = max(1, min(rows, CACHED_ELEMENTS // columns))
-    workspace_XY = logits_nV.new_empty((rows, columns), dtype=torch.float64)
+    workspace = logits_nV.new_empty((rows, columns), dtype=torch.float64)
     sums = []
     for rows_XV, highest_X in zip(
         torch.split(logits_nV, rows), torch.split(highest_n, rows), strict=True
     ):
         sum_X = highest_X.new_zeros(len(highest_X), dtype=torch.float64)
-        for part_XY in torch.split(rows_XV, columns, dim=1):
-            shifted_XY = workspace_XY[: len(rows_XV), : part_XY.shape[1]].copy_(part_XY)
-            sum_X += shifted_XY.sub_(highest_X[:, None]).exp_().sum(-1)
-            sum_X.masked_fill_(part_XY.amin(-1).isneginf(), math.nan)
+        for part in torch.split(rows_XV, columns, dim=1):
+            shifted = workspace[: len(rows_XV), : part.shape[1]].copy_(part)
+            sum_X += shifted.sub_(highest_X[:, None]).exp_().sum(-1)
+            sum_X.masked_fill_(part.amin(-1).isneginf(), math.nan)
         sums.append(sum_X.log_().add_(highest_X))
     return torch.cat(sums)
 
