@@ -107,7 +107,11 @@ def search(output: Path) -> None:
                 file.write(f"{number}\n")
 
         fake = install(patch, FakeSearch(settings_of(TRIALS), output, on_train=note))
-        patch.setattr("lrmc_ray.tune.finish.write_report", lambda path: touch(path, "report.html"))
+        finish = "lrmc_ray.tune.finish"
+        patch.setattr(f"{finish}.load_study", lambda path: path)
+        patch.setattr(f"{finish}.write_study_report", lambda path: touch(path, "report.html"))
+        patch.setattr(f"{finish}.study_note", lambda _: "")
+        patch.setattr(f"{finish}.study_scores", lambda _: {})
         fake.run()
 
 
