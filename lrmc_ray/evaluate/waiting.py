@@ -40,7 +40,8 @@ class Watched:
     @property
     def _name(self) -> str:
         """Of the file with its signs of life, in a storage; there, paths have no meaning."""
-        return f"scoring/{self.work.strip('/').replace('/', '_')}/{PROGRESS}_{self.number}"
+        # No directory for each work: Arrow leaves one behind when its last file is removed.
+        return f"scoring/{self.work.strip('/').replace('/', '_')}_{PROGRESS}_{self.number}"
 
     @property
     def _path(self) -> Path:
