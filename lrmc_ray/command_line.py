@@ -79,6 +79,22 @@ def parser_of(main: Callable[[Sequence[str]], int]) -> CommandParser:
     raise ValueError(f"{main.__module__} parses no arguments")
 
 
+def arguments_for(parser: CommandParser, argv: Sequence[str], own: CommandParser) -> list[str]:
+    """``argv`` of another command without the flags that ``parser`` does not know.
+
+    Args:
+        parser: of the command that is to come next.
+        argv: of the command that runs.
+        own: its parser.
+    """
+    known = set(parser._option_string_actions)
+    foreign = CommandParser("", add_help=False)
+    for action in own._actions:
+        if action.option_strings and not known.issuperset(action.option_strings):
+            foreign._add_action(action)
+    return list(foreign.parse_known_args(argv)[1])
+
+
 def nearest(name: str, known: Iterable[str]) -> str:
     """``. Did you mean 'NAME'?`` for the nearest of ``known``; empty where none is near."""
     found = difflib.get_close_matches(name, list(known), n=1)

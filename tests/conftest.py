@@ -7,6 +7,7 @@ import pytest
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 # Ray reads it once, when it is imported, and some test files import it before they start it.
 os.environ.setdefault("RAY_AUTH_MODE", "token")
+os.environ.setdefault("RAY_gcs_server_port_wait_time_s", "120")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

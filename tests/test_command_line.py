@@ -10,10 +10,13 @@ from typing import Any
 import pytest
 
 from lrmc_ray import cli
-from lrmc_ray.command_line import CommandParser, nearest, pasteable
+from lrmc_ray.command_line import CommandParser, arguments_for, nearest, parser_of, pasteable
 from lrmc_ray.config import TrainSettings, load_settings
 from lrmc_ray.config.arguments import add_run_arguments, add_setting_flags, flag_overrides
 from lrmc_ray.errors import ConfigError
+from lrmc_ray.record import command as record
+from lrmc_ray.train import command as train
+from lrmc_ray.tune import plan
 
 
 def train_parser() -> CommandParser:
@@ -132,6 +135,25 @@ def test_every_flag_says_its_default_and_what_is_allowed(monkeypatch):
 )
 def test_a_flag_is_the_setting_of_its_name(argv, overrides):
     assert flag_overrides(train_parser().parse_args(argv)) == overrides
+
+
+def test_the_next_command_takes_what_it_is_given():
+    """Of ``plan`` what ``record`` knows, and of ``record`` what ``train`` does."""
+    for own, other in ((plan.main, record.main), (record.main, train.main)):
+        before, after = parser_of(own), parser_of(other)
+        argv, kept = ["train.tau=0.9"], 0
+        for action in before._actions:
+            if not action.option_strings or action.dest in ("help", "version"):
+                continue
+            if action.nargs == 0:
+                argv.append(action.option_strings[-1])
+            else:
+                argv += [action.option_strings[-1], "1"]
+            kept += action.option_strings[-1] in after._option_string_actions
+        left = arguments_for(after, argv, before)
+        assert left[0] == "train.tau=0.9"
+        assert sum(argument.startswith("-") for argument in left) == kept > 10
+        vars(after.parse_intermixed_args(left))
 
 
 def test_a_pasted_command_is_this_environments(tmp_path, monkeypatch):

@@ -27,6 +27,7 @@ RAY_ENVIRONMENT = {
     "RAY_AIR_NEW_OUTPUT": "0",  # Tune's own tables on stdout
     # A trial's process that is slow to end its thread would make the next trial fail in its place.
     "TUNE_FUNCTION_THREAD_TIMEOUT_S": "60",
+    "RAY_gcs_server_port_wait_time_s": "120",  # the first start after a boot reads a cold disk
     "RAY_CHDIR_TO_TRIAL_DIR": "0",  # relative paths in the settings mean the same in every trial
     "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "120",
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",  # a run that has ended is noticed that much sooner
@@ -123,15 +124,7 @@ def _start(address: str, num_cpus: int | None, verbose: bool) -> None:
     import ray
 
     if address == "local":
-        _ensure_token()
-        ray.init(
-            address="local",
-            num_cpus=num_cpus or local_cpus(),
-            resources={TRIAL_SLOT: TRIAL_SLOTS},
-            include_dashboard=False,
-            log_to_driver=verbose,
-            logging_level="WARNING",
-        )
+        _start_here(num_cpus or local_cpus(), verbose)
         return
     _check_answers(address)
     try:
@@ -151,6 +144,38 @@ def _start(address: str, num_cpus: int | None, verbose: bool) -> None:
         ) from None
     except (ConnectionError, ValueError) as error:
         raise _no_cluster(address, error) from None
+
+
+def _start_here(num_cpus: int, verbose: bool) -> None:
+    """Start Ray on this machine; if its processes take too long to come up, once more.
+
+    Raises:
+        ResourceError: they took too long twice.
+    """
+    import ray
+
+    _ensure_token()
+    for is_last in (False, True):
+        try:
+            ray.init(
+                address="local",
+                num_cpus=num_cpus,
+                resources={TRIAL_SLOT: TRIAL_SLOTS},
+                include_dashboard=False,
+                log_to_driver=verbose,
+                logging_level="WARNING",
+            )
+            return
+        except Exception as error:  # Ray has no type for this
+            if "timed out" not in str(error).lower():
+                raise
+            ray.shutdown()
+            if is_last:
+                raise ResourceError(
+                    "Ray must start on this machine, and its processes were not there in time, "
+                    f"twice ({error}); try again when the machine has less to do"
+                ) from error
+            _log.warning("Ray's processes were not there in time; it is started once more")
 
 
 def _check_answers(address: str) -> None:

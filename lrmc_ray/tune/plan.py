@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Any
 
 from lrmc_ray.cluster.cluster_file import cluster_slots, load_cluster
 from lrmc_ray.cluster.resources import local_cpus
-from lrmc_ray.command_line import CommandParser, pasteable
+from lrmc_ray.command_line import CommandParser, arguments_for, parser_of, pasteable
 from lrmc_ray.config import RunSettings
 from lrmc_ray.config.arguments import (
     add_record_arguments,
@@ -36,6 +36,7 @@ from lrmc_ray.console import format_seconds, progress, setup_logging
 from lrmc_ray.errors import ConfigError
 from lrmc_ray.files.artifacts import is_finished
 from lrmc_ray.models import vocabulary_size
+from lrmc_ray.record import command as record_command
 from lrmc_ray.record.capped import MOST_CAPPED, capped_text
 from lrmc_ray.record.examples import SORT_WINDOW, read_examples
 from lrmc_ray.record.names import EXAMPLES, PLAN
@@ -304,7 +305,8 @@ def show_search(planned: Mapping[str, Any]) -> None:
 def main(argv: Sequence[str]) -> int:
     """The command ``lrmc plan``."""
     argv = without_aliases(argv)
-    arguments = _parser().parse_intermixed_args(argv)
+    parser = _parser()
+    arguments = parser.parse_intermixed_args(argv)
     setup_logging(arguments.verbose, quiet=arguments.quiet)
     settings = settings_from(arguments)
     if arguments.cluster is not None or arguments.slots is not None:
@@ -328,11 +330,12 @@ def main(argv: Sequence[str]) -> int:
         print(json.dumps(result))
     else:
         show(result)
-        print(f"Next: {pasteable('lrmc', 'record', *argv)}")
+        of_record = arguments_for(parser_of(record_command.main), argv, parser)
+        print(f"Next: {pasteable('lrmc', 'record', *of_record)}")
     return 0
 
 
-def _parser() -> argparse.ArgumentParser:
+def _parser() -> CommandParser:
     parser = CommandParser(
         "plan",
         description="What recording would cost: candidates per position at several tau, bytes on "

@@ -34,19 +34,19 @@ class Server:
             "&scheme=http&region=us-east-1"
         )
 
+    def names(self, prefix: str) -> list[str]:
+        """Of every object below ``prefix``, relative to it; markers of folders apart."""
+        below = prefix.rstrip("/") + "/"
+        pages = self.client().get_paginator("list_objects_v2").paginate(Bucket=BUCKET, Prefix=below)
+        keys = (entry["Key"] for page in pages for entry in page.get("Contents", []))
+        return [key.removeprefix(below) for key in keys if not key.endswith("/")]
+
     def objects(self, prefix: str) -> dict[str, bytes]:
-        """Content of every object below ``prefix``, by its name there; markers of folders apart."""
-        client = self.client()
-        pages = client.get_paginator("list_objects_v2").paginate(
-            Bucket=BUCKET, Prefix=prefix.rstrip("/") + "/"
-        )
+        """Content of every object below ``prefix``, by its name there; none may be deleted now."""
+        client, below = self.client(), prefix.rstrip("/") + "/"
         return {
-            entry["Key"].removeprefix(prefix.rstrip("/") + "/"): client.get_object(
-                Bucket=BUCKET, Key=entry["Key"]
-            )["Body"].read()
-            for page in pages
-            for entry in page.get("Contents", [])
-            if not entry["Key"].endswith("/")
+            name: client.get_object(Bucket=BUCKET, Key=below + name)["Body"].read()
+            for name in self.names(prefix)
         }
 
     def put(self, name: str, content: bytes) -> None:

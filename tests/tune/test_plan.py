@@ -151,6 +151,7 @@ def test_the_text_form_has_every_figure_and_the_next_command(tiny_model, data, t
         assert said in shown
     assert shown.splitlines()[-1].partition("lrmc record --model")[0].startswith("Next: ")
     assert shown.splitlines()[-1].endswith("data.max_length=99")
+    assert "--sample-tokens" not in shown
 
 
 def test_bad_rows_and_settings_end_a_plan_like_a_record(tiny_model, tmp_path, capsys, no_ray):

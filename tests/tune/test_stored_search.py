@@ -7,6 +7,7 @@ Models, base scores and the decisions of other trials cross through an S3-compat
 import dataclasses
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -17,11 +18,8 @@ from typing import Any
 import pytest
 import torch
 
-from lrmc_ray.cluster.session import ray_session
 from lrmc_ray.config import load_settings
-from lrmc_ray.console import run_command
 from lrmc_ray.errors import DataError, IncompleteArtifactError
-from lrmc_ray.evaluate import command as evaluate
 from lrmc_ray.evaluate.items import ITEMS_FILE, Scores
 from lrmc_ray.evaluate.processes import ScoredModel, score_part
 from lrmc_ray.evaluate.waiting import Watched
@@ -33,7 +31,6 @@ from lrmc_ray.models import model_fingerprint
 from lrmc_ray.train.early_stopping import read_decision, values_of_others
 from lrmc_ray.train.ledger import read_ledger
 from lrmc_ray.train.stored import StoredRun
-from lrmc_ray.tune import command as tune
 from tests.support.rung import RULE, write_decision
 from tests.support.s3 import s3_server
 from tests.support.tiny import make_data, make_model
@@ -249,66 +246,15 @@ def test_a_task_file_that_a_node_lacks_is_refused(tmp_path, monkeypatch):
 # The commands, with Ray
 
 
-@pytest.mark.ray
-@pytest.mark.timeout(600)
-def test_a_search_and_an_evaluation_by_way_of_the_storage(
-    server, storage, tiny_model, tmp_path, capsys
-):
-    data = make_data(tmp_path / "train.jsonl", num_rows=24)
-    runs = tmp_path / "runs"
-    common = [
-        *("--model", str(tiny_model), "--storage", storage.uri, "--output", str(runs), "--json"),
-        *("--domain-tasks", "capitals", "--general-tasks", "plain_english"),
-        *("evaluate.limit=6", "evaluate.drift_samples=2"),
-    ]
-    argv = [
-        *(*common, "--space", "smoke", "--train-data", str(data), "search.trials=4"),
-        *("search.early_stopping=median", "search.early_stopping_trials=2", "train.lr=1e-2"),
-        *("resources.max_concurrent=1", "search.early_stopping_items=4"),
-    ]
-    other = make_model(tmp_path / "other", seed=1)
-    with ray_session(log=tmp_path / "ray.log", num_cpus=2):
-        code = run_command(tune.main, argv)
-        shown = capsys.readouterr()
-        assert code == 0, shown.err
-        left = objects(server, storage)
-        code = run_command(evaluate.main, [*common, "--tuned", str(other), "--actors", "1"])
-        scored = capsys.readouterr()
-        assert code == 0, scored.err
-    (study,) = (json.loads(path.read_text()) for path in runs.glob("*/study.json"))
-    assert {name.partition("/")[0] for name in left} == {"records", "models", "reports"}
-    reported = {name: left[f"reports/{study['id']}/{name}"] for name in REPORTED}
-    assert reported == {name: (runs / study["id"] / name).read_bytes() for name in REPORTED}
-    assert study["state"] == "FINISHED"
-    assert study["stored_as"].startswith(f"studies/{study['id']}-")
-    rungs = [trial["rung"] for trial in study["trials"]]
-    for number, rung in enumerate(rungs):
-        assert rung["others"] == {str(n): rungs[n]["value"] for n in range(number)}
-    states = {trial["number"]: trial["state"] for trial in study["trials"]}
-    expected = {n: "PRUNED" if rungs[n]["stop"] else "COMPLETE" for n in range(4)}
-    assert states == expected
-    best = study["trials"][study["best"]]
-    directory = runs / study["id"] / best["directory"]
-    manifest = read_manifest(directory / "training", made_by="")
-    assert manifest["ledger"]["is_exact"]
-    assert (runs / study["id"] / "best_model" / "model.safetensors").read_bytes() == (
-        directory / "training" / MODEL / "model.safetensors"
-    ).read_bytes()
-    assert not (directory / "training" / MODEL / COMMITTED).exists()
-    # What a task on a node scored is what this process makes of the same files.
-    assert objects(server, storage).keys() == left.keys()
-    reported = json.loads(scored.out)
-    assert_scored_as_here(Path(reported["scores"][1]), other)
-
-
 def command_of(tmp_path, tiny_model, stage, *more):
     data = tmp_path / "train.jsonl"
     if not data.exists():
         make_data(data, num_rows=24)
     return [
         *(sys.executable, "-m", "lrmc_ray", stage, "--model", str(tiny_model)),
-        *("--train-data", str(data), "--domain-tasks", "capitals"),
-        *("--general-tasks", "plain_english", "--json", "evaluate.limit=6"),
+        *(() if stage == "evaluate" else ("--train-data", str(data))),
+        *("--domain-tasks", "capitals", "--general-tasks", "plain_english"),
+        *("--json", "evaluate.limit=6"),
         *("evaluate.drift_samples=2", *more),
     ]
 
@@ -321,36 +267,66 @@ def run_to_its_end(command):
 
 @pytest.mark.ray
 @pytest.mark.timeout(900)
-def test_a_killed_search_goes_on_by_way_of_the_storage(tiny_model, tmp_path):
+def test_a_search_that_is_killed_and_an_evaluation_by_way_of_the_storage(
+    server, storage, tiny_model, tmp_path
+):
     """kill -9 to the command, its trial and its workers, once a checkpoint is in the storage."""
-    objects = tmp_path / "objects"
+    runs = tmp_path / "runs"
+    stored = ("--storage", storage.uri, "--output", str(runs))
     command = [
-        *command_of(tmp_path, tiny_model, "tune", "--space", "smoke", "search.trials=1"),
-        *("--storage", objects.as_uri(), "--output", str(tmp_path / "runs")),
-        *("train.steps=60", "train.checkpoint_every=5", "train.probe_every=0"),
+        *command_of(tmp_path, tiny_model, "tune", "--space", "smoke", *stored),
+        *("search.trials=4", "search.early_stopping=median", "search.early_stopping_trials=2"),
+        *("search.early_stopping_items=4", "resources.max_concurrent=1", "train.lr=1e-2"),
+        *("train.steps=24", "train.checkpoint_every=4", "train.probe_every=0"),
     ]
-    pattern = "studies/*/trials/0000/training/checkpoints/step_*/committed.json"
+    checkpoint = re.compile("studies/.*/trials/0000/training/checkpoints/step_.*/committed.json")
     with (tmp_path / "log").open("wb") as log:
         first = subprocess.Popen(command, stderr=log, start_new_session=True, cwd=ROOT)
     deadline = time.monotonic() + 300
-    while not (found := list(objects.glob(pattern))) and time.monotonic() < deadline:
+    below = storage.root.partition("/")[2]
+    while not any(map(checkpoint.fullmatch, server.names(below))):
         assert first.poll() is None, (tmp_path / "log").read_text()[-3000:]
+        assert time.monotonic() < deadline
         time.sleep(0.05)
     os.killpg(first.pid, signal.SIGKILL)
     first.wait()
-    assert found
     run_to_its_end(command)
-    (study,) = (json.loads(p.read_text()) for p in tmp_path.glob("runs/*/study.json"))
-    assert {trial["state"] for trial in study["trials"]} == {"COMPLETE"}
+    left = objects(server, storage)
+    (study,) = (json.loads(path.read_text()) for path in runs.glob("*/study.json"))
+    assert {name.partition("/")[0] for name in left} == {"records", "models", "reports"}
+    reported = {name: left[f"reports/{study['id']}/{name}"] for name in REPORTED}
+    assert reported == {name: (runs / study["id"] / name).read_bytes() for name in REPORTED}
+    assert study["state"] == "FINISHED"
+    assert study["stored_as"].startswith(f"studies/{study['id']}-")
     assert len(study["sessions"]) == 2
-    trial = study["trials"][0]
-    directory = tmp_path / "runs" / study["id"] / trial["directory"] / "training"
-    manifest = read_manifest(directory, made_by="")
-    assert manifest["ledger"]["is_exact"]
-    entries = read_ledger(directory / LEDGER)
+    rungs = [trial["rung"] for trial in study["trials"]]
+    for number, rung in enumerate(rungs):
+        assert rung["others"] == {str(n): rungs[n]["value"] for n in range(number)}
+    states = {trial["number"]: trial["state"] for trial in study["trials"]}
+    expected = {n: "PRUNED" if rungs[n]["stop"] else "COMPLETE" for n in range(4)}
+    assert states == expected
+    killed, best = (
+        runs / study["id"] / study["trials"][n]["directory"] / "training"
+        for n in (0, study["best"])
+    )
+    for directory in (killed, best):
+        assert read_manifest(directory, made_by="")["ledger"]["is_exact"]
+    entries = read_ledger(killed / LEDGER)
     assert {entry.attempt for entry in entries} == {1, 2}
     assert min(entry.step for entry in entries if entry.attempt == 2) > 1
-    assert not list(objects.glob("studies/*/*"))
+    assert (runs / study["id"] / "best_model" / "model.safetensors").read_bytes() == (
+        best / MODEL / "model.safetensors"
+    ).read_bytes()
+    assert not (best / MODEL / COMMITTED).exists()
+    # What a task on a node scored is what this process makes of the same files.
+    other = make_model(tmp_path / "other", seed=1)
+    scored = run_to_its_end(
+        command_of(
+            *(tmp_path, tiny_model, "evaluate", "--tuned", str(other), "--actors", "1", *stored)
+        )
+    )
+    assert objects(server, storage).keys() == left.keys()
+    assert_scored_as_here(Path(scored["scores"][1]), other)
 
 
 @pytest.mark.slow
