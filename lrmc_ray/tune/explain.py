@@ -171,10 +171,11 @@ def cost_lines(cost: Forecast | None, slots: int) -> list[str]:
             f"saves about {format_seconds(cost.saved_seconds)} if half of the trials that may end "
             "early do."
         ]
+    workers = "1 worker" if cost.workers == 1 else f"up to {cost.workers} workers"
     return [
         f"Cost: about {format_seconds(cost.seconds)} on {slots} cores, "
         f"{cost.core_seconds / 3600:.2g} core hours: {cost.trials} trials, {cost.concurrent} at a "
-        f"time with up to {cost.workers} workers, {format_seconds(cost.train_seconds)} of training "
+        f"time with {workers}, {format_seconds(cost.train_seconds)} of training "
         f"and {format_seconds(cost.evaluate_seconds)} of scoring each; once "
         f"{format_seconds(cost.record_seconds)} to record and {format_seconds(cost.base_seconds)} "
         "to score the base model.",
