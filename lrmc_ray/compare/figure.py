@@ -89,7 +89,7 @@ def draw_scatter(table: ComparisonTable) -> "Figure":
     rows = [row for row in table.rows if row.trade is not None]
     page = _Page(
         [
-            "Every method at its chosen learning rate, mean of its seeds, test items.",
+            f"Every method at its chosen learning rate, mean of its seeds, {table.items}.",
             "Crosses: 95 % intervals over the items.",
         ],
         SCATTER + LABELS,
@@ -281,7 +281,7 @@ def draw_methods(table: ComparisonTable) -> "Figure":
         )
     return _draw_rows(
         [
-            "Every method at its chosen learning rate, test items, points of 100, best first.",
+            f"Every method at its chosen learning rate, {table.items}, points of 100, best first.",
             "Right is better, for forgetting left. 95 % intervals: lines, seeds; bands, items.",
             f"Reference: {table.title_of(table.reference)}",
         ],

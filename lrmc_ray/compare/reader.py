@@ -50,14 +50,29 @@ class ComparisonReader:
                 return found
         return None
 
-    def compared(self, entry: Mapping[str, Any]) -> Comparison:
-        """A run's scores against the base's, on the items of its split."""
-        split: Split = entry["split"]
+    def base(self, split: Split) -> Scores:
+        """The base's scores: of the domain all items of ``split``, of each general task half."""
         if split not in self._base:
             path = self.directory / self.description["base_scores"][split]
             self._base[split] = general_half(Scores.load(path), split)
+        return self._base[split]
+
+    def undivided_tasks(self) -> tuple[str, ...]:
+        """Domain tasks of which the items that are reported chose the learning rates, too."""
+        if not {"dev", "test"} <= self.description.get("base_scores", {}).keys():
+            return ()
+        dev, test = self.base("dev"), self.base("test")
+        return tuple(
+            task
+            for task in test.tasks
+            if test.objective(task).group == "domain" and not test.asks_others(dev, task)
+        )
+
+    def compared(self, entry: Mapping[str, Any]) -> Comparison:
+        """A run's scores against the base's, on the items of its split."""
+        split: Split = entry["split"]
         return compare(
-            self._base[split],
+            self.base(split),
             general_half(Scores.load(self.directory / entry["scores"]), split),
             forgetting_weight=self.description["forgetting_weight"],
             seed=self.description["bootstrap_seed"],

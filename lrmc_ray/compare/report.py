@@ -65,6 +65,11 @@ def sentences(table: ComparisonTable) -> list[str]:
         "(paired bootstrap). Learning rates were chosen on the development questions and the "
         "general items at even places; what is reported was left out of the choice."
     )
+    if table.undivided_tasks:
+        said.append(
+            f"Not so the items of {_list(list(table.undivided_tasks))}: too few to be divided, "
+            "they chose the learning rates, too, so the scores may be too good."
+        )
     if least < len(table.seeds):
         said.append(f"Some methods have only {least} of {len(table.seeds)} seeds so far.")
     edge = []
@@ -182,7 +187,10 @@ def _points_title(table: ComparisonTable) -> str:
 _EFFECT_COLUMNS = (
     "part", "pairs", "seeds", "domain gain", "forgetting", "combined", "KL general, ratio",
 )  # fmt: skip
-_EFFECTS_TITLE = "Which part does it: with it less without it, test items"
+
+
+def _effects_title(table: ComparisonTable) -> str:
+    return f"Which part does it: with it less without it, {table.items}"
 
 
 def _effect_cells(table: ComparisonTable, effect: Effect) -> list[str]:
@@ -207,7 +215,7 @@ def as_markdown(table: ComparisonTable) -> str:
     problems = [(row.title, problem) for row in table.rows for problem in row.problems]
     lines += [f"- {title}: {problem}" for title, problem in problems]
     if table.effects:
-        lines += ["", f"## {_EFFECTS_TITLE}", ""]
+        lines += ["", f"## {_effects_title(table)}", ""]
         lines += _markdown_table(
             _EFFECT_COLUMNS, [_effect_cells(table, effect) for effect in table.effects]
         )
@@ -311,7 +319,7 @@ def console_effects(table: ComparisonTable) -> "ConsoleTable":
     from rich import box
     from rich.table import Table
 
-    shown = Table(title=_EFFECTS_TITLE, box=box.SIMPLE_HEAD)
+    shown = Table(title=_effects_title(table), box=box.SIMPLE_HEAD)
     for column in _EFFECT_COLUMNS[:1] + _EFFECT_COLUMNS[3:]:
         shown.add_column(column)
     for effect in table.effects:
@@ -348,7 +356,7 @@ h1 { font-size: 1.5rem; } h2 { font-size: 1.15rem; margin-top: 2rem; }
 <h1>{{ name }}: methods at equal budget</h1>
 {% for sentence in sentences %}<p>{{ sentence }}</p>{% endfor %}
 <img alt="Gain against forgetting of every method" src="data:image/png;base64,{{ figures.figure }}">
-<h2>At the chosen learning rate, test items</h2>
+<h2>At the chosen learning rate, {{ items }}</h2>
 <img alt="Every method with its intervals" src="data:image/png;base64,{{ figures.methods }}">
 <div class="scroll"><table><thead><tr>
 {% for c in columns %}<th>{{ c }}</th>{% endfor %}</tr></thead><tbody>
@@ -384,6 +392,7 @@ def as_html(table: ComparisonTable, figures: Mapping[str, bytes]) -> str:
     return template.render(
         name=table.name,
         sentences=sentences(table),
+        items=table.items,
         figures={kind: base64.b64encode(png).decode() for kind, png in figures.items()},
         columns=_COLUMNS,
         rows=[
@@ -395,7 +404,7 @@ def as_html(table: ComparisonTable, figures: Mapping[str, bytes]) -> str:
         ],
         cost_note=_COST_NOTE,
         problems=[(row.title, problem) for row in table.rows for problem in row.problems],
-        effects_title=_EFFECTS_TITLE,
+        effects_title=_effects_title(table),
         effect_columns=_EFFECT_COLUMNS,
         effects=[_effect_cells(table, effect) for effect in table.effects],
         points_title=_points_title(table),

@@ -8,7 +8,8 @@ Reads ``compare.json`` and the items behind every score; every interval is compu
   model. It says how far other questions would have come out elsewhere.
 
 The general tasks have one set of items, so it is halved: items at even places of a task help to
-choose the learning rate, those at odd places are reported. Domain questions have two splits.
+choose the learning rate, those at odd places are reported. The items of a domain task are in two
+parts, unless they are too few: then all of them do both, and that is said.
 
 Shape suffixes: those of :mod:`lrmc_ray.method`.
 """
@@ -119,7 +120,14 @@ class ComparisonTable:
     predictors: tuple[Predictor, ...]
     effects: tuple[Effect, ...]
     """Of the parts of which a pair is reported."""
+    undivided_tasks: tuple[str, ...]
+    """Domain tasks of which the items that are reported chose the learning rates, too."""
     description: Mapping[str, Any]
+
+    @property
+    def items(self) -> str:
+        """What the reported items are called: test items, if no choice rests on them."""
+        return "reported items" if self.undivided_tasks else "test items"
 
     def title_of(self, method: str) -> str:
         """What a method is called."""
@@ -178,6 +186,7 @@ def load_table(directory: Path) -> ComparisonTable:
             for asked in description.get("effects", ())
             if (effect := _effect(reader, asked, chosen, reported)) is not None
         ),
+        undivided_tasks=reader.undivided_tasks(),
         description=description,
     )
 

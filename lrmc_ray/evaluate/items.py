@@ -204,6 +204,24 @@ class Scores:
         kind = next(items.kind for (name, _), items in self.metrics.items() if name == task)
         return self.metric(task, OBJECTIVE_METRIC[kind])
 
+    def asks_others(self, earlier: "Scores", task: str) -> bool:
+        """Whether no item of ``task`` was asked in ``earlier``, an evaluation of the same model.
+
+        Equal ids do not tell, since the files of a task may each count from 0; but the same items
+        get the same scores.
+        """
+        if task not in earlier.tasks:
+            return True
+        own, other = (scores.objective(task) for scores in (self, earlier))
+        of_other = dict(zip(other.item_ids, other.values, strict=True))
+        common = [
+            abs(value - of_other[item_id])
+            for item_id, value in zip(own.item_ids, own.values, strict=True)
+            if item_id in of_other
+        ]
+        # Another batch or another machine moves a score far less.
+        return not common or bool(np.mean(common) > 0.005)
+
 
 def _read_metrics(table: pa.Table) -> dict[tuple[str, str], MetricItems]:
     """Group and check the rows of ``items.parquet``."""

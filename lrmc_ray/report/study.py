@@ -5,8 +5,6 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-import numpy as np
-
 from lrmc_ray.errors import DataError, IncompleteArtifactError, LrmcError
 from lrmc_ray.evaluate.changes import (
     Comparison,
@@ -251,7 +249,7 @@ def _final_verdict(
         comparison=comparison,
         plain=plain,
         versus=versus if plain is not None else searched.versus,
-        fresh_tasks=tuple(task for task in base.tasks if _differ(base, searched.base, task)),
+        fresh_tasks=tuple(task for task in base.tasks if base.asks_others(searched.base, task)),
     )
 
 
@@ -260,25 +258,6 @@ def _scored_model(directory: Path) -> str:
     manifest = read_manifest(directory, made_by="python -m lrmc_ray.evaluate")
     identity = manifest.get("identity")
     return str(identity.get("model")) if isinstance(identity, dict) else ""
-
-
-def _differ(first: Scores, second: Scores, task: str) -> bool:
-    """Whether no item of one evaluation of a model was asked in another one.
-
-    Equal ids do not tell, since the files of a task may each count from 0; but the same items get
-    the same scores.
-    """
-    if task not in second.tasks:
-        return True
-    own, other = (scores.objective(task) for scores in (first, second))
-    of_other = dict(zip(other.item_ids, other.values, strict=True))
-    common = [
-        abs(value - of_other[item_id])
-        for item_id, value in zip(own.item_ids, own.values, strict=True)
-        if item_id in of_other
-    ]
-    # Another batch or another machine moves a score far less.
-    return not common or bool(np.mean(common) > 0.005)
 
 
 def _load_trial(

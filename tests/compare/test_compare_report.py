@@ -192,6 +192,22 @@ def base_of(comparing, split):
     return general_half(Scores.load(comparing.output / "scores" / split), split)
 
 
+def test_items_that_chose_the_learning_rates_as_well_are_not_called_test_items(tmp_path, table):
+    """A domain task with too few items to be divided has the same ones in both splits."""
+    assert table.undivided_tasks == ()
+    written = [as_markdown(table), as_html(table, {})]
+    assert all("too few to be divided" not in text for text in written)
+    comparing = make(tmp_path, effects=EFFECTS)
+    same = item_rows(1000, 0.03, 0.0, split="dev")
+    save_scores(comparing.output / "scores" / "test", same, "base")
+    undivided = load_table(comparing.directory)
+    assert undivided.undivided_tasks == ("nl2sql",)
+    for text in (as_markdown(undivided), as_html(undivided, {"figure": b"", "methods": b""})):
+        assert "Not so the items of nl2sql: too few to be divided" in text
+        assert "test items" not in text
+        assert "with it less without it, reported items" in text
+
+
 def test_a_row_is_the_mean_over_seeds_on_the_reported_items(finished, table):
     row = next(row for row in table.rows if row.name == "lrmc")
     assert (row.lr, row.seeds, row.problems) == (3e-5, (0, 1, 2), ())
