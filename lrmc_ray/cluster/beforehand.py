@@ -13,6 +13,8 @@ from pathlib import Path
 from lrmc_ray.cluster.resources import Node, check_slots, local_cpus
 from lrmc_ray.config import DEMO, GEMMA, ModelSettings, ResourceSettings, RunSettings
 from lrmc_ray.errors import DiskError, IncompleteArtifactError
+from lrmc_ray.tasks.child_process import INSTALL
+from lrmc_ray.tasks.pcap_child import load_library
 from lrmc_ray.tasks.registry import expand
 
 _OF_TASKS = {
@@ -88,7 +90,7 @@ def check_output(directory: Path) -> None:
 
 
 def check_packages(*, tasks: Sequence[str], data: Sequence[str], lora: bool) -> None:
-    """Refuse what needs a package that is not installed.
+    """Refuse what needs a package, or a library, that is not installed.
 
     Args:
         tasks: names of tasks.
@@ -109,6 +111,11 @@ def check_packages(*, tasks: Sequence[str], data: Sequence[str], lora: bool) -> 
                 f"{what} needs the package {package}, which is not installed; install it: "
                 f"pip install 'lrmc-ray[{extra}]'"
             )
+    if {"packet_filter", "lrmc_packet_filter"} & set(tasks) and load_library() is None:
+        raise IncompleteArtifactError(
+            "the task packet_filter needs libpcap, which this machine does not have; "
+            f"{INSTALL['libpcap']}"
+        )
 
 
 def check_machine(resources: ResourceSettings) -> None:

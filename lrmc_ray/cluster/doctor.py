@@ -35,6 +35,8 @@ from lrmc_ray.files.artifacts import cache_directory
 from lrmc_ray.files.names import default_tracking_uri
 from lrmc_ray.files.place import place_of
 from lrmc_ray.files.storage import check_storage
+from lrmc_ray.tasks.child_process import INSTALL
+from lrmc_ray.tasks.pcap_child import load_library
 
 LEAST_FREE_GB = 10.0
 LEAST_MEMORY_GB = 6.0
@@ -101,6 +103,15 @@ def check_gpus() -> Finding:
             "install torch for this driver: https://pytorch.org/get-started/locally",
         )
     return Finding("gpu", "ok", "none; everything runs on the CPU (resources.gpus_per_worker = 0)")
+
+
+def check_libpcap() -> Finding:
+    """The library that runs the packet filters of the task ``packet_filter``."""
+    if load_library() is None:
+        return Finding(
+            "libpcap", "warning", "missing; the task packet_filter needs it", INSTALL["libpcap"]
+        )
+    return Finding("libpcap", "ok", "there; the task packet_filter needs it")
 
 
 def check_threads() -> Finding:
@@ -345,7 +356,12 @@ def examine(arguments: argparse.Namespace) -> Iterator[Finding]:
         yield from check_token()
         return
 
-    single: tuple[Callable[[], Finding], ...] = (check_gpus, check_threads, check_ports)
+    single: tuple[Callable[[], Finding], ...] = (
+        check_gpus,
+        check_threads,
+        check_ports,
+        check_libpcap,
+    )
     yield from check_versions()
     for check in single:
         yield check()

@@ -1,6 +1,6 @@
 """Settings: one frozen class per stage, read from TOML and the command line."""
 
-from lrmc_ray.config.base import CT, DEMO, ENGLISH, GEMMA, Settings
+from lrmc_ray.config.base import CT, DEMO, ENGLISH, GEMMA, PACKET_FILTER, Settings
 from lrmc_ray.config.reading import apply_overrides, find_space, load_settings, read_toml
 from lrmc_ray.config.run import RunSettings
 from lrmc_ray.config.search import (
@@ -28,6 +28,7 @@ __all__ = [
     "DEMO",
     "ENGLISH",
     "GEMMA",
+    "PACKET_FILTER",
     "STORAGE_SCHEMES",
     "DataSettings",
     "EvaluateSettings",

@@ -16,6 +16,9 @@ DEMO = "demo"
 GEMMA = "gemma-270m"
 """Names the base model Gemma 3 270M, made from wheels once its terms are accepted."""
 
+PACKET_FILTER = "packet_filter"
+"""Names the task of questions about network traffic, and its training data."""
+
 CT = "ct"
 """Names the task of radio exam questions, and its training data."""
 

@@ -28,6 +28,7 @@ from lrmc_ray.evaluate.task_sources import (
 from lrmc_ray.files.artifacts import cache_directory, content_digest
 from lrmc_ray.tasks.built import built_spider_file, ct_files
 from lrmc_ray.tasks.demo.files import demo_files
+from lrmc_ray.tasks.demo.packet_questions import packet_files
 from lrmc_ray.tasks.registry import GROUPS, OURS, materialize
 
 
@@ -287,6 +288,9 @@ def task_data(names: Sequence[str], split: Split) -> dict[str, Path]:
         demo = demo_files(cache)
         paths["nl2sql_test_path"] = demo.dev if split == "dev" else demo.test
         paths["database_path"] = demo.database
+    if wanted("packet_filter"):
+        packets = packet_files(cache)
+        paths["packet_filter_test_path"] = packets.dev if split == "dev" else packets.test
     if wanted("ct"):
         ct = ct_files(cache)
         paths["ct_test_path"] = ct.dev if split == "dev" else ct.test

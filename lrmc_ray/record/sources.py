@@ -7,13 +7,14 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-from lrmc_ray.config import CT, DEMO, ENGLISH, RunSettings
+from lrmc_ray.config import CT, DEMO, ENGLISH, PACKET_FILTER, RunSettings
 from lrmc_ray.errors import ConfigError, IncompleteArtifactError
 from lrmc_ray.files.artifacts import cache_directory
 from lrmc_ray.record.hub import HUB, hub_files, is_hub_name
 from lrmc_ray.tasks.built import ct_files
 from lrmc_ray.tasks.demo.english import english_file
 from lrmc_ray.tasks.demo.files import demo_files
+from lrmc_ray.tasks.demo.packet_questions import packet_files
 
 KINDS = {
     ".jsonl": "json lines",
@@ -186,6 +187,8 @@ def training_sources(settings: RunSettings) -> list[Source]:
         domain, name = split_domain(labelled)
         if name == DEMO:
             name = str(demo_files(cache_directory()).train)
+        elif name == PACKET_FILTER and not Path(PACKET_FILTER).exists():
+            name = str(packet_files(cache_directory()).train)
         elif name == CT and not Path(CT).exists():
             name = str(ct_files(cache_directory()).train)
         elif name == ENGLISH and not Path(ENGLISH).exists():

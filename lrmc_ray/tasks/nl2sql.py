@@ -8,23 +8,17 @@ database (:mod:`lrmc_ray.tasks.sql_child` says how), and that is killed when it 
 from __future__ import annotations
 
 import atexit
-import contextlib
 import functools
-import json
 import math
 import os
 import re
-import select
-import subprocess
-import sys
-import threading
-import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lrmc_ray.errors import DataError, IncompleteArtifactError, ResourceError
+from lrmc_ray.errors import DataError, IncompleteArtifactError
+from lrmc_ray.tasks.child_process import ChildProcess
 
 Cell = int | float | str | tuple[str, str] | None
 """A blob is the pair ("blob", its hex digits)."""
@@ -35,7 +29,6 @@ REL_TOLERANCE = 1e-6
 ABS_TOLERANCE = 1e-9
 
 _CHILD = Path(__file__).with_name("sql_child.py")
-_START_SECONDS = 30.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,7 +39,7 @@ class Result:
     error: str | None = None
 
 
-class SqlRunner:
+class SqlRunner(ChildProcess):
     """A child process that runs statements on one database, one after the other.
 
     It is started on first use, and again after a statement that cost it its life. Safe to share
@@ -80,19 +73,10 @@ class SqlRunner:
                 f"the database of an NL2SQL task must be a SQLite file, and {self.database} is "
                 "none. Run the stage that prepares the data, or correct the path."
             )
-        self.num_restarts = 0
+        super().__init__(
+            _CHILD, self.database, memory_bytes=memory_bytes, wall_seconds=wall_seconds
+        )
         self._request = {"seconds": query_seconds, "max_rows": max_rows, "max_bytes": max_bytes}
-        self._wall_seconds = wall_seconds
-        self._memory_bytes = memory_bytes
-        self._process: subprocess.Popen[bytes] | None = None
-        self._unread = b""
-        self._lock = threading.Lock()
-
-    def __enter__(self) -> SqlRunner:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
 
     def execute(self, sql: str) -> Result:
         """Run one statement. Whatever it is, the answer comes within ``wall_seconds``.
@@ -102,14 +86,7 @@ class SqlRunner:
         """
         if len(sql) > MAX_SQL_CHARACTERS:
             return Result(error=f"longer than {MAX_SQL_CHARACTERS} characters")
-        line = json.dumps({"sql": sql, **self._request}).encode() + b"\n"
-        with self._lock:
-            process = self._process or self._start()
-            answer = self._ask(process, line)
-            if answer is None:
-                self._stop()
-                self.num_restarts += 1
-                return Result(error="stopped: too much time or memory")
+        answer = self.ask({"sql": sql, **self._request})
         if "error" in answer:
             return Result(error=answer["error"])
         return Result(rows=tuple(tuple(map(_cell, row)) for row in answer["rows"]))
@@ -130,69 +107,6 @@ class SqlRunner:
         return predicted.rows is not None and rows_match(
             predicted.rows, gold.rows, ordered=orders_rows(gold_sql)
         )
-
-    def close(self) -> None:
-        """End the child process. The next statement would start another."""
-        with self._lock:
-            self._stop()
-
-    def _start(self) -> subprocess.Popen[bytes]:
-        # -I -S: neither the environment nor site packages have a say in what the child imports.
-        self._process = subprocess.Popen(
-            [sys.executable, "-I", "-S", str(_CHILD), str(self.database), str(self._memory_bytes)],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL,
-            cwd="/",
-            env={"LC_ALL": "C.UTF-8"},
-        )
-        self._unread = b""
-        if self._read_line(self._process, _START_SECONDS) is None:
-            self._stop()
-            raise ResourceError(
-                f"the process that runs SQL must answer within {_START_SECONDS:.0f} seconds of its "
-                f"start, and did not: {sys.executable} {_CHILD} {self.database}. "
-                "Is the file a SQLite database?"
-            )
-        return self._process
-
-    def _ask(self, process: subprocess.Popen[bytes], line: bytes) -> dict[str, Any] | None:
-        assert process.stdin is not None
-        try:
-            process.stdin.write(line)
-            process.stdin.flush()
-        except BrokenPipeError:
-            return None
-        return self._read_line(process, self._wall_seconds)
-
-    def _read_line(self, process: subprocess.Popen[bytes], seconds: float) -> dict[str, Any] | None:
-        """The next answer; None if the child dies or the time is over."""
-        assert process.stdout is not None
-        deadline = time.monotonic() + seconds
-        poll = select.poll()  # unlike select.select, it takes descriptors above 1,023
-        poll.register(process.stdout, select.POLLIN)
-        while b"\n" not in self._unread:
-            left = deadline - time.monotonic()
-            if left <= 0 or not poll.poll(1000 * left):
-                return None
-            part = os.read(process.stdout.fileno(), 2**16)
-            if not part:
-                return None
-            self._unread += part
-        line, _, self._unread = self._unread.partition(b"\n")
-        answer: dict[str, Any] = json.loads(line)
-        return answer
-
-    def _stop(self) -> None:
-        process, self._process = self._process, None
-        if process is None:
-            return
-        process.kill()
-        for pipe in (process.stdin, process.stdout):
-            assert pipe is not None
-            with contextlib.suppress(BrokenPipeError):  # a request the child did not live to read
-                pipe.close()
-        process.wait()
 
 
 @functools.cache

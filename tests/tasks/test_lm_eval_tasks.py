@@ -16,6 +16,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from lrmc_ray.errors import ConfigError, IncompleteArtifactError
 from lrmc_ray.tasks import registry
+from lrmc_ray.tasks.demo import packet_questions
 from lrmc_ray.tasks.demo.countries import build_database
 from lrmc_ray.tasks.demo.questions import make_examples
 from lrmc_ray.tasks.registry import OURS, materialize
@@ -45,10 +46,13 @@ def manager(nl2sql_files):
     database, test, _ = nl2sql_files
     ct = test.parent / "ct.jsonl"
     ct.write_text(json.dumps({"id": "1", "question": "?", "choices": list("wxyz"), "answer": 2}))
+    packets = test.parent / "packets.jsonl"
+    packets.write_text(json.dumps(packet_questions.make_examples("test", 1, seed=0)[0]))
     folder = materialize(
         test.parent / "tasks",
         nl2sql_test_path=test,
         database_path=database,
+        packet_filter_test_path=packets,
         ct_test_path=ct,
         spider_test_path=test,
     )
@@ -252,6 +256,8 @@ def test_every_task_says_its_kind_and_prompt(manager):
         "lrmc_nl2sql_gold": ("gold", True),
         "lrmc_nl2sql_spider": ("generation", True),
         "lrmc_nl2sql_spider_gold": ("gold", True),
+        "lrmc_packet_filter": ("generation", True),
+        "lrmc_packet_filter_gold": ("gold", True),
         "lrmc_plain_english": ("text", False),
         "lrmc_wordnet": ("choice", False),
     }
