@@ -5,6 +5,7 @@ The sections' figures are in ``page_figures``, the table of tasks in ``task_tabl
 """
 
 import io
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -80,6 +81,17 @@ def write_study_report(study: Study) -> Path:
     return path
 
 
+def _trials(study: Study) -> str:
+    said = f"{len(study.trials)} trials"
+    return said + (f", {len(study.problems)} of them without scores" if study.problems else "")
+
+
+def _record(summary: Mapping[str, Any]) -> dict[str, Any]:
+    """The record's figures; those by domain only where the data name any."""
+    unnamed = set(summary.get("domains", ())) == {""}
+    return {name: value for name, value in summary.items() if name != "domains" or not unnamed}
+
+
 def _page(study: Study) -> dict[str, Any]:
     """Everything that the page shows, in the words of its template."""
     best, verdict = study.shown, study.verdict
@@ -91,8 +103,7 @@ def _page(study: Study) -> dict[str, Any]:
     curve_roles = {shown_role(study, trial) for trial in study.trials if trial.entry.metrics_file}
     return {
         "name": study.file.name,
-        "subtitle": f"{len(study.trials)} trials, {len(study.problems)} of them without scores. "
-        f"Started {study.file.created}.",
+        "subtitle": f"{_trials(study)}. Started {study.file.created.replace('T', ' ')[:16]} UTC.",
         "headline": headline(study),
         "tiles": _tiles(study),
         "resamples": RESAMPLES,
@@ -134,7 +145,7 @@ def _page(study: Study) -> dict[str, Any]:
         "surface": ground,
         "surface_names": surface_names,
         "importance": importance_drawing(study),
-        "record": flatten(study.file.record),
+        "record": flatten(_record(study.file.record)),
         **receipt_section(verdict),
         "tables": _tables(study),
         "footer": f"Written by lrmc_ray from {STUDY_FILE}; figures need no network.",

@@ -39,7 +39,7 @@ def receipt_section(verdict: Verdict | None) -> dict[str, Any]:
             told = [_example(row, questions) for row in items[: SHOWN + FOLDED]]
             examples.append(
                 {
-                    "title": f"{change.capitalize()}: {len(items)} items",
+                    "title": f"{change.capitalize()}: {len(items)} item{'s' * (len(items) != 1)}",
                     "shown": told[:SHOWN],
                     "folded": told[SHOWN:],
                     "more": len(items) - len(told),

@@ -855,6 +855,24 @@ def test_a_figure_cannot_end_its_script():
     )
 
 
+def test_the_head_says_when_it_began_and_what_has_no_scores(own):
+    assert "Started 2026-11-22 04:40 UTC." in visible_text(write_report(own).read_text())
+    edit(own, created="2026-11-29T06:17:17+00:00")
+    text = visible_text(write_report(own).read_text())
+    assert re.search(
+        r"\b\d+ trials, [1-9]\d* of them without scores\. Started 2026-11-29 06:17 UTC", text
+    )
+
+
+@pytest.mark.parametrize(("domains", "shown"), [({"": 7}, False), ({"": 7, "law": 3}, True)])
+def test_the_record_is_told_by_domain_where_the_data_name_any(own, domains, shown):
+    edit(own, record={"samples": 10, "domains": {name: {"n": n} for name, n in domains.items()}})
+    text = visible_text(write_report(own).read_text())
+    assert "samples 10" in text
+    assert ("domains.law.n" in text) == shown
+    assert ("domains." in text) == shown
+
+
 def test_the_same_study_gives_the_same_page(own, page):
     for _ in range(2):
         assert write_report(own).read_text() == page
