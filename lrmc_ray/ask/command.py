@@ -3,12 +3,14 @@
 import argparse
 import json
 import sys
+import textwrap
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lrmc_ray.ask.questions import Question, question_of, read_questions
 from lrmc_ray.ask.table import Row, Table, check_suffix, table_text
+from lrmc_ray.ask.taught_system import taught_system, with_system
 from lrmc_ray.command_line import CommandParser
 from lrmc_ray.config import ModelSettings
 from lrmc_ray.console import progress, setup_logging
@@ -39,6 +41,8 @@ def main(argv: Sequence[str]) -> int:
     if compared is None:
         print(f"{directory} names no base; --compare BASE asks one beside it.", file=sys.stderr)
 
+    system = _system(arguments, origin)
+
     from lrmc_ray.ask.answering import Answerer, Generation
     from lrmc_ray.models import local_directory
 
@@ -62,7 +66,7 @@ def main(argv: Sequence[str]) -> int:
     names: tuple[str, ...] = (f"tuned: {directory}",)
     if compared is not None:
         names = (f"base: {compared.name}", *names)
-    return _run(arguments, answerers, names, generation, questions)
+    return _run(arguments, answerers, names, generation, questions, system)
 
 
 def _run(
@@ -71,11 +75,13 @@ def _run(
     names: tuple[str, ...],
     generation: "Generation",
     questions: Sequence[Question] | None,
+    system: str | None,
 ) -> int:
     """Ask and show, or write."""
 
     def ask(question: Question) -> Row:
-        answers = [one.answer(question.messages, generation).shown() for one in answerers]
+        messages = with_system(question, system).messages
+        answers = [one.answer(messages, generation).shown() for one in answerers]
         return Row(question.text, question.expected, tuple(answers))
 
     if questions is not None and (arguments.to or arguments.json):
@@ -84,7 +90,7 @@ def _run(
             for question in questions:
                 rows.append(ask(question))
                 bar.advance(1)
-        table = Table(names, _in_words(generation), rows)
+        table = Table(names, _in_words(generation, system), rows)
         passed("chat.answered")
         if arguments.to:
             write_atomically(arguments.to, table_text(table, arguments.to).encode())
@@ -94,7 +100,7 @@ def _run(
             print(f"{len(rows)} questions and their answers are in {arguments.to}")
         return 0
     if arguments.json:
-        _print_json(Table(names, _in_words(generation), [ask(q) for q in _typed()]))
+        _print_json(Table(names, _in_words(generation, system), [ask(q) for q in _typed()]))
         return 0
     from rich.console import Console
 
@@ -141,13 +147,29 @@ def _print_json(table: Table) -> None:
     print(json.dumps({"models": list(table.models), "settings": table.settings, "rows": rows}))
 
 
-def _in_words(generation: "Generation") -> str:
+def _in_words(generation: "Generation", system: str | None) -> str:
+    asked = f" System message: {' '.join(system.split())}" if system else ""
     if generation.temperature == 0.0:
-        return f"Greedy answers of at most {generation.max_new_tokens} tokens."
+        return f"Greedy answers of at most {generation.max_new_tokens} tokens.{asked}"
     return (
         f"Answers of at most {generation.max_new_tokens} tokens, drawn at temperature "
-        f"{generation.temperature:g}, top-p {generation.top_p:g}, seed {generation.seed}."
+        f"{generation.temperature:g}, top-p {generation.top_p:g}, seed {generation.seed}.{asked}"
     )
+
+
+def _system(arguments: argparse.Namespace, origin: Origin | None) -> str | None:
+    """The message before every question: what was asked for, or what the model was taught with."""
+    if arguments.system is not None or arguments.as_text or origin is None:
+        return None if arguments.as_text else arguments.system
+    system = taught_system(origin.data)
+    if system:
+        shown = textwrap.shorten(system, 40, placeholder=" ...")
+        print(
+            f"Asked as it was taught, with the system message of all its data: {shown!r}. "
+            "--system '' leaves it out.",
+            file=sys.stderr,
+        )
+    return system
 
 
 def _base(named: str | None, origin: Origin | None) -> ModelSettings | None:
@@ -188,6 +210,12 @@ def _parser() -> CommandParser:
         metavar="FILE",
         help="plain text with one question a line, or .jsonl with messages, prompt and completion, "
         "or question and answer",
+    )
+    parser.add_argument(
+        "--system",
+        metavar="TEXT",
+        help="system message before every question that has no conversation before it; '' for "
+        "none (default: that of the training data, if all rows have the same)",
     )
     parser.add_argument(
         "--to", type=Path, metavar="FILE", help="write a table there: FILE.md or FILE.html"

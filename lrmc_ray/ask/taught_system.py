@@ -1,0 +1,48 @@
+"""The system message that a model was taught with, where all of its data begin with the same."""
+
+import itertools
+from collections.abc import Sequence
+
+from lrmc_ray.ask.questions import Question
+from lrmc_ray.errors import LrmcError
+from lrmc_ray.record.hub import is_hub_name
+from lrmc_ray.record.rows import Rejects, Row, read_rows
+from lrmc_ray.record.sources import find_sources, split_domain
+
+ROWS = 256
+"""First rows that are looked at."""
+
+
+def taught_system(data: Sequence[str]) -> str | None:
+    """The first message of every row, if it is the same system message in all that are looked at.
+
+    Args:
+        data: names of the training data. Those of the Hub are not asked for.
+
+    Returns:
+        None where rows differ, have none, or cannot be read here.
+    """
+    if any(is_hub_name(split_domain(name)[1]) for name in data):
+        return None
+    try:
+        rows = itertools.islice(read_rows(find_sources(data), Rejects(max_share=1.0)), ROWS)
+        found = {_system_of(row) for row in rows}
+    except (LrmcError, OSError):
+        return None
+    return found.pop() if len(found) == 1 else None
+
+
+def with_system(question: Question, system: str | None) -> Question:
+    """The question behind a system message; one with a conversation before it stays as it is."""
+    if not system or len(question.messages) > 1:
+        return question
+    return Question(({"role": "system", "content": system}, *question.messages), question.expected)
+
+
+def _system_of(row: Row) -> str | None:
+    messages = row.content.get("messages")
+    if not isinstance(messages, list) or not messages or not isinstance(messages[0], dict):
+        return None
+    first = messages[0]
+    content = first.get("content")
+    return content if first.get("role") == "system" and isinstance(content, str) else None
