@@ -14,6 +14,9 @@ from lrmc_ray.cluster import beforehand, doctor
 from lrmc_ray.errors import DataError, IncompleteArtifactError
 from lrmc_ray.tasks import child_process, pcap_child
 from lrmc_ray.tasks.packet_filter import TRACE, FilterRunner, extract_filter, score
+from tests.support.libpcap import needs_libpcap
+
+pytestmark = needs_libpcap
 
 ROOT = Path(__file__).parents[2]
 

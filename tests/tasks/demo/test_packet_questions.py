@@ -15,6 +15,7 @@ from lrmc_ray.tasks.demo.packet_kinds import KINDS
 from lrmc_ray.tasks.demo.packet_questions import NUMBERS, make_examples, packet_files
 from lrmc_ray.tasks.demo.packet_values import VALUES
 from lrmc_ray.tasks.packet_filter import TRACE, FilterRunner
+from tests.support.libpcap import needs_libpcap
 
 pytest.importorskip("scapy", reason="the extra test brings scapy")
 from scapy.contrib.mpls import MPLS
@@ -22,6 +23,8 @@ from scapy.layers.inet import ICMP, IP, TCP, UDP
 from scapy.layers.inet6 import IPv6
 from scapy.layers.l2 import ARP, Dot1Q, Ether
 from scapy.utils import RawPcapReader
+
+pytestmark = needs_libpcap
 
 FIN, SYN, RST, PSH, ACK = 1, 2, 4, 8, 16
 
