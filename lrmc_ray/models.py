@@ -297,14 +297,10 @@ def empty_model(directory: Path) -> Any:
         DataError: transformers does not know it, or not without code of its own.
     """
     import torch
-    from transformers import AutoConfig
 
-    with _reading("causal LM", directory):
-        config = AutoConfig.from_pretrained(
-            directory, local_files_only=True, trust_remote_code=False
-        )
-        with torch.device("meta"):
-            return _class_of(directory).from_config(config)
+    config = load_config(directory)
+    with _reading("causal LM", directory), torch.device("meta"):
+        return _class_of(directory).from_config(config)
 
 
 def load_model(directory: Path, *, dtype: "torch.dtype | None" = None) -> Any:
@@ -516,10 +512,10 @@ def attention_cost(model: Any) -> float:
     from lrmc_ray.method.fast.packing import pack
     from lrmc_ray.method.layout import pad
 
+    if not may_be_packed(model):
+        return float("inf")
     config = model.config.get_text_config()
     length = int(min(longest_packed(config), _TRIED_TOKENS))
-    if length < _FEWEST_TOKENS or _has_windows_of_its_own(model):
-        return float("inf")
     generator = torch.Generator().manual_seed(0)
     ids_T = torch.randint(1, config.vocab_size, (2 * length,), generator=generator)
     # Two sequences with a common beginning, of unequal lengths.
@@ -548,17 +544,39 @@ def attention_cost(model: Any) -> float:
     scale = float(found[0].abs().max())
     if not torch.allclose(found[0], found[1], atol=1e-3 * scale, rtol=1e-3):
         return float("inf")
+    return price_of_attention(model)
+
+
+def price_of_attention(model: Any) -> float:
+    """The number that :func:`attention_cost` gives where sequences can be packed."""
+    config = model.config.get_text_config()
     embeddings = {id(model.get_input_embeddings().weight), id(model.get_output_embeddings().weight)}
     weights = sum(p.numel() for p in model.parameters() if id(p) not in embeddings)
     return float(2 * config.num_hidden_layers * config.hidden_size / weights)
 
 
+_WITH_STATE = ("conv", "linear_attention")
+"""Layers of models that transformers does not call stateful as a whole, whose state is no cache of
+keys and values."""
 _MASKS = (
     "create_sliding_window_causal_mask",
     "create_chunked_causal_mask",
     "create_masks_for_generate",
 )
 """Functions of transformers that make windows and chunks, and pass on a mask that is given."""
+
+
+def may_be_packed(model: Any) -> bool:
+    """Whether sequences may be packed, by the model's structure; :func:`attention_cost` tries it.
+
+    It needs no weights. State-space models and others with a state that goes from token to token
+    cannot be packed: a token would take it over from its neighbour in the row.
+    """
+    config = model.config.get_text_config()
+    length = min(longest_packed(config), _TRIED_TOKENS)
+    layers = getattr(config, "layer_types", None) or ()
+    has_state = model._is_stateful or any(kind in _WITH_STATE for kind in layers)
+    return length >= _FEWEST_TOKENS and not has_state and not _has_windows_of_its_own(model)
 
 
 def _has_windows_of_its_own(model: Any) -> bool:

@@ -42,6 +42,13 @@ class StepResult:
     """Steps in a row, this one the last, whose update was left out."""
 
 
+def token_slots(batches: list[MicroBatch]) -> int:
+    """Tokens that go through the model in a step, padding included."""
+    prefixes = [batch.num_prefix for batch in batches if batch.num_prefix]
+    spared = sum(prefixes[1:])  # one of the micro-batches has to bring its beginning along
+    return sum(batch.input_ids_BT.numel() for batch in batches) - spared
+
+
 def summarize(
     step: int,
     samples: list[Sample],
@@ -65,8 +72,8 @@ def summarize(
     prompt = sum(batch.num_prompt for batch in batches)
     active = sum(len(batch.supervised.row_N) for batch in batches)
     candidates = sum(len(batch.supervised.candidates.token_ids) for batch in batches)
-    prefixes = [batch.num_prefix for batch in batches if batch.num_prefix]
-    spared = sum(prefixes[1:])  # one of the micro-batches has to bring its beginning along
+    padded = token_slots(batches)
+    spared = sum(batch.input_ids_BT.numel() for batch in batches) - padded
     return StepResult(
         step=step,
         sample_ids=[sample.sample_id for sample in samples],
@@ -78,7 +85,7 @@ def summarize(
         num_active=active,
         num_tokens=sum(batch.num_tokens for batch in batches),
         num_processed=sum(batch.num_processed for batch in batches),
-        num_padded=sum(batch.input_ids_BT.numel() for batch in batches) - spared,
+        num_padded=padded,
         num_shared=sum(batch.num_shared for batch in batches) + spared,
         mean_candidates=candidates / max(1, active),
         is_applied=bad_steps == 0,

@@ -120,7 +120,7 @@ def compute_gradients(
     for parameter in parameters:
         parameter.grad = None
     prefix = _run_prefix(model, micro_batches, loss, options, step)
-    leaves = prefix.leaves if prefix else []
+    leaves = prefix.leaves if prefix and options.reduction == "strict" else []
     ordered = _added_in_order(parameters, head, options, group)
     for wave in waves(busy, group.world_size):
         if group.rank < len(wave):
@@ -138,7 +138,7 @@ def compute_gradients(
             mean = main / num_supervised + loss.anchor_weight * anchor / num_prompt
             (mean + _balance_loss(options, batch, micro_batches)).backward()  # type: ignore[no-untyped-call]
             sums_M2[index] = torch.stack([main, anchor]).detach()
-        add_in_order(total, [*ordered, *(leaves if ordered else [])], group, sources=len(wave))
+        add_in_order(total, [*ordered, *leaves], group, sources=len(wave))
     if prefix:
         _end_prefix(prefix, total, ordered, group, options)
     _leave_gradients(parameters, total)

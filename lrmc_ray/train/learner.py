@@ -21,7 +21,7 @@ from lrmc_ray.models import attention_cost, batch_hidden_states, head_of, load_m
 from lrmc_ray.train.recompute import Recomputation
 from lrmc_ray.train.routers import Routers
 from lrmc_ray.train.samples import TrainingSamples
-from lrmc_ray.train.split_forward import SplitModel, can_split
+from lrmc_ray.train.split_forward import SplitModel, can_split, may_share
 from lrmc_ray.train.trainable import TrainableModel
 from lrmc_ray.train.vocabulary import Vocabulary
 
@@ -99,20 +99,12 @@ class Learner:
         return LanguageModel(self.hidden_states, self.head, self.split, self.vocabulary.head_rows)
 
     def _may_share(self) -> bool:
-        """Whether a beginning that all samples of a step share may have a pass of its own.
-
-        On a GPU one more pass costs more calls than it spares work. What the base and routers say,
-        they say of a whole micro-batch, and half precision would round the sum of its gradients.
-        """
-        return (
-            self.settings.micro_batches > 1
-            and math.isfinite(self.attention_cost)
-            and self.head.weight_VD.is_cpu
-            and self.autocast is None
-            and self.base is None
-            and not self.routers.is_mixture
-            and can_split(self.model)
+        may = may_share(
+            self.settings,
+            on_cpu=self.head.weight_VD.is_cpu,
+            is_mixture=self.routers.is_mixture,
         )
+        return may and math.isfinite(self.attention_cost) and can_split(self.model)
 
     def state(self) -> dict[str, Any]:
         """What a checkpoint keeps."""

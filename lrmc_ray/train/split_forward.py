@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lrmc_ray.config import TrainSettings
 from lrmc_ray.method.fast.packing import pack
 from lrmc_ray.method.layout import Layout
 from lrmc_ray.method.microbatch import MicroBatch
@@ -63,6 +64,22 @@ class SplitModel:
         )
         hidden: Tensor = output.last_hidden_state
         return hidden
+
+
+def may_share(settings: TrainSettings, *, on_cpu: bool, is_mixture: bool) -> bool:
+    """Whether a beginning that all samples of a step share may have a pass of its own.
+
+    On a GPU one more pass costs more calls than it spares work. What the base and routers say, they
+    say of a whole micro-batch, and half precision would round the sum of its gradients. The model
+    must be one that can be packed, and pass :func:`can_split`.
+    """
+    return (
+        settings.micro_batches > 1
+        and on_cpu
+        and settings.precision != "bf16"
+        and settings.loss != "kl_to_base"
+        and not is_mixture
+    )
 
 
 def can_split(model: Any) -> bool:

@@ -19,7 +19,6 @@ from lrmc_ray.files.artifacts import cache_directory, fingerprint, is_finished
 from lrmc_ray.files.study import STUDY_FILE, StudyFile, read_study
 from lrmc_ray.record.identity import identify
 from lrmc_ray.record.sources import training_files, training_sources
-from lrmc_ray.record.token_counts import TokenCounts, count_sample_tokens
 from lrmc_ray.tasks.demo import base_model, gemma_model
 from lrmc_ray.train.driver import with_steps
 
@@ -232,6 +231,9 @@ def _measured(settings: RunSettings, output: Path) -> _Parts | None:
 
 def _estimated(settings: RunSettings, slots: int, gpu_flops: float | None) -> _Parts | None:
     """From floating-point operations: 2 per parameter and token forward, 6 with the gradient."""
+    # With it comes torch, which ``--help`` and measured forecasts do without.
+    from lrmc_ray.tune.token_counts import TokenCounts, count_sample_tokens
+
     directory = _model_directory(settings)
     gpus = settings.resources.gpus_per_worker
     if directory is None or (gpus and gpu_flops is None):
@@ -244,11 +246,9 @@ def _estimated(settings: RunSettings, slots: int, gpu_flops: float | None) -> _P
         counts = count_sample_tokens(
             sources,
             directory,
+            train,
             max_length=settings.data.max_length,
-            batch_size=train.batch_size,
-            micro_batches=train.micro_batches,
-            packing=train.packing,
-            parameters=parameters,
+            on_gpu=bool(gpus),
             template_options=settings.model.template_options,
         )
     except DataError:  # no tokenizer to count with, or rows that recording will name

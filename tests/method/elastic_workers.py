@@ -30,6 +30,7 @@ from tests.support.plain_training import (
     samples_with_a_beginning,
     tiny_llama,
 )
+from tests.support.trained_rows import train_rows
 
 WORLD_SIZES = (1, 2, 3, 4)
 STEPS = 3
@@ -57,6 +58,10 @@ class Case:
     """Samples, of 8, that have an active position."""
     optimizer: str = "moclip"
     l2_sp_weight: float = 0.0
+    by_rows: bool = False
+    """Of the vocabulary, only the rows that the run touches are trained."""
+    inner_alone: bool = False
+    """Neither embedding nor output head is trained, as with adapters."""
 
 
 CASES = {
@@ -76,6 +81,19 @@ CASES = {
     "packed": Case(ANCHORED, attention_cost=0.0),
     "shared prefix": Case(
         dataclasses.replace(ANCHORED, tail_samples=32), attention_cost=0.0, shares_prefix=True
+    ),
+    "shared prefix, inner weights": Case(
+        ANCHORED, attention_cost=0.0, shares_prefix=True, inner_alone=True
+    ),
+    "tied, by rows": Case(by_rows=True),
+    "anchor and tail, by rows": Case(
+        dataclasses.replace(ANCHORED, tail_samples=32), tied=False, by_rows=True
+    ),
+    "shared prefix, by rows": Case(
+        dataclasses.replace(ANCHORED, tail_samples=32),
+        attention_cost=0.0,
+        shares_prefix=True,
+        by_rows=True,
     ),
     "fast": Case(ANCHORED, reduction="fast"),
     "fast, shared prefix": Case(ANCHORED, attention_cost=0.0, shares_prefix=True, reduction="fast"),
@@ -111,13 +129,30 @@ def samples_of_step(case: Case, step: int) -> list[Sample]:
 def run(case: Case, group: WorkerGroup) -> Outcome:
     """One worker's part in a run."""
     model = tiny_llama(tied=case.tied, dropout=case.dropout, dtype=torch.float32).train()
-    parameters = list(model.parameters())
+    named = dict(model.named_parameters())
+    trained, head_rows = {}, None
+    if case.by_rows:
+        samples = [sample for step in range(STEPS) for sample in samples_of_step(case, step)]
+        trained, head_rows = train_rows(model, samples, case.loss, steps=STEPS)
+        named |= {name: rows.rows_XD for name, rows in trained.items()}
+    if case.inner_alone:
+        for name in [name for name in named if "layers" not in name]:
+            named.pop(name).requires_grad_(False)
+    parameters = list(named.values())
     penalty = StartingPoint(parameters, case.l2_sp_weight)
     frozen = base_llama(torch.float32)
     base = LanguageModel(lambda batch: batch_hidden_states(frozen, batch), head_of(frozen))
+
+    def after_update(lr: float) -> None:
+        for rows in trained.values():
+            rows.write_back(1 - lr * WEIGHT_DECAY)
+
     results = train(
         LanguageModel(
-            lambda batch: batch_hidden_states(model, batch), head_of(model), SplitModel(model)
+            lambda batch: batch_hidden_states(model, batch),
+            head_of(model),
+            SplitModel(model),
+            head_rows,
         ),
         make_optimizer(case.optimizer, parameters, lr=LR, weight_decay=WEIGHT_DECAY),
         lambda step: samples_of_step(case, step),
@@ -130,13 +165,14 @@ def run(case: Case, group: WorkerGroup) -> Outcome:
             share_prefix_up_to=math.inf if case.shares_prefix else 0,
             base=base if case.loss.loss == "kl_to_base" else None,
             penalize=penalty.add_gradient if case.l2_sp_weight else None,
+            after_update=after_update,
         ),
         group,
         steps=range(STEPS),
         lr_of_step=lambda step: LR,
     )
     steps = list(results)
-    return Outcome([parameter.detach() for parameter in parameters], steps)
+    return Outcome([parameter.detach() for parameter in model.parameters()], steps)
 
 
 def worker(rank: int, directory: Path) -> None:

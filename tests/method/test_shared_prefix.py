@@ -122,6 +122,28 @@ def test_frozen_beginnings_and_weights_get_no_gradient():
     assert all(torch.equal(a, b) for a, b in zip(found, kept, strict=True))
 
 
+@pytest.mark.parametrize("reduction", ["strict", "fast"])
+def test_gradients_of_inner_weights_alone(reduction):
+    """As adapters are trained: neither the embedding nor the output head is."""
+    loss = LOSSES["restricted + anchor"]
+    model = tiny_llama()
+    samples = samples_with_a_beginning(4, common=COMMON)
+    expected = dict(
+        zip(
+            [name for name, _ in model.named_parameters()],
+            plain_gradients(model, samples, loss, step=2),
+            strict=True,
+        )
+    )
+    model.requires_grad_(False)
+    names = [name for name in expected if "q_proj" in name]
+    for name in names:
+        model.get_parameter(name).requires_grad_(True)
+    found, result = gradients_of(model, samples, loss, parts=3, reduction=reduction)
+    assert {batch.num_prefix for batch in result.micro_batches} == {COMMON}
+    assert largest_difference(found, [expected[name] for name in names]) < 1e-10
+
+
 def divided(samples, *, parts=2, longest=math.inf, pack_up_to=math.inf, cost=0.0):
     batches = StepOptions(num_micro_batches=parts, attention_cost=cost).divide(samples, EVERY)
     return share_prefix(batches, longest, pack_up_to)

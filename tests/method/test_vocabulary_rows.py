@@ -9,13 +9,13 @@ from transformers import AutoModelForCausalLM, Gemma3TextConfig
 from lrmc_ray.method.losses import LanguageModel, LossSettings
 from lrmc_ray.method.microbatch import MicroBatch
 from lrmc_ray.method.optimizers import make_optimizer
-from lrmc_ray.method.restricted_loss import draw_tail
 from lrmc_ray.method.training_loop import StepOptions, train
 from lrmc_ray.method.vocabulary_rows import EmbeddingLookup, HeadRows, TrainedRows, tokens_of
 from lrmc_ray.method.workers import WorkerGroup
 from lrmc_ray.models import batch_hidden_states, head_of
 from tests.support.method_training import PAPER
 from tests.support.plain_training import VOCABULARY, random_samples, tiny_llama
+from tests.support.trained_rows import train_rows
 
 STEPS = 4
 LR = 1e-2
@@ -33,20 +33,7 @@ def run(model, loss=TAILED, *, by_rows, optimizer="moclip", decay=0.0, options=N
     trained, head_rows = {}, None
     if by_rows:
         samples = [sample for step in range(STEPS) for sample in batch_of_step(step)]
-        inputs, outputs = tokens_of(samples, loss.activity)
-        tails = [
-            draw_tail(loss.tail_samples, VOCABULARY, seed=loss.seed, step=step).ids_R
-            for step in range(STEPS if loss.tail_samples else 0)
-        ]
-        outputs = torch.cat([outputs, *tails])
-        embedding = model.get_input_embeddings()
-        tied = embedding.weight is head.weight_VD
-        used = torch.cat([inputs, outputs]) if tied else inputs
-        trained["model.embed_tokens.weight"] = rows = TrainedRows(embedding.weight, used)
-        EmbeddingLookup(embedding, rows)
-        if not tied:
-            trained["lm_head.weight"] = rows = TrainedRows(head.weight_VD, outputs)
-        head_rows = HeadRows(head, rows)
+        trained, head_rows = train_rows(model, samples, loss, steps=STEPS)
         parameters |= {name: rows.rows_XD for name, rows in trained.items()}
 
     def after_update(lr):

@@ -11,7 +11,6 @@ import pytest
 from lrmc_ray.config import ResourceSettings, RunSettings
 from lrmc_ray.errors import ResourceError
 from lrmc_ray.record.sources import find_sources
-from lrmc_ray.record.token_counts import count_sample_tokens
 from lrmc_ray.tune.explain import explain
 from lrmc_ray.tune.forecast import (
     count_parameters,
@@ -20,6 +19,7 @@ from lrmc_ray.tune.forecast import (
     forecast,
     with_expected_steps,
 )
+from lrmc_ray.tune.token_counts import count_sample_tokens
 from tests.support.tiny import make_data
 
 
@@ -141,11 +141,9 @@ def test_the_rough_estimate_follows_the_models_size(settings, tmp_path, tiny_mod
     counts = count_sample_tokens(
         find_sources([str(path)]),
         tiny_model,
+        settings.train,
         max_length=1024,
-        batch_size=8,
-        micro_batches=4,
-        packing=True,
-        parameters=parameters,
+        on_gpu=False,
     )
     assert found.train_seconds == pytest.approx(
         6 * parameters * 240 * counts.computed / 7e10 + 30 * parameters * 8.4e-9
