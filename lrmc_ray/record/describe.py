@@ -38,8 +38,8 @@ def print_summary(summary: Mapping[str, Any], *, k_max: int | None = None) -> No
     print(
         f"Candidates of a learned position: median {summary['k_median']}, mean "
         f"{summary['k_mean']}, 95 % have at most {summary['k_95']}. "
-        f"{summary['active_share']:.0%} have one beside the right token, "
-        f"{summary['capped_share']:.1%} are cut short by record.k_max."
+        f"{100 * summary['active_share']:.0f} % have one beside the right token, "
+        f"{100 * summary['capped_share']:.1f} % are cut short by record.k_max."
     )
     print(
         f"{summary['bytes'] / 1e6:.1f} MB, {summary['bytes_per_supervised_position']:g} bytes a "
