@@ -154,6 +154,8 @@ def test_the_next_command_takes_what_it_is_given():
         assert left[0] == "train.tau=0.9"
         assert sum(argument.startswith("-") for argument in left) == kept > 10
         vars(after.parse_intermixed_args(left))
+    known = parser_of(record.main)._option_string_actions
+    assert plan._record_parser()._option_string_actions.keys() == known.keys()
 
 
 def test_a_pasted_command_is_this_environments(tmp_path, monkeypatch):

@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Any
 
 from lrmc_ray.cluster.cluster_file import cluster_slots, load_cluster
 from lrmc_ray.cluster.resources import local_cpus
-from lrmc_ray.command_line import CommandParser, arguments_for, parser_of, pasteable
+from lrmc_ray.command_line import CommandParser, arguments_for, pasteable
 from lrmc_ray.config import RunSettings
 from lrmc_ray.config.arguments import (
     add_record_arguments,
@@ -36,7 +36,6 @@ from lrmc_ray.console import format_seconds, progress, setup_logging
 from lrmc_ray.errors import ConfigError
 from lrmc_ray.files.artifacts import is_finished
 from lrmc_ray.models import vocabulary_size
-from lrmc_ray.record import command as record_command
 from lrmc_ray.record.capped import MOST_CAPPED, capped_text
 from lrmc_ray.record.examples import SORT_WINDOW, read_examples
 from lrmc_ray.record.names import EXAMPLES, PLAN
@@ -330,9 +329,16 @@ def main(argv: Sequence[str]) -> int:
         print(json.dumps(result))
     else:
         show(result)
-        of_record = arguments_for(parser_of(record_command.main), argv, parser)
+        of_record = arguments_for(_record_parser(), argv, parser)
         print(f"Next: {pasteable('lrmc', 'record', *of_record)}")
     return 0
+
+
+def _record_parser() -> CommandParser:
+    parser = CommandParser("record")
+    add_run_arguments(parser)
+    add_record_arguments(parser)
+    return parser
 
 
 def _parser() -> CommandParser:
