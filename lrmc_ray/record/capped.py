@@ -15,10 +15,7 @@ def capped_text(share: float, k_max: int, *, needed: int | None = None) -> str |
     if share <= MOST_CAPPED:
         return None
     if needed is None:
-        help_text = (
-            f"Try record.k_max={2 * k_max}, twice as many: how many are needed lies beyond what "
-            "was recorded, and `lrmc plan` measures it"
-        )
+        help_text = f"Try record.k_max={2 * k_max}; `lrmc plan` measures how many are needed"
     else:
         help_text = (
             f"record.k_max={needed} would do for all but {100 * MOST_CAPPED:g} % of them, as "

@@ -1,5 +1,7 @@
 """Ray on this machine: a start that takes too long."""
 
+from typing import Any
+
 import pytest
 
 from lrmc_ray.cluster.session import ray_session
@@ -16,7 +18,8 @@ def starts(monkeypatch):
     """Every start of Ray fails with the next of ``errors``, and then succeeds."""
     import ray
 
-    made, errors = [], []
+    made: list[dict[str, Any]] = []
+    errors: list[Exception] = []
 
     def start(**options):
         made.append(options)
