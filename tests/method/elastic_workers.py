@@ -20,6 +20,7 @@ from lrmc_ray.method.optimizers import make_optimizer
 from lrmc_ray.method.shared_prefix import FEWEST_TOKENS
 from lrmc_ray.method.step_result import StepResult
 from lrmc_ray.method.training_loop import StepOptions, train
+from lrmc_ray.method.vocabulary_rows import TrainedRows
 from lrmc_ray.method.workers import WorkerGroup
 from lrmc_ray.models import batch_hidden_states, head_of
 from lrmc_ray.train.split_forward import SplitModel
@@ -130,7 +131,8 @@ def run(case: Case, group: WorkerGroup) -> Outcome:
     """One worker's part in a run."""
     model = tiny_llama(tied=case.tied, dropout=case.dropout, dtype=torch.float32).train()
     named = dict(model.named_parameters())
-    trained, head_rows = {}, None
+    trained: dict[str, TrainedRows] = {}
+    head_rows = None
     if case.by_rows:
         samples = [sample for step in range(STEPS) for sample in samples_of_step(case, step)]
         trained, head_rows = train_rows(model, samples, case.loss, steps=STEPS)

@@ -30,7 +30,8 @@ def run(model, loss=TAILED, *, by_rows, optimizer="moclip", decay=0.0, options=N
     """Train ``model`` in place; the numbers of trained rows, and the steps' results."""
     head = head_of(model)
     parameters = dict(model.named_parameters())
-    trained, head_rows = {}, None
+    trained: dict[str, TrainedRows] = {}
+    head_rows = None
     if by_rows:
         samples = [sample for step in range(STEPS) for sample in batch_of_step(step)]
         trained, head_rows = train_rows(model, samples, loss, steps=STEPS)
