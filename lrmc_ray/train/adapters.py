@@ -111,7 +111,8 @@ class Adapters:
         """Draw adapters that are not zero and merge them; the model is of no use after it.
 
         Raises:
-            ConfigError: they change nothing, or the merged model computes something else.
+            ConfigError: they change nothing, no gradient reaches them, or the merged model computes
+                something else.
         """
         self._model.eval()
         base = _seen(self._model)
@@ -121,19 +122,32 @@ class Adapters:
                 if "lora_B" in name:
                     drawn = torch.randn(parameter.shape, generator=generator)
                     parameter.copy_(_TRIED_DEVIATION * drawn)
-        change = float((_seen(self._model) - base).norm() / base.norm())
+        seen = _hidden(self._model)
+        # What only chooses, as the scores of an indexer do, changes the output and has no gradient.
+        learns = seen.requires_grad and self._gradient_norm(seen, generator) > 0.0
+        change = float((seen.detach() - base).norm() / base.norm())
         _, difference = self._merged()
         # An adapter on one layer of many changes little; its merge must be right all the same.
-        if difference <= min(_TOLERANCE, _ROUNDING + 0.1 * change) and change > _ROUNDING:
+        is_right = difference <= min(_TOLERANCE, _ROUNDING + 0.1 * change)
+        if is_right and change > _ROUNDING and learns:
             return
         reason = f"their merge changes hidden states by {difference:.1e}"
         if change <= _ROUNDING:
             reason = f"they change hidden states by {change:.1e} alone"
+        elif not learns:
+            reason = "no gradient reaches them"
         raise ConfigError(
             f"train.lora_rank must be 0 for a {self._model.config.model_type} model with adapters "
             f"on these layers, got {self._peft.peft_config['default'].r}: {reason}; train the "
             "weights, or name other layers with train.lora_targets"
         )
+
+    def _gradient_norm(self, seen_1TD: Tensor, generator: torch.Generator) -> float:
+        trained = [p for p in self._peft.parameters() if p.requires_grad]
+        # Not the sum of squares, which a norm at the end keeps as it is.
+        projected = (seen_1TD * torch.randn(seen_1TD.shape, generator=generator)).sum()
+        found = torch.autograd.grad(projected, trained, allow_unused=True)
+        return sum(float(gradient.norm()) for gradient in found if gradient is not None)
 
     def save(self, directory: Path) -> None:
         """Write the adapters by themselves, as PEFT loads them onto the base model."""
@@ -298,11 +312,16 @@ def _pattern(name: str) -> str:
     return re.sub(r"(?<=\.)\d+(?=\.|$)", "*", name)
 
 
-@torch.no_grad()
-def _seen(model: Any) -> Tensor:
+def _hidden(model: Any) -> Tensor:
     """Hidden states [1, T, D] of a few tokens."""
     device = next(model.parameters()).device
     size = model.config.get_text_config().vocab_size
     ids_BT = torch.arange(1, 1 + _SEEN_TOKENS, device=device)[None] * 7 % size
     hidden_BTD: Tensor = body_of(model)(input_ids=ids_BT, use_cache=False).last_hidden_state
     return hidden_BTD.float()
+
+
+@torch.no_grad()
+def _seen(model: Any) -> Tensor:
+    """Those of :func:`_hidden`, without what a gradient needs."""
+    return _hidden(model)

@@ -155,6 +155,7 @@ def assert_exported_as_trained(model_type, directory):
     for target in sorted({name.rpartition(".")[2] for name, _ in weights_of(base)}):
         settings = TrainSettings(lora_rank=2, lora_targets=(target,), lr=1e-2)
         try:
+            TrainableModel(load_model(directory), settings).adapters.try_out()  # as commands do
             learner = Learner(settings, directory, torch.device("cpu"))
         except ConfigError:
             continue
@@ -243,8 +244,14 @@ def test_a_base_in_bf16_is_merged_and_saved_in_float32(tmp_path):
 
 
 def test_adapters_are_tried_out():
-    """One that changes nothing, and one whose merge is another model."""
+    """One that changes nothing, one that gets no gradient, and one whose merge is another model."""
     with_adapters("llama").adapters.try_out()
+    chosen = with_adapters("llama", lora_targets=("down_proj",))
+    for layer in chosen.model.model.layers:
+        forward = layer.mlp.down_proj.forward
+        layer.mlp.down_proj.forward = lambda x, forward=forward: forward(x).detach()
+    with pytest.raises(ConfigError, match=r"a llama model with .* no gradient reaches them"):
+        chosen.adapters.try_out()
     ineffective = with_adapters("llama", lora_targets=("down_proj",))
     for layer in ineffective.model.model.layers:
         layer.mlp.down_proj.forward = layer.mlp.down_proj.base_layer.forward
