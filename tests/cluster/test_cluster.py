@@ -30,7 +30,7 @@ from tests.support.training import run_alone
 
 pytestmark = [
     pytest.mark.cluster,
-    pytest.mark.timeout(900),
+    pytest.mark.timeout(1200),
     pytest.mark.skipif(missing() is not None, reason=f"NO CLUSTER WAS TRIED: {missing()}"),
 ]
 

@@ -91,7 +91,7 @@ def test_hosts_that_share_no_disk_search_by_way_of_a_storage(hosts, storage, tmp
         "search.early_stopping=median search.early_stopping_trials=2 search.early_stopping_items=4 "
         f"'resources.workers=[2, 2]' --json {' '.join(settings)}"
     )
-    done = on_head(hosts, command, timeout=500, check=False)
+    done = on_head(hosts, command, timeout=900, check=False)
     assert done.returncode == 0, done.stderr[-5000:]
     assert_nothing_shared(hosts)
     runs = hosts.directory / "home_head" / "runs"
