@@ -159,8 +159,10 @@ def _in_words(generation: "Generation", system: str | None) -> str:
 
 def _system(arguments: argparse.Namespace, origin: Origin | None) -> str | None:
     """The message before every question: what was asked for, or what the model was taught with."""
-    if arguments.system is not None or arguments.as_text or origin is None:
-        return None if arguments.as_text else arguments.system
+    if arguments.as_text:
+        return None
+    if arguments.system is not None or origin is None:
+        return str(arguments.system or "") or None
     system = taught_system(origin.data)
     if system:
         shown = textwrap.shorten(system, 40, placeholder=" ...")

@@ -5,16 +5,16 @@ from collections.abc import Sequence
 
 from lrmc_ray.ask.questions import Question
 from lrmc_ray.errors import LrmcError
-from lrmc_ray.record.hub import is_hub_name
+from lrmc_ray.record.hub import HUB, is_hub_name
 from lrmc_ray.record.rows import Rejects, Row, read_rows
-from lrmc_ray.record.sources import find_sources, split_domain
+from lrmc_ray.record.sources import named_sources, split_domain
 
 ROWS = 256
-"""First rows that are looked at."""
+"""Rows of each file that are looked at, the first ones."""
 
 
 def taught_system(data: Sequence[str]) -> str | None:
-    """The first message of every row, if it is the same system message in all that are looked at.
+    """The first message of all rows that are looked at, if it is the same system message.
 
     Args:
         data: names of the training data. Those of the Hub are not asked for.
@@ -22,11 +22,15 @@ def taught_system(data: Sequence[str]) -> str | None:
     Returns:
         None where rows differ, have none, or cannot be read here.
     """
-    if any(is_hub_name(split_domain(name)[1]) for name in data):
+    names = [split_domain(name)[1] for name in data]
+    if any(name.startswith(HUB) or is_hub_name(name) for name in names):
         return None
     try:
-        rows = itertools.islice(read_rows(find_sources(data), Rejects(max_share=1.0)), ROWS)
-        found = {_system_of(row) for row in rows}
+        found = {
+            _system_of(row)
+            for source in named_sources(data)
+            for row in itertools.islice(read_rows([source], Rejects(max_share=1.0)), ROWS)
+        }
     except (LrmcError, OSError):
         return None
     return found.pop() if len(found) == 1 else None

@@ -176,14 +176,22 @@ def _hub_files(name: str) -> list[Path]:
 
 
 def training_sources(settings: RunSettings) -> list[Source]:
-    """The files that ``data.train`` names, the demo's made where they are asked for.
+    """The files that ``data.train`` names; as :func:`named_sources`."""
+    return named_sources(settings.data.train)
+
+
+def named_sources(data: Iterable[str]) -> list[Source]:
+    """The files that names of training data stand for, the demo's made where they are asked for.
+
+    Args:
+        data: as ``data.train``: what :func:`find_sources` knows, and names of data of the project.
 
     Raises:
         IncompleteArtifactError: a name stands for no file.
         ConfigError: a file is named under two domains.
     """
     names = []
-    for labelled in settings.data.train:
+    for labelled in data:
         domain, name = split_domain(labelled)
         if name == DEMO:
             name = str(demo_files(cache_directory()).train)

@@ -29,7 +29,9 @@ QUESTION = "What is <b>2</b> | 3?"
 def tuned(tmp_path_factory, tiny_model):
     """Another random model, which says that the first one is its base."""
     directory = make_model(tmp_path_factory.mktemp("chat") / "tuned", seed=1)
-    settings = RunSettings.model_validate({"model": {"name": str(tiny_model)}})
+    settings = RunSettings.model_validate(
+        {"model": {"name": str(tiny_model)}, "data": {"train": "gone.jsonl"}}
+    )
     write_origin(directory, origin_of(settings, directory.parent))
     return directory
 

@@ -44,12 +44,29 @@ def test_it_is_the_one_that_all_rows_have(tmp_path, systems, expected):
     assert taught_system([name, other]) is None
 
 
-def test_data_of_another_form_missing_and_of_the_hub_have_none(tmp_path):
+def test_data_of_another_form_and_missing_ones_have_none(tmp_path):
     pairs = tmp_path / "pairs.jsonl"
     pairs.write_text(json.dumps({"prompt": "2 + 2?", "completion": "4"}) + "\n")
     assert taught_system([str(pairs)]) is None
     assert taught_system([str(tmp_path / "gone.jsonl")]) is None
-    assert taught_system(["someone/some-data"]) is None
+
+
+def test_data_of_the_project_have_the_message_of_their_questions(tmp_path, monkeypatch):
+    monkeypatch.setenv("LRMC_CACHE", str(tmp_path))
+    assert taught_system(["packet_filter"]) == "Answer with a packet filter (pcap-filter)."
+    demo = taught_system(["demo"])
+    assert demo is not None
+    assert demo.splitlines()[:2] == [
+        "Answer in SQL.",
+        "country(name, capital, continent, population, area_km2, currency)",
+    ]
+    assert taught_system(["demo", "packet_filter"]) is None
+
+
+@pytest.mark.parametrize("name", ["someone/some-data", "hf://someone/some-data", "sql=a/b:train"])
+def test_the_hub_is_not_asked(monkeypatch, name):
+    monkeypatch.setattr("lrmc_ray.record.sources.hub_files", lambda name: pytest.fail(name))
+    assert taught_system([name]) is None
 
 
 def test_a_conversation_keeps_what_it_begins_with():
