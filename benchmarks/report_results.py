@@ -1,7 +1,7 @@
 """Write the tables and figures of the comparisons whose raw results are in ``benchmarks/results``.
 
     python benchmarks/report_results.py            # all of them: about a minute of processor time
-    python benchmarks/report_results.py code ct    # some, by the name of their table
+    python benchmarks/report_results.py code ct_radio    # some, by the name of their table
 
 Nothing is run: every number and interval is computed from the packed scores of the items. Tables
 go to ``benchmarks/results`` (the CSV has each method's difference from the reference, too), figures
@@ -57,7 +57,7 @@ REPORTS = (
         "nl2sql_six_seeds", "compare_nl2sql", "compare", (0, 1, 2, 3, 4, 5),
         {"compare_nl2sql_effects.png": draw_effects},
     ),
-    Report("ct", "compare_ct", "ct"),
+    Report("ct_radio", "compare_ct_radio", "ct"),
     Report("code", "compare_code", "code"),
     Report("prompt_k4", "compare_prompt_k", "prompt_k4"),
     Report("prompt_k512", "compare_prompt_k", "prompt_k512"),

@@ -21,10 +21,10 @@ are in it.
     ..., selective   with train.gradient_checkpointing = "selective"
     ..., layers      with train.gradient_checkpointing = "full"
 
-The samples are those of the NL2SQL demo, or with --data ct radio exam questions (built by
-scripts/build_ct.py), whose prompts share the beginning of the chat template alone. With --length
-they are passages of the Python documentation cut to that many tokens, the last quarter supervised,
-without a common prefix. --model takes what `model.name` does.
+The samples are those of the NL2SQL demo, or with --data ct_radio radio exam questions (built by
+scripts/build_ct_radio.py), whose prompts share the beginning of the chat template alone. With
+--length they are passages of the Python documentation cut to that many tokens, the last quarter
+supervised, without a common prefix. --model takes what `model.name` does.
 
 The last line is one JSON object. Where the variants are there, `defaults_over_plain` in it is the
 time of `default` over that of `full`, which is plain fine-tuning, and `trainer_over_defaults` that
@@ -92,7 +92,7 @@ def make_samples(args: argparse.Namespace) -> list[Any]:
     from lrmc_ray.models import load_model, load_tokenizer, local_directory
     from lrmc_ray.record.encode import encode_row
     from lrmc_ray.record.rows import Row
-    from lrmc_ray.tasks.built import ct_files
+    from lrmc_ray.tasks.built import ct_radio_files
     from lrmc_ray.tasks.demo.files import demo_files
 
     directory = local_directory(ModelSettings(name=args.model))
@@ -110,7 +110,7 @@ def make_samples(args: argparse.Namespace) -> list[Any]:
             is_target_T = torch.arange(args.length) >= args.length * 3 // 4
             inputs.append((ids_T[start : start + args.length], is_target_T))
     else:
-        files: Any = ct_files if args.data == "ct" else demo_files
+        files: Any = ct_radio_files if args.data == "ct_radio" else demo_files
         lines = files(cache_directory()).train.read_text(encoding="utf-8").splitlines()
         chat = Chat(tokenizer)
         for line in lines[:number]:
@@ -387,7 +387,7 @@ def main() -> None:
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     parser.add_argument("--clock", choices=sorted(CLOCKS), default="wall")
     parser.add_argument("--precision", choices=["fp32", "bf16"], default="fp32")
-    parser.add_argument("--data", choices=["nl2sql", "ct"], default="nl2sql")
+    parser.add_argument("--data", choices=["nl2sql", "ct_radio"], default="nl2sql")
     parser.add_argument("--length", type=int, default=0, help="tokens; default: samples of --data")
     parser.add_argument("--model", default="demo")
     parser.add_argument("--micro-batches", type=int, default=4, help="of the variant default")

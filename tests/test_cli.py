@@ -210,7 +210,10 @@ def test_bad_data_are_found_before_ray_starts_and_a_study_is_begun(tmp_path, tin
 
 @pytest.mark.parametrize(
     ("task", "code", "said"),
-    [("ct", 3, "python scripts/build_ct.py"), ("nl2sql_spider", 3, "scripts/build_spider.py")],
+    [
+        ("ct_radio", 3, "python scripts/build_ct_radio.py"),
+        ("nl2sql_spider", 3, "scripts/build_spider.py"),
+    ],
 )
 def test_tasks_that_have_to_be_built_are_named_before_anything_starts(
     tmp_path, tiny_model, task, code, said

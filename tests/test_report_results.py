@@ -41,6 +41,6 @@ def test_the_large_comparison_has_every_method_on_as_many_seeds(name, most):
 def test_an_unknown_table_is_refused_by_name(capsys):
     with pytest.raises(SystemExit):
         main(["nowhere"])
-    assert "no table is called nowhere; there are nl2sql, nl2sql_six_seeds, ct" in (
+    assert "no table is called nowhere; there are nl2sql, nl2sql_six_seeds, ct_radio" in (
         capsys.readouterr().err
     )

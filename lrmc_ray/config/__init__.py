@@ -1,6 +1,6 @@
 """Settings: one frozen class per stage, read from TOML and the command line."""
 
-from lrmc_ray.config.base import CT, DEMO, ENGLISH, GEMMA, PACKET_FILTER, Settings
+from lrmc_ray.config.base import CT_RADIO, DEMO, ENGLISH, GEMMA, PACKET_FILTER, Settings
 from lrmc_ray.config.reading import apply_overrides, find_space, load_settings, read_toml
 from lrmc_ray.config.run import RunSettings
 from lrmc_ray.config.search import (
@@ -24,7 +24,7 @@ from lrmc_ray.config.validation import SettingsType, validate
 
 __all__ = [
     "AUTOMATIC",
-    "CT",
+    "CT_RADIO",
     "DEMO",
     "ENGLISH",
     "GEMMA",

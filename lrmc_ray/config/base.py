@@ -19,7 +19,7 @@ GEMMA = "gemma-270m"
 PACKET_FILTER = "packet_filter"
 """Names the task of questions about network traffic, and its training data."""
 
-CT = "ct"
+CT_RADIO = "ct_radio"
 """Names the task of radio exam questions, and its training data."""
 
 ENGLISH = "english"

@@ -44,8 +44,8 @@ class DataSettings(Settings):
 
     train: Strings = (DEMO,)
     """Files, folders, patterns or data sets of the Hub, ``DOMAIN=`` before one that has a domain of
-    its own; ``demo`` is NL2SQL, ``packet_filter`` questions about network traffic, ``ct`` radio
-    exam questions, ``english`` general text to replay."""
+    its own; ``demo`` is NL2SQL, ``packet_filter`` questions about network traffic, ``ct_radio``
+    radio exam questions, ``english`` general text to replay."""
     max_length: int = Field(1024, ge=2)
     """Most tokens of one sample, prompt included."""
     on_long: Literal["error", "drop", "truncate"] = "error"
@@ -93,7 +93,7 @@ class EvaluateSettings(Settings):
     """Items per task; none for all. An interval needs at least two."""
     test_share: float = Field(0.5, ge=0, lt=1)
     """Share of every domain task's items that no trial is chosen by, kept for the end. ``nl2sql``,
-    ``packet_filter`` and ``ct`` have such items already. 0 keeps none."""
+    ``packet_filter`` and ``ct_radio`` have such items already. 0 keeps none."""
     test_seed: int = 0
     """Which items these are."""
     drift_samples: int = Field(16, ge=0)

@@ -13,7 +13,7 @@ from typing import Any
 
 from lrmc_ray.evaluate.request import Group, KeptApart, Split
 
-IN_TWO_PARTS = ("nl2sql", "packet_filter", "ct")
+IN_TWO_PARTS = ("nl2sql", "packet_filter", "ct_radio")
 """Our tasks whose files are two already, see ``task_files.task_data``."""
 
 FEWEST_ITEMS = 4

@@ -26,7 +26,7 @@ from lrmc_ray.evaluate.task_sources import (
     task_sources,
 )
 from lrmc_ray.files.artifacts import cache_directory, content_digest
-from lrmc_ray.tasks.built import built_spider_file, ct_files
+from lrmc_ray.tasks.built import built_spider_file, ct_radio_files
 from lrmc_ray.tasks.demo.files import demo_files
 from lrmc_ray.tasks.demo.packet_questions import packet_files
 from lrmc_ray.tasks.registry import GROUPS, OURS, materialize
@@ -291,9 +291,9 @@ def task_data(names: Sequence[str], split: Split) -> dict[str, Path]:
     if wanted("packet_filter"):
         packets = packet_files(cache)
         paths["packet_filter_test_path"] = packets.dev if split == "dev" else packets.test
-    if wanted("ct"):
-        ct = ct_files(cache)
-        paths["ct_test_path"] = ct.dev if split == "dev" else ct.test
+    if wanted("ct_radio"):
+        ct_radio = ct_radio_files(cache)
+        paths["ct_radio_test_path"] = ct_radio.dev if split == "dev" else ct_radio.test
     if wanted("nl2sql_spider"):
         paths["spider_test_path"] = built_spider_file(cache)
     return paths

@@ -7,11 +7,11 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-from lrmc_ray.config import CT, DEMO, ENGLISH, PACKET_FILTER, RunSettings
+from lrmc_ray.config import CT_RADIO, DEMO, ENGLISH, PACKET_FILTER, RunSettings
 from lrmc_ray.errors import ConfigError, IncompleteArtifactError
 from lrmc_ray.files.artifacts import cache_directory
 from lrmc_ray.record.hub import HUB, hub_files, is_hub_name
-from lrmc_ray.tasks.built import ct_files
+from lrmc_ray.tasks.built import ct_radio_files
 from lrmc_ray.tasks.demo.english import english_file
 from lrmc_ray.tasks.demo.files import demo_files
 from lrmc_ray.tasks.demo.packet_questions import packet_files
@@ -197,8 +197,8 @@ def named_sources(data: Iterable[str]) -> list[Source]:
             name = str(demo_files(cache_directory()).train)
         elif name == PACKET_FILTER and not Path(PACKET_FILTER).exists():
             name = str(packet_files(cache_directory()).train)
-        elif name == CT and not Path(CT).exists():
-            name = str(ct_files(cache_directory()).train)
+        elif name == CT_RADIO and not Path(CT_RADIO).exists():
+            name = str(ct_radio_files(cache_directory()).train)
         elif name == ENGLISH and not Path(ENGLISH).exists():
             name = str(english_file(cache_directory()))
         names.append(f"{domain}={name}" if domain else name)

@@ -3,15 +3,15 @@
 from dataclasses import dataclass
 from pathlib import Path
 
-from lrmc_ray.config import CT
+from lrmc_ray.config import CT_RADIO
 from lrmc_ray.errors import IncompleteArtifactError
 
-BUILD_CT = "python scripts/build_ct.py"
+BUILD_CT_RADIO = "python scripts/build_ct_radio.py"
 BUILD_SPIDER = "python scripts/build_spider.py WHEEL"
 
 
 @dataclass(frozen=True)
-class CtFiles:
+class CtRadioFiles:
     """Radio exam questions as JSONL."""
 
     train: Path
@@ -22,24 +22,24 @@ class CtFiles:
     """The same; no near duplicate of any is among the others."""
 
 
-def ct_directory(cache: Path) -> Path:
-    """Where ``scripts/build_ct.py`` writes."""
-    return cache / CT
+def ct_radio_directory(cache: Path) -> Path:
+    """Where ``scripts/build_ct_radio.py`` writes."""
+    return cache / CT_RADIO
 
 
-def ct_files(cache: Path) -> CtFiles:
+def ct_radio_files(cache: Path) -> CtRadioFiles:
     """The domain's files in ``cache``.
 
     Raises:
         IncompleteArtifactError: they have not been built; they cannot be shipped (GPL).
     """
-    directory = ct_directory(cache)
-    files = CtFiles(*(directory / f"{name}.jsonl" for name in ("train", "dev", "test")))
+    directory = ct_radio_directory(cache)
+    files = CtRadioFiles(*(directory / f"{name}.jsonl" for name in ("train", "dev", "test")))
     for path in (files.train, files.dev, files.test):
         if not path.is_file():
             raise IncompleteArtifactError(
-                f"the questions of the domain ct are not in {directory}; build them with "
-                f"`{BUILD_CT}`"
+                f"the questions of the domain ct_radio are not in {directory}; build them with "
+                f"`{BUILD_CT_RADIO}`"
             )
     return files
 

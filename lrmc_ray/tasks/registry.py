@@ -18,7 +18,7 @@ OURS: dict[str, tuple[str, ...]] = {
     "kinds": ("lrmc_kinds",),
     "capitals": ("lrmc_capitals",),
     "plain_english": ("lrmc_plain_english",),
-    "ct": ("lrmc_ct", "lrmc_ct_letter"),
+    "ct_radio": ("lrmc_ct_radio", "lrmc_ct_radio_letter"),
     "packet_filter": ("lrmc_packet_filter", "lrmc_packet_filter_gold"),
     "nl2sql_spider": ("lrmc_nl2sql_spider", "lrmc_nl2sql_spider_gold"),
 }
@@ -66,7 +66,7 @@ def materialize(
     nl2sql_test_path: str | os.PathLike[str] | None = None,
     database_path: str | os.PathLike[str] | None = None,
     packet_filter_test_path: str | os.PathLike[str] | None = None,
-    ct_test_path: str | os.PathLike[str] | None = None,
+    ct_radio_test_path: str | os.PathLike[str] | None = None,
     spider_test_path: str | os.PathLike[str] | None = None,
 ) -> Path:
     """Write our task files into ``directory``, for ``TaskManager(include_path=directory)``.
@@ -81,7 +81,7 @@ def materialize(
         database_path: The SQLite database that the queries are about. Never written to.
         packet_filter_test_path: JSONL. Each line has ``messages`` as above, and ``filter``, the
             gold filter, which is run on the trace that the package ships.
-        ct_test_path: JSONL of radio exam questions. Each line has ``id``, ``question``, four
+        ct_radio_test_path: JSONL of radio exam questions. Each line has ``id``, ``question``, four
             ``choices`` and ``answer``, the index of the right one.
         spider_test_path: JSONL of Spider questions. Each line has ``id``, ``question`` with the
             schema, and ``sql``, the gold query.
@@ -100,15 +100,15 @@ def materialize(
         )
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
-    built = {"nl2sql", "packet_filter", "ct", "nl2sql_spider"}
+    built = {"nl2sql", "packet_filter", "ct_radio", "nl2sql_spider"}
     paths = {name: _HERE / "data" / f"{name}.jsonl" for name in OURS.keys() - built}
     names = [part for name, parts in OURS.items() if name not in built for part in parts]
     if packet_filter_test_path is not None:
         names.extend(OURS["packet_filter"])
         paths["packet_filter_test"] = _existing(packet_filter_test_path, "packet_filter")
-    if ct_test_path is not None:
-        names.extend(OURS["ct"])
-        paths["ct_test"] = _existing(ct_test_path, "ct")
+    if ct_radio_test_path is not None:
+        names.extend(OURS["ct_radio"])
+        paths["ct_radio_test"] = _existing(ct_radio_test_path, "ct_radio")
     if spider_test_path is not None:
         names.extend(OURS["nl2sql_spider"])
         paths["spider_test"] = _existing(spider_test_path, "nl2sql_spider")

@@ -69,7 +69,7 @@ def test_only_domain_tasks_without_two_parts_of_their_own_are_divided():
     assert not is_divided("kinds", "general", 0.5)
     assert not is_divided("nl2sql", "domain", 0.5)
     assert not is_divided("packet_filter", "domain", 0.5)
-    assert not is_divided("ct", "domain", 0.5)
+    assert not is_divided("ct_radio", "domain", 0.5)
     assert not is_divided("kinds", "domain", 0.0)
 
 

@@ -44,8 +44,10 @@ def nl2sql_files(tmp_path_factory):
 @pytest.fixture(scope="module")
 def manager(nl2sql_files):
     database, test, _ = nl2sql_files
-    ct = test.parent / "ct.jsonl"
-    ct.write_text(json.dumps({"id": "1", "question": "?", "choices": list("wxyz"), "answer": 2}))
+    ct_radio = test.parent / "ct_radio.jsonl"
+    ct_radio.write_text(
+        json.dumps({"id": "1", "question": "?", "choices": list("wxyz"), "answer": 2})
+    )
     packets = test.parent / "packets.jsonl"
     packets.write_text(json.dumps(packet_questions.make_examples("test", 1, seed=0)[0]))
     folder = materialize(
@@ -53,7 +55,7 @@ def manager(nl2sql_files):
         nl2sql_test_path=test,
         database_path=database,
         packet_filter_test_path=packets,
-        ct_test_path=ct,
+        ct_radio_test_path=ct_radio,
         spider_test_path=test,
     )
     return TaskManager(include_path=str(folder), include_defaults=False)
@@ -250,8 +252,8 @@ def test_every_task_says_its_kind_and_prompt(manager):
         "lrmc_antonyms": ("choice", False),
         "lrmc_kinds": ("choice", False),
         "lrmc_capitals": ("choice", False),
-        "lrmc_ct": ("choice", True),
-        "lrmc_ct_letter": ("letter", True),
+        "lrmc_ct_radio": ("choice", True),
+        "lrmc_ct_radio_letter": ("letter", True),
         "lrmc_nl2sql": ("generation", True),
         "lrmc_nl2sql_gold": ("gold", True),
         "lrmc_nl2sql_spider": ("generation", True),

@@ -1,8 +1,8 @@
-"""Build the domain `ct` (communication technology): radio exam questions with four choices.
+"""Build the domain `ct_radio` (communication technology): radio exam questions with four choices.
 
-    python scripts/build_ct.py                                # downloads two Debian packages
-    python scripts/build_ct.py --deb hamexam.deb fccexam.deb  # takes packages that are there
-    python scripts/build_ct.py --output my_folder             # default: where the task `ct` looks
+    python scripts/build_ct_radio.py                                # downloads two Debian packages
+    python scripts/build_ct_radio.py --deb hamexam.deb fccexam.deb  # takes packages that are there
+    python scripts/build_ct_radio.py --output my_folder             # default: where the task looks
 
 Writes train.jsonl, dev.jsonl and test.jsonl. The questions are those of the U.S. amateur radio
 exams (published by the NCVEC) and commercial operator exams (FCC), as packaged by Debian in
@@ -183,13 +183,13 @@ def download(folder: Path) -> list[Path]:
 def main() -> int:
     """Build the files; returns the exit code."""
     from lrmc_ray.files.artifacts import cache_directory
-    from lrmc_ray.tasks.built import ct_directory
+    from lrmc_ray.tasks.built import ct_radio_directory
 
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--deb", nargs="+", type=Path, metavar="FILE", help="packages")
-    parser.add_argument("--output", type=Path, default=ct_directory(cache_directory()))
+    parser.add_argument("--output", type=Path, default=ct_radio_directory(cache_directory()))
     parser.add_argument("--seed", type=int, default=SEED)
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as scratch:

@@ -1,4 +1,4 @@
-"""The domain ct: parsing the packages, the split, and the task on a model."""
+"""The domain ct_radio: parsing the packages, the split, and the task on a model."""
 
 import importlib.util
 import json
@@ -17,16 +17,18 @@ from lrmc_ray.evaluate.harness import score
 from lrmc_ray.evaluate.items import Scores
 from lrmc_ray.evaluate.request import ScoreRequest
 from lrmc_ray.record.sources import training_files
-from lrmc_ray.tasks.built import ct_directory
+from lrmc_ray.tasks.built import ct_radio_directory
 
 ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture(scope="module")
 def build():
-    spec = importlib.util.spec_from_file_location("build_ct", ROOT / "scripts" / "build_ct.py")
+    spec = importlib.util.spec_from_file_location(
+        "build_ct_radio", ROOT / "scripts" / "build_ct_radio.py"
+    )
     module = importlib.util.module_from_spec(spec)
-    sys.modules["build_ct"] = module
+    sys.modules["build_ct_radio"] = module
     spec.loader.exec_module(module)
     return module
 
@@ -155,31 +157,32 @@ def packages(build, tmp_path_factory):
 def built(build, packages, tmp_path_factory):
     """The files in a cache, as the command makes them."""
     cache = tmp_path_factory.mktemp("cache")
-    for output in (ct_directory(cache), cache / "again"):
+    script = ROOT / "scripts/build_ct_radio.py"
+    for output in (ct_radio_directory(cache), cache / "again"):
         result = subprocess.run(
-            [sys.executable, ROOT / "scripts/build_ct.py", "--output", output, "--deb", *packages],
+            [sys.executable, script, "--output", output, "--deb", *packages],
             capture_output=True, text=True, check=True,
         )  # fmt: skip
     assert "120 dev, 240 test, " in result.stdout
-    for path in ct_directory(cache).iterdir():
+    for path in ct_radio_directory(cache).iterdir():
         assert path.read_bytes() == (cache / "again" / path.name).read_bytes()
     return cache
 
 
 def test_too_few_questions_are_refused(packages, tmp_path):
     result = subprocess.run(
-        [sys.executable, ROOT / "scripts/build_ct.py", "--output", tmp_path / "ct",
+        [sys.executable, ROOT / "scripts/build_ct_radio.py", "--output", tmp_path / "ct_radio",
          "--deb", packages[0]],
         capture_output=True, text=True, check=False,
     )  # fmt: skip
     assert result.returncode == 4
     assert "both hamexam and fccexam are needed" in result.stderr
-    assert not (tmp_path / "ct").exists()
+    assert not (tmp_path / "ct_radio").exists()
 
 
 def test_a_missing_package_is_named(tmp_path):
     result = subprocess.run(
-        [sys.executable, ROOT / "scripts/build_ct.py", "--output", tmp_path / "ct",
+        [sys.executable, ROOT / "scripts/build_ct_radio.py", "--output", tmp_path / "ct_radio",
          "--deb", tmp_path / "none.deb"],
         capture_output=True, text=True, check=False,
     )  # fmt: skip
@@ -192,16 +195,16 @@ def test_a_missing_package_is_named(tmp_path):
 def test_the_task_scores_texts_and_letters(split, built, tiny_model, monkeypatch):
     monkeypatch.setenv("LRMC_CACHE", str(built))
     request = ScoreRequest(
-        tasks=(("ct", "domain"),), batch_tokens=512, precision="fp32", limit=9, split=split,
+        tasks=(("ct_radio", "domain"),), batch_tokens=512, precision="fp32", limit=9, split=split,
         drift_samples={"domain": 2, "general": 2},
     )  # fmt: skip
     result = score(tiny_model, request)
     scores = Scores.from_rows(result.rows)
     items = [
         json.loads(line)
-        for line in (ct_directory(built) / f"{split}.jsonl").read_text().splitlines()
+        for line in (ct_radio_directory(built) / f"{split}.jsonl").read_text().splitlines()
     ]
-    assert scores.tasks == ("ct",)
+    assert scores.tasks == ("ct_radio",)
     assert {metric for _, metric in scores.metrics} == {
         "accuracy",
         "probability",
@@ -210,7 +213,7 @@ def test_the_task_scores_texts_and_letters(split, built, tiny_model, monkeypatch
     for metric in scores.metrics.values():
         assert set(metric.item_ids) == {item["id"] for item in items[:9]}
         assert metric.kind == "choice"
-    assert scores.objective("ct").metric == "probability"
+    assert scores.objective("ct_radio").metric == "probability"
 
     # By hand: what the model says after the chat prompt, without a space before the answer.
     import torch
@@ -230,7 +233,7 @@ def test_the_task_scores_texts_and_letters(split, built, tiny_model, monkeypatch
             logprobs = model(torch.tensor([ids])).logits[0].log_softmax(-1)
         totals.append(sum(float(logprobs[t - 1, ids[t]]) for t in range(start, len(ids))))
     shares = np.exp(totals - np.max(totals))
-    probability = scores.metric("ct", "probability")
+    probability = scores.metric("ct_radio", "probability")
     index = probability.item_ids.index(item["id"])
     assert probability.values[index] == pytest.approx(
         shares[item["answer"]] / shares.sum(), abs=1e-4
@@ -239,17 +242,19 @@ def test_the_task_scores_texts_and_letters(split, built, tiny_model, monkeypatch
 
 def test_the_training_data_are_found_by_name(built, monkeypatch):
     monkeypatch.setenv("LRMC_CACHE", str(built))
-    (path,) = training_files(load_settings(None, ["data.train=ct"]))
+    (path,) = training_files(load_settings(None, ["data.train=ct_radio"]))
     row = json.loads(path.read_text().splitlines()[0])
     assert [message["role"] for message in row["messages"]] == ["user", "assistant"]
 
 
 def test_questions_that_were_not_built_are_missing_input(tmp_path, monkeypatch, tiny_model):
     monkeypatch.setenv("LRMC_CACHE", str(tmp_path))
-    with pytest.raises(IncompleteArtifactError, match=r"build them with `python scripts/build_ct"):
-        training_files(load_settings(None, ["data.train=ct"]))
+    with pytest.raises(
+        IncompleteArtifactError, match=r"build them with `python scripts/build_ct_radio"
+    ):
+        training_files(load_settings(None, ["data.train=ct_radio"]))
     request = ScoreRequest(
-        tasks=(("ct", "domain"),), batch_tokens=512, precision="fp32", limit=9, split="dev",
+        tasks=(("ct_radio", "domain"),), batch_tokens=512, precision="fp32", limit=9, split="dev",
         drift_samples={"domain": 2, "general": 2},
     )  # fmt: skip
     with pytest.raises(IncompleteArtifactError, match="build them"):
