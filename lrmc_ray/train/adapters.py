@@ -3,7 +3,7 @@
 By default those are all linear layers but the output head, and the experts of a mixture, which are
 stacked in one tensor. Left out is what would be wrong after the merge: a layer whose weight the
 model reads itself, past the layer's own forward pass, trains without its adapter and is saved with
-it. So a forward pass shows which layers are called.
+it. So a forward pass in training and one out of it show which layers are called.
 """
 
 import collections
@@ -122,10 +122,9 @@ class Adapters:
                 if "lora_B" in name:
                     drawn = torch.randn(parameter.shape, generator=generator)
                     parameter.copy_(_TRIED_DEVIATION * drawn)
-        seen = _hidden(self._model)
+        change = float((_seen(self._model) - base).norm() / base.norm())
         # What only chooses, as the scores of an indexer do, changes the output and has no gradient.
-        learns = seen.requires_grad and self._gradient_norm(seen, generator) > 0.0
-        change = float((seen.detach() - base).norm() / base.norm())
+        learns = self._gradient_norm(generator) > 0.0
         _, difference = self._merged()
         # An adapter on one layer of many changes little; its merge must be right all the same.
         is_right = difference <= min(_TOLERANCE, _ROUNDING + 0.1 * change)
@@ -142,7 +141,12 @@ class Adapters:
             "weights, or name other layers with train.lora_targets"
         )
 
-    def _gradient_norm(self, seen_1TD: Tensor, generator: torch.Generator) -> float:
+    def _gradient_norm(self, generator: torch.Generator) -> float:
+        """Of some projection of the hidden states, in training."""
+        with torch.random.fork_rng():  # dropout draws
+            seen_1TD = _hidden(self._model.train())
+        if not seen_1TD.requires_grad:
+            return 0.0
         trained = [p for p in self._peft.parameters() if p.requires_grad]
         # Not the sum of squares, which a norm at the end keeps as it is.
         projected = (seen_1TD * torch.randn(seen_1TD.shape, generator=generator)).sum()
@@ -287,10 +291,19 @@ def _shared_weights(model: Any) -> set[int]:
 
 
 def _called(model: Any) -> set[str]:
-    """Patterns of the names of all modules that a forward pass calls.
+    """Patterns of the names of all modules that a forward pass calls, in training and out of it.
 
-    Layers of one kind have the same pattern: a token does not meet every expert.
+    Layers of one kind have the same pattern: a token does not meet every expert. Gemma 3n reads
+    weights past their layers in training alone.
     """
+    was_training = model.training
+    with torch.random.fork_rng():  # dropout draws
+        called = _called_now(model.eval()) & _called_now(model.train())
+    model.train(was_training)
+    return called
+
+
+def _called_now(model: Any) -> set[str]:
     seen: set[str] = set()
     handles = []
     for name, module in model.named_modules():
@@ -298,11 +311,9 @@ def _called(model: Any) -> set[str]:
         handles.append(
             module.register_forward_pre_hook(lambda *_, pattern=pattern: seen.add(pattern))
         )
-    was_training = model.training
     try:
-        _seen(model.eval())
+        _seen(model)
     finally:
-        model.train(was_training)
         for handle in handles:
             handle.remove()
     return seen

@@ -114,6 +114,7 @@ def test_the_share_of_weights_with_an_adapter():
         ("llama", "query", "which fits none; a llama model has down_proj, gate_proj"),
         ("jamba", "dt_proj", "has a weight that Mamba's kernels read by themselves"),
         ("longcat_flash", "classifier", "is never called"),
+        ("gemma3n_text", "correction_coefs", "is never called"),  # in training
         ("phimoe", "router", "is a PhimoeTopKRouter, which computes more than a product"),
     ],
 )
@@ -138,9 +139,8 @@ def test_a_merge_that_changes_the_model_is_refused():
         trainable.merged()
 
 
-def loss_of(model):
+def loss(logits_BTV):
     """Mean cross-entropy of the next token."""
-    logits_BTV = logits_of(model)
     return torch.nn.functional.cross_entropy(
         logits_BTV[:, :-1].flatten(0, 1), IDS_BT[:, 1:].flatten()
     )
@@ -160,16 +160,18 @@ def assert_exported_as_trained(model_type, directory):
         except ConfigError:
             continue
         draw(learner.trainable)
-        before = loss_of(learner.model)
+        before = logits_of(learner.model)
         learner.model.train()
-        learner.model(input_ids=IDS_BT).logits.float().logsumexp(-1).mean().backward()
+        logits_BTV = learner.model(input_ids=IDS_BT, use_cache=False).logits.float()
+        logits_BTV.logsumexp(-1).mean().backward()
         assert any(p.grad is not None for p in learner.trainable.parameters.values()), target
         learner.optimizer.step()
-        stepped = loss_of(learner.model)
-        assert stepped != before, target
+        stepped = logits_of(learner.model)
+        # Queries of a decoder whose attention is all but even change little: 3e-5 of logits.
+        assert (stepped - before).abs().max() > 1e-6 * before.abs().max(), target
         learner.save(directory / "exported")
-        exported = loss_of(load_model(directory / "exported"))
-        torch.testing.assert_close(exported, stepped, atol=1e-4, rtol=1e-4, msg=target)
+        exported = logits_of(load_model(directory / "exported"))
+        torch.testing.assert_close(loss(exported), loss(stepped), atol=1e-4, rtol=1e-4, msg=target)
         trained += 1
     return trained
 
