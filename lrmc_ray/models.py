@@ -7,6 +7,7 @@ model is made from what is installed. Code from a model's repository is never ru
 
 import contextlib
 import hashlib
+import inspect
 import json
 import shutil
 import sys
@@ -570,13 +571,17 @@ def may_be_packed(model: Any) -> bool:
     """Whether sequences may be packed, by the model's structure; :func:`attention_cost` tries it.
 
     It needs no weights. State-space models and others with a state that goes from token to token
-    cannot be packed: a token would take it over from its neighbour in the row.
+    cannot be packed: a token would take it over from its neighbour in the row. Nor can those that
+    count positions by themselves, as BLOOM and MPT do: no part of them is told any.
     """
     config = model.config.get_text_config()
     length = min(longest_packed(config), _TRIED_TOKENS)
     layers = getattr(config, "layer_types", None) or ()
     has_state = model._is_stateful or any(kind in _WITH_STATE for kind in layers)
-    return length >= _FEWEST_TOKENS and not has_state and not _has_windows_of_its_own(model)
+    if length < _FEWEST_TOKENS or has_state or _has_windows_of_its_own(model):
+        return False
+    forwards = (type(module).forward for module in body_of(model).modules())
+    return any("position_ids" in inspect.signature(forward).parameters for forward in forwards)
 
 
 def _has_windows_of_its_own(model: Any) -> bool:

@@ -123,13 +123,24 @@ def test_rows_that_cannot_be_used_do_not_count(tiny_model, tmp_path):
             count_sample_tokens(sources, tiny_model, train, max_length=longest, on_gpu=False)
 
 
-@pytest.mark.parametrize(("window", "is_packed"), [(16, False), (1024, True)])
-def test_samples_beyond_a_window_are_counted_as_padded(window, is_packed, tiny_model, tmp_path):
-    """The beginning that they share is longer than the shorter window."""
+@pytest.mark.parametrize(
+    ("model_type", "options", "is_packed"),
+    [
+        ("mistral", {"sliding_window": 16}, False),
+        ("mistral", {"sliding_window": 1024}, True),
+        ("bloom", {}, False),
+        ("mpt", {}, False),
+        ("gpt2", {}, True),
+    ],
+)
+def test_what_cannot_be_packed_is_counted_as_padded(
+    model_type, options, is_packed, tiny_model, tmp_path
+):
+    """Samples beyond a window, and models that count positions by themselves."""
     model = tmp_path / "model"
     shutil.copytree(tiny_model, model)
-    options = {"vocab_size": 512, "sliding_window": window, "num_hidden_layers": 2}
-    make_config("mistral", **options).save_pretrained(model)
+    layers = {} if model_type in ("bloom", "mpt", "gpt2") else {"num_hidden_layers": 2}
+    make_config(model_type, vocab_size=512, **layers, **options).save_pretrained(model)
     data = tmp_path / "rows.jsonl"
     rows = [{"prompt": f"{RULES}{n} plus {n}?", "completion": str(2 * n)} for n in range(16)]
     data.write_text("".join(json.dumps(row) + "\n" for row in rows))
