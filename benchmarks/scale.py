@@ -1,11 +1,12 @@
 """Does a command that has ten times as much before it take ten times as long, or more?
 
-    python benchmarks/scale.py --trials 1000 --studies 200 --rows 10000
+    python benchmarks/scale.py --trials 1000 --old-trials 10000 --studies 200 --rows 10000
 
 Every part is measured at a tenth of its size and at the size, in processes of their own. Trials are
 made up (tests/support/fake_search.py), but asked for, described, written down and reported by the
-project's code; studies are copies of one; rows are recorded by a random model of 0.2M parameters in
-one process, without Ray.
+project's code. A search of ``--old-trials`` is one of 60 trials whose ended trials were copied, in
+all its files and its database, and goes on. Studies are copies of one; rows are recorded by a
+random model of 0.2M parameters in one process, without Ray.
 
 Last line, one JSON object: for every command the processor seconds and the peak of memory at both
 sizes, and ``times``, the processor seconds per unit at the size over those at a tenth of it. What a
@@ -19,6 +20,7 @@ import json
 import os
 import resource
 import shutil
+import sqlite3
 import subprocess
 import sys
 import tempfile
@@ -31,6 +33,9 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT)]
 
 Command = Callable[[Path, int], None]
+
+SEARCHED = 60
+"""Trials that are searched where more are made of them."""
 
 
 def run_search(output: Path, trials: int) -> None:
@@ -48,6 +53,60 @@ def run_search(output: Path, trials: int) -> None:
 def go_on(output: Path, trials: int) -> None:
     """One trial more than the search had."""
     run_search(output, trials + 1)
+
+
+def make_old_trials(output: Path, trials: int) -> None:
+    """A search of many trials: what it knows of a few that have ended, again and again."""
+    run_search(output, min(trials, SEARCHED))
+    (study,) = output.glob("fake-*")
+    values = json.loads((study / "study.json").read_text())
+    ended = [trial for trial in values["trials"] if trial["role"] == "search"]
+    rows = [
+        ended[index % len(ended)] | {"number": number}
+        for index, number in enumerate(range(len(values["trials"]), trials))
+    ]
+    with contextlib.closing(sqlite3.connect(study / "study.db")) as database:
+        for row in rows:
+            source = int(row["directory"].rpartition("/")[2])
+            directory = f"trials/{row['number']:04d}"
+            copy_trial(database, source, row["number"])
+            shutil.copytree(study / row["directory"], study / directory)
+            for key in ("scores", "metrics_file"):
+                row[key] = row[key].replace(row["directory"], directory)
+            row["directory"] = directory
+        database.commit()
+    values["trials"] += rows
+    (study / "study.json").write_text(json.dumps(values))
+
+
+def copy_trial(database: sqlite3.Connection, source: int, number: int) -> None:
+    """Add trial ``number`` to a database of Optuna, with all that it says of another one."""
+    (old,) = database.execute("SELECT trial_id FROM trials WHERE number = ?", (source,)).fetchone()
+    rest = "study_id, state, datetime_start, datetime_complete"
+    new = database.execute(
+        f"INSERT INTO trials (number, {rest}) SELECT ?, {rest} FROM trials WHERE trial_id = ?",
+        (number, old),
+    ).lastrowid
+    for table in ("params", "values", "user_attributes", "system_attributes"):
+        names = [row[1] for row in database.execute(f"PRAGMA table_info(trial_{table})")][1:]
+        rest = ", ".join(name for name in names if name != "trial_id")
+        database.execute(
+            f"INSERT INTO trial_{table} (trial_id, {rest}) "
+            f"SELECT ?, {rest} FROM trial_{table} WHERE trial_id = ?",
+            (new, old),
+        )
+
+
+def go_on_without_report(output: Path, trials: int) -> None:
+    """Ten trials more than the search had."""
+    import pytest
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("lrmc_ray.tune.finish.write_study_report", lambda _: None)
+        patch.setattr("lrmc_ray.tune.finish.load_study", lambda path: path)
+        patch.setattr("lrmc_ray.tune.finish.study_note", lambda _: "")
+        patch.setattr("lrmc_ray.tune.finish.study_scores", lambda _: {})
+        run_search(output, trials + 10)
 
 
 def report(output: Path, _: int) -> None:
@@ -126,6 +185,12 @@ PARTS: dict[str, list[tuple[str, Command]]] = {
         ("tune again, one more", go_on),
         ("report", report),
     ],
+    "old_trials": [
+        ("", make_old_trials),
+        ("tune goes on, ten more", go_on_without_report),
+        ("ls --size, one study", list_outputs),
+        ("prune --dry-run, one study", prune),
+    ],
     "studies": [
         ("", make_studies),
         ("ls --size", list_outputs),
@@ -134,7 +199,7 @@ PARTS: dict[str, list[tuple[str, Command]]] = {
     ],
     "rows": [("record", record_rows), ("record is read", read_rows)],
 }
-SMALLEST = {"trials": 3, "studies": 1, "rows": 20}
+SMALLEST = {"trials": 3, "old_trials": 20, "studies": 1, "rows": 20}
 """At which a command's fixed part is measured."""
 
 
@@ -176,7 +241,8 @@ def main(argv: Sequence[str]) -> int:
         return 0
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     for part in PARTS:
-        parser.add_argument(f"--{part}", type=int, default=0, help="0 leaves this part out")
+        name = part.replace("_", "-")
+        parser.add_argument(f"--{name}", type=int, default=0, help="0 leaves this part out")
     parser.add_argument("--most", type=float, default=2.0, help="times per unit")
     arguments = parser.parse_args(argv)
     result: dict[str, Any] = {}

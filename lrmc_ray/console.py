@@ -9,6 +9,7 @@ import errno
 import functools
 import logging
 import os
+import re
 import select
 import signal
 import sys
@@ -145,7 +146,35 @@ def _drop_closed_stdout() -> bool:
 
 def _say(line: str) -> None:
     with contextlib.suppress(BrokenPipeError):
-        print(line, file=sys.stderr, flush=True)
+        # Ray colours the tracebacks of its tasks.
+        print(harmless(_COLOURS.sub("", line)), file=sys.stderr, flush=True)
+
+
+_COLOURS = re.compile(r"\x1b\[[0-9;]*m")
+_CONTROLS = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
+
+
+def harmless(text: str) -> str:
+    """``text`` without the control characters by which it could act on the terminal.
+
+    Data, models and file names may hold any. Line breaks and tabs stay.
+    """
+    return _CONTROLS.sub("\N{REPLACEMENT CHARACTER}", text)
+
+
+def plain_console(
+    *, highlight: bool = False, stderr: bool = False, width: int | None = None
+) -> "Console":
+    """A console of rich that shows texts as they are: brackets and colons in them do nothing.
+
+    Args:
+        highlight: colour numbers and paths.
+        stderr: write there.
+        width: in characters; by default the terminal's.
+    """
+    from rich.console import Console
+
+    return Console(highlight=highlight, stderr=stderr, width=width, markup=False, emoji=False)
 
 
 class _StderrHandler(logging.Handler):
@@ -226,9 +255,7 @@ def progress(
 @functools.cache
 def _terminal() -> "Console":
     """One console for all bars: that is what lets rich stack them."""
-    from rich.console import Console
-
-    return Console(stderr=True)
+    return plain_console(stderr=True, highlight=True)
 
 
 @contextlib.contextmanager

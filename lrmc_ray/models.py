@@ -23,6 +23,7 @@ from lrmc_ray.files.artifacts import (
     content_digest,
     fingerprint,
 )
+from lrmc_ray.files.hub_calls import limit_hub_calls
 from lrmc_ray.files.place import Place
 from lrmc_ray.model_borders import attention_borders, longest_packed, text_config
 from lrmc_ray.model_checks import check_causal, differs
@@ -130,6 +131,7 @@ def _download(settings: ModelSettings) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
+    limit_hub_calls()
     try:
         return Path(
             snapshot_download(

@@ -5,10 +5,12 @@ import errno
 import logging
 import os
 import pty
+import re
 import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 
@@ -16,6 +18,7 @@ from lrmc_ray import console
 from lrmc_ray.console import (
     format_seconds,
     is_quiet,
+    plain_console,
     progress,
     run_command,
     setup_logging,
@@ -68,6 +71,35 @@ def test_our_errors_are_one_line_and_their_own_code(kind, code, capsys):
     assert run_command(raising(kind("tau must be in (0, 1], got 2; lower it")), []) == code
     out, err = capsys.readouterr()
     assert (out, err) == ("", "error: tau must be in (0, 1], got 2; lower it\n")
+
+
+def test_an_error_does_not_act_on_the_terminal(capsys):
+    """What data hold is repeated in messages; Ray's own colours are left out."""
+    error = DataError("a.jsonl:2 is '\x1b]0;title\x07\x9b2J\r', \x1b[36mray::f\x1b[39m\n\tü")
+    assert run_command(raising(error)) == 4
+    assert capsys.readouterr().err == "error: a.jsonl:2 is '�]0;title��2J�', ray::f\n\tü\n"
+
+
+def test_a_console_shows_brackets_and_colons_as_they_are(capsys):
+    from rich.table import Table
+
+    text = "failed: [/x] [bold] :smile: [link=http://a]"
+    table = Table(title=text, box=None)
+    table.add_column(text)
+    table.add_row(text)
+    shown = plain_console(width=200)
+    shown.print(text)
+    shown.print(table)
+    assert capsys.readouterr().out.count(text) == 4
+
+
+def test_every_console_is_a_plain_one():
+    made = [
+        path.name
+        for path in Path(console.__file__).parent.rglob("*.py")
+        if re.search(r"(?<!plain_)\bConsole\(", path.read_text(encoding="utf-8"))
+    ]
+    assert made == ["console.py"]
 
 
 def test_our_error_from_a_ray_task_is_the_same_line(capsys):

@@ -25,6 +25,7 @@ from lrmc_ray.outputs.ls_command import main as ls
 from lrmc_ray.outputs.prunable import prunable, remove
 from lrmc_ray.outputs.prune_command import main as prune
 from lrmc_ray.record import hub
+from lrmc_ray.record.inspect_command import main as inspect
 from lrmc_ray.report.mlflow import register_model
 from lrmc_ray.report.mlflow_mirror import in_one_line, public
 from tests.support.synthetic_study import make_study
@@ -192,6 +193,29 @@ def test_a_pickle_in_the_place_of_a_description_is_not_read(tmp_path, canary, na
         with pytest.raises(LrmcError):
             read_study(study)
     assert run_command(ls, [str(tmp_path / "runs")]) in (0, 4)
+
+
+# What is shown of data
+
+
+def test_data_do_not_act_on_the_terminal(tmp_path, capsys, tiny_model):
+    data = tmp_path / "train.jsonl"
+    rows = [{"prompt": "a\x1b[2Jb", "completion": "c\x9bd"}, {"prompt": "\x1b]0;x\x07"}]
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    argv = ["--data", str(data), "--model", str(tiny_model), "--sample", "2"]
+    assert run_command(inspect, argv) in (0, 4)
+    said = capsys.readouterr()
+    assert "c�d" in said.out
+    assert not {"\x1b", "\x9b", "\x07"} & set(said.out + said.err)
+
+
+def test_names_of_outputs_do_not_act_on_the_terminal(tmp_path, capsys):
+    study = tmp_path / "runs" / "study-0123456789ab\x1b[2J"
+    (study / "trials").mkdir(parents=True)
+    (study / "study.json").write_text("{}")
+    for command, options in ((ls, ["--size"]), (prune, ["--dry-run", "--unfinished"])):
+        run_command(command, [str(tmp_path / "runs"), *options])
+    assert "\x1b" not in "".join(capsys.readouterr())
 
 
 # Data of the Hub

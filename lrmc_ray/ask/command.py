@@ -13,7 +13,7 @@ from lrmc_ray.ask.table import Row, Table, check_suffix, table_text
 from lrmc_ray.ask.taught_system import taught_system, with_system
 from lrmc_ray.command_line import CommandParser
 from lrmc_ray.config import ModelSettings
-from lrmc_ray.console import progress, setup_logging
+from lrmc_ray.console import plain_console, progress, setup_logging
 from lrmc_ray.errors import ConfigError, IncompleteArtifactError
 from lrmc_ray.files.artifacts import write_atomically
 from lrmc_ray.files.fault_points import passed
@@ -102,11 +102,10 @@ def _run(
     if arguments.json:
         _print_json(Table(names, _in_words(generation, system), [ask(q) for q in _typed()]))
         return 0
-    from rich.console import Console
 
     from lrmc_ray.ask.terminal import show
 
-    console = Console(highlight=False)
+    console = plain_console()
     is_typed = questions is None and sys.stdin.isatty()
     if is_typed:
         print("Every question is asked by itself. Ctrl-D ends.", file=sys.stderr)

@@ -1,21 +1,15 @@
 """Answers side by side in a terminal."""
 
-import re
 from typing import TYPE_CHECKING
 
 from lrmc_ray.ask.table import Row
+from lrmc_ray.console import harmless
 
 if TYPE_CHECKING:
     from rich.console import Console
 
-_CONTROLS = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 _NARROWEST = 60
 """Columns of a terminal below which answers stand one above the other."""
-
-
-def harmless(text: str) -> str:
-    """``text`` without the control characters by which it could act on the terminal."""
-    return _CONTROLS.sub("\N{REPLACEMENT CHARACTER}", text)
 
 
 def show(console: "Console", row: Row, models: tuple[str, ...], *, is_typed: bool = False) -> None:

@@ -15,7 +15,7 @@ import signal
 import stat
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
@@ -130,6 +130,32 @@ def _job() -> str:
     return str(ray.get_runtime_context().get_job_id()) if ray.is_initialized() else ""
 
 
+def ray_node() -> str:
+    """Ray's id of the node of this process; ``-`` without Ray."""
+    import ray
+
+    return str(ray.get_runtime_context().get_node_id()) if ray.is_initialized() else "-"
+
+
+def is_gone(node: str, pid: int, born: int) -> bool:
+    """Whether a process has ended, or its node is lost.
+
+    Args:
+        node: Ray's id of its node.
+        pid: its number there.
+        born: see :func:`process_birth`.
+
+    Returns:
+        False also where the node does not answer.
+    """
+    import ray
+
+    if node not in {entry["NodeID"] for entry in ray.nodes() if entry["Alive"]}:
+        return True
+    births = _on_nodes([node], process_birth, pid)
+    return bool(births) and births[0] != born
+
+
 def stacks_here(job: str, work: str, own: str = "") -> list[Stack]:
     """What the processes of this node that work for ``work`` do.
 
@@ -211,6 +237,13 @@ def _kill_here(processes: list[tuple[str, int, int]]) -> list[bool]:
 def _on_all_nodes(work: Any, *arguments: Any) -> list[Any]:
     """What ``work`` returns on every node that answers in time."""
     import ray
+
+    return _on_nodes([node["NodeID"] for node in ray.nodes() if node["Alive"]], work, *arguments)
+
+
+def _on_nodes(nodes: Sequence[str], work: Any, *arguments: Any) -> list[Any]:
+    """What ``work`` returns on those of ``nodes``, Ray's ids, that answer in time."""
+    import ray
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
     remote = ray.remote(work)
@@ -218,10 +251,9 @@ def _on_all_nodes(work: Any, *arguments: Any) -> list[Any]:
         remote.options(
             num_cpus=0,
             max_retries=0,
-            scheduling_strategy=NodeAffinitySchedulingStrategy(node["NodeID"], soft=False),
+            scheduling_strategy=NodeAffinitySchedulingStrategy(node, soft=False),
         ).remote(*arguments)
-        for node in ray.nodes()
-        if node["Alive"]
+        for node in nodes
     ]
     done, _ = ray.wait(references, num_returns=len(references), timeout=NODE_SECONDS)
     results = []
@@ -239,3 +271,16 @@ def report(stacks: list[Stack]) -> str:
         f"process {stack.pid} on {stack.node}, which works for {stack.work}:\n{stack.text}"
         for stack in stacks
     )
+
+
+def write_stacks(path: Path, stacks: list[Stack]) -> str:
+    """Write the stacks into a file, if that is possible; returns what a reader is sent to.
+
+    Call it when what hangs has been ended: a full disk must not keep it alive.
+    """
+    try:
+        path.write_text(report(stacks) + "\n", encoding="utf-8")
+    except OSError as error:
+        _log.warning("%s could not be written: %s", path, error)
+        return "the log"
+    return str(path)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from lrmc_ray.command_line import CommandParser
 from lrmc_ray.config.arguments import add_run_arguments, read_settings
 from lrmc_ray.config.compare import CompareSpace
-from lrmc_ray.console import setup_logging
+from lrmc_ray.console import plain_console, setup_logging
 from lrmc_ray.errors import ConfigError, IncompleteArtifactError
 from lrmc_ray.files.artifacts import lock_directory
 
@@ -142,9 +142,8 @@ def _report(comparing: "Comparing", *, as_json: bool) -> None:
     if as_json:
         print(json.dumps(as_json_object(table)))
         return
-    from rich.console import Console
 
-    console = Console()
+    console = plain_console(highlight=True)
     console.print(console_table(table))
     if table.effects:
         console.print(console_effects(table))

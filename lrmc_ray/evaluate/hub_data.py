@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from lrmc_ray.errors import IncompleteArtifactError
+from lrmc_ray.files.hub_calls import limit_hub_calls
 from lrmc_ray.tasks.registry import GROUPS
 
 ANSWER_SECONDS = 10.0
@@ -43,6 +44,7 @@ def _why_not(name: str) -> str | None:
     from huggingface_hub import HfApi
     from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, RepositoryNotFoundError
 
+    limit_hub_calls()
     api = HfApi()
     try:
         if api.dataset_info(name, timeout=ANSWER_SECONDS).gated:

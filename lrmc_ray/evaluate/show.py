@@ -11,6 +11,7 @@ from rich.table import Table
 
 from lrmc_ray.command_line import pasteable
 from lrmc_ray.config import EvaluateSettings, SearchSettings
+from lrmc_ray.console import plain_console
 from lrmc_ray.evaluate.changes import Comparison, compare, receipt
 from lrmc_ray.evaluate.item_parts import IN_TWO_PARTS, is_divided
 from lrmc_ray.evaluate.items import Scores
@@ -74,7 +75,7 @@ def show_scores(directory: Path, *, items: str, as_json: bool) -> None:
             *(f"{task}\n  {metric.replace('_', ' ')}", str(scored.num_items)),
             *(f"{cells[0]}\n{ends}", cells[1]),
         )
-    Console().print(table)
+    plain_console(highlight=True).print(table)
     print(f"Scored on {items}.")
     print(f"The scores are in {directory}. Next: {pasteable('lrmc', 'evaluate', '--tuned')} DIR")
 
@@ -84,7 +85,7 @@ def show_changes(
 ) -> None:
     """Each tuned model against the base, the first of ``scored``, on ``items``."""
     base = Scores.load(scored[0])
-    console = Console()
+    console = plain_console(highlight=True)
     for directory in scored[1:]:
         tuned = Scores.load(directory)
         compared = compare(

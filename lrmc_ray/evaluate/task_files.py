@@ -26,6 +26,7 @@ from lrmc_ray.evaluate.task_sources import (
     task_sources,
 )
 from lrmc_ray.files.artifacts import cache_directory, content_digest
+from lrmc_ray.files.hub_calls import limit_hub_calls
 from lrmc_ray.tasks.built import built_spider_file, ct_radio_files
 from lrmc_ray.tasks.demo.files import demo_files
 from lrmc_ray.tasks.demo.packet_questions import packet_files
@@ -58,6 +59,8 @@ def task_manager(names: Sequence[str], scratch: Path, split: Split) -> Any:
     ours = {*OURS, *(part for parts in OURS.values() for part in parts)}
     materialize(scratch, **task_data(names, split))
     foreign = [name for name in names if name not in ours]
+    if foreign:
+        limit_hub_calls()
     # Reading the names of lm-eval's 15,000 tasks takes some 10 seconds.
     manager = TaskManager(
         include_path=str(scratch), include_defaults=any(map(_may_need_others, foreign))

@@ -2,16 +2,27 @@
 
 import contextlib
 import logging
+import os
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from lrmc_ray.cluster.stacks import kill_all, listening, report, stacks_of
+from lrmc_ray.cluster.stacks import (
+    is_gone,
+    kill_all,
+    listening,
+    process_birth,
+    ray_node,
+    report,
+    stacks_of,
+    write_stacks,
+)
 from lrmc_ray.console import format_seconds
 from lrmc_ray.errors import DiskError, EvaluationError
+from lrmc_ray.files.artifacts import fingerprint
 from lrmc_ray.files.beats import PROGRESS, Pauses, beat, beating, file_writer
 from lrmc_ray.files.names import STACKS
 from lrmc_ray.files.place import Place
@@ -25,6 +36,12 @@ LOOK_SECONDS = 1.0
 STORAGE_SECONDS = 15.0
 """The same where each look, and each sign, is a request to a storage."""
 
+OWNER_SECONDS = 60.0
+"""Time without a new sign after which it is asked whether the process that gave it still lives."""
+
+STOP_SECONDS = 15.0
+"""How long tasks that are stopped may take to end."""
+
 
 @dataclass(frozen=True)
 class Watched:
@@ -36,12 +53,16 @@ class Watched:
     """Among the tasks of these scores."""
     place: Place
     """Where nodes find each other's files."""
+    driver: str = field(default_factory=lambda: os.uname().nodename)
+    """Name of the machine that waits: in a storage, another one's directory may have the same
+    path."""
 
     @property
     def _name(self) -> str:
-        """Of the file with its signs of life, in a storage; there, paths have no meaning."""
+        """Of the file with its signs of life, in a storage."""
         # No directory for each work: Arrow leaves one behind when its last file is removed.
-        return f"scoring/{self.work.strip('/').replace('/', '_')}_{PROGRESS}_{self.number}"
+        work = fingerprint([self.driver, self.work])
+        return f"scoring/{work}_{PROGRESS}_{self.number}"
 
     @property
     def _path(self) -> Path:
@@ -50,20 +71,21 @@ class Watched:
     @contextlib.contextmanager
     def shown(self) -> Iterator[None]:
         """Give signs of life as this task, and answer when it is asked where it hangs."""
+        owner = f"{ray_node()} {os.getpid()} {process_birth(os.getpid())}"
+
+        def local() -> AbstractContextManager[None]:
+            write = file_writer(self._path)
+            return beating(lambda sign: write(f"{owner} {sign}"))
 
         def stored(storage: Storage) -> AbstractContextManager[None]:
-            # Scoring does not wait for a storage that does not answer.
-            quick = Storage(storage.uri, retry_seconds=())
+            quick = _quick(storage)
 
             def write(sign: str) -> None:
-                quick.write(self._name, sign.encode())
+                quick.write(self._name, f"{owner} {sign}".encode())
 
             return beating(write, every=STORAGE_SECONDS)
 
-        with (
-            listening(self.work),
-            self.place.either(lambda: beating(file_writer(self._path)), stored),
-        ):
+        with listening(self.work), self.place.either(local, stored):
             yield
 
     def sign(self) -> bytes | None:
@@ -75,8 +97,13 @@ class Watched:
         with contextlib.suppress(DiskError, OSError):
             self.place.either(
                 lambda: self._path.unlink(missing_ok=True),
-                lambda storage: storage.delete(self._name),
+                lambda storage: _quick(storage).delete(self._name),
             )
+
+
+def _quick(storage: Storage) -> Storage:
+    """The same, which tries once: scoring does not wait for a storage that does not answer."""
+    return Storage(storage.uri, retry_seconds=())
 
 
 def results_of(
@@ -96,11 +123,11 @@ def results_of(
 
     Raises:
         EvaluationError: one hangs; it has been ended, and the log says where it hung.
-        RayError: one failed.
+        RayError: one failed. Then, as after any other error, the others have been ended, too.
     """
     import ray
 
-    pauses = Pauses(hang_seconds)
+    watch = _Watch(hang_seconds)
     every = tasks[0].place.either(lambda: LOOK_SECONDS, lambda _: STORAGE_SECONDS)
     waiting = dict(zip(references, tasks, strict=True))
     looked = time.monotonic()
@@ -110,53 +137,103 @@ def results_of(
             done, _ = ray.wait(list(waiting), num_returns=1, timeout=LOOK_SECONDS)
             for reference in done:
                 ray.get(reference)  # one that failed ends the others' wait
-                pauses.forget(waiting.pop(reference).number)
+                watch.forget(waiting.pop(reference))
                 beat()
             if time.monotonic() - looked < every:
                 continue
             looked = time.monotonic()
             for task in waiting.values():
-                if is_hanging(task, pauses):
-                    _end(task, list(waiting), pauses, stop)
+                if watch.is_hanging(task):
+                    _end(task, list(waiting), watch.patience(task), stop)
         return list(ray.get(list(references)))
     finally:
+        _stop_all(list(waiting), stop)
         for task in tasks:
             task.forget()
 
 
-def is_hanging(task: Watched, pauses: Pauses) -> bool:
-    """Whether ``task`` has given no new sign of life for longer than it may."""
+class _Watch:
+    """For how long each task has given no new sign of life."""
+
+    def __init__(self, hang_seconds: float | None) -> None:
+        self._pauses = Pauses(hang_seconds)
+        self._asked: dict[int, float] = {}
+        """Of tasks that are silent, for how long they were when their process was asked for."""
+
+    def patience(self, task: Watched) -> float:
+        """Seconds for which ``task`` may be silent."""
+        return self._pauses.limit(task.number)
+
+    def forget(self, task: Watched) -> None:
+        """``task`` has ended, or must begin anew."""
+        self._pauses.forget(task.number)
+        self._asked.pop(task.number, None)
+
+    def is_hanging(self, task: Watched) -> bool:
+        """Whether ``task`` has given no new sign of life for longer than it may."""
+        try:
+            sign = task.sign()
+        except DiskError as error:
+            _log.debug("whether scoring gets on is not known: %s", error)
+            return False
+        silent = 0.0 if sign is None else self._pauses.look(task.number, sign)
+        if not silent:
+            self._asked.pop(task.number, None)
+        elif self._is_due(task, silent) and _has_lost_its_process(sign):
+            self.forget(task)
+            silent = 0.0
+        if not silent:
+            beat()  # it gets on or waits for its turn, and others wait for this process
+        return silent > self.patience(task)
+
+    def _is_due(self, task: Watched, silent: float) -> bool:
+        """Whether to ask for the process of ``task`` again."""
+        due = self._asked.get(task.number, 0.0) + OWNER_SECONDS
+        if silent <= min(due, self.patience(task)):
+            return False
+        self._asked[task.number] = silent
+        return True
+
+
+def _has_lost_its_process(sign: bytes | None) -> bool:
+    """Whether the process that gave ``sign`` has ended: Ray starts its task again, in its turn."""
     try:
-        sign = task.sign()
-    except DiskError as error:
-        _log.debug("whether scoring gets on is not known: %s", error)
+        node, pid, born, *_ = (sign or b"").decode().split(" ")
+        return is_gone(node, int(pid), int(born))
+    except ValueError:  # half of a sign was read
         return False
-    if sign is None:  # it waits for its turn
-        beat()
-        return False
-    silent = pauses.look(task.number, sign)
-    if not silent:
-        beat()  # for those who wait for this process
-    return silent > pauses.limit(task.number)
+
+
+def _stop_all(references: Sequence[Any], stop: Callable[[Any], None]) -> None:
+    """End tasks, and wait for a while until they have: one that goes on would show itself again."""
+    import ray
+
+    for reference in references:
+        stop(reference)
+    if references:
+        ray.wait(
+            list(references),
+            num_returns=len(references),
+            timeout=STOP_SECONDS,
+            fetch_local=False,
+        )
 
 
 def _end(
-    task: Watched, waiting: Sequence[Any], pauses: Pauses, stop: Callable[[Any], None]
+    task: Watched, waiting: Sequence[Any], patience: float, stop: Callable[[Any], None]
 ) -> None:
     """End the scoring that ``task`` is a part of.
 
     Raises:
-        EvaluationError: always; names the file that says where it hangs.
+        EvaluationError: always; names what says where it hangs.
     """
     stacks = stacks_of(task.work)
-    text = report(stacks)
-    path = Path(task.work) / STACKS
-    path.write_text(text + "\n", encoding="utf-8")
-    _log.warning("scoring hangs\n%s", text)
     for reference in waiting:
         stop(reference)
     kill_all(stacks)
+    _log.warning("scoring hangs\n%s", report(stacks))
+    where = write_stacks(Path(task.work) / STACKS, stacks)
     raise EvaluationError(
-        f"scoring must show progress within {format_seconds(pauses.limit(task.number))} and did "
-        f"not; {path} says where it hangs, raise resources.hang_seconds if it is only slow"
+        f"scoring must show progress within {format_seconds(patience)} and did not; {where} says "
+        "where it hangs, raise resources.hang_seconds if it is only slow"
     )

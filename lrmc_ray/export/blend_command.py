@@ -7,7 +7,7 @@ from pathlib import Path
 
 from lrmc_ray.cluster.session import RAY_LOG, ray_session
 from lrmc_ray.command_line import CommandParser, pasteable
-from lrmc_ray.console import setup_logging
+from lrmc_ray.console import plain_console, setup_logging
 from lrmc_ray.errors import ConfigError
 from lrmc_ray.files.artifacts import lock_directory
 from lrmc_ray.files.study import find_study, read_study
@@ -52,9 +52,8 @@ def main(argv: Sequence[str]) -> int:
         ]
         print(json.dumps({"report": str(report), "points": rows}))
         return 0
-    from rich.console import Console
 
-    Console(highlight=False).print(curves_table(study, curves))
+    plain_console().print(curves_table(study, curves))
     print(f"\nReport  {report}")
     trial = curves[0].trial.entry.number
     command = ("export", directory, "--trial", trial, "--blend", "0.5", "--to", "DIR")

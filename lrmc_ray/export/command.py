@@ -39,12 +39,18 @@ def main(argv: Sequence[str]) -> int:
     if arguments.json:
         values = {"directory": str(made.directory), "trial": made.trial, "blend": arguments.blend}
         values |= {"size_bytes": made.size_bytes, "fingerprint": made.fingerprint}
+        values["rounding"] = made.rounding
         print(json.dumps(values | {"gguf": None if made.gguf is None else str(made.gguf)}))
         return 0
     what = f"trial {made.trial} of {study.name}"
     if arguments.blend != 1.0:
         what = f"blend {arguments.blend:g} of the base and {what}"
     print(f"{made.directory}: {size_text(made.size_bytes)}, {what}, {arguments.dtype}")
+    if made.rounding is not None:
+        print(
+            f"rounding to bf16 moves the weights by {made.rounding:.1%} of what training did; "
+            f"`{pasteable('lrmc', 'evaluate', '--tuned', made.directory)}` says what that costs"
+        )
     if made.gguf is not None:
         print(f"{made.gguf}: {size_text(made.gguf.stat().st_size)}")
     print("Next:")

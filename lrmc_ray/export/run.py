@@ -1,8 +1,11 @@
 """Export the model of a trial, or one between it and the base, as a directory by itself."""
 
+import logging
 from dataclasses import dataclass
 from pathlib import Path
 
+from lrmc_ray.config import RunSettings
+from lrmc_ray.errors import LrmcError
 from lrmc_ray.export.gguf import convert, find_converter
 from lrmc_ray.export.new_directory import check_space, check_target, new_directory
 from lrmc_ray.export.trial_model import (
@@ -12,12 +15,20 @@ from lrmc_ray.export.trial_model import (
     study_settings,
     trial_model,
 )
-from lrmc_ray.export.weights import Dtype, size_of, size_of_directory, write_model
+from lrmc_ray.export.weights import (
+    Dtype,
+    lost_by_rounding,
+    size_of,
+    size_of_directory,
+    write_model,
+)
 from lrmc_ray.files.fault_points import passed
 from lrmc_ray.files.origin import origin_of, write_origin
-from lrmc_ray.files.study import read_study
+from lrmc_ray.files.study import StudyFile, read_study
 from lrmc_ray.models import local_directory, model_fingerprint
 from lrmc_ray.report.model_card import write_model_card
+
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -47,6 +58,8 @@ class Exported:
     size_bytes: int
     fingerprint: str
     """Of configuration and weights, see ``models.model_fingerprint``."""
+    rounding: float | None
+    """Of bf16, as a share of what training changed; None where it is not known."""
     gguf: Path | None
 
 
@@ -97,5 +110,19 @@ def export(request: ExportRequest) -> Exported:
         trial=entry.number,
         size_bytes=size_of_directory(request.target),
         fingerprint=model_fingerprint(request.target),
+        rounding=_rounding(request, settings, source, study) if request.dtype == "bf16" else None,
         gguf=None if gguf is None else request.target / gguf.name,
     )
+
+
+def _rounding(
+    request: ExportRequest, settings: RunSettings, source: Path, study: StudyFile
+) -> float | None:
+    """What bf16 loses of the change against the base, if that can be had."""
+    try:
+        base = local_directory(settings.model)
+        check_base(base, base_scores_of(request.study, study))
+    except LrmcError as error:  # the model is written all the same
+        _log.warning("what rounding to bf16 loses is not known: %s", error)
+        return None
+    return lost_by_rounding(source, base, blend=request.blend)

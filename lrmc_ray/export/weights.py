@@ -1,5 +1,6 @@
 """A model's weights: copied as they are, rounded to bf16, or part of the way from the base."""
 
+import math
 import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -20,8 +21,17 @@ def copy_model(source: Path, target: Path) -> None:
 
     Its card and its origin stay behind: the copy gets its own. Adapters that are kept beside the
     weights go along.
+
+    Raises:
+        DataError: a file is a link to somewhere else; a copy may be given to others.
     """
+    own = source.resolve()
     for path in sorted(source.iterdir()):
+        if path.is_symlink() and path.resolve().parent != own:
+            raise DataError(
+                f"{source} must hold the model's own files, {path.name} is a link to "
+                f"{path.resolve()}, which would be exported with it; put the file in its place"
+            )
         if path.is_dir() and path.name == ADAPTER:
             (target / ADAPTER).mkdir()
             copy_model(path, target / ADAPTER)
@@ -87,6 +97,54 @@ def blend_into(tuned: Any, base: Any, weight: float) -> None:
 
 def _shape(parameter: "torch.Tensor | None") -> tuple[int, ...] | None:
     return None if parameter is None else tuple(parameter.shape)
+
+
+def lost_by_rounding(tuned: Path, base: Path, *, blend: float = 1.0) -> float | None:
+    """How far bf16 moves the weights, as a share of how far training did.
+
+    Args:
+        tuned: directory of the model, in float32.
+        base: that of the model that it was made from.
+        blend: how far from the base, as in :func:`write_model`.
+
+    Returns:
+        Norm of the rounding errors over that of the change; None where nothing was changed, or the
+        two have other tensors.
+    """
+    import torch
+
+    after, before = _files_of_tensors(tuned), _files_of_tensors(base)
+    if after.keys() != before.keys():
+        return None
+    error = change = 0.0
+    for name, path in after.items():
+        one, other = _tensor(path, name), _tensor(before[name], name)
+        if one.shape != other.shape:
+            return None
+        exact = torch.lerp(other, one, blend)
+        error += float((exact.bfloat16().double() - exact).square().sum())
+        change += float((exact - other).square().sum())
+    return math.sqrt(error / change) if change else None
+
+
+def _files_of_tensors(directory: Path) -> dict[str, Path]:
+    """Where each tensor of a model is."""
+    from safetensors import safe_open
+
+    found = {}
+    for path in sorted(directory.glob(f"*{WEIGHT_SUFFIX}")):
+        with safe_open(path, framework="pt") as file:
+            found.update(dict.fromkeys(file.keys(), path))
+    return found
+
+
+def _tensor(path: Path, name: str) -> "torch.Tensor":
+    """One tensor, in float64: a small change is a difference of near numbers."""
+    from safetensors import safe_open
+
+    with safe_open(path, framework="pt") as file:
+        tensor: torch.Tensor = file.get_tensor(name)
+    return tensor.double()
 
 
 def size_of(source: Path, *, dtype: Dtype) -> int:

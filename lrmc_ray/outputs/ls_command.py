@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from lrmc_ray.command_line import CommandParser
+from lrmc_ray.console import harmless
 from lrmc_ray.files.sizes import size_text
 from lrmc_ray.outputs.arguments import add_output_argument
 from lrmc_ray.outputs.inventory import Entry, Sizes, inventory
@@ -48,7 +49,7 @@ def main(argv: Sequence[str]) -> int:
         for entry in own:
             size = f"  {size_text(sizes[entry.path]):>9s}" if arguments.size else ""
             state = "" if entry.state in ("finished", "unfinished") else f"{entry.state}: "
-            print(f"  {entry.name}{size}\n    {state}{entry.about}")
+            print(harmless(f"  {entry.name}{size}\n    {state}{entry.about}"))
     if arguments.size:
         print(f"In all {size_text(sum(sizes.values()))}")
     return 0

@@ -6,6 +6,7 @@ import sys
 from collections.abc import Sequence
 
 from lrmc_ray.command_line import CommandParser
+from lrmc_ray.console import harmless
 from lrmc_ray.files.artifacts import cache_directory
 from lrmc_ray.files.sizes import size_text
 from lrmc_ray.outputs.arguments import add_output_argument
@@ -76,7 +77,7 @@ def _show(found: Sequence[Prunable], total: int) -> None:
         own = list(items)
         print(f"{size_text(sum(item.size_bytes for item in own))}: {reason}")
         for item in own:
-            print(f"  {item.path}")
+            print(harmless(f"  {item.path}".replace("\n", "\\n")))
     print(f"In all {size_text(total)}.")
 
 

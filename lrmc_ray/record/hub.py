@@ -14,6 +14,7 @@ from typing import Any
 
 from lrmc_ray.errors import IncompleteArtifactError
 from lrmc_ray.files.artifacts import cache_directory, fingerprint, write_json
+from lrmc_ray.files.hub_calls import limit_hub_calls
 
 _log = logging.getLogger(__name__)
 
@@ -65,6 +66,7 @@ def hub_files(name: str) -> tuple[Path, ...]:
     wanted = _Wanted(match["name"], match["revision"], match["split"] or "train")
     from huggingface_hub import hf_hub_download
 
+    limit_hub_calls()
     try:
         found = _find(wanted)
         # What is in the cache of this commit is not asked for again.

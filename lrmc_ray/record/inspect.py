@@ -12,7 +12,7 @@ from rich.text import Text
 
 from lrmc_ray.command_line import pasteable
 from lrmc_ray.config import ModelSettings
-from lrmc_ray.console import progress
+from lrmc_ray.console import harmless, plain_console, progress
 from lrmc_ray.errors import ConfigError, DataError, IncompleteArtifactError, LrmcError
 from lrmc_ray.files.artifacts import MANIFEST, PARTIAL, is_finished
 from lrmc_ray.method.microbatch import Sample
@@ -135,10 +135,10 @@ def show_sample(sample: Mapping[str, Any], console: Console, *, with_prompt: boo
     """
     styles = {"supervised": "green", "prompt": "dim", "none": "dim"}
     domain = f", domain {sample['domain']}" if sample["domain"] else ""
-    console.print(Text(f"\nsample {sample['sample_id']}{domain}", style="bold"))
+    console.print(Text(harmless(f"\nsample {sample['sample_id']}{domain}"), style="bold"))
     text = Text()
     for token in sample["tokens"]:
-        text.append(token["text"], style=styles[token["role"]])
+        text.append(harmless(token["text"]), style=styles[token["role"]])
     console.print(text)
     table = Table(box=None, pad_edge=False)
     for name in ("token", "", "K", "rho", "candidates"):
@@ -212,7 +212,7 @@ def show_record(result: Mapping[str, Any], *, with_prompts: bool = False) -> Non
             print(f"Not of the record, never read: {', '.join(verified['stray_files'])}")
     print(f"The record in {directory}")
     if samples := result.get("samples", ()):
-        console = Console(highlight=False)
+        console = plain_console()
         for sample in samples:
             show_sample(sample, console, with_prompt=with_prompts)
         return

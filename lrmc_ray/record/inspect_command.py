@@ -14,7 +14,7 @@ from typing import Any
 
 from lrmc_ray.command_line import CommandParser
 from lrmc_ray.config import load_settings
-from lrmc_ray.console import setup_logging
+from lrmc_ray.console import plain_console, setup_logging
 from lrmc_ray.errors import ConfigError
 
 
@@ -97,7 +97,6 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _inspect_data(arguments: argparse.Namespace) -> int:
-    from rich.console import Console
 
     from lrmc_ray.record.inspect_data import inspect_rows, show_row
 
@@ -108,7 +107,7 @@ def _inspect_data(arguments: argparse.Namespace) -> int:
     samples = inspect_rows(arguments.data, load_settings(None, overrides).model)
     if arguments.sample:
         samples = itertools.islice(samples, arguments.sample)
-    console = Console(highlight=False)
+    console = plain_console()
     for sample in samples:
         if arguments.json:
             print(json.dumps(sample))

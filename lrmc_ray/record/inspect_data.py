@@ -11,6 +11,7 @@ from rich.text import Text
 
 from lrmc_ray.chat.answers import Chat
 from lrmc_ray.config import ModelSettings
+from lrmc_ray.console import harmless
 from lrmc_ray.models import load_tokenizer, tokenizer_directory
 from lrmc_ray.record.encode import BATCH_ROWS, Example, encode_batch
 from lrmc_ray.record.rows import Rejects, Row, read_rows
@@ -100,13 +101,13 @@ def _token_texts(example: Example, tokenizer: Any) -> list[str]:
 
 def show_row(sample: Mapping[str, Any], console: Console) -> None:
     """A sample in colours, what is learned in green; or why the row is refused."""
-    console.print(Text(f"\n{sample['place']}", style="bold"))
+    console.print(Text(harmless(f"\n{sample['place']}"), style="bold"))
     if "problem" in sample:
-        console.print(Text(f"refused: {sample['problem']}", style="red"))
+        console.print(Text(harmless(f"refused: {sample['problem']}"), style="red"))
         return
     text = Text()
     for token in sample["tokens"]:
-        text.append(token["text"], style="green" if token["learned"] else "dim")
+        text.append(harmless(token["text"]), style="green" if token["learned"] else "dim")
     console.print(text)
     learned = sum(token["learned"] for token in sample["tokens"])
     console.print(Text(f"{learned} of {len(sample['tokens'])} tokens are learned", style="dim"))

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from lrmc_ray.command_line import CommandParser
+from lrmc_ray.console import plain_console
 from lrmc_ray.files.study import find_study
 from lrmc_ray.report.console import as_json, summary_table
 from lrmc_ray.report.figures_png import FIGURE_FILE
@@ -38,10 +39,9 @@ def main(argv: Sequence[str]) -> int:
         paths = {"report": str(path), "figure": str(path.with_name(FIGURE_FILE))}
         print(json.dumps(as_json(study) | paths, allow_nan=False))
         return 0
-    from rich.console import Console
 
     # Without a terminal nothing limits the width, and a wrapped table is hard to read.
-    console = Console(width=None if sys.stdout.isatty() else 120, highlight=False)
+    console = plain_console(width=None if sys.stdout.isatty() else 120)
     console.print(summary_table(study))
     if study.verdict is not None:
         console.print(score_text(study.verdict.comparison), style="bright_black")

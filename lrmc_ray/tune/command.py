@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from lrmc_ray.command_line import CommandParser, pasteable
 from lrmc_ray.config.arguments import add_run_arguments, settings_from
-from lrmc_ray.console import setup_logging
+from lrmc_ray.console import plain_console, setup_logging
 from lrmc_ray.files.artifacts import lock_directory
 from lrmc_ray.files.names import BEST_MODEL
 from lrmc_ray.files.study import trial_directory
@@ -98,7 +98,6 @@ def _register(search: "Search", name: str) -> None:
 
 
 def _print_end(search: "Search", arguments: argparse.Namespace) -> None:
-    from rich.console import Console
 
     from lrmc_ray.report.console import as_json, summary_table
     from lrmc_ray.report.mlflow_mirror import public
@@ -109,7 +108,7 @@ def _print_end(search: "Search", arguments: argparse.Namespace) -> None:
     if arguments.json:
         print(json.dumps(as_json(study)))
         return
-    console = Console()
+    console = plain_console(highlight=True)
     console.print(summary_table(study))
     if study.verdict is not None:
         console.print(score_text(study.verdict.comparison), style="bright_black")

@@ -8,7 +8,7 @@ from typing import Any
 
 from lrmc_ray.cluster.resources import local_cpus
 from lrmc_ray.config import DEMO, ModelSettings, ParameterRange, RunSettings
-from lrmc_ray.console import format_seconds
+from lrmc_ray.console import format_seconds, plain_console
 from lrmc_ray.evaluate.item_parts import is_divided
 from lrmc_ray.evaluate.task_files import task_label
 from lrmc_ray.models import has_chat_template
@@ -33,7 +33,6 @@ def explain(settings: RunSettings, output: Path, *, as_json: bool) -> None:
     if as_json:
         print(json.dumps(_as_dict(settings, cost, output, files)))
         return
-    from rich.console import Console
     from rich.table import Table
 
     table = Table(title=f"{settings.study_name()}: what is searched", title_justify="left")
@@ -47,7 +46,7 @@ def explain(settings: RunSettings, output: Path, *, as_json: bool) -> None:
             ", ".join(f"{key} = {value}" for key, value in searched.when.items()),
             str(getattr(settings.train, name)),
         )
-    console = Console(highlight=False)
+    console = plain_console()
     for line in what_lines(settings, output, files):
         console.print(line, markup=False)
     if settings.parameters:

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from lrmc_ray.cluster.stacks import Stack, kill_all, report, stacks_of
+from lrmc_ray.cluster.stacks import Stack, kill_all, report, stacks_of, write_stacks
 from lrmc_ray.console import format_seconds
 from lrmc_ray.files.artifacts import is_finished
 from lrmc_ray.files.beats import PROGRESS, OwnTime, Pauses
@@ -118,18 +118,22 @@ class RunWatch:
             self._stop(directory, cause)
 
     def _stop(self, directory: Path, cause: str) -> None:
-        """Leave the cause and the stacks in the run's directory, and kill its processes."""
+        """Leave the cause and the stacks in the run's directory, and kill its processes.
+
+        They are killed even where the disk is full.
+        """
         stacks = self._stacks(directory)
-        text = report(stacks)
-        (directory / STACKS).write_text(text + "\n", encoding="utf-8")
-        _log.warning("%s is ended: %s\n%s", directory.name, cause, text)
-        write_failure(directory, cause)
-        if not self._kill(directory):
-            _log.warning("%s is ended, and its process was not found", directory.name)
-        # A worker that hangs does not hear that its trial has died.
-        if stacks:
-            kill_all(stacks)
-        self.end(directory)
+        _log.warning("%s is ended: %s\n%s", directory.name, cause, report(stacks))
+        try:
+            write_failure(directory, cause)  # before the end of its process is noticed
+        finally:
+            if not self._kill(directory):
+                _log.warning("%s is ended, and its process was not found", directory.name)
+            # A worker that hangs does not hear that its trial has died.
+            if stacks:
+                kill_all(stacks)
+            write_stacks(directory / STACKS, stacks)
+            self.end(directory)
 
     def finish_steps(self, seconds: float = STOP_SECONDS) -> None:
         """Let every run finish its step and save a checkpoint, for at most ``seconds``."""

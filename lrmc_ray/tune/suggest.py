@@ -32,7 +32,7 @@ from lrmc_ray.cluster.session import RAY_LOG, ray_session
 from lrmc_ray.command_line import CommandParser
 from lrmc_ray.config import AUTOMATIC, ParameterRange, RunSettings
 from lrmc_ray.config.arguments import add_run_arguments, settings_from
-from lrmc_ray.console import progress, setup_logging
+from lrmc_ray.console import plain_console, progress, setup_logging
 from lrmc_ray.errors import DataError
 from lrmc_ray.files.place import place_of
 from lrmc_ray.files.study import FoundRange
@@ -278,7 +278,6 @@ def main(argv: Sequence[str]) -> int:
         ranges = {name: asdict(one) for name, one in found.items()}
         print(json.dumps({**ranges, "tau_table": [asdict(row) for row in rows]}))
         return 0
-    from rich.console import Console
     from rich.table import Table
 
     table = Table(title="The record at each tau", title_justify="left")
@@ -292,7 +291,7 @@ def main(argv: Sequence[str]) -> int:
             f"{row.active_share:.0%}",
             f"{row.capped_share:.0%}",
         )
-    Console(highlight=False).print(table)
+    plain_console().print(table)
     print("[parameters]")
     for name, one in found.items():
         print(f"# {one.reason}")

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from lrmc_ray.console import format_seconds, is_quiet
+from lrmc_ray.console import format_seconds, is_quiet, plain_console
 from lrmc_ray.evaluate.numbers import points
 from lrmc_ray.files.metrics_log import read_metrics
 from lrmc_ray.files.study import StudyFile, TrialEntry
@@ -56,11 +56,12 @@ def _watch_live(
     is_running: Callable[[], bool],
     read: Callable[[], StudyFile],
 ) -> None:
-    from rich.console import Console
     from rich.live import Live
 
     start = time.time()
-    with Live(console=Console(stderr=True), auto_refresh=False, transient=True) as live:
+    with Live(
+        console=plain_console(stderr=True, highlight=True), auto_refresh=False, transient=True
+    ) as live:
         while is_running():
             live.update(trials_table(directory, read(), total, start), refresh=True)
             time.sleep(POLL_SECONDS)

@@ -5,13 +5,23 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
 import pytest
 
 from lrmc_ray.cluster import stacks
-from lrmc_ray.cluster.stacks import kill_all, listening, report, stacks_here
+from lrmc_ray.cluster.stacks import (
+    is_gone,
+    kill_all,
+    listening,
+    process_birth,
+    ray_node,
+    report,
+    stacks_here,
+)
+from lrmc_ray.files.beats import beat
 
 ROOT = Path(__file__).parents[2]
 HANGING = """
@@ -127,45 +137,139 @@ def test_a_directory_that_others_could_have_made_is_not_used(own_directory, tmp_
     assert list(other.iterdir()) == []
 
 
-@pytest.mark.ray
-def test_a_scoring_task_that_hangs_is_ended_with_its_stack(tmp_path, caplog):
-    """In a Ray of its own: a task gives one sign of life and no more."""
-    from lrmc_ray.cluster.session import ray_session
-    from lrmc_ray.errors import EvaluationError
-    from lrmc_ray.evaluate.waiting import Watched, results_of
-    from lrmc_ray.files.place import LocalPlace
+def scoring_task():
+    """Not importable by its name: Ray's workers get the function itself."""
 
-    tasks = [Watched(str(tmp_path), number, LocalPlace()) for number in range(2)]
+    def scores(task, does):
+        """A scoring task that does what the test wants."""
+        folder = Path(task.work)
 
-    def scores(task: Watched, hangs: bool) -> int:
         def hangs_in_a_task():
             time.sleep(1e6)
 
         with task.shown():
-            if hangs:
+            if does == "hangs":
                 hangs_in_a_task()
+            if does == "hangs, and nothing can be written":
+                (folder / "stacks.txt").mkdir()
+                hangs_in_a_task()
+            if does == "goes on":
+                while True:
+                    beat()
+                    time.sleep(0.1)
+            if does == "fails":
+                while len(list(folder.glob(".progress*"))) < 2:
+                    time.sleep(0.1)
+                raise ValueError("the scores are wrong")
+            if does == "dies once" and not (folder / "died").exists():
+                while not (folder / "die").exists():
+                    beat()
+                    time.sleep(0.1)
+                (folder / "died").touch()
+                os.kill(os.getpid(), signal.SIGKILL)
         return task.number
 
-    with ray_session(log=tmp_path / "ray.log", num_cpus=2):
+    return scores
+
+
+@pytest.fixture(scope="module")
+def remote_scores(tmp_path_factory):
+    from lrmc_ray.cluster.session import ray_session
+
+    with ray_session(log=tmp_path_factory.mktemp("ray") / "ray.log", num_cpus=2):
         import ray
 
-        remote = ray.remote(max_retries=2)(scores)
+        yield ray.remote(max_retries=2)(scoring_task())
 
-        def stop(reference):
-            ray.cancel(reference, force=True)
 
-        well = [remote.remote(task, False) for task in tasks]
-        assert results_of(well, tasks, 3.0, stop=stop) == [0, 1]
-        assert not list(tmp_path.glob(".progress*"))
-        ill = [remote.remote(task, task.number == 1) for task in tasks]
-        with pytest.raises(EvaluationError, match=r"within 3\.0 s .*/stacks\.txt says where"):
-            results_of(ill, tasks, 3.0, stop=stop)
-        assert "hangs_in_a_task" in (tmp_path / "stacks.txt").read_text()
-        assert "hangs_in_a_task" in caplog.text
-        with pytest.raises(ray.exceptions.RayError):
-            ray.get(ill[1], timeout=20)
-        assert not list(tmp_path.glob(".progress*"))
-        # The cores are free again, and scoring can begin anew.
-        assert results_of([remote.remote(tasks[0], False)], tasks[:1], 30.0, stop=stop) == [0]
-        assert not (tmp_path / "stacks.txt").exists()
-        kill_all([])
+def waited_for(remote, directory, *does, hang_seconds=3.0):
+    """What ``results_of`` makes of such tasks."""
+    import ray
+
+    from lrmc_ray.evaluate.waiting import Watched, results_of
+    from lrmc_ray.files.place import LocalPlace
+
+    tasks = [Watched(str(directory), number, LocalPlace()) for number in range(len(does))]
+    references = [remote.remote(task, one) for task, one in zip(tasks, does, strict=True)]
+    try:
+        return results_of(
+            references, tasks, hang_seconds, stop=lambda one: ray.cancel(one, force=True)
+        )
+    finally:
+        assert not list(directory.glob(".progress*"))
+        # All have ended when the wait has.
+        assert len(ray.wait(references, num_returns=len(does), timeout=0)[0]) == len(does)
+
+
+@pytest.mark.ray
+def test_a_scoring_task_that_hangs_is_ended_with_its_stack(remote_scores, tmp_path, caplog):
+    """A task gives one sign of life and no more."""
+    from lrmc_ray.errors import EvaluationError
+
+    assert waited_for(remote_scores, tmp_path, "is done", "is done") == [0, 1]
+    with pytest.raises(EvaluationError, match=r"within 3\.0 s .*/stacks\.txt says where"):
+        waited_for(remote_scores, tmp_path, "is done", "hangs")
+    assert "hangs_in_a_task" in (tmp_path / "stacks.txt").read_text()
+    assert "hangs_in_a_task" in caplog.text
+    # The cores are free again, and scoring can begin anew.
+    assert waited_for(remote_scores, tmp_path, "is done", hang_seconds=30.0) == [0]
+    assert not (tmp_path / "stacks.txt").exists()
+    kill_all([])
+
+
+@pytest.mark.ray
+def test_a_task_that_hangs_is_ended_where_nothing_can_be_written(remote_scores, tmp_path, caplog):
+    from lrmc_ray.errors import EvaluationError
+
+    with pytest.raises(EvaluationError, match=r"within 3\.0 s and did not; the log says where"):
+        waited_for(remote_scores, tmp_path, "hangs, and nothing can be written")
+    assert "hangs_in_a_task" in caplog.text
+
+
+@pytest.mark.ray
+def test_when_one_task_fails_the_others_are_ended(remote_scores, tmp_path):
+    import ray
+
+    with pytest.raises(ray.exceptions.RayTaskError, match="the scores are wrong"):
+        waited_for(remote_scores, tmp_path, "fails", "goes on", hang_seconds=60.0)
+    time.sleep(2.0)  # one that lived would have shown itself again
+    assert not list(tmp_path.glob(".progress*"))
+
+
+@pytest.mark.ray
+def test_a_task_whose_process_died_waits_for_its_next_turn_in_peace(remote_scores, tmp_path):
+    """Its last sign stays, while another task has the cores for longer than it may be silent."""
+    import ray
+
+    @ray.remote(num_cpus=2)
+    def takes_the_cores():
+        (tmp_path / "taken").touch()
+        time.sleep(8.0)
+        return len(list(tmp_path.glob(".progress*")))
+
+    def queue_another():
+        while not list(tmp_path.glob(".progress*")):
+            time.sleep(0.1)
+        left.append(takes_the_cores.remote())
+        time.sleep(1.0)
+        (tmp_path / "die").touch()
+
+    left: list[ray.ObjectRef] = []
+    thread = threading.Thread(target=queue_another)
+    thread.start()
+    remote = remote_scores.options(num_cpus=2)
+    assert waited_for(remote, tmp_path, "dies once", hang_seconds=2.0) == [0]
+    thread.join()
+    assert (tmp_path / "taken").exists()
+    assert ray.get(left[0]) == 1  # the old sign was there all the time
+
+
+@pytest.mark.ray
+def test_a_process_is_gone_when_it_or_its_node_is(remote_scores, hanging):
+    here, born = ray_node(), process_birth(hanging.pid)
+    assert not is_gone(here, hanging.pid, born)
+    assert is_gone(here, hanging.pid, born - 1)  # its number has gone to another
+    assert is_gone("f" * len(here), hanging.pid, born)
+    hanging.kill()
+    hanging.wait()
+    assert is_gone(here, hanging.pid, born)

@@ -22,7 +22,7 @@ from lrmc_ray.evaluate.numbers import points
 from lrmc_ray.export import new_directory as new_directory_module
 from lrmc_ray.export.command import main
 from lrmc_ray.export.new_directory import new_directory
-from lrmc_ray.export.weights import blend_into
+from lrmc_ray.export.weights import blend_into, lost_by_rounding
 from lrmc_ray.files import fault_points
 from lrmc_ray.files.artifacts import file_digest
 from lrmc_ray.files.origin import read_origin
@@ -123,6 +123,38 @@ def test_bf16_rounds_the_tuned_weights(shared_study, tmp_path):
         assert torch.equal(tensor, tuned[name].bfloat16())
     card = (tmp_path / "mine" / "README.md").read_text()
     assert "rounded to bfloat16; scores are those of float32 weights" in card
+
+
+@pytest.mark.parametrize("blend", [1.0, 0.5])
+def test_what_bf16_loses_of_the_change_is_said(shared_study, tiny_model, tmp_path, capsys, blend):
+    base, tuned = (load_file(one / WEIGHTS) for one in (tiny_model, model_of(shared_study, BEST)))
+    exact = {name: (1 - blend) * base[name].double() + blend * tuned[name] for name in base}
+    errors = torch.cat([(exact[n].bfloat16().double() - exact[n]).flatten() for n in base])
+    changes = torch.cat([(exact[n] - base[n]).flatten() for n in base])
+    expected = float(errors.norm() / changes.norm())
+    argv = ("--dtype", "bf16", "--blend", blend)
+    assert exported(shared_study, tmp_path / "told", *argv, "--json") == 0
+    assert json.loads(capsys.readouterr().out)["rounding"] == pytest.approx(expected)
+    assert exported(shared_study, tmp_path / "said", *argv) == 0
+    said = f"rounding to bf16 moves the weights by {expected:.1%} of what training did"
+    assert said in capsys.readouterr().out
+    assert exported(shared_study, tmp_path / "exact") == 0
+    assert "rounding" not in capsys.readouterr().out
+
+
+def test_what_bf16_loses_is_not_said_where_there_is_nothing_to_compare(tiny_model, tmp_path):
+    assert lost_by_rounding(tiny_model, tiny_model) is None
+    assert lost_by_rounding(make_model(tmp_path / "untied", tied=False), tiny_model) is None
+    wide = make_model(tmp_path / "wide", seed=1)
+    assert lost_by_rounding(wide, tiny_model) > 0
+
+
+def test_a_model_is_exported_to_bf16_without_its_base(study, tiny_model, tmp_path, caplog):
+    settings = json.loads((study / "settings.json").read_text())
+    settings["model"]["name"] = str(tmp_path / "gone")
+    (study / "settings.json").write_text(json.dumps(settings))
+    assert exported(study, tmp_path / "mine", "--dtype", "bf16") == 0
+    assert "what rounding to bf16 loses is not known: " in caplog.text
 
 
 def test_another_model_has_no_blend_with_the_base(tiny_model, tmp_path):
@@ -295,6 +327,54 @@ def test_gguf_is_written_by_the_converter_that_is_named(
     kind, names = json.loads(path.read_text())
     assert kind == "bf16"
     assert {"config.json", WEIGHTS, "tokenizer.json"} <= set(names)
+
+
+def test_the_converter_is_told_of_no_code(study, tmp_path, monkeypatch):
+    """llama.cpp's loads tokenizers with ``trust_remote_code``, also from another repository."""
+    script = tmp_path / "llama" / "convert_hf_to_gguf.py"
+    script.parent.mkdir()
+    script.write_text(
+        "import json, os, sys, pathlib\n"
+        "source, _, out, _, kind = sys.argv[1:]\n"
+        "files = {p.name: p.read_text() for p in pathlib.Path(source).iterdir()\n"
+        "         if p.suffix in ('.json', '.py')}\n"
+        "told = [os.environ['HF_HUB_OFFLINE'], pathlib.Path(source).name, files]\n"
+        "pathlib.Path(out).write_text(json.dumps(told))\n"
+    )
+    monkeypatch.setenv("LLAMA_CPP", str(script.parent))
+    model = model_of(study, BEST)
+    path = model / "tokenizer_config.json"
+    plain = json.loads(path.read_text())
+    named = {"auto_map": {"AutoTokenizer": ["other/repository--tokens.Tokens", None]}}
+    vocabulary = {"auto_map": 7}
+    path.write_text(
+        json.dumps({**plain, "nested": [named | {"ü": 1}], "vocab": vocabulary, **named})
+    )
+    (model / "tokens.py").write_text("raise SystemExit('code was run')\n")
+    assert exported(study, tmp_path / "mine", "--gguf") == 0
+    offline, name, files = json.loads((tmp_path / "mine" / "mine-f32.gguf").read_text())
+    assert (offline, name) == ("1", "mine")
+    assert not any(name.endswith(".py") for name in files)
+    assert json.loads(files["tokenizer_config.json"]) == {
+        **plain, "nested": [{"ü": 1}], "vocab": vocabulary,
+    }  # fmt: skip
+    assert files["config.json"] == (model / "config.json").read_text()
+    names = {path.name for path in model.iterdir()}
+    assert {p.name for p in (tmp_path / "mine").iterdir()} == {
+        *names, "README.md", "lrmc.json", "mine-f32.gguf",
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("where", ["", "adapter"])
+def test_a_link_to_a_file_elsewhere_is_not_exported(study, tmp_path, capsys, where):
+    secret = tmp_path / "secret"
+    secret.write_text("of this machine alone")
+    folder = model_of(study, BEST) / where
+    folder.mkdir(exist_ok=True)
+    (folder / "notes.txt").symlink_to(secret)
+    assert exported(study, tmp_path / "mine") == 4
+    assert "notes.txt is a link to" in capsys.readouterr().err
+    assert not (tmp_path / "mine").exists()
 
 
 def test_leftovers_go_and_a_running_export_keeps_its_own(tmp_path):

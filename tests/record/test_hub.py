@@ -55,11 +55,13 @@ SETS = {
 SCRIPT = """
 import json, sys, time
 from lrmc_ray.errors import LrmcError
+from lrmc_ray.files import hub_calls
 from lrmc_ray.record import hub
 from lrmc_ray.record.rows import Rejects, read_rows
 from lrmc_ray.record.sources import find_sources
 
 hub.TIMEOUT_SECONDS = 0.5
+hub_calls.SECONDS = 1.0
 for name in sys.argv[1:]:
     start = time.monotonic()
     try:
@@ -149,3 +151,11 @@ def test_without_the_hub_what_was_downloaded_is_read_and_the_rest_is_refused_at_
         assert "is neither a file nor to be had from the Hugging Face Hub" in answer["problem"]
         assert answer["code"] == 3
         assert answer["seconds"] < 10
+
+
+def test_a_hub_that_falls_silent_after_its_first_answer_holds_up_nothing(tmp_path):
+    """It says that the data set is there, and takes the question for its files in silence."""
+    with hub(SETS, silent="/tree/") as (address, asked):
+        (answer,) = ask(address, tmp_path, "org/name")
+    assert any("/tree/" in one for one in asked)
+    assert (answer["code"], answer["seconds"] < 30) == (3, True), answer

@@ -4,6 +4,7 @@ import contextlib
 import hashlib
 import json
 import threading
+import time
 from collections.abc import Iterator, Mapping
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
@@ -21,6 +22,7 @@ def commit_of(revision: str) -> str:
 class _Handler(BaseHTTPRequestHandler):
     sets: Mapping[str, Commits]
     asked: list[str]
+    silent: str
 
     def do_GET(self) -> None:
         self._answer()
@@ -38,6 +40,8 @@ class _Handler(BaseHTTPRequestHandler):
     def _answer(self, body: Any = None) -> None:
         path = unquote(urlsplit(self.path).path)
         self.asked.append(f"{self.command} {path}")
+        if self.silent and self.silent in path:
+            time.sleep(60.0)
         parts = path.strip("/").split("/")
         if parts[:2] == ["api", "datasets"] and len(parts) >= 4:
             self._tell("/".join(parts[2:4]), parts[4:], body)
@@ -117,11 +121,18 @@ class _Handler(BaseHTTPRequestHandler):
 
 
 @contextlib.contextmanager
-def hub(sets: Mapping[str, Commits]) -> Iterator[tuple[str, list[str]]]:
-    """Its address, which is for ``HF_ENDPOINT``, and what it was asked."""
+def hub(sets: Mapping[str, Commits], *, silent: str = "") -> Iterator[tuple[str, list[str]]]:
+    """Its address, which is for ``HF_ENDPOINT``, and what it was asked.
+
+    Args:
+        sets: what it has, by name.
+        silent: where this is a part of the path, it takes the call and does not answer.
+    """
     asked: list[str] = []
-    handler = type("Handler", (_Handler,), {"sets": sets, "asked": asked})
+    handler = type("Handler", (_Handler,), {"sets": sets, "asked": asked, "silent": silent})
     server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
+    server.daemon_threads = True
+    server.block_on_close = False
     thread = threading.Thread(target=server.serve_forever, daemon=True)
     thread.start()
     try:

@@ -1,5 +1,6 @@
 """How long a run may take or be silent, and what becomes of those that must stop."""
 
+import contextlib
 import math
 import time
 from pathlib import Path
@@ -98,6 +99,20 @@ def test_an_overdue_trial_gets_its_cause_once(tmp_path):
     assert (late / STACKS).read_text() == "no process of it was found\n"
     assert len(list(tmp_path.glob(f"trials/*/{FAILURE}"))) == 1
     assert runs.watch.directories == [waiting, early]
+
+
+@pytest.mark.parametrize("name", [STACKS, FAILURE])
+def test_what_cannot_be_written_does_not_keep_a_run_alive(tmp_path, name):
+    """In place of a full disk: a directory has the name of the file."""
+    runs = Runs(tmp_path)
+    late = runs.begin(0)
+    runs.start(late)
+    (late / name).mkdir()
+    is_told = pytest.raises(IsADirectoryError) if name == FAILURE else contextlib.nullcontext()
+    with is_told:
+        runs.wait(7, limit=5.0)
+    assert runs.killed == [late]
+    assert runs.watch.directories == []
 
 
 def test_a_start_in_an_earlier_sitting_does_not_count(tmp_path):

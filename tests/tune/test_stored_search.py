@@ -32,7 +32,7 @@ from lrmc_ray.train.early_stopping import read_decision, values_of_others
 from lrmc_ray.train.ledger import read_ledger
 from lrmc_ray.train.stored import StoredRun
 from tests.support.rung import RULE, write_decision
-from tests.support.s3 import s3_server
+from tests.support.s3 import BUCKET, s3_server
 from tests.support.tiny import make_data, make_model
 from tests.support.training import run_alone, settings_of
 
@@ -161,6 +161,26 @@ def test_a_wish_in_the_drivers_directory_crosses_and_is_taken_back(storage, tmp_
     assert not driver.is_asked()
 
 
+def test_a_study_leaves_one_empty_name_however_many_runs_it_had(server, storage, tmp_path):
+    """Arrow keeps the name of a directory whose last object is removed, as an object of its own."""
+    for number in range(2):
+        name = f"studies/one/trials/{number:04d}/training"
+        run = StoredRun(storage, name, tmp_path / f"{number}")
+        run.directory.mkdir()
+        run.begin()
+        for part in (f"{RUNG}", "checkpoints/step_00000010/state.pt", "ray/a/b", "metrics.jsonl"):
+            storage.write(f"{name}/{part}", b"{}")
+        run.ask()
+        run.note_reservation("x")
+        run.forget_wishes()
+        run.commit({"kind": "training"})
+        run.clear()
+    StoredPlace(storage.uri).clear("studies/one")
+    prefix = storage.root.partition("/")[2]
+    found = server.client().list_objects_v2(Bucket=BUCKET, Prefix=prefix).get("Contents", [])
+    assert [entry["Key"] for entry in found] == [f"{prefix}/studies/"]
+
+
 # Scoring
 
 
@@ -212,12 +232,42 @@ def test_a_node_scores_what_it_fetched(storage, tiny_model, monkeypatch, kind):
     assert watched.sign() is None
     part = score_part("x/model", "request", 1, place, kind == "base", watched)
     assert part == expected
-    assert watched.sign().split()[0] == str(os.getpid()).encode()
+    assert watched.sign().split()[1] == str(os.getpid()).encode()
     watched.forget()
     assert watched.sign() is None
     left = [path.name for path in storage.cache.rglob("*.safetensors")]
     assert left == (["model.safetensors"] if kind == "base" else [])
     assert not list(storage.cache.glob("scoring-*"))
+
+
+def test_scoring_by_way_of_a_storage_leaves_nothing_there(storage, tiny_model):
+    place = StoredPlace(storage.uri)
+    tasks = [Watched("/out/scores/x.partial", number, place) for number in range(2)]
+    with scoring_of(storage, tiny_model).sent() as sent:
+        assert sent.startswith("scoring/")
+        for task in tasks:
+            with task.shown():
+                assert task.sign() is not None
+        assert len(storage.children("scoring")) == 3
+        for task in tasks:
+            task.forget()
+    assert storage.children("scoring") == {}
+
+
+def test_signs_of_other_scores_and_of_other_machines_are_others(storage):
+    place = StoredPlace(storage.uri)
+    tasks = [
+        Watched("/out/a/b", 0, place),
+        Watched("/out/a_b", 0, place),
+        Watched("/out/a/b", 1, place),
+        Watched("/out/a/b", 0, place, driver="another"),
+    ]
+    for task in tasks:
+        assert all(other.sign() is None for other in tasks)
+        with task.shown():
+            pass
+        assert [other for other in tasks if other.sign() is not None] == [task]
+        task.forget()
 
 
 def test_a_task_file_that_a_node_lacks_is_refused(tmp_path, monkeypatch):
