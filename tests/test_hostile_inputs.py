@@ -12,11 +12,13 @@ import sys
 from pathlib import Path
 
 import pytest
+import yaml
 
 from lrmc_ray.config import RunSettings
 from lrmc_ray.console import run_command
 from lrmc_ray.errors import ConfigError, LrmcError
 from lrmc_ray.evaluate.command import check_named_tasks, scores_directory
+from lrmc_ray.evaluate.no_code import keep_code_out
 from lrmc_ray.evaluate.task_files import check_tasks, task_fingerprints
 from lrmc_ray.files.origin import origin_of
 from lrmc_ray.files.study import read_study
@@ -95,6 +97,49 @@ def test_yaml_of_a_task_makes_no_objects(tmp_path, canary, tag):
         check_tasks([str(path)], "dev")
     with pytest.raises(LrmcError):
         task_fingerprints([str(path)], "dev")
+
+
+CODE = "{{ cycler.__init__.__globals__.os.system('touch CANARY') }}"
+"""A template that reaches a module through a value that every template of Jinja has."""
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"doc_to_text": "{{question}}" + CODE},
+        {"doc_to_target": "{{answer}}" + CODE},
+        {"description": CODE},
+        {"gen_prefix": "{{ ''.__class__.__mro__[1].__subclasses__() }}" + CODE},
+        {"doc_to_text": "{{ '{0.__class__.__init__}'.format(question) }}" + CODE},
+        {"metric_list": [{"metric": "SCRIPT"}]},
+        {"metric_list": [{"metric": "exact_match", "hf_evaluate": True}]},
+    ],
+)
+def test_templates_and_metrics_of_a_task_run_no_code(tmp_path, canary, changes):
+    task = task_with_python(tmp_path, canary)
+    script = tmp_path / "metric.py"
+    script.write_text((tmp_path / "utils.py").read_text())
+    (tmp_path / "exact_match").mkdir()
+    (tmp_path / "exact_match" / "exact_match.py").write_text(script.read_text())
+    named = json.dumps(changes).replace("SCRIPT", str(script)).replace("CANARY", str(canary))
+    plain = task.read_text().replace("process_results: !function utils.check\n", "")
+    config = {**yaml.safe_load(plain), **json.loads(named)}
+    task.write_text(json.dumps(config))
+    with pytest.raises(LrmcError, match=r"unsafe|must be lm-eval's own"):
+        check_tasks([str(task)], "dev")
+
+
+def test_what_templates_are_for_still_works(tmp_path):
+    from lm_eval.utils import apply_template
+
+    keep_code_out()
+    template = (
+        "{% set names = choices | map('upper') | list %}{{ names[1] }} {{ '%.1f' | format(x) }} "
+        "{{ '{:.2f}'.format(x) }} {{ q | regex_replace('a+', 'b') }} {{ q.replace('a', 'c') }} "
+        "{% for c in choices %}{{ loop.index0 }}{{ c }}{% endfor %} {{ d.k.strip() }}\n"
+    )
+    doc = {"choices": ["x", "y"], "x": 1.25, "q": "aad", "d": {"k": " z "}}
+    assert apply_template(template, doc) == "Y 1.2 1.25 bd ccd 0x1y z\n"
 
 
 def settings_of(*tasks: Path) -> RunSettings:

@@ -16,6 +16,7 @@ from lrmc_ray.errors import ConfigError, DataError
 from lrmc_ray.evaluate.fewshot import drawn_split, never_its_own_example, tested_split
 from lrmc_ray.evaluate.hub_data import check_reachable
 from lrmc_ray.evaluate.json_items import JsonItem, is_json, read_dataset, read_items
+from lrmc_ray.evaluate.no_code import keep_code_out
 from lrmc_ray.evaluate.request import Split
 from lrmc_ray.evaluate.task_checks import check_config, check_items
 from lrmc_ray.evaluate.task_sources import (
@@ -56,6 +57,7 @@ def task_manager(names: Sequence[str], scratch: Path, split: Split) -> Any:
     """
     from lm_eval.tasks import TaskManager
 
+    keep_code_out()
     ours = {*OURS, *(part for parts in OURS.values() for part in parts)}
     materialize(scratch, **task_data(names, split))
     foreign = [name for name in names if name not in ours]
@@ -147,10 +149,10 @@ def load_task(manager: Any, part: str) -> dict[str, Any]:
     """
     try:
         loaded: dict[str, Any] = manager.load([part])
-    except DataError:
+    except (ConfigError, DataError):
         raise
     except Exception as error:  # whatever YAML, datasets and lm-eval may raise
-        if isinstance(error.__cause__, DataError):
+        if isinstance(error.__cause__, ConfigError | DataError):
             raise error.__cause__ from error
         raise _refused(part, error) from error
     if not loaded["tasks"]:
