@@ -8,8 +8,9 @@
 #   auth_check waited
 #   list_repo_tree waited
 # Source: default_client_factory in huggingface_hub/utils/_http.py makes the shared client with
-# timeout=None; HfApi.auth_check and HfApi.list_repo_tree give their calls no timeout of their own.
-# set_client_factory with a client that has one ends them.
+# timeout=None; HfApi.auth_check gives its call no timeout of its own, and list_repo_tree hands
+# timeout=None on to it by name, which counts more than the timeout of a client from
+# set_client_factory.
 set -euo pipefail
 folder=$(mktemp -d)
 trap 'rm -rf "$folder"' EXIT

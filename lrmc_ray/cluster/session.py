@@ -225,6 +225,8 @@ def _stderr_to(log: Path) -> Iterator[None]:
     sys.stderr.flush()
     terminal = os.dup(2)
     shown, python_stderr = os.fdopen(os.dup(2), "w", buffering=1), sys.stderr
+    # Ray's logger writes there, too. A disk that is full has its own error, and not one for a line.
+    raises, logging.raiseExceptions = logging.raiseExceptions, False
     with log.open("ab") as file:
         os.dup2(file.fileno(), 2)
     sys.stderr = shown
@@ -232,6 +234,7 @@ def _stderr_to(log: Path) -> Iterator[None]:
         yield
     finally:
         shown.flush()
+        logging.raiseExceptions = raises
         sys.stderr = python_stderr
         os.dup2(terminal, 2)
         os.close(terminal)

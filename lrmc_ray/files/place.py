@@ -224,7 +224,10 @@ class StoredPlace:
         try:
             yield self.send(directory, lambda: copy)
         finally:
-            self.storage.delete_all(copy)
+            try:
+                self.storage.delete_all(copy)
+            except DiskError as error:  # it must not hide why the context ends
+                _log.warning("%s is left in the storage: %s", copy, error)
 
     @contextlib.contextmanager
     def borrowed(self, sent: str) -> Iterator[Path]:

@@ -1,5 +1,8 @@
 """Ray on this machine: a start that takes too long."""
 
+import subprocess
+import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -62,3 +65,32 @@ def test_another_error_is_not_hidden(starts, tmp_path):
     ):
         pass
     assert len(made) == 1
+
+
+ON_A_FULL_DISK = """
+import logging, sys
+handler = logging.StreamHandler(sys.stderr)  # as Ray's, which is made when Ray is imported
+logging.getLogger("other").addHandler(handler)
+import ray
+from pathlib import Path
+from lrmc_ray.cluster.session import ray_session
+
+ray.init, ray.is_initialized = lambda **_: None, lambda: False
+with ray_session(log=Path("/dev/full"), num_cpus=1):
+    logging.getLogger("other").error("a line for the log")
+    print("for the terminal", file=sys.stderr)
+assert logging.raiseExceptions
+"""
+
+
+def test_a_log_that_finds_the_disk_full_says_nothing_on_the_terminal():
+    done = subprocess.run(
+        [sys.executable, "-c", ON_A_FULL_DISK],
+        cwd=Path(__file__).parents[2],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert "for the terminal" in done.stderr
+    assert "Traceback" not in done.stderr

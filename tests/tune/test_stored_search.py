@@ -4,6 +4,7 @@ Models, base scores and the decisions of other trials cross through an S3-compat
 `tests/cluster` the nodes really share nothing; here what is asked for is where it must be.
 """
 
+import contextlib
 import dataclasses
 import json
 import os
@@ -217,6 +218,22 @@ def test_a_base_stays_in_the_storage_and_a_tuned_model_does_not(server, storage,
     storage.delete_all(f"{NAME}/model")
     with scoring_of(storage, tiny_model, f"{NAME}/model").sent() as sent:
         assert sent.startswith("scoring/")
+
+
+def test_a_copy_that_cannot_be_removed_hides_no_error(server, storage, tiny_model, caplog):
+    seen: list[str] = []
+
+    def fails(refused):
+        with scoring_of(storage, tiny_model).sent() as sent:
+            seen.append(sent)
+            refused.enter_context(server.asking_for_credentials())
+            raise KeyboardInterrupt
+
+    with contextlib.ExitStack() as refused, pytest.raises(KeyboardInterrupt):
+        fails(refused)
+    (sent,) = seen
+    assert f"{sent} is left in the storage: " in caplog.text
+    assert storage.committed(sent) is not None
 
 
 @pytest.mark.parametrize("kind", ["base", "tuned"])
