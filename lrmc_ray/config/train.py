@@ -23,9 +23,18 @@ class TrainSettings(Settings):
     """Stage 1: the loss, the optimizer and the budget."""
 
     loss: Loss = "restricted"
-    """``restricted`` is the paper's, ``full`` ordinary fine-tuning, the others baselines."""
+    """``restricted`` is the paper's, ``frozen_tail`` the same with the base's mass outside,
+    ``full`` ordinary fine-tuning, the others baselines. ``frozen_tail`` and ``kl_to_base`` hold
+    the base model beside."""
     base_kl_weight: float = Field(1.0, ge=0)
-    """Weight of KL(base || model) with ``kl_to_base``, which holds the base model beside."""
+    """Weight of KL(base || model) with ``kl_to_base``, and on the recorded candidates with
+    ``asft``."""
+    flow_temperature: float | None = Field(None, gt=0)
+    """With ``flow`` a sample weighs exp(-loss / temperature), loss being the base's per token, in
+    nats; by default the median of the samples' losses."""
+    stm_perplexity: float | None = Field(None, gt=1)
+    """Perplexity of the base above which a token is not learned (STM, there 2.5); none by
+    default."""
     tau: float = Field(0.99, gt=0, le=1)
     """Probability that the candidates of a position cover."""
     k_min: int = Field(1, ge=1)
@@ -155,10 +164,10 @@ class TrainSettings(Settings):
                 "freeze must be empty with adapters, which leave all weights as they are, got "
                 f"lora_rank = {self.lora_rank}; use train.lora_targets"
             )
-        if self.refresh_every and self.loss == "soft":
+        if self.refresh_every and self.loss in ("soft", "asft"):
             raise ValueError(
-                "refresh_every must be 0 with loss = 'soft', whose targets are the base model's; "
-                "leave one of them out"
+                f"refresh_every must be 0 with loss = {self.loss!r}, whose targets are the base "
+                "model's; leave one of them out"
             )
         if self.refresh_every and not self.keep_gold:
             raise ValueError(

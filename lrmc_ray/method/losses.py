@@ -9,13 +9,17 @@ from torch import Tensor
 
 from lrmc_ray.method.baselines.vocabulary_loss import (
     active_only_cross_entropy,
+    asft_cross_entropy,
     dft_cross_entropy,
+    eaft_cross_entropy,
     full_cross_entropy,
     kl_regularized_cross_entropy,
+    weighted_cross_entropy,
 )
+from lrmc_ray.method.frozen_tail import frozen_outside, frozen_tail_cross_entropy
 from lrmc_ray.method.head import OutputHead, head_logits
-from lrmc_ray.method.microbatch import Activity, MicroBatch
-from lrmc_ray.method.names import Loss
+from lrmc_ray.method.microbatch import Activity, LossPositions, MicroBatch
+from lrmc_ray.method.names import NEED_BASE, Loss
 from lrmc_ray.method.restricted_loss import (
     Tail,
     anchor_kl,
@@ -41,11 +45,11 @@ class LossSettings:
     @property
     def activity(self) -> Activity:
         """Which positions can have a loss other than zero."""
-        sees_outside = self.loss in ("full", "dft", "kl_to_base") or (
-            self.loss == "restricted" and self.tail_samples > 0
+        sees_only_inside = self.loss in ("soft", "active_only") or (
+            self.loss == "restricted" and self.tail_samples == 0
         )
         anchor = math.inf if self.anchor_weight == 0 else 1 if self.tail_samples else 2
-        return Activity(supervised=1 if sees_outside else 2, prompt=anchor)
+        return Activity(supervised=2 if sees_only_inside else 1, prompt=anchor)
 
     def tail_of_step(self, step: int, head: OutputHead) -> Tail | None:
         """The sampled tail of an optimizer step, on the device of ``head``; None without one."""
@@ -92,34 +96,56 @@ def loss_sums(
         batch: The micro-batch.
         settings: Which loss.
         tail: The sampled tail of this step.
-        base_logits: The base model's logits [n, V] at a slice of the supervised positions, which
-            ``kl_to_base`` needs.
+        base_logits: The base model's logits [n, V] at a slice of the supervised positions, for
+            losses of ``NEED_BASE``.
 
     Raises:
-        ValueError: ``kl_to_base`` without the base model.
+        ValueError: A loss that needs the base model, without it.
     """
-    where = batch.supervised
-    hidden_ND = hidden_BTD[where.row_N, where.column_N]
-    sets = where.candidates
-    match settings.loss:
-        case "restricted":
-            main = restricted_cross_entropy(hidden_ND, head, sets, tail=tail)
-        case "soft":
-            main = soft_cross_entropy(hidden_ND, head, sets)
-        case "full":
-            main = full_cross_entropy(hidden_ND, head, sets.gold_ids)
-        case "active_only":
-            main = active_only_cross_entropy(hidden_ND, head, sets)
-        case "dft":
-            main = dft_cross_entropy(hidden_ND, head, sets.gold_ids)
-        case "kl_to_base":
-            if base_logits is None:
-                raise ValueError("the loss kl_to_base needs the base model, got none")
-            main = kl_regularized_cross_entropy(
-                hidden_ND, head, sets.gold_ids, base_logits, kl_weight=settings.base_kl_weight
-            )
+    main = _main_sum(hidden_BTD, head, batch.supervised, settings, tail, base_logits)
     if settings.anchor_weight == 0 or not len(batch.anchored.row_N):
         return main, main.new_zeros(())
     where = batch.anchored
     hidden_ND = hidden_BTD[where.row_N, where.column_N]
     return main, anchor_kl(hidden_ND, head, where.candidates, tail=tail)
+
+
+def _main_sum(
+    hidden_BTD: Tensor,
+    head: OutputHead,
+    where: LossPositions,
+    settings: LossSettings,
+    tail: Tail | None,
+    base_logits: Callable[[slice], Tensor] | None,
+) -> Tensor:
+    """The summed loss over supervised positions; arguments as above."""
+    if settings.loss in NEED_BASE and base_logits is None:
+        raise ValueError(f"the loss {settings.loss} needs the base model, got none")
+    hidden_ND = hidden_BTD[where.row_N, where.column_N]
+    sets = where.candidates
+    match settings.loss:
+        case "restricted":
+            return restricted_cross_entropy(hidden_ND, head, sets, tail=tail)
+        case "frozen_tail":
+            assert base_logits is not None
+            outside_N = frozen_outside(base_logits, sets, head.vocabulary_size)
+            return frozen_tail_cross_entropy(hidden_ND, head, sets, outside_N)
+        case "soft":
+            return soft_cross_entropy(hidden_ND, head, sets)
+        case "full":
+            return full_cross_entropy(hidden_ND, head, sets.gold_ids)
+        case "active_only":
+            return active_only_cross_entropy(hidden_ND, head, sets)
+        case "dft":
+            return dft_cross_entropy(hidden_ND, head, sets.gold_ids)
+        case "asft":
+            return asft_cross_entropy(hidden_ND, head, sets, kl_weight=settings.base_kl_weight)
+        case "eaft":
+            return eaft_cross_entropy(hidden_ND, head, sets.gold_ids)
+        case "flow":
+            return weighted_cross_entropy(hidden_ND, head, sets.gold_ids, where.weight_N)
+        case "kl_to_base":
+            assert base_logits is not None
+            return kl_regularized_cross_entropy(
+                hidden_ND, head, sets.gold_ids, base_logits, kl_weight=settings.base_kl_weight
+            )

@@ -45,6 +45,8 @@ class Sample:
     """P rows."""
     domain: str = ""
     """What the data call it, for ``train.domain_weights`` and counts; empty where there is one."""
+    weight: float = 1.0
+    """What its positions count for, with the loss ``flow``."""
 
 
 @dataclass(frozen=True)
@@ -54,11 +56,16 @@ class LossPositions:
     row_N: Tensor
     column_N: Tensor
     candidates: CandidateSets
+    weight_N: Tensor
+    """Of the sample that a position is in, float64."""
 
     def to(self, device: torch.device) -> "LossPositions":
         """The same on another device."""
         return LossPositions(
-            self.row_N.to(device), self.column_N.to(device), self.candidates.to(device)
+            self.row_N.to(device),
+            self.column_N.to(device),
+            self.candidates.to(device),
+            self.weight_N.to(device),
         )
 
 
@@ -182,17 +189,19 @@ def collate(
 
 
 def _loss_positions(chosen: Sequence[tuple[Sample, Tensor]], layout: Layout) -> LossPositions:
-    rows, columns, candidates = [], [], [_NO_CANDIDATES]
+    none = torch.zeros(0, dtype=torch.int64)
+    rows, columns, candidates, weights = [none], [none], [_NO_CANDIDATES], [none.double()]
     for (sample, chosen_P), row, columns_T in zip(chosen, layout.rows, layout.columns, strict=True):
         index = chosen_P.nonzero()[:, 0]
         rows.append(torch.full_like(index, row))
         columns.append(columns_T[sample.positions_P[index]])
         candidates.append(sample.candidates.rows(index))
-    none = torch.zeros(0, dtype=torch.int64)
+        weights.append(torch.full(index.shape, sample.weight, dtype=torch.float64))
     return LossPositions(
-        torch.cat([none, *rows]),
-        torch.cat([none, *columns]),
+        torch.cat(rows),
+        torch.cat(columns),
         CandidateSets.concatenate(candidates),
+        torch.cat(weights),
     )
 
 

@@ -3,9 +3,23 @@
 from collections.abc import Sequence
 from typing import Literal, get_args
 
-Loss = Literal["restricted", "full", "soft", "active_only", "dft", "kl_to_base"]
-"""``restricted`` is the paper's, ``full`` ordinary fine-tuning, the others baselines."""
-OptimizerName = Literal["moclip", "adamw", "adam_atan2", "c_adamw", "mofo"]
+Loss = Literal[
+    "restricted",
+    "frozen_tail",
+    "full",
+    "soft",
+    "active_only",
+    "dft",
+    "asft",
+    "eaft",
+    "flow",
+    "kl_to_base",
+]
+"""``restricted`` is the paper's, ``frozen_tail`` the same with the base's mass outside, ``full``
+ordinary fine-tuning, the others baselines."""
+NEED_BASE: frozenset[Loss] = frozenset({"frozen_tail", "kl_to_base"})
+"""Losses that compare with the logits of the base model, which is held beside the trained one."""
+OptimizerName = Literal["moclip", "adamw", "adam_atan2", "c_adamw", "mofo", "magma"]
 """``moclip`` is the paper's, ``adam_atan2`` the same without the cap, the others baselines."""
 Clip = Literal["scale", "cautious", "momentum", "project", "rotate", "none"]
 """Readings of MoClip's cap on the angle; :mod:`lrmc_ray.method.moclip` has their formulas."""
@@ -21,6 +35,8 @@ LossReduction = Literal["sum", "mean", "none"]
 """What becomes of the losses of the positions."""
 Backend = Literal["auto", "sparse", "gather", "dense"]
 """How the logits of candidates are computed, see :mod:`lrmc_ray.method.fast.candidate_logits`."""
+Blend = Literal["even", "depth"]
+"""How a model between two others is made, see :mod:`lrmc_ray.method.baselines.interpolation`."""
 Mask = Literal["cautious", "momentum"]
 """Which elements :class:`lrmc_ray.method.baselines.masked_adamw.MaskedAdamW` moves."""
 

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lrmc_ray.method.baselines.magma import Magma
 from lrmc_ray.method.baselines.masked_adamw import MaskedAdamW
 from lrmc_ray.method.fast.moclip_update import FastMoClip
 from lrmc_ray.method.names import OptimizerName, Schedule, check_choice
@@ -23,19 +24,22 @@ def make_optimizer(
     betas: tuple[float, float] | None = None,
     weight_decay: float = 0.0,
     mofo_share: float = 0.15,
+    seed: int = 0,
     **moclip_options: Any,
 ) -> torch.optim.Optimizer:
     """The optimizer called ``name``.
 
     Args:
         name: ``"moclip"``; ``"adam_atan2"``, which is MoClip without a cap; ``"adamw"``, torch's
-            AdamW with fused kernels; ``"c_adamw"`` and ``"mofo"``, see ``masked_adamw``.
+            AdamW with fused kernels; ``"c_adamw"`` and ``"mofo"``, see ``masked_adamw``;
+            ``"magma"``, see there.
         params: Parameters to optimize.
         lr: Learning rate.
         betas: Decay of the two moments; None is (0.9, 0.99) for MoClip and ``"adam_atan2"``,
             (0.9, 0.999) for the others.
         weight_decay: Decoupled, per unit of ``lr``.
         mofo_share: Share of each tensor that ``"mofo"`` moves in a step.
+        seed: Of what ``"magma"`` draws.
         **moclip_options: Further arguments of ``FastMoClip``; the others have no use for them.
 
     Raises:
@@ -60,6 +64,8 @@ def make_optimizer(
             weight_decay=weight_decay,
             share=mofo_share,
         )
+    if name == "magma":
+        return Magma(params, lr, betas=adamw_betas, weight_decay=weight_decay, seed=seed)
     if name == "adam_atan2":
         moclip_options = {**moclip_options, "clip": "none"}
     return FastMoClip(

@@ -77,7 +77,7 @@ def summarize(
     return StepResult(
         step=step,
         sample_ids=[sample.sample_id for sample in samples],
-        loss=gradients.loss_sum / supervised,
+        loss=gradients.loss_sum / max(1, supervised),
         anchor=gradients.anchor_sum / max(1, prompt),
         grad_norm=grad_norm,
         lr=lr,

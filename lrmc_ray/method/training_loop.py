@@ -53,7 +53,7 @@ class StepOptions:
     max_bad_steps: int = 5
     """Steps in a row without a finite loss and gradient after which training fails."""
     base: LanguageModel | None = None
-    """The base model, frozen and without dropout, which ``kl_to_base`` needs. It costs the memory
+    """The base model, frozen and without dropout, for losses of ``NEED_BASE``. It costs the memory
     of its weights, and one more forward pass of every micro-batch."""
     probe: Callable[[int, Tensor, MicroBatch], None] | None = None
     """Called with the step and the hidden states of the first micro-batch that has an active
@@ -109,7 +109,7 @@ def compute_gradients(
     """
     head = model.rows.head if model.rows else model.head
     device = head.weight_VD.device
-    num_supervised = sum(batch.num_supervised for batch in micro_batches)
+    num_supervised = max(1, sum(batch.num_supervised for batch in micro_batches))
     num_prompt = max(1, sum(batch.num_prompt for batch in micro_batches))
     tail = loss.tail_of_step(step, head)
     tail = model.rows.tail(tail) if tail and model.rows else tail

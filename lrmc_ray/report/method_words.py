@@ -14,6 +14,10 @@ _LOSSES: dict[Loss, str] = {
     "active_only": "the cross-entropy at positions where the base model was not sure",
     "dft": "DFT, the cross-entropy weighted by the model's own probability",
     "kl_to_base": "the cross-entropy and a divergence from the base model",
+    "asft": "ASFT, DFT and a divergence from the base model",
+    "eaft": "EAFT, the cross-entropy weighted by the model's entropy",
+    "flow": "FLOW, the cross-entropy with samples weighted by the base model's loss",
+    "frozen_tail": "Logits Replay with the base model's mass outside the candidates",
 }
 _OPTIMIZERS: dict[OptimizerName, str] = {
     "moclip": "MoClip",
@@ -21,6 +25,7 @@ _OPTIMIZERS: dict[OptimizerName, str] = {
     "adamw": "AdamW",
     "c_adamw": "C-AdamW",
     "mofo": "MoFO",
+    "magma": "Magma",
 }
 
 
@@ -36,6 +41,8 @@ def method_text(train: Mapping[str, Any]) -> str:
         additions.append("a sampled tail")
     if train.get("anchor_weight"):
         additions.append("an anchor to the base model")
+    if train.get("stm_perplexity"):
+        additions.append("tokens left out that surprised the base model")
     if train.get("l2_sp_weight"):
         additions.append("a penalty on the distance from the base's weights")
     if train.get("lora_rank"):
@@ -46,7 +53,8 @@ def method_text(train: Mapping[str, Any]) -> str:
 
 def method_tags(train: Mapping[str, Any]) -> list[str]:
     """Tags of a model that was trained so, as the Hub has them."""
-    tags = {"restricted": ["logits-replay"]}.get(train["loss"], [])
+    is_restricted = train["loss"] in ("restricted", "frozen_tail")
+    tags = ["logits-replay"] if is_restricted else []
     tags += {"moclip": ["moclip"]}.get(train["optimizer"], [])
     return tags
 

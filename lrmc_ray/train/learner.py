@@ -16,6 +16,7 @@ from lrmc_ray.method.baselines.l2_sp import StartingPoint
 from lrmc_ray.method.fast.allocator import keep_freed_memory
 from lrmc_ray.method.losses import LanguageModel, LossSettings
 from lrmc_ray.method.microbatch import MicroBatch
+from lrmc_ray.method.names import NEED_BASE
 from lrmc_ray.method.optimizers import make_optimizer
 from lrmc_ray.models import attention_cost, batch_hidden_states, head_of, load_model, save_model
 from lrmc_ray.train.recompute import Recomputation
@@ -157,7 +158,7 @@ def _frozen_base(
     settings: TrainSettings, model_directory: Path, device: torch.device
 ) -> LanguageModel | None:
     """The base model beside the one that is trained, for the loss that compares the two."""
-    if settings.loss != "kl_to_base":
+    if settings.loss not in NEED_BASE:
         return None
     base = load_model(model_directory).to(device).requires_grad_(False)
     return LanguageModel(lambda batch: batch_hidden_states(base, batch), head_of(base))
@@ -166,6 +167,8 @@ def _frozen_base(
 def _optimizer_options(settings: TrainSettings) -> dict[str, Any]:
     if settings.optimizer == "mofo":
         return {"mofo_share": settings.mofo_share}
+    if settings.optimizer == "magma":
+        return {"seed": settings.seed}
     if settings.optimizer not in ("moclip", "adam_atan2"):
         return {}
     options: dict[str, Any] = {

@@ -83,7 +83,7 @@ class TrainingRun:
         beat_with(self.learner.model)
         k_max = records.manifest["identity"]["k_max"]
         self.fresh = FreshCandidates(settings, self.samples, self.learner, k_max=k_max, group=group)
-        held_out = [self.samples[index] for index in self.samples.held_out]
+        held_out = [self.samples.in_full(index) for index in self.samples.held_out]
         self.held_out = HeldOut(settings, held_out, self.learner, group=group)
         self.probe = Probe(settings, self.learner.head, group=group, device=device)
         self.checkpoints = Checkpoints(

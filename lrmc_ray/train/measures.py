@@ -85,7 +85,7 @@ def step_metrics(
         - (result.num_processed - result.num_shared) / max(1, result.num_padded),
         "train/step_seconds": seconds,
         "subset/k_mean": result.mean_candidates,
-        "subset/active_share": result.num_active / result.num_supervised,
+        "subset/active_share": result.num_active / max(1, result.num_supervised),
         "elastic/world_size": float(world_size),
         **outside,
     }

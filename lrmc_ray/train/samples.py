@@ -6,7 +6,9 @@ sees the same samples at the same steps, each exactly once per epoch.
 
 import dataclasses
 import fnmatch
+import functools
 import math
+import statistics
 import sys
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -135,6 +137,15 @@ class TrainingSamples:
                 "raise train.domain_weights or give more data"
             ) from None
 
+    @functools.cached_property
+    def flow_temperature(self) -> float:
+        """``train.flow_temperature``: by default the median loss of the base over the samples."""
+        if self._settings.flow_temperature is not None:
+            return self._settings.flow_temperature
+        held_out = set(self.held_out)
+        trained = (index for index in range(len(self.records)) if index not in held_out)
+        return statistics.median(base_loss(self.records[index]) for index in trained)
+
     @property
     def epoch_length(self) -> int:
         """Samples per epoch, repetitions counted."""
@@ -148,16 +159,53 @@ class TrainingSamples:
         """The names of the samples of ``step``."""
         return [self.sample_ids[index] for index in self.indices_of_step(step)]
 
+    def in_full(self, index: int) -> Sample:
+        """One sample to be scored: every position counts, and counts alike."""
+        return cut_sample(self.records[index], self._settings.tau, k_min=self._settings.k_min)
+
     def __getitem__(self, index: int) -> Sample:
-        """One sample, its candidates cut at the settings' tau."""
+        """One sample to be learned, its candidates cut at the settings' tau."""
         tau, k_min = self._settings.tau, self._settings.k_min
-        sample = cut_sample(self.records[index], tau, k_min=k_min)
+        sample = self.records[index]
+        if self._settings.loss == "flow":
+            share = base_loss(sample) / self.flow_temperature
+            sample = dataclasses.replace(sample, weight=math.exp(-share))
+        if self._settings.stm_perplexity is not None:
+            sample = without_surprises(sample, self._settings.stm_perplexity)
+        sample = cut_sample(sample, tau, k_min=k_min)
         if self._settings.keep_gold:
             return sample
         k_max = self.records.manifest["identity"]["k_max"]
         bare = without_added_gold(sample.candidates, tau, k_min=k_min, k_max=k_max)
         # The anchor's prompt positions stay: nothing is learned there.
         return with_supervised_candidates(sample, bare.rows(sample.is_supervised_P))
+
+
+def base_loss(sample: Sample) -> float:
+    """The base model's mean loss of the gold tokens at supervised positions, in nats.
+
+    It is from the record, so a little too large: log-probabilities are rounded down to float16.
+    """
+    sets = sample.candidates
+    logprobs_P = sets.logprobs[sets.is_gold].double()
+    return -float(logprobs_P[sample.is_supervised_P].mean())
+
+
+def without_surprises(sample: Sample, perplexity: float) -> Sample:
+    """``sample`` without supervised positions at which the base's perplexity is larger.
+
+    Selective Token Masking, arXiv 2501.14315: the labels of such tokens are masked, so they are not
+    counted in the divisor either. The tokens stay where they are, for those behind them to see.
+    """
+    sets = sample.candidates
+    surprises_P = sets.logprobs[sets.is_gold].double() < -math.log(perplexity)
+    kept_P = ~(surprises_P & sample.is_supervised_P)
+    return dataclasses.replace(
+        sample,
+        positions_P=sample.positions_P[kept_P],
+        is_supervised_P=sample.is_supervised_P[kept_P],
+        candidates=sets.rows(kept_P),
+    )
 
 
 def with_supervised_candidates(sample: Sample, candidates: CandidateSets) -> Sample:

@@ -16,6 +16,7 @@ from lrmc_ray.config import TrainSettings
 from lrmc_ray.method.fast.packing import pack
 from lrmc_ray.method.layout import Layout
 from lrmc_ray.method.microbatch import MicroBatch
+from lrmc_ray.method.names import NEED_BASE
 from lrmc_ray.model_borders import longest_packed
 from lrmc_ray.models import added_mask, batch_hidden_states, body_of
 
@@ -77,7 +78,7 @@ def may_share(settings: TrainSettings, *, on_cpu: bool, is_mixture: bool) -> boo
         settings.micro_batches > 1
         and on_cpu
         and settings.precision != "bf16"
-        and settings.loss != "kl_to_base"
+        and settings.loss not in NEED_BASE
         and not is_mixture
     )
 

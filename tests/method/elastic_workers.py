@@ -16,6 +16,7 @@ from lrmc_ray.method import workers
 from lrmc_ray.method.baselines.l2_sp import StartingPoint
 from lrmc_ray.method.losses import LanguageModel, LossSettings
 from lrmc_ray.method.microbatch import Sample, active_length
+from lrmc_ray.method.names import NEED_BASE
 from lrmc_ray.method.optimizers import make_optimizer
 from lrmc_ray.method.shared_prefix import FEWEST_TOKENS
 from lrmc_ray.method.step_result import StepResult
@@ -74,6 +75,9 @@ CASES = {
     "soft": Case(dataclasses.replace(ANCHORED, loss="soft"), optimizer="adamw"),
     "active_only": Case(dataclasses.replace(PAPER, loss="active_only"), optimizer="adam_atan2"),
     "dft, c_adamw": Case(dataclasses.replace(PAPER, loss="dft"), optimizer="c_adamw"),
+    "asft, magma": Case(dataclasses.replace(PAPER, loss="asft"), optimizer="magma"),
+    "frozen_tail": Case(dataclasses.replace(ANCHORED, loss="frozen_tail")),
+    "flow": Case(dataclasses.replace(PAPER, loss="flow"), optimizer="adamw"),
     "kl_to_base, mofo": Case(dataclasses.replace(ANCHORED, loss="kl_to_base"), optimizer="mofo"),
     "full, l2_sp": Case(dataclasses.replace(PAPER, loss="full"), l2_sp_weight=0.5),
     # Sorted by length, the empty samples are in the first parts: those of the first workers.
@@ -165,7 +169,7 @@ def run(case: Case, group: WorkerGroup) -> Outcome:
             max_grad_norm=1.0,
             attention_cost=case.attention_cost,
             share_prefix_up_to=math.inf if case.shares_prefix else 0,
-            base=base if case.loss.loss == "kl_to_base" else None,
+            base=base if case.loss.loss in NEED_BASE else None,
             penalize=penalty.add_gradient if case.l2_sp_weight else None,
             after_update=after_update,
         ),

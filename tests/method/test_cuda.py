@@ -15,6 +15,7 @@ from lrmc_ray.method.head import OutputHead
 from lrmc_ray.method.losses import LanguageModel, LossSettings
 from lrmc_ray.method.measure import outside_mass
 from lrmc_ray.method.microbatch import divide
+from lrmc_ray.method.names import NEED_BASE
 from lrmc_ray.method.optimizers import make_optimizer
 from lrmc_ray.method.restricted_loss import draw_tail, restricted_cross_entropy
 from lrmc_ray.method.subsets import CandidateSets, select_candidates
@@ -42,6 +43,10 @@ LOSSES = {
     "active_only": LossSettings("active_only", 0, 0.0, seed=3),
     "full + anchor": LossSettings("full", 0, 0.7, seed=3),
     "dft": LossSettings("dft", 0, 0.0, seed=3),
+    "asft": LossSettings("asft", 0, 0.0, seed=3, base_kl_weight=0.4),
+    "eaft": LossSettings("eaft", 0, 0.0, seed=3),
+    "flow": LossSettings("flow", 0, 0.0, seed=3),
+    "frozen_tail": LossSettings("frozen_tail", 0, 0.0, seed=3),
     "kl_to_base": LossSettings("kl_to_base", 0, 0.0, seed=3, base_kl_weight=0.4),
 }
 
@@ -227,7 +232,7 @@ def llama_on(device, **options):
 def gradients_on(device, samples, loss, *, dtype, attention_cost=math.inf, autocast=None):
     model = llama_on(device, dtype=dtype)
     base = None
-    if loss.loss == "kl_to_base":
+    if loss.loss in NEED_BASE:
         frozen = llama_on(device, dtype=dtype, seed=1).eval().requires_grad_(False)
         base = LanguageModel(lambda batch: batch_hidden_states(frozen, batch), head_of(frozen))
     parameters = list(model.parameters())
@@ -293,7 +298,9 @@ def steps_on(device, *, optimizer="moclip", dtype=torch.float32, autocast=None, 
     return [parameter.detach().cpu() for parameter in parameters], losses
 
 
-@pytest.mark.parametrize("optimizer", ["moclip", "adamw", "adam_atan2", "mofo", "c_adamw"], ids=str)
+@pytest.mark.parametrize(
+    "optimizer", ["moclip", "adamw", "adam_atan2", "mofo", "c_adamw", "magma"], ids=str
+)
 def test_steps_equal_the_cpus(optimizer):
     ours, losses = steps_on(CUDA, optimizer=optimizer, dtype=torch.float64)
     theirs, their_losses = steps_on("cpu", optimizer=optimizer, dtype=torch.float64)

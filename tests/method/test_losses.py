@@ -39,10 +39,10 @@ def test_a_tail_beyond_the_vocabulary_is_all_of_it_and_the_loss_full_cross_entro
     assert result.loss_sum == pytest.approx(full.loss_sum, rel=1e-12)
 
 
-def test_the_loss_that_needs_the_base_model_says_so():
-    loss = LOSSES["kl_to_base"]
-    with pytest.raises(ValueError, match="kl_to_base needs the base model, got none"):
-        gradients_of(tiny_llama(), random_samples(2), loss, base=None)
+@pytest.mark.parametrize("name", ["kl_to_base", "frozen_tail"])
+def test_the_loss_that_needs_the_base_model_says_so(name):
+    with pytest.raises(ValueError, match=f"{name} needs the base model, got none"):
+        gradients_of(tiny_llama(), random_samples(2), LOSSES[name], base=None)
 
 
 def test_the_base_model_stays_as_it_is_and_has_no_gradient():
@@ -178,6 +178,11 @@ def test_one_tail_serves_all_micro_batches_of_a_step_and_no_other():
         ("full + anchor", 1, 2),
         ("dft", 1, math.inf),
         ("kl_to_base + anchor", 1, 2),
+        ("asft + anchor", 1, 2),
+        ("eaft", 1, math.inf),
+        ("flow", 1, math.inf),
+        ("frozen_tail", 1, math.inf),
+        ("frozen_tail + tail + anchor", 1, 1),
     ],
 )
 def test_how_many_candidates_make_a_position_active(name, supervised, prompt):

@@ -12,6 +12,7 @@ import pytest
 from lrmc_ray import method
 from lrmc_ray.config import TrainSettings
 from lrmc_ray.method import names
+from lrmc_ray.method.baselines.magma import Magma
 from lrmc_ray.method.baselines.masked_adamw import MaskedAdamW
 from lrmc_ray.method.losses import LossSettings
 from lrmc_ray.method.moclip import MoClip
@@ -42,7 +43,7 @@ def literals(path: Path) -> list[tuple[str, ...]]:
 def test_no_literal_of_the_method_is_said_again_elsewhere():
     ours = literals(PACKAGE / "method" / "names.py")
     assert ("scale", "cautious", "momentum", "project", "rotate", "none") in ours
-    assert len(set(ours)) == len(ours) == 10
+    assert len(set(ours)) == len(ours) == 11
     for path in PACKAGE.rglob("*.py"):
         if path.name != "names.py":
             assert not set(ours) & set(literals(path)), path
@@ -66,7 +67,8 @@ def test_a_choice_that_there_is_not_is_refused_by_name():
             {"weight_decay", "delta_max", "clip", "angle", "second_moment", "atan2_scale"},
         ),
         (MaskedAdamW, {"weight_decay"}),
-        (make_optimizer, {"betas", "weight_decay", "mofo_share"}),
+        (Magma, {"weight_decay", "seed"}),
+        (make_optimizer, {"betas", "weight_decay", "mofo_share", "seed"}),
         (StepOptions, {"reduction", "max_grad_norm", "max_bad_steps"}),
         (LossSettings, {"base_kl_weight"}),
     ],
@@ -79,7 +81,7 @@ def test_defaults_of_the_method_are_those_of_the_settings(ours, shared):
     for name, parameter in inspect.signature(ours).parameters.items():
         if name in fields and parameter.default is not inspect.Parameter.empty:
             found[name] = parameter.default
-    by_optimizer = {"betas"} if ours in (MoClip, MaskedAdamW) else set()
+    by_optimizer = {"betas"} if ours in (MoClip, MaskedAdamW, Magma) else set()
     assert set(found) - by_optimizer == shared
     for name in shared:
         assert found[name] == fields[name].default, name

@@ -52,7 +52,7 @@ def test_options_reach_moclip_and_no_option_puts_a_cap_on_adam_atan2():
 
 
 def test_an_unknown_name_is_refused_with_the_names_there_are():
-    message = "optimizer must be one of moclip, adamw, adam_atan2, c_adamw, mofo, got 'adam'"
+    message = "optimizer must be one of moclip, adamw, adam_atan2, c_adamw, mofo, magma, got 'adam'"
     with pytest.raises(ValueError, match=message):
         make_optimizer("adam", [torch.nn.Parameter(torch.zeros(1))], lr=0.1)
 

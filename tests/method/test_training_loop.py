@@ -48,8 +48,8 @@ def test_loss_and_gradients_equal_those_from_full_logits(name, tied):
     assert result.loss_sum == pytest.approx(main.item(), rel=1e-12)
     assert result.anchor_sum == pytest.approx(anchor.item(), rel=1e-11)
     assert largest_difference(trimmed, expected) < 1e-10
-    # That of ``dft`` has the probabilities of an untrained model as factors.
-    floor = 1e-3 if loss.loss == "dft" else 1e-2
+    # Those of ``dft`` and ``asft`` have the probabilities of an untrained model as factors.
+    floor = 1e-3 if loss.loss in ("dft", "asft") else 1e-2
     assert max(float(gradient.abs().max()) for gradient in trimmed) > floor
 
     untrimmed, _ = gradients_of(model, samples, loss, step=2, trim=False)

@@ -65,6 +65,10 @@ def test_the_front_matter_is_what_the_hub_reads(study_dir, tmp_path):
         ({"loss": "dft", "optimizer": "moclip", "tail_samples": 0, "anchor_weight": 0.5},
          "DFT, the cross-entropy weighted by the model's own probability and MoClip, with an "
          "anchor to the base model", ["moclip"]),
+        ({"loss": "frozen_tail", "optimizer": "magma", "tail_samples": 8, "anchor_weight": 0.0,
+          "stm_perplexity": 2.5},
+         "Logits Replay with the base model's mass outside the candidates and Magma, with tokens "
+         "left out that surprised the base model", ["logits-replay"]),
     ],
 )  # fmt: skip
 def test_the_method_is_said_from_the_settings(settings, text, tags, study_dir, tmp_path):

@@ -7,6 +7,7 @@ import torch
 
 from lrmc_ray.method.losses import LanguageModel, LossSettings
 from lrmc_ray.method.microbatch import divide
+from lrmc_ray.method.names import NEED_BASE
 from lrmc_ray.method.training_loop import StepOptions, compute_gradients, train
 from lrmc_ray.method.workers import WorkerGroup
 from lrmc_ray.models import batch_hidden_states, head_of, hidden_states
@@ -29,6 +30,12 @@ LOSSES = {
     "full + anchor": LossSettings("full", 0, 0.7, seed=3),
     "dft": LossSettings("dft", 0, 0.0, seed=3),
     "dft + anchor": LossSettings("dft", 0, 0.7, seed=3),
+    "asft": LossSettings("asft", 0, 0.0, seed=3, base_kl_weight=0.4),
+    "asft + anchor": LossSettings("asft", 0, 0.7, seed=3, base_kl_weight=3.0),
+    "eaft": LossSettings("eaft", 0, 0.0, seed=3),
+    "flow": LossSettings("flow", 0, 0.0, seed=3),
+    "frozen_tail": LossSettings("frozen_tail", 0, 0.0, seed=3),
+    "frozen_tail + tail + anchor": LossSettings("frozen_tail", 40, 0.7, seed=3),
     "kl_to_base": LossSettings("kl_to_base", 0, 0.0, seed=3, base_kl_weight=0.4),
     "kl_to_base + anchor": LossSettings("kl_to_base", 0, 0.7, seed=3, base_kl_weight=3.0),
 }
@@ -36,7 +43,7 @@ LOSSES = {
 
 def base_of(loss, dtype=torch.float64):
     """The frozen base model that the loss needs, if it does."""
-    if loss.loss != "kl_to_base":
+    if loss.loss not in NEED_BASE:
         return None
     base = base_llama(dtype)
     return LanguageModel(lambda batch: batch_hidden_states(base, batch), head_of(base))

@@ -20,6 +20,7 @@ from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 from lrmc_ray.method.losses import LossSettings
 from lrmc_ray.method.microbatch import Sample
+from lrmc_ray.method.names import NEED_BASE
 from lrmc_ray.method.restricted_loss import draw_tail
 from lrmc_ray.method.subsets import CandidateSets
 
@@ -55,7 +56,7 @@ def tiny_llama(
 
 @functools.cache
 def base_llama(dtype: torch.dtype = torch.float64) -> LlamaForCausalLM:
-    """The frozen base model of ``kl_to_base`` in these tests; not to be changed."""
+    """The frozen base model of losses that need one, in these tests; not to be changed."""
     return tiny_llama(dtype=dtype, seed=1).eval().requires_grad_(False)
 
 
@@ -174,7 +175,10 @@ def random_samples(num: int, *, seed: int = 0) -> list[Sample]:
     samples = [random_sample(generator, name=f"sample-{i}") for i in range(num)]
     if num > 1:
         samples[1] = random_sample(generator, name="sample-1", sizes=[1] * 9)
-    return samples
+    return [
+        dataclasses.replace(sample, weight=1.0 / (number + 2))
+        for number, sample in enumerate(samples)
+    ]
 
 
 def _kl(base: Tensor, model: Tensor) -> Tensor:
@@ -198,6 +202,24 @@ def _position_loss(
         assert base_V is not None
         return kl_weight * _kl(base_V.log_softmax(0), z_V.log_softmax(0)) - z_V.log_softmax(0)[gold]
     recorded = logprobs.to(z_V.dtype)
+    if loss == "flow":
+        return -z_V.log_softmax(0)[gold]
+    if loss == "eaft":
+        likeliest = z_V.detach().sort(descending=True).values[:20].softmax(0)
+        entropy = -sum(p * math.log(p) for p in likeliest.tolist())
+        return -entropy / math.log(20) * z_V.log_softmax(0)[gold]
+    if loss == "asft":
+        outside = z_V.softmax(0).sum() - z_V.softmax(0)[token_ids].sum()
+        base = torch.cat([recorded, torch.log1p(-recorded.exp().sum())[None]])
+        model = torch.cat([z_V.log_softmax(0)[token_ids], outside.log()[None]])
+        dft = -z_V.detach().softmax(0)[gold] * z_V.log_softmax(0)[gold]
+        return dft + kl_weight * _kl(base, model)
+    if loss == "frozen_tail":
+        assert base_V is not None
+        # As the method's formula has it: from the base's logits in S and its outside mass.
+        rho = 1 - base_V.softmax(0)[token_ids].sum()
+        frozen = rho / (1 - rho) * base_V[token_ids].exp().sum()
+        return (z_V[token_ids].exp().sum() + frozen).log() - z_V[gold]
     weights_V = weights_V.clone()
     weights_V[token_ids] = 1.0
     num_outside = int((weights_V > 0).sum()) - len(token_ids)
@@ -233,7 +255,7 @@ def plain_sums(
     logits_BTV = model(input_ids=input_ids_BT, attention_mask=attention_mask_BT).logits
 
     base_BTV = None
-    if settings.loss == "kl_to_base":
+    if settings.loss in NEED_BASE:
         base_BTV = base_llama(logits_BTV.dtype)(
             input_ids=input_ids_BT, attention_mask=attention_mask_BT
         ).logits
@@ -257,7 +279,8 @@ def plain_sums(
             )
             if sample.is_supervised_P[row]:
                 base_V = None if base_BTV is None else base_BTV[number, position]
-                main = main + _position_loss(
+                weight = sample.weight if settings.loss == "flow" else 1.0
+                main = main + weight * _position_loss(
                     settings.loss, *arguments, base_V, settings.base_kl_weight
                 )
             elif settings.anchor_weight:

@@ -87,6 +87,9 @@ VARIANTS = {
     "dft, c_adamw": {"loss": "dft", "optimizer": "c_adamw"},
     "kl_to_base, mofo": {"loss": "kl_to_base", "optimizer": "mofo"},
     "without gold": {"keep_gold": False},
+    "asft, magma": {"loss": "asft", "optimizer": "magma", "base_kl_weight": 0.05},
+    "flow, stm": {"loss": "flow", "stm_perplexity": 2.5},
+    "frozen_tail": {"loss": "frozen_tail"},
 }
 
 
@@ -627,6 +630,71 @@ def test_without_gold_a_position_is_trained_on_only_where_the_base_expected_it(r
                 changed += 1
     assert changed > 20
     assert same > 20
+
+
+def recorded_losses(sample):
+    """The base's losses at supervised positions, from the record's columns one by one."""
+    sets, losses = sample.candidates, []
+    for row in range(sets.num_rows):
+        entries = slice(int(sets.offsets[row]), int(sets.offsets[row + 1]))
+        tokens = sets.token_ids[entries].tolist()
+        place = tokens.index(int(sample.input_ids_T[sample.positions_P[row] + 1]))
+        losses.append(-float(sets.logprobs[entries][place]))
+    return losses
+
+
+def test_tokens_that_surprised_the_base_are_not_learned_and_not_counted(recorded):
+    records = Records(recorded)
+    # An untrained model: about half of its losses are above this.
+    between = sorted(recorded_losses(records[0]))[len(records[0].positions_P) // 2] + 1e-6
+    samples = TrainingSamples(records, settings_of(stm_perplexity=math.exp(between)))
+    left_out = 0
+    for index in range(len(records)):
+        whole, ours = records[index], samples[index]
+        losses = recorded_losses(whole)
+        kept = [
+            row
+            for row, loss in enumerate(losses)
+            if loss <= between or not whole.is_supervised_P[row]
+        ]
+        assert ours.positions_P.tolist() == whole.positions_P[kept].tolist()
+        assert torch.equal(ours.is_supervised_P, whole.is_supervised_P[kept])
+        assert torch.equal(ours.candidates.gold_ids, whole.candidates.gold_ids[kept])
+        assert torch.equal(ours.input_ids_T, whole.input_ids_T)
+        left_out += len(losses) - len(kept)
+    total = sum(int(records[index].is_supervised_P.sum()) for index in range(len(records)))
+    assert 0.1 * total < left_out < 0.9 * total
+
+
+@pytest.mark.parametrize("temperature", [None, 2.5])
+def test_samples_weigh_less_the_more_the_base_loses_on_them(recorded, temperature):
+    records = Records(recorded)
+    means = []
+    for index in range(len(records)):
+        is_supervised = records[index].is_supervised_P.tolist()
+        losses = recorded_losses(records[index])
+        chosen = [x for x, learned in zip(losses, is_supervised, strict=True) if learned]
+        means.append(sum(chosen) / len(chosen))
+    samples = TrainingSamples(records, settings_of(loss="flow", flow_temperature=temperature))
+    divisor = temperature or (sorted(means)[9] + sorted(means)[10]) / 2
+    assert len(means) == 20
+    weights = [samples[index].weight for index in range(20)]
+    assert weights == pytest.approx([math.exp(-mean / divisor) for mean in means], rel=1e-12)
+    assert len(set(weights)) > 10
+    plain = TrainingSamples(records, settings_of(loss="full"))
+    assert {plain[index].weight for index in range(20)} == {1.0}
+    held_out = TrainingSamples(records, settings_of(loss="flow", evaluate_every=1))
+    (left,) = held_out.held_out
+    assert held_out.in_full(left).weight == 1.0
+    trained = sorted(means[:left] + means[left + 1 :])
+    assert held_out.flow_temperature == pytest.approx(trained[9], rel=1e-12)
+
+
+def test_a_batch_of_which_nothing_is_left_changes_nothing(start, tmp_path, tiny_model):
+    """Every token surprises an untrained model, and the anchor is off."""
+    outcome = start(stm_perplexity=1.000001, anchor_weight=0.0, optimizer="adamw").run()
+    assert outcome["final_loss"] == 0.0
+    assert_same(model_of(tmp_path / "training"), load_file(tiny_model / "model.safetensors"))
 
 
 # Metrics

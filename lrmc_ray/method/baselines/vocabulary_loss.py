@@ -6,24 +6,40 @@ base model's b::
     full          -log p_g                            ordinary fine-tuning
     active_only   -log p_g where |S| > 1, else 0      fewer positions, the softmax not smaller
     dft           -p_g log p_g, the factor p_g taken as a constant
+    eaft          -h log p_g, h the entropy of the likeliest tokens, taken as a constant
+    flow          -w log p_g, w the weight of the sample
     kl_to_base    -log p_g + kl_weight KL(b || p)
+    asft          dft + kl_weight KL(b || p), b from the record
 
 The logits exist for one chunk of positions at a time, and their gradient is made with them, in the
 forward pass, so nothing is computed twice. What a loss adds is a *rule*: the loss and dL/dz of a
 chunk, from its log-probabilities::
 
     full          dL/dz = p - onehot(g)
-    dft           dL/dz = p_g (p - onehot(g))
+    dft           dL/dz = p_g (p - onehot(g)); the same with h or w in place of p_g
     kl_to_base    dL/dz = p - onehot(g) + kl_weight (p - b)
 
 Sources: ``dft`` is Dynamic Fine-Tuning, arXiv 2508.05629; ``kl_to_base`` is Learning without
 Forgetting (arXiv 1606.09282) at temperature 1, with the base's outputs on the new task's own
 positions; ``active_only`` is this project's control.
+
+``eaft`` is Entropy-Adaptive Fine-Tuning, arXiv 2601.02151: h = H / ln K, with the entropy H of the
+current model over its K = 20 likeliest tokens, their probabilities renormalized. (The authors' code
+divides by 3, which is ln 20 up to 0.2 %.)
+
+``flow`` is arXiv 2502.02797, by sequences: w = exp(-l / T) with the base's mean loss l of the
+sample and the median T of these, see ``train/samples.py``. As in the authors' code the divisor is
+the number of positions, not the sum of the weights.
+
+``asft`` is Anchored Supervised Fine-Tuning, arXiv 2509.23753. There the KL is over the vocabulary,
+with the base model run beside. Here it is over the recorded candidates, and all other tokens are
+one more outcome, so it is a lower bound of theirs, and exact where S is the whole vocabulary.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -31,8 +47,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from lrmc_ray.method.candidate_sets import CandidateSets, row_logsumexp
 from lrmc_ray.method.head import OutputHead, head_logits
-from lrmc_ray.method.subsets import CandidateSets
 
 CHUNK_ELEMENTS = 2**24
 """Of the [n, V] logits that exist at a time: 64 MiB in float32."""
@@ -40,6 +56,9 @@ CHUNK_ELEMENTS = 2**24
 Rule = Callable[[Tensor, slice], tuple[Tensor, Callable[[], Tensor]]]
 """From log-probabilities [n, V] and the chunk's place among the N: the summed loss, and what makes
 dL/dz [n, V]. That is called after the loss, once or never, and may overwrite the former."""
+
+EAFT_TOKENS = 20
+"""K of ``eaft``."""
 
 
 def full_cross_entropy(hidden_ND: Tensor, head: OutputHead, gold_N: Tensor) -> Tensor:
@@ -83,12 +102,66 @@ def dft_cross_entropy(hidden_ND: Tensor, head: OutputHead, gold_N: Tensor) -> Te
 
     def rule(logprobs_nV: Tensor, chunk: slice) -> tuple[Tensor, Callable[[], Tensor]]:
         gold_n1 = gold_N[chunk, None].long()
-        gold_logprob_n1 = logprobs_nV.gather(1, gold_n1)
-        weight_n1 = gold_logprob_n1.exp()
-        return (
-            -(weight_n1 * gold_logprob_n1).sum(),
-            lambda: _less_onehot_(logprobs_nV.exp_(), gold_n1).mul_(weight_n1),
-        )
+        return _weighted(logprobs_nV, gold_n1, logprobs_nV.gather(1, gold_n1).exp())
+
+    return _vocabulary_loss(hidden_ND, head, rule)
+
+
+def eaft_cross_entropy(hidden_ND: Tensor, head: OutputHead, gold_N: Tensor) -> Tensor:
+    """``full_cross_entropy``, each position weighted by how open the model takes it to be.
+
+    The weight, a constant to the gradient, is the entropy of the model's 20 likeliest tokens, as a
+    share of the largest there can be. Where the model is sure of something, right or wrong, hardly
+    anything is learned.
+    """
+    num_tokens = min(EAFT_TOKENS, head.vocabulary_size)
+
+    def rule(logprobs_nV: Tensor, chunk: slice) -> tuple[Tensor, Callable[[], Tensor]]:
+        top_nK = logprobs_nV.topk(num_tokens).values.log_softmax(-1)
+        entropy_n1 = -(top_nK.exp() * top_nK).sum(-1, keepdim=True)
+        return _weighted(logprobs_nV, gold_N[chunk, None].long(), entropy_n1 / math.log(num_tokens))
+
+    return _vocabulary_loss(hidden_ND, head, rule)
+
+
+def weighted_cross_entropy(
+    hidden_ND: Tensor, head: OutputHead, gold_N: Tensor, weight_N: Tensor
+) -> Tensor:
+    """``full_cross_entropy``, each position times its constant weight [N]."""
+
+    def rule(logprobs_nV: Tensor, chunk: slice) -> tuple[Tensor, Callable[[], Tensor]]:
+        weight_n1 = weight_N[chunk, None].to(logprobs_nV.dtype)
+        return _weighted(logprobs_nV, gold_N[chunk, None].long(), weight_n1)
+
+    return _vocabulary_loss(hidden_ND, head, rule)
+
+
+def asft_cross_entropy(
+    hidden_ND: Tensor, head: OutputHead, candidates: CandidateSets, *, kl_weight: float
+) -> Tensor:
+    """``dft_cross_entropy`` + ``kl_weight`` times the sum of KL(base || model) as recorded.
+
+    Args:
+        hidden_ND: As there.
+        head: As there.
+        candidates: N candidate sets, on the same device.
+        kl_weight: Weight of the KL.
+    """
+
+    def rule(logprobs_nV: Tensor, chunk: slice) -> tuple[Tensor, Callable[[], Tensor]]:
+        rows = torch.arange(len(candidates.gold_ids), device=logprobs_nV.device)[chunk]
+        sets = candidates.rows(rows)
+        gold_n1 = sets.gold_ids[:, None].long()
+        weight_n1 = logprobs_nV.gather(1, gold_n1).exp()
+        loss = -(weight_n1 * logprobs_nV.gather(1, gold_n1)).sum()
+        kl, kl_gradient = _recorded_kl(logprobs_nV, sets)
+
+        def gradient() -> Tensor:
+            gradient_nV = kl_gradient().mul_(kl_weight)
+            gradient_nV += weight_n1 * logprobs_nV.exp_()
+            return gradient_nV.scatter_add_(1, gold_n1, -weight_n1)
+
+        return loss + kl_weight * kl, gradient
 
     return _vocabulary_loss(hidden_ND, head, rule)
 
@@ -124,6 +197,44 @@ def kl_regularized_cross_entropy(
         return kl - logprobs_nV.gather(1, gold_n1).sum(), gradient
 
     return _vocabulary_loss(hidden_ND, head, rule)
+
+
+def _weighted(
+    logprobs_nV: Tensor, gold_n1: Tensor, weight_n1: Tensor
+) -> tuple[Tensor, Callable[[], Tensor]]:
+    """What a rule returns: cross-entropies times constant weights."""
+    return (
+        -(weight_n1 * logprobs_nV.gather(1, gold_n1)).sum(),
+        lambda: _less_onehot_(logprobs_nV.exp_(), gold_n1).mul_(weight_n1),
+    )
+
+
+def _recorded_kl(logprobs_nV: Tensor, sets: CandidateSets) -> tuple[Tensor, Callable[[], Tensor]]:
+    """Summed KL(base || model), all tokens outside S being one outcome, and its gradient [n, V].
+
+    With the base's b, o its outside mass and P the model's: dKL/dz is p - b in S, p - o p / P
+    outside. A row whose S is the whole vocabulary has no such outcome: b is renormalized there.
+    """
+    rows_E, tokens_E = sets.row_ids, sets.token_ids.long()
+    model_E = logprobs_nV[rows_E, tokens_E]
+    outside_n = logprobs_nV.index_put((rows_E, tokens_E), logprobs_nV.new_tensor(-math.inf))
+    outside_n = outside_n.logsumexp(-1)
+    has_outside_n = outside_n > -math.inf
+    outside_n = torch.where(has_outside_n, outside_n, 0.0)
+    base_E = sets.logprobs.to(logprobs_nV.dtype)
+    base_E = base_E - torch.where(has_outside_n, 0.0, row_logsumexp(base_E, sets))[rows_E]
+    base_outside_n = sets.outside_mass().to(logprobs_nV.dtype) * has_outside_n
+    inside_kl = (base_E.exp() * (base_E - model_E)).sum()
+    outside_kl_n = torch.xlogy(base_outside_n, base_outside_n) - base_outside_n * outside_n
+
+    def gradient() -> Tensor:
+        gradient_nV = logprobs_nV.exp()
+        # As a difference of logarithms: both probabilities may be too small for the type.
+        gradient_nV -= base_outside_n[:, None] * (logprobs_nV - outside_n[:, None]).exp()
+        gradient_nV[rows_E, tokens_E] = model_E.exp() - base_E.exp()
+        return gradient_nV
+
+    return inside_kl + outside_kl_n.sum(), gradient
 
 
 def _less_onehot_(gradient_nV: Tensor, gold_n1: Tensor) -> Tensor:

@@ -1,5 +1,7 @@
 """Losses over the whole vocabulary against torch's own operators on all logits at once."""
 
+import math
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -8,9 +10,12 @@ from torch import Tensor
 from lrmc_ray.method.baselines import vocabulary_loss
 from lrmc_ray.method.baselines.vocabulary_loss import (
     active_only_cross_entropy,
+    asft_cross_entropy,
     dft_cross_entropy,
+    eaft_cross_entropy,
     full_cross_entropy,
     kl_regularized_cross_entropy,
+    weighted_cross_entropy,
 )
 from lrmc_ray.method.head import OutputHead
 from lrmc_ray.method.subsets import select_candidates
@@ -91,9 +96,25 @@ def test_full_loss_in_bfloat16_is_no_worse_than_torchs():
         assert error(our.grad, true.grad) <= error(their.grad, true.grad) + 1e-5
 
 
+def coarse_kl(logits_NV, sets):
+    """KL(base || model) where all tokens outside a row's set are one outcome, row by row."""
+    total = logits_NV.new_zeros(())
+    for row, logits_V in enumerate(logits_NV):
+        entries = sets.rows(torch.tensor([row]))
+        inside = entries.token_ids.long()
+        base = entries.logprobs.double().exp()
+        base = torch.cat([base, 1 - base.sum().reshape(1)])
+        model = logits_V.softmax(0)[inside]
+        model = torch.cat([model, 1 - model.sum().reshape(1)])
+        total = total + torch.distributions.kl_divergence(
+            torch.distributions.Categorical(base), torch.distributions.Categorical(model)
+        )
+    return total
+
+
 @pytest.mark.parametrize(("logit_scale", "softcap"), [(1.0, None), (1.3, 2.0)])
 @pytest.mark.parametrize("rows_per_chunk", [1, 5, 1000])
-@pytest.mark.parametrize("name", ["dft", "kl_to_base"])
+@pytest.mark.parametrize("name", ["dft", "kl_to_base", "asft", "eaft", "flow"])
 def test_baseline_losses_equal_autograds_in_value_and_gradients(
     monkeypatch, name, rows_per_chunk, logit_scale, softcap
 ):
@@ -110,6 +131,19 @@ def test_baseline_losses_equal_autograds_in_value_and_gradients(
     if name == "dft":
         loss = dft_cross_entropy(ours[0], head, gold_N.int())
         truth = ((-each_N).exp().detach() * each_N).sum()
+    elif name == "asft":
+        sets = select_candidates(base_NV, gold_N, tau=0.8)
+        loss = asft_cross_entropy(ours[0], head, sets, kl_weight=0.7)
+        truth = ((-each_N).exp().detach() * each_N).sum() + 0.7 * coarse_kl(logits_NV, sets)
+    elif name == "eaft":
+        loss = eaft_cross_entropy(ours[0], head, gold_N.int())
+        likeliest_NK = logits_NV.detach().sort(-1, descending=True).values[:, :20]
+        entropy_N = torch.distributions.Categorical(logits=likeliest_NK).entropy()
+        truth = (entropy_N / math.log(20) * each_N).sum()
+    elif name == "flow":
+        weight_N = torch.rand(13, generator=rng(5), dtype=torch.float64)
+        loss = weighted_cross_entropy(ours[0], head, gold_N.int(), weight_N)
+        truth = (weight_N * each_N).sum()
     else:
         loss = kl_regularized_cross_entropy(
             ours[0], head, gold_N.int(), lambda chunk: base_NV[chunk], kl_weight=0.7
@@ -153,6 +187,57 @@ def test_dft_hardly_learns_what_is_unlikely():
         assert gradient_NV[0].tolist() == pytest.approx([-p * (1 - p), p * (1 - p)], rel=1e-12)
 
 
+def test_eaft_learns_nothing_where_the_model_is_sure_and_all_where_it_is_not():
+    """By hand: of 25 tokens 20 are equally likely, and one has everything."""
+    open_V = torch.cat([torch.zeros(20), torch.full((5,), -50.0)])
+    sure_V = torch.cat([torch.tensor([60.0]), torch.zeros(24)])
+    logits_NV = torch.stack([open_V, sure_V]).double()
+    head, gold_N = OutputHead(torch.eye(25, dtype=torch.float64)), torch.tensor([3, 3])
+    gradient_NV = gradient_of(eaft_cross_entropy, logits_NV, head, gold_N)
+    full_NV = gradient_of(full_cross_entropy, logits_NV, head, gold_N)
+    torch.testing.assert_close(gradient_NV[0], full_NV[0], rtol=1e-12, atol=0)
+    assert full_NV[1].abs().max() > 0.99
+    assert gradient_NV[1].abs().max() < 1e-20
+
+
+def test_asft_is_dft_where_the_model_is_the_recorded_base():
+    """Up to the float16 rounding of what is recorded, at any weight of the KL."""
+    logits_NV, weight_VD, _ = logits_problem(11)
+    head, gold_N = OutputHead(weight_VD), logits_NV.argmin(-1)
+    sets = select_candidates(logits_NV, gold_N, tau=0.9)
+    dft_NV = gradient_of(dft_cross_entropy, logits_NV, head, gold_N)
+    asft_NV = gradient_of(lambda h: asft_cross_entropy(h, head, sets, kl_weight=1.0), logits_NV)
+    torch.testing.assert_close(asft_NV, dft_NV, rtol=0, atol=2e-3)
+
+
+def test_asft_with_the_whole_vocabulary_recorded_has_the_whole_kl():
+    logits_NV, weight_VD, _ = logits_problem(12)
+    recorded_NV = 2 * torch.randn(6, 30, generator=rng(3), dtype=torch.float64)
+    sets = select_candidates(recorded_NV, logits_NV.argmax(-1), tau=1.0, k_min=30, k_max=30)
+    loss = asft_cross_entropy(logits_NV, OutputHead(weight_VD), sets, kl_weight=2.0)
+    dft = dft_cross_entropy(logits_NV, OutputHead(weight_VD), sets.gold_ids)
+    kl = F.kl_div(
+        logits_NV.log_softmax(-1), recorded_NV.log_softmax(-1), reduction="sum", log_target=True
+    )
+    torch.testing.assert_close(loss, dft + 2 * kl, rtol=2e-3, atol=0)
+
+
+def test_asft_stays_finite_where_the_model_leaves_nothing_outside():
+    """In float32 the mass outside S is zero, and so is its part of each token there."""
+    logits_NV = torch.full((1, 30), -300.0)
+    logits_NV[0, :2] = 0.0
+    recorded_NV = torch.zeros(1, 30)
+    recorded_NV[0, :2] = 5.0
+    sets = select_candidates(recorded_NV, torch.tensor([0]), tau=0.9)
+    assert sets.sizes.tolist() == [2]
+    gradient_NV = gradient_of(
+        lambda h: asft_cross_entropy(h, OutputHead(torch.eye(30)), sets, kl_weight=1.0), logits_NV
+    )
+    # By hand: -o / 28 for each of the 28, where o is the base's mass outside.
+    share = float(sets.outside_mass()) / 28
+    torch.testing.assert_close(gradient_NV[0, 2:], torch.full((28,), -share), rtol=1e-4, atol=0)
+
+
 def test_active_only_is_the_full_loss_where_there_is_a_choice():
     logits_NV, weight_VD, _ = logits_problem(10, n=20)
     head = OutputHead(weight_VD)
@@ -179,6 +264,9 @@ def test_losses_of_no_positions_are_zero():
         lambda h, head: full_cross_entropy(h, head, none.gold_ids),
         lambda h, head: active_only_cross_entropy(h, head, none),
         lambda h, head: dft_cross_entropy(h, head, none.gold_ids),
+        lambda h, head: eaft_cross_entropy(h, head, none.gold_ids),
+        lambda h, head: asft_cross_entropy(h, head, none, kl_weight=1.0),
+        lambda h, head: weighted_cross_entropy(h, head, none.gold_ids, torch.zeros(0)),
     ):
         h, w = leaves(logits_NV[:0], weight_VD)
         value = loss(h, OutputHead(w))
