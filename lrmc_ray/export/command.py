@@ -20,6 +20,10 @@ def main(argv: Sequence[str]) -> int:
         raise ConfigError(
             f"--blend must be from 0, the base, to 1, the tuned model, got {arguments.blend:g}"
         )
+    if arguments.by_depth and arguments.blend == 1.0:
+        raise ConfigError(
+            "--by-depth needs a --blend below 1, got 1: that is the tuned model, whatever the depth"
+        )
     study = find_study(arguments.study)
 
     from lrmc_ray.export.run import ExportRequest, export
@@ -31,20 +35,27 @@ def main(argv: Sequence[str]) -> int:
             trial=arguments.trial,
             dtype=arguments.dtype,
             blend=arguments.blend,
+            form="depth" if arguments.by_depth else "even",
             with_gguf=arguments.gguf,
             address=arguments.address,
             verbose=arguments.verbose,
         )
     )
     if arguments.json:
-        values = {"directory": str(made.directory), "trial": made.trial, "blend": arguments.blend}
+        values = {
+            "directory": str(made.directory),
+            "trial": made.trial,
+            "blend": arguments.blend,
+            "by_depth": arguments.by_depth,
+        }
         values |= {"size_bytes": made.size_bytes, "fingerprint": made.fingerprint}
         values["rounding"] = made.rounding
         print(json.dumps(values | {"gguf": None if made.gguf is None else str(made.gguf)}))
         return 0
     what = f"trial {made.trial} of {study.name}"
     if arguments.blend != 1.0:
-        what = f"blend {arguments.blend:g} of the base and {what}"
+        depth = ", growing to 1 with depth," if arguments.by_depth else ""
+        what = f"blend {arguments.blend:g}{depth} of the base and {what}"
     print(f"{made.directory}: {size_text(made.size_bytes)}, {what}, {arguments.dtype}")
     if made.rounding is not None:
         print(
@@ -55,7 +66,7 @@ def main(argv: Sequence[str]) -> int:
         print(f"{made.gguf}: {size_text(made.gguf.stat().st_size)}")
     print("Next:")
     print(f"  {pasteable('lrmc', 'chat', made.directory)}")
-    if 0.0 < arguments.blend < 1.0:
+    if 0.0 < arguments.blend < 1.0 and not arguments.by_depth:
         words = ("--trial", made.trial, "--at", f"{arguments.blend:g}")
         print(f"  {pasteable('lrmc', 'blend', study, *words)}")
     return 0
@@ -91,6 +102,11 @@ def _parser() -> argparse.ArgumentParser:
         default=1.0,
         metavar="X",
         help="how far to go from the base, 0, to the tuned model, 1 (default: 1)",
+    )
+    parser.add_argument(
+        "--by-depth",
+        action="store_true",
+        help="with --blend: X for the first layer, growing to 1 for the last (LiNeS)",
     )
     parser.add_argument(
         "--gguf",

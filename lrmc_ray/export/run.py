@@ -25,6 +25,7 @@ from lrmc_ray.export.weights import (
 from lrmc_ray.files.fault_points import passed
 from lrmc_ray.files.origin import origin_of, write_origin
 from lrmc_ray.files.study import StudyFile, read_study
+from lrmc_ray.method.names import Blend
 from lrmc_ray.models import local_directory, model_fingerprint
 from lrmc_ray.report.model_card import write_model_card
 
@@ -43,6 +44,8 @@ class ExportRequest:
     dtype: Dtype = "float32"
     blend: float = 1.0
     """How far from the base, 0, to the trial's model, 1."""
+    form: Blend = "even"
+    """How that is spread over the layers."""
     with_gguf: bool = False
     address: str = "local"
     """Of Ray, should the trial have to be trained again."""
@@ -94,11 +97,19 @@ def export(request: ExportRequest) -> Exported:
         trial=entry.number,
         limit=study.final_limit,
         blend=None if request.blend == 1.0 else request.blend,
+        blend_form=request.form,
         dtype=request.dtype,
     )
     gguf = None
     with new_directory(request.target) as directory:
-        write_model(source, directory, dtype=request.dtype, base=base, blend=request.blend)
+        write_model(
+            source,
+            directory,
+            dtype=request.dtype,
+            base=base,
+            blend=request.blend,
+            form=request.form,
+        )
         passed("export.weights_written")
         write_origin(directory, origin)
         write_model_card(directory, request.study, request.target.name)

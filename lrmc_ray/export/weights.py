@@ -3,15 +3,13 @@
 import math
 import shutil
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 from lrmc_ray.errors import DataError
 from lrmc_ray.files.names import ADAPTER, MODEL_CARD
 from lrmc_ray.files.origin import ORIGIN_FILE
+from lrmc_ray.method.names import Blend
 from lrmc_ray.models import WEIGHT_SUFFIX, hide_bars, load_model, save_model
-
-if TYPE_CHECKING:
-    import torch
 
 Dtype = Literal["float32", "bf16"]
 
@@ -40,7 +38,13 @@ def copy_model(source: Path, target: Path) -> None:
 
 
 def write_model(
-    source: Path, target: Path, *, dtype: Dtype, base: Path | None = None, blend: float = 1.0
+    source: Path,
+    target: Path,
+    *,
+    dtype: Dtype,
+    base: Path | None = None,
+    blend: float = 1.0,
+    form: Blend = "even",
 ) -> None:
     """Write a model made from that in ``source``.
 
@@ -50,6 +54,7 @@ def write_model(
         dtype: of the weights.
         base: the model that it was made from; needed for a ``blend`` other than 1.
         blend: how far to go from ``base``, 0, to the tuned model, 1.
+        form: how ``blend`` is spread over the layers, see :func:`blend_into`.
 
     Raises:
         DataError: the two have other weights.
@@ -63,40 +68,28 @@ def write_model(
     model = load_model(source)
     if blend != 1.0:
         assert base is not None, "a blend is made from two models"
-        blend_into(model, load_model(base), blend)
+        blend_into(model, load_model(base), blend, form)
     save_model(model.to(torch.bfloat16) if dtype == "bf16" else model, source, target)
 
 
-def blend_into(tuned: Any, base: Any, weight: float) -> None:
+def blend_into(tuned: Any, base: Any, weight: float, form: Blend = "even") -> None:
     """Make ``tuned`` base + weight * (tuned - base), parameter by parameter, in float32.
 
     Args:
         tuned: a model; it is changed.
         base: the model that it was made from.
         weight: 0 gives the base, 1 the tuned model, both to the bit.
+        form: ``depth`` lets the weight grow with the layer, see ``method/baselines``.
 
     Raises:
         DataError: the two have other parameters.
     """
-    import torch
+    from lrmc_ray.method.baselines.interpolation import interpolate
 
-    before, after = dict(base.named_parameters()), dict(tuned.named_parameters())
-    if differing := sorted(
-        name
-        for name in before.keys() | after.keys()
-        if _shape(before.get(name)) != _shape(after.get(name))
-    ):
-        raise DataError(
-            "a blend needs a base with the same weights as the tuned model, "
-            f"{len(differing)} differ, first {differing[0]}; give the base that it was made from"
-        )
-    with torch.no_grad():
-        for name, parameter in after.items():
-            parameter.copy_(torch.lerp(before[name].float(), parameter.float(), weight))
-
-
-def _shape(parameter: "torch.Tensor | None") -> tuple[int, ...] | None:
-    return None if parameter is None else tuple(parameter.shape)
+    try:
+        interpolate(dict(tuned.named_parameters()), dict(base.named_parameters()), weight, form)
+    except ValueError as error:
+        raise DataError(str(error)) from None
 
 
 def lost_by_rounding(tuned: Path, base: Path, *, blend: float = 1.0) -> float | None:

@@ -8,6 +8,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from lrmc_ray.config import RunSettings
 from lrmc_ray.errors import DataError
 from lrmc_ray.files.artifacts import write_json
+from lrmc_ray.method.names import Blend
 
 ORIGIN_FILE = "lrmc.json"
 
@@ -23,6 +24,7 @@ class Ancestor(BaseModel):
     study: str | None = None
     trial: int | None = None
     blend: float | None = None
+    blend_form: Blend = "even"
 
 
 class Origin(BaseModel):
@@ -44,6 +46,8 @@ class Origin(BaseModel):
     """Where its base's scores are."""
     blend: float | None = None
     """How far it is from the base, 0, to the trial's model, 1; None for that model itself."""
+    blend_form: Blend = "even"
+    """How that is spread over the layers; ``depth``: ``blend`` is that of the first one."""
     dtype: str = "float32"
     """Of the weights."""
     ancestors: list[Ancestor] = []
@@ -77,6 +81,7 @@ def origin_of(
     trial: int | None = None,
     limit: int | None = None,
     blend: float | None = None,
+    blend_form: Blend = "even",
     dtype: str = "float32",
 ) -> Origin:
     """The origin of a model that was made with ``settings``.
@@ -89,6 +94,7 @@ def origin_of(
         trial: Its number there.
         limit: Items per task of the last scoring; None for that of ``settings``.
         blend: How far from the base it is; None for the trained model itself.
+        blend_form: How that is spread over the layers.
         dtype: Of the weights.
     """
     values = settings.model_dump(mode="json")
@@ -107,6 +113,7 @@ def origin_of(
         forgetting_weight=settings.search.forgetting_weight,
         output=str(output.resolve()),
         blend=blend,
+        blend_form=blend_form,
         dtype=dtype,
         ancestors=ancestors_of(Path(values["model"]["name"])),
     )
@@ -122,7 +129,14 @@ def ancestors_of(base: Path) -> list[Ancestor]:
     if own is None:
         return []
     first = str(own.model["name"])
-    made = Ancestor(base=first, data=own.data, study=own.study, trial=own.trial, blend=own.blend)
+    made = Ancestor(
+        base=first,
+        data=own.data,
+        study=own.study,
+        trial=own.trial,
+        blend=own.blend,
+        blend_form=own.blend_form,
+    )
     return [*own.ancestors, made]
 
 

@@ -28,10 +28,21 @@ class CardSubject:
         """How far it is from the base; None for the trial's own model."""
         return None if self.origin is None else self.origin.blend
 
+    @property
+    def grows_with_depth(self) -> bool:
+        """Whether that is so for its first layer alone."""
+        return self.origin is not None and self.origin.blend_form == "depth"
+
     def what(self) -> str:
         """Sentences on what it is, where it is not simply the trial's model."""
         sentences = []
-        if self.blend is not None:
+        if self.blend is not None and self.grows_with_depth:
+            sentences.append(
+                "**It is a blend (LiNeS):** base + x (tuned - base), weight by weight, where x "
+                f"grows from {self.blend:g} in the first layer to 1 in the last, and is "
+                f"{self.blend:g} outside of the layers; tuned is {self.trial.name}."
+            )
+        elif self.blend is not None:
             sentences.append(
                 f"**It is a blend:** base + {self.blend:g} x (tuned - base), weight by weight, "
                 f"{self.blend:g} of the way from the base to {self.trial.name}."
@@ -44,6 +55,8 @@ class CardSubject:
 
     def unmeasured(self, study: Study) -> str:
         """What stands in place of scores that there are not."""
+        if self.grows_with_depth:
+            return "This blend was not scored; `lrmc evaluate --tuned` does that.\n"
         command = f"lrmc blend {study.file.id} --trial {self.trial.entry.number}"
         text = f"This blend was not scored; `{command} --at {self.blend:g}` does that."
         if self.nearest:
@@ -66,7 +79,8 @@ class CardSubject:
         steps = []
         for number, made in enumerate(self.origin.ancestors, start=1):
             by = f"trial {made.trial} of {made.study}" if made.study else "a training by itself"
-            blend = f", blend {made.blend:g}" if made.blend is not None else ""
+            depth = ", growing with depth" if made.blend_form == "depth" else ""
+            blend = f", blend {made.blend:g}{depth}" if made.blend is not None else ""
             steps.append(f"{number}. from `{made.base}` by {by}{blend}, on {', '.join(made.data)}")
         last = f"{len(steps) + 1}. from `{self.origin.model['name']}`: this model"
         return (
@@ -101,6 +115,8 @@ def subject_of(study: Study, origin: Origin | None = None) -> CardSubject:
 
 
 def _blended(study: Study, trial: Trial, origin: Origin, weight: float) -> CardSubject:
+    if origin.blend_form == "depth":
+        return CardSubject(trial, None, origin)
     (curve,) = blend_curves(study, [trial.entry.number])
     place = curve.place(weight)
     if place is not None:

@@ -116,6 +116,28 @@ def test_the_ends_of_a_blend_are_the_models_themselves(tiny_model, tmp_path):
             assert torch.equal(model.state_dict()[name], tensor)
 
 
+def test_a_blend_by_depth_keeps_the_first_layer_near_the_base(shared_study, tiny_model, tmp_path):
+    assert exported(shared_study, tmp_path / "mine", "--blend", 0.25, "--by-depth") == 0
+    base, tuned = (load_file(one / WEIGHTS) for one in (tiny_model, model_of(shared_study, BEST)))
+    made = load_file(tmp_path / "mine" / WEIGHTS)
+    layers = 1 + max(int(name.split(".")[2]) for name in made if ".layers." in name)
+    assert layers == 2
+    for name, tensor in made.items():
+        weight = 1.0 if ".layers.1." in name else 0.25
+        expected = torch.lerp(base[name].double(), tuned[name].double(), weight)
+        torch.testing.assert_close(tensor.double(), expected, rtol=2e-7, atol=1e-7)
+    origin = read_origin(tmp_path / "mine")
+    assert (origin.blend, origin.blend_form) == (0.25, "depth")
+    card = (tmp_path / "mine" / "README.md").read_text()
+    assert "grows from 0.25 in the first layer to 1 in the last" in card
+    assert "This blend was not scored" in card
+
+
+def test_the_tuned_model_has_no_depth_to_grow_with(shared_study, tmp_path, capsys):
+    assert exported(shared_study, tmp_path / "mine", "--by-depth") == 2
+    assert "--by-depth needs a --blend below 1, got 1" in capsys.readouterr().err
+
+
 def test_bf16_rounds_the_tuned_weights(shared_study, tmp_path):
     assert exported(shared_study, tmp_path / "mine", "--dtype", "bf16") == 0
     tuned = load_file(model_of(shared_study, BEST) / WEIGHTS)
