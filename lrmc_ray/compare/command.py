@@ -130,10 +130,10 @@ def _report(comparing: "Comparing", *, as_json: bool) -> None:
         as_json_object,
         console_effects,
         console_table,
-        sentences,
         write_report,
     )
     from lrmc_ray.compare.table import load_table
+    from lrmc_ray.compare.words import sentences
 
     files = write_report(comparing.directory)
     copied = [comparing.directory / COMPARISON_FILE, *files.values()]

@@ -12,6 +12,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from lrmc_ray.compare.blends import read_blends
 from lrmc_ray.compare.jobs import (
     Job,
     Outcome,
@@ -221,6 +222,7 @@ class Description:
             "directory": directory,
             "scores": f"{directory}/{result.scores}",
             "results": result.results,
+            "blends": read_blends(self.run_directory(job), directory) if job.is_reported else [],
             "cost": result.cost,
             "train": result.train,
         }
@@ -285,10 +287,16 @@ class Description:
 def _asked_for(space: CompareSpace) -> dict[str, Any]:
     """What the settings of this command say, which may be more than an earlier one's."""
     settings = space.model_dump(mode="json")
+    places = {seed: place for place, seed in enumerate(space.compare.seeds)}
+
+    def order(seed: int) -> tuple[int, int]:
+        """The comparison's seeds as they are written, then those of single methods."""
+        return places.get(seed, len(places)), seed
+
     return {
         "name": space.compare.name,
         "reference": space.compare.reference,
-        "seeds": list(space.compare.seeds),
+        "seeds": sorted({seed for m in space.methods for seed in space.seeds_of(m)}, key=order),
         "forgetting_weight": space.search.forgetting_weight,
         "bootstrap_seed": space.search.seed,
         "methods": [
@@ -296,6 +304,7 @@ def _asked_for(space: CompareSpace) -> dict[str, Any]:
                 "name": name,
                 **settings["methods"][name],
                 "learning_rates": list(space.learning_rates_of(name)),
+                "seeds": list(space.seeds_of(name)),
                 "needs_record": needs_record(space.train_of(name, lr=1e-5, seed=0)),
             }
             for name in space.methods

@@ -26,6 +26,11 @@ class Job:
         """What its model is called; both splits of it share a directory."""
         return f"{self.method}-lr{self.lr:g}-seed{self.seed}"
 
+    @property
+    def is_reported(self) -> bool:
+        """Whether its scores are of the items that are reported."""
+        return self.split == "test"
+
     def __str__(self) -> str:
         return f"{self.run}, {self.split}"
 
@@ -65,7 +70,7 @@ def learning_rate_jobs(space: CompareSpace, method: str) -> list[Job]:
 
 def reported_jobs(space: CompareSpace, method: str, lr: float) -> list[Job]:
     """What is reported of a method at the chosen learning rate."""
-    return [Job(method, lr, seed, "test") for seed in space.compare.seeds]
+    return [Job(method, lr, seed, "test") for seed in space.seeds_of(method)]
 
 
 def open_jobs(
@@ -84,7 +89,7 @@ def open_jobs(
 
 def num_jobs(space: CompareSpace, methods: Sequence[str]) -> int:
     """Jobs in all, if none fails."""
-    return sum(len(space.learning_rates_of(m)) + len(space.compare.seeds) for m in methods)
+    return sum(len(space.learning_rates_of(m)) + len(space.seeds_of(m)) for m in methods)
 
 
 def comparison_identity(space: CompareSpace) -> dict[str, Any]:
@@ -102,7 +107,11 @@ def comparison_identity(space: CompareSpace) -> dict[str, Any]:
 
 def needs_record(train: TrainSettings) -> bool:
     """Whether a method uses what Stage 0 records, and not only the tokenized samples."""
-    return train.loss in ("restricted", "soft", "active_only") or train.anchor_weight > 0
+    return (
+        train.loss in ("restricted", "frozen_tail", "soft", "active_only", "asft", "flow")
+        or train.stm_perplexity is not None
+        or train.anchor_weight > 0
+    )
 
 
 def result_file(job: Job) -> str:

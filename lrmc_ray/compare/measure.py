@@ -1,12 +1,12 @@
 """What a comparison measures of one run: halves, loss spikes, estimates, costs."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
-from lrmc_ray.evaluate.changes import compare
+from lrmc_ray.evaluate.changes import Comparison, compare
 from lrmc_ray.evaluate.items import Scores
 from lrmc_ray.evaluate.request import Split
 from lrmc_ray.evaluate.statistics import (
@@ -100,6 +100,33 @@ class Trade:
     combined: Estimate
 
 
+def trade_of(
+    own: Sequence[Sequence[Comparison]], less: Sequence[Sequence[Comparison]] | None = None
+) -> Trade:
+    """Means over seeds of the mean of each seed's models, less that of ``less``."""
+    weight = own[0][0].forgetting_weight
+
+    def part(
+        value: Callable[[Comparison], float], of: Callable[[Comparison], FloatArray]
+    ) -> Estimate:
+        values = [float(np.mean([value(one) for one in models])) for models in own]
+        replicates = [np.mean([of(one) for one in models], axis=0) for models in own]
+        if less is not None:
+            for seed, models in enumerate(less):
+                values[seed] -= float(np.mean([value(one) for one in models]))
+                replicates[seed] = replicates[seed] - np.mean([of(one) for one in models], axis=0)
+        return estimate(values, replicates)
+
+    return Trade(
+        domain_gain=part(lambda c: c.domain_gain.value, lambda c: c.domain_gain_replicates),
+        forgetting=part(lambda c: c.forgetting.value, lambda c: c.forgetting_replicates),
+        combined=part(
+            lambda c: c.combined.value,
+            lambda c: c.domain_gain_replicates - weight * c.forgetting_replicates,
+        ),
+    )
+
+
 @dataclass(frozen=True)
 class Cost:
     """Of one training run, means over seeds."""
@@ -115,6 +142,27 @@ class Cost:
     processed_tokens: float
     original_tokens: float
     spikes: float
+
+
+def most_gain(gains_P: FloatArray, forgettings_P: FloatArray, forgetting: FloatArray) -> FloatArray:
+    """The most that a curve gains where it forgets at most ``forgetting``.
+
+    Args:
+        gains_P: of P points of the curve, in its order; between two of them it is a line. More
+            axes, of replicates, may follow.
+        forgettings_P: of the same.
+        forgetting: what may be forgotten. Where the curve cannot forget so little, it is held to
+            the least that it forgets.
+    """
+    allowed = np.maximum(forgetting, forgettings_P.min(axis=0))
+    best = np.where(forgettings_P <= allowed, gains_P, -np.inf).max(axis=0)
+    for start in range(len(gains_P) - 1):
+        low, high = forgettings_P[start], forgettings_P[start + 1]
+        crosses = (low - allowed) * (high - allowed) < 0
+        share = np.where(crosses, (allowed - low) / np.where(crosses, high - low, 1.0), 0.0)
+        between = gains_P[start] + share * (gains_P[start + 1] - gains_P[start])
+        best = np.where(crosses, np.maximum(best, between), best)
+    return np.asarray(best)
 
 
 def excess_forgetting(

@@ -68,12 +68,17 @@ class ComparisonReader:
             if test.objective(task).group == "domain" and not test.asks_others(dev, task)
         )
 
-    def compared(self, entry: Mapping[str, Any]) -> Comparison:
-        """A run's scores against the base's, on the items of its split."""
+    def compared(self, entry: Mapping[str, Any], scores: str | None = None) -> Comparison:
+        """A run's scores against the base's, on the items of its split.
+
+        Args:
+            entry: the run.
+            scores: other ones of the same split, of a model between the base and the run's.
+        """
         split: Split = entry["split"]
         return compare(
             self.base(split),
-            general_half(Scores.load(self.directory / entry["scores"]), split),
+            general_half(Scores.load(self.directory / (scores or entry["scores"])), split),
             forgetting_weight=self.description["forgetting_weight"],
             seed=self.description["bootstrap_seed"],
             resamples=RESAMPLES,

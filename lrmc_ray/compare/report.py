@@ -4,14 +4,16 @@ import base64
 import csv
 import io
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from lrmc_ray.compare.curves import CurveRow
 from lrmc_ray.compare.figure import draw_effects, draw_methods, draw_scatter
 from lrmc_ray.compare.measure import SPIKE_DEVIATIONS, SPIKE_WINDOW, Cost, Estimate
 from lrmc_ray.compare.table import ComparisonTable, Effect, MethodRow, SearchPoint, load_table
+from lrmc_ray.compare.words import sentences, with_intervals
 from lrmc_ray.evaluate.numbers import number, percent, points, points_range
 from lrmc_ray.files.artifacts import write_atomically, write_json
 
@@ -26,89 +28,6 @@ FIGURE_FILES = {
     "methods": "compare_methods.png",
     "effects": "compare_effects.png",
 }
-
-
-# In words
-
-
-def sentences(table: ComparisonTable) -> list[str]:
-    """What the numbers say, and what they do not."""
-    scored = [row for row in table.rows if row.trade is not None]
-    if not scored:
-        return ["No method has scores on the test questions yet."]
-    best = max(scored, key=table.advantage)
-    assert best.trade is not None
-    said = [
-        f"Highest combined score: {best.title} at learning rate {best.lr:g}, "
-        f"{_with_intervals(best.trade.combined)} points, from domain gain "
-        f"{_with_intervals(best.trade.domain_gain)} and forgetting "
-        f"{_with_intervals(best.trade.forgetting)}."
-    ]
-    others = [row for row in scored if row.versus is not None]
-    title = table.title_of(table.reference)
-    if others:
-        better: list[str] = []
-        worse: list[str] = []
-        for row in others:
-            assert row.versus is not None
-            if row.versus.combined.distinguishable:
-                (better if row.versus.combined.value > 0 else worse).append(row.title)
-        unclear = len(others) - len(better) - len(worse)
-        said.append(
-            f"Against {title}, seed by seed: better {_list(better)}; worse {_list(worse)}; "
-            f"{unclear} of {len(others)} not distinguishable. No correction for "
-            f"{len(others)} comparisons: about one in twenty would stand out by luck."
-        )
-    least = min(len(row.seeds) for row in scored)
-    said.append(
-        "( ) is the 95 % interval over training seeds (Student's t), [ ] that over the items "
-        "(paired bootstrap). Learning rates were chosen on the development questions and the "
-        "general items at even places; what is reported was left out of the choice."
-    )
-    if table.undivided_tasks:
-        said.append(
-            f"Not so the items of {_list(list(table.undivided_tasks))}: too few to be divided, "
-            "they chose the learning rates, too, so the scores may be too good."
-        )
-    if least < len(table.seeds):
-        said.append(f"Some methods have only {least} of {len(table.seeds)} seeds so far.")
-    edge = []
-    for row in scored:
-        tried = sorted(point.lr for point in table.points if point.method == row.name)
-        if row.lr in (tried[0], tried[-1]) and len(tried) > 1:
-            edge.append(f"{row.title} ({'lowest' if row.lr == tried[0] else 'highest'})")
-    if edge:
-        said.append(
-            f"At the edge of the learning rates tried, so a better one may lie beyond: "
-            f"{_list(edge)}."
-        )
-    if table.predictors:
-        ranked = "; ".join(f"{p.name} {p.correlation}" for p in table.predictors)
-        said.append(
-            f"What ranks the forgetting of {table.predictors[0].points} models, all methods and "
-            f"learning rates on the first seed (Spearman, intervals over methods): {ranked}."
-        )
-    failed = [row for row in table.rows if any("failed" in problem for problem in row.problems)]
-    if failed:
-        said.append(f"Runs failed of: {_list([row.title for row in failed])}.")
-    if table.not_begun:
-        said.append(f"Not run yet: {'; '.join(table.not_begun)}.")
-    return said
-
-
-def _list(titles: Sequence[str]) -> str:
-    return ", ".join(titles) if titles else "none"
-
-
-def _with_intervals(value: Estimate, form: Callable[[float], str] = points) -> str:
-    text = form(value.value)
-    if value.over_seeds is not None:
-        text += f" ({form(value.over_seeds.low)} to {form(value.over_seeds.high)})"
-    else:
-        text += " (one seed)"
-    if value.over_items is not None:
-        text += f" [{form(value.over_items.low)} to {form(value.over_items.high)}]"
-    return text
 
 
 # As tables
@@ -128,14 +47,14 @@ def _cells(row: MethodRow) -> list[str]:
         _MISSING if row.lr is None else f"{row.lr:g}",
         str(len(row.seeds)),
         *(
-            [_with_intervals(e) for e in (trade.domain_gain, trade.forgetting, trade.combined)]
+            [with_intervals(e) for e in (trade.domain_gain, trade.forgetting, trade.combined)]
             if trade
             else [_MISSING] * 3
         ),
-        _with_intervals(row.versus.combined) if row.versus else _MISSING,
-        _MISSING if row.accuracy is None else _with_intervals(row.accuracy, percent),
+        with_intervals(row.versus.combined) if row.versus else _MISSING,
+        _MISSING if row.accuracy is None else with_intervals(row.accuracy, percent),
         *(
-            _MISSING if kl is None else _with_intervals(kl, lambda value: number(value, 3))
+            _MISSING if kl is None else with_intervals(kl, lambda value: number(value, 3))
             for kl in (row.kl_domain, row.kl_general)
         ),
         *(_cost_cells(cost) if cost else [_MISSING] * 5),
@@ -200,10 +119,31 @@ def _effect_cells(table: ComparisonTable, effect: Effect) -> list[str]:
         "; ".join(f"{table.title_of(a)} - {table.title_of(b)}" for a, b in effect.pairs),
         str(len(effect.seeds)),
         *(
-            _with_intervals(part)
+            with_intervals(part)
             for part in (effect.trade.domain_gain, effect.trade.forgetting, effect.trade.combined)
         ),
         _MISSING if ratio is None else number(ratio, 2),
+    ]
+
+
+_CURVE_COLUMNS = (
+    "method", "weight", "seeds", "domain gain", "forgetting", "combined",
+    "gain - that of the reference's curve at no more forgetting",
+)  # fmt: skip
+
+
+def _curves_title(table: ComparisonTable) -> str:
+    return f"From the base, 0, to the tuned model, 1, {table.items}"
+
+
+def _curve_cells(table: ComparisonTable, row: CurveRow) -> list[str]:
+    trade = row.trade
+    return [
+        table.title_of(row.method),
+        row.place.name,
+        str(len(row.seeds)),
+        *(with_intervals(part) for part in (trade.domain_gain, trade.forgetting, trade.combined)),
+        _MISSING if row.beyond is None else with_intervals(row.beyond),
     ]
 
 
@@ -219,6 +159,9 @@ def as_markdown(table: ComparisonTable) -> str:
         lines += _markdown_table(
             _EFFECT_COLUMNS, [_effect_cells(table, effect) for effect in table.effects]
         )
+    if table.curves:
+        lines += ["", f"## {_curves_title(table)}", ""]
+        lines += _markdown_table(_CURVE_COLUMNS, [_curve_cells(table, row) for row in table.curves])
     lines += ["", f"## {_points_title(table)}", ""]
     lines += _markdown_table(_POINT_COLUMNS, [_point_cells(table, p) for p in table.points])
     return "\n".join(lines) + "\n"
@@ -285,6 +228,7 @@ def as_json_object(table: ComparisonTable) -> dict[str, Any]:
         "learning_rates": [asdict(point) for point in table.points],
         "forgetting_predictors": [asdict(predictor) for predictor in table.predictors],
         "effects": [asdict(effect) for effect in table.effects],
+        "curves": [asdict(row) for row in table.curves],
         "stage_seconds": table.description["stage_seconds"],
         "versions": table.description["versions"],
         "settings": table.description["settings"],
@@ -371,6 +315,11 @@ h1 { font-size: 1.5rem; } h2 { font-size: 1.15rem; margin-top: 2rem; }
 {% for c in effect_columns %}<th>{{ c }}</th>{% endfor %}</tr></thead><tbody>
 {% for cells in effects %}<tr>{% for cell in cells %}<td>{{ cell }}</td>{% endfor %}</tr>
 {% endfor %}</tbody></table></div>{% endif %}
+{% if curves %}<h2>{{ curves_title }}</h2>
+<div class="scroll"><table><thead><tr>
+{% for c in curve_columns %}<th>{{ c }}</th>{% endfor %}</tr></thead><tbody>
+{% for cells in curves %}<tr>{% for cell in cells %}<td>{{ cell }}</td>{% endfor %}</tr>
+{% endfor %}</tbody></table></div>{% endif %}
 <h2>{{ points_title }}</h2>
 <div class="scroll"><table><thead><tr>
 {% for c in point_columns %}<th>{{ c }}</th>{% endfor %}</tr></thead><tbody>
@@ -407,6 +356,9 @@ def as_html(table: ComparisonTable, figures: Mapping[str, bytes]) -> str:
         effects_title=_effects_title(table),
         effect_columns=_EFFECT_COLUMNS,
         effects=[_effect_cells(table, effect) for effect in table.effects],
+        curves_title=_curves_title(table),
+        curve_columns=_CURVE_COLUMNS,
+        curves=[_curve_cells(table, row) for row in table.curves],
         points_title=_points_title(table),
         point_columns=_POINT_COLUMNS,
         points=[_point_cells(table, point) for point in table.points],

@@ -18,6 +18,7 @@ from typing import Any, get_args
 
 from lrmc_ray.cluster.resources import TRIAL_SLOT, check_trial_slots, worker_slots
 from lrmc_ray.cluster.session import RAY_LOG, ray_session, release_orphaned_groups
+from lrmc_ray.compare.blends import blend_places
 from lrmc_ray.compare.description import RUNS, Description
 from lrmc_ray.compare.execute import execute
 from lrmc_ray.compare.jobs import Job, num_jobs, open_jobs
@@ -191,6 +192,9 @@ class Comparing:
         settings = self.space.run_settings(description.train_settings(job))
         resources = settings.resources.model_copy(update={"workers": workers})
         settings = settings.model_copy(update={"resources": resources})
+        compare = self.space.compare
+        asked = blend_places(compare.blend_weights, compare.depth_blend_weights)
+        places = asked if job.is_reported else []
         general_from = None
         first = Job(job.method, job.lr, job.seed, "dev")
         if job.split == "test" and first in description.outcomes:
@@ -205,6 +209,7 @@ class Comparing:
             "base_scores": str(self.directory / values["base_scores"][job.split]),
             "general_from": general_from,
             "stored_as": self.home(job),
+            "blends": [(place.form, place.weight) for place in places],
         }
 
     def home(self, job: Job) -> str:

@@ -15,13 +15,14 @@ Shape suffixes: those of :mod:`lrmc_ray.method`.
 """
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from lrmc_ray.compare.curves import CurveRow, curve_rows
 from lrmc_ray.compare.measure import (
     Cost,
     Estimate,
@@ -29,11 +30,11 @@ from lrmc_ray.compare.measure import (
     estimate,
     excess_forgetting,
     loss_spikes,
+    trade_of,
 )
 from lrmc_ray.compare.reader import ComparisonReader
 from lrmc_ray.evaluate.changes import Comparison
 from lrmc_ray.evaluate.statistics import (
-    FloatArray,
     Interval,
     rank_correlation,
 )
@@ -120,6 +121,8 @@ class ComparisonTable:
     predictors: tuple[Predictor, ...]
     effects: tuple[Effect, ...]
     """Of the parts of which a pair is reported."""
+    curves: tuple[CurveRow, ...]
+    """Models between the base and the reported ones, where they are scored."""
     undivided_tasks: tuple[str, ...]
     """Domain tasks of which the items that are reported chose the learning rates, too."""
     description: Mapping[str, Any]
@@ -186,6 +189,7 @@ def load_table(directory: Path) -> ComparisonTable:
             for asked in description.get("effects", ())
             if (effect := _effect(reader, asked, chosen, reported)) is not None
         ),
+        curves=curve_rows(reader, chosen, reported),
         undivided_tasks=reader.undivided_tasks(),
         description=description,
     )
@@ -267,7 +271,7 @@ def _method_row(
     reference = reported.get(reader.description["reference"], {})
     both = [seed for seed in own if seed in reference]
     if name != reader.description["reference"] and both:
-        versus = _trade([[own[seed]] for seed in both], less=[[reference[seed]] for seed in both])
+        versus = trade_of([[own[seed]] for seed in both], less=[[reference[seed]] for seed in both])
     entries = [
         entry
         for seed in own
@@ -278,40 +282,13 @@ def _method_row(
         title=method["title"],
         lr=lr,
         seeds=tuple(own),
-        trade=_trade([[one] for one in own.values()]) if own else None,
+        trade=trade_of([[one] for one in own.values()]) if own else None,
         accuracy=_accuracy(list(own.values())),
         kl_domain=_drift(reader, name, lr, list(own), "domain"),
         kl_general=_drift(reader, name, lr, list(own), "general"),
         cost=_cost(reader, method, entries) if entries else None,
         versus=versus,
         problems=tuple(_problems(reader, method, lr)),
-    )
-
-
-def _trade(
-    own: Sequence[Sequence[Comparison]], less: Sequence[Sequence[Comparison]] | None = None
-) -> Trade:
-    """Means over seeds of the mean of each seed's models, less that of ``less``."""
-    weight = own[0][0].forgetting_weight
-
-    def part(
-        value: Callable[[Comparison], float], of: Callable[[Comparison], FloatArray]
-    ) -> Estimate:
-        values = [float(np.mean([value(one) for one in models])) for models in own]
-        replicates = [np.mean([of(one) for one in models], axis=0) for models in own]
-        if less is not None:
-            for seed, models in enumerate(less):
-                values[seed] -= float(np.mean([value(one) for one in models]))
-                replicates[seed] = replicates[seed] - np.mean([of(one) for one in models], axis=0)
-        return estimate(values, replicates)
-
-    return Trade(
-        domain_gain=part(lambda c: c.domain_gain.value, lambda c: c.domain_gain_replicates),
-        forgetting=part(lambda c: c.forgetting.value, lambda c: c.forgetting_replicates),
-        combined=part(
-            lambda c: c.combined.value,
-            lambda c: c.domain_gain_replicates - weight * c.forgetting_replicates,
-        ),
     )
 
 
@@ -331,7 +308,7 @@ def _effect(
     ]
     if not pairs or not seeds:
         return None
-    trades = _trade(
+    trades = trade_of(
         [[reported[with_][seed] for with_, _ in pairs] for seed in seeds],
         less=[[reported[without][seed] for _, without in pairs] for seed in seeds],
     )
@@ -395,7 +372,7 @@ def _cost(
 
 
 def _problems(reader: ComparisonReader, method: Mapping[str, Any], lr: float | None) -> list[str]:
-    seeds = reader.description["seeds"]
+    seeds = method.get("seeds") or reader.description["seeds"]
     wanted = [(rate, seeds[0], "dev") for rate in method["learning_rates"]]
     if lr is not None:
         wanted += [(lr, seed, "test") for seed in seeds]

@@ -23,6 +23,8 @@ LearningRate = Annotated[float, Field(gt=0, lt=1)]
 
 LearningRates = Annotated[tuple[LearningRate, ...], Field(min_length=1), BeforeValidator(as_tuple)]
 
+BlendWeights = Annotated[tuple[Annotated[float, Field(gt=0, lt=1)], ...], BeforeValidator(as_tuple)]
+
 Seeds = Annotated[
     tuple[Annotated[int, Field(ge=0, lt=2**32)], ...],
     Field(min_length=1),
@@ -41,6 +43,12 @@ class CompareSettings(Settings):
     """The first chooses the learning rate, all are reported."""
     reference: str = "sft"
     """The method that all others are set against, seed by seed."""
+    blend_weights: BlendWeights = ()
+    """Where models between the base, 0, and every reported one, 1, are scored, too (WiSE-FT); set
+    before the first run."""
+    depth_blend_weights: BlendWeights = ()
+    """The same with a weight that grows from this one in the first layer to 1 in the last
+    (LiNeS)."""
     keep_models: bool = False
     """Keep every tuned model; otherwise each is removed once it is scored."""
     run_timeout_seconds: float | None = Field(None, gt=0)
@@ -60,6 +68,8 @@ class MethodSettings(Settings):
     """Settings of ``train`` that make it what it is."""
     learning_rates: LearningRates | None = None
     """Its own, where those of the others do not fit: adapters need larger ones."""
+    seeds: Seeds | None = None
+    """Its own, where it needs fewer or more of them; the first is that of the others."""
 
 
 class EffectSettings(Settings):
@@ -96,6 +106,12 @@ class CompareSpace(RunSettings):
                         f"methods.{name}.train must not set {key}, which the comparison chooses; "
                         "see compare.learning_rates and compare.seeds"
                     )
+            if method.seeds and method.seeds[0] != self.compare.seeds[0]:
+                raise ValueError(
+                    f"methods.{name}.seeds must begin with that of compare.seeds, "
+                    f"{self.compare.seeds[0]}, which chooses the learning rate, got "
+                    f"{list(method.seeds)}"
+                )
         if self.compare.reference not in self.methods:
             raise ValueError(
                 f"compare.reference must name one of the methods ({', '.join(self.methods)}), got "
@@ -124,10 +140,14 @@ class CompareSpace(RunSettings):
         lists: dict[str, tuple[float, ...]] = {
             "compare.learning_rates": self.compare.learning_rates,
             "compare.seeds": self.compare.seeds,
+            "compare.blend_weights": self.compare.blend_weights,
+            "compare.depth_blend_weights": self.compare.depth_blend_weights,
         }
         for name, method in self.methods.items():
             if method.learning_rates is not None:
                 lists[f"methods.{name}.learning_rates"] = method.learning_rates
+            if method.seeds is not None:
+                lists[f"methods.{name}.seeds"] = method.seeds
         return lists
 
     def train_of(self, method: str, *, lr: float, seed: int) -> TrainSettings:
@@ -145,6 +165,10 @@ class CompareSpace(RunSettings):
     def learning_rates_of(self, method: str) -> tuple[float, ...]:
         """The learning rates that a method tries."""
         return self.methods[method].learning_rates or self.compare.learning_rates
+
+    def seeds_of(self, method: str) -> tuple[int, ...]:
+        """The seeds that are reported of a method."""
+        return self.methods[method].seeds or self.compare.seeds
 
     def run_settings(self, train: TrainSettings) -> RunSettings:
         """One run by itself, as the stages take it."""

@@ -49,6 +49,8 @@ from tests.support.synthetic_comparison import (
 from tests.support.tiny import make_data
 
 ROOT = Path(__file__).parents[2]
+MATTER_MOST = ("sft", "defaults", "paper", "c_adamw_anchor", "full_cautious_anchor")
+"""Methods of ``compare_four_grounds`` that have six seeds."""
 
 
 def complete(*scores: float) -> dict[Job, Outcome]:
@@ -159,8 +161,12 @@ def test_stage_0_counts_for_those_who_use_it():
     def needs(**changes):
         return needs_record(TrainSettings(**{"anchor_weight": 0.0, **changes}))
 
-    assert all(needs(loss=loss) for loss in ("restricted", "soft", "active_only"))
-    assert not any(needs(loss=loss) for loss in ("full", "dft", "kl_to_base"))
+    assert all(
+        needs(loss=loss)
+        for loss in ("restricted", "frozen_tail", "soft", "active_only", "asft", "flow")
+    )
+    assert not any(needs(loss=loss) for loss in ("full", "dft", "eaft", "kl_to_base"))
+    assert needs(loss="full", stm_perplexity=2.5)
     assert needs(loss="full", anchor_weight=0.1)
 
 
@@ -477,7 +483,9 @@ def test_a_part_of_the_methods():
         chosen_methods(space, ",")
 
 
-@pytest.mark.parametrize("name", ["compare", "compare_smoke", "compare_transfer"])
+@pytest.mark.parametrize(
+    "name", ["compare", "compare_smoke", "compare_transfer", "compare_four_grounds"]
+)
 def test_the_shipped_spaces_are_valid(name):
     space = validate(CompareSpace, read_toml(find_space(name)), name)
     assert space.compare.reference in space.methods
@@ -498,6 +506,16 @@ def test_the_shipped_spaces_are_valid(name):
         }  # fmt: skip
         assert {t.optimizer for t in used} == {"adamw", "moclip", "adam_atan2", "c_adamw", "mofo"}
         assert {t.clip for t in used} == {"scale", "cautious", "momentum", "project", "rotate"}
+    if name == "compare_four_grounds":
+        assert {method: space.seeds_of(method) for method in MATTER_MOST} == dict.fromkeys(
+            MATTER_MOST, (6, 7, 8, 9, 10, 11)
+        )
+        others = [method for method in space.methods if method not in MATTER_MOST]
+        assert {space.seeds_of(method) for method in others} == {(6, 7, 8)}
+        used = [space.train_of(name, lr=1e-5, seed=0) for name in space.methods]
+        assert {"asft", "eaft", "flow", "frozen_tail"} <= {t.loss for t in used}
+        assert "magma" in {t.optimizer for t in used}
+        assert 2.5 in {t.stm_perplexity for t in used}
 
 
 @pytest.mark.parametrize(
@@ -589,7 +607,8 @@ def command_of(tmp_path, model, *more):
 @pytest.mark.ray
 @pytest.mark.timeout(600)
 def test_a_comparison_runs_to_its_end_with_one_run_that_fails(tmp_path, tiny_model):
-    budget = ("compare.learning_rates=[1e-5]", "compare.seeds=[0]", "train.steps=1")
+    budget = ["compare.learning_rates=[1e-5]", "compare.seeds=[0]", "train.steps=1"]
+    budget += ["compare.blend_weights=[0.5]", "compare.depth_blend_weights=[0.5]"]
     command = command_of(tmp_path, tiny_model, "--json", *budget)
     faults = {"LRMC_TESTING": "1", "LRMC_TRIAL_FAULTS": "lrmc-lr1e-05-seed0:raise"}
     done = subprocess.run(
@@ -607,7 +626,15 @@ def test_a_comparison_runs_to_its_end_with_one_run_that_fails(tmp_path, tiny_mod
     assert sft["kl_general"]["value"] >= 0
     assert lrmc["trade"] is None
     assert lrmc["problems"] == ["lr 1e-05, seed 0, dev: failed: ValueError: a fault was asked for"]
+    places = [(row["place"]["form"], row["place"]["weight"]) for row in told["curves"]]
+    assert places == [("even", 0.5), ("depth", 0.5), ("even", 1.0)]
+    assert [row["beyond"] is None for row in told["curves"]] == [True, False, True]
+    assert told["curves"][2]["trade"] == sft["trade"]
     (directory,) = (tmp_path / "runs").glob("compare-smoke-*")
+    scored = [read_manifest(path.parent, made_by="evaluate") for path in
+              directory.glob("runs/sft-*/scores/*/manifest.json")]  # fmt: skip
+    assert len({manifest["identity"]["model"] for manifest in scored}) == 3
+    assert list(directory.glob("runs/*/blend.partial")) == []
     names = {path.name for path in directory.iterdir()}
     assert {"compare.html", "compare.md", "compare.csv", "compare.png", "compare.json"} <= names
     assert list(directory.glob("runs/*/training/model")) == []

@@ -28,11 +28,11 @@ from lrmc_ray.compare.report import (
     as_markdown,
     console_effects,
     console_table,
-    sentences,
     write_report,
 )
 from lrmc_ray.compare.run import Comparing
 from lrmc_ray.compare.table import SearchPoint, forgetting_predictors, load_table
+from lrmc_ray.compare.words import sentences
 from lrmc_ray.errors import IncompleteArtifactError
 from lrmc_ray.evaluate.changes import compare
 from lrmc_ray.evaluate.items import Scores
