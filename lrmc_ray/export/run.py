@@ -136,4 +136,4 @@ def _rounding(
     except LrmcError as error:  # the model is written all the same
         _log.warning("what rounding to bf16 loses is not known: %s", error)
         return None
-    return lost_by_rounding(source, base, blend=request.blend)
+    return lost_by_rounding(source, base, blend=request.blend, form=request.form)

@@ -3,13 +3,16 @@
 import math
 import shutil
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from lrmc_ray.errors import DataError
 from lrmc_ray.files.names import ADAPTER, MODEL_CARD
 from lrmc_ray.files.origin import ORIGIN_FILE
 from lrmc_ray.method.names import Blend
 from lrmc_ray.models import WEIGHT_SUFFIX, hide_bars, load_model, save_model
+
+if TYPE_CHECKING:
+    import torch
 
 Dtype = Literal["float32", "bf16"]
 
@@ -92,13 +95,16 @@ def blend_into(tuned: Any, base: Any, weight: float, form: Blend = "even") -> No
         raise DataError(str(error)) from None
 
 
-def lost_by_rounding(tuned: Path, base: Path, *, blend: float = 1.0) -> float | None:
+def lost_by_rounding(
+    tuned: Path, base: Path, *, blend: float = 1.0, form: Blend = "even"
+) -> float | None:
     """How far bf16 moves the weights, as a share of how far training did.
 
     Args:
         tuned: directory of the model, in float32.
         base: that of the model that it was made from.
         blend: how far from the base, as in :func:`write_model`.
+        form: as there.
 
     Returns:
         Norm of the rounding errors over that of the change; None where nothing was changed, or the
@@ -106,15 +112,18 @@ def lost_by_rounding(tuned: Path, base: Path, *, blend: float = 1.0) -> float | 
     """
     import torch
 
+    from lrmc_ray.method.baselines.interpolation import blend_weights
+
     after, before = _files_of_tensors(tuned), _files_of_tensors(base)
     if after.keys() != before.keys():
         return None
+    weights = blend_weights(after, blend, form)
     error = change = 0.0
     for name, path in after.items():
         one, other = _tensor(path, name), _tensor(before[name], name)
         if one.shape != other.shape:
             return None
-        exact = torch.lerp(other, one, blend)
+        exact = torch.lerp(other, one, weights[name])
         error += float((exact.bfloat16().double() - exact).square().sum())
         change += float((exact - other).square().sum())
     return math.sqrt(error / change) if change else None

@@ -53,7 +53,7 @@ def comparison(rows, labels=None, effects=(), reference="sft"):
     ]
     return ComparisonTable(
         name="made-up", reference=reference, seeds=(0, 1, 2), rows=tuple(rows), points=(),
-        predictors=(), effects=tuple(effects), undivided_tasks=(),
+        predictors=(), effects=tuple(effects), curves=(), undivided_tasks=(),
         description={"methods": described},
     )  # fmt: skip
 

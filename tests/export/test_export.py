@@ -147,14 +147,19 @@ def test_bf16_rounds_the_tuned_weights(shared_study, tmp_path):
     assert "rounded to bfloat16; scores are those of float32 weights" in card
 
 
-@pytest.mark.parametrize("blend", [1.0, 0.5])
-def test_what_bf16_loses_of_the_change_is_said(shared_study, tiny_model, tmp_path, capsys, blend):
+@pytest.mark.parametrize(("blend", "by_depth"), [(1.0, []), (0.5, []), (0.5, ["--by-depth"])])
+def test_what_bf16_loses_of_the_change_is_said(
+    shared_study, tiny_model, tmp_path, capsys, blend, by_depth
+):
     base, tuned = (load_file(one / WEIGHTS) for one in (tiny_model, model_of(shared_study, BEST)))
-    exact = {name: (1 - blend) * base[name].double() + blend * tuned[name] for name in base}
+    exact = {}
+    for name in base:
+        part = 1.0 if by_depth and ".layers.1." in name else blend
+        exact[name] = (1 - part) * base[name].double() + part * tuned[name]
     errors = torch.cat([(exact[n].bfloat16().double() - exact[n]).flatten() for n in base])
     changes = torch.cat([(exact[n] - base[n]).flatten() for n in base])
     expected = float(errors.norm() / changes.norm())
-    argv = ("--dtype", "bf16", "--blend", blend)
+    argv = ("--dtype", "bf16", "--blend", blend, *by_depth)
     assert exported(shared_study, tmp_path / "told", *argv, "--json") == 0
     assert json.loads(capsys.readouterr().out)["rounding"] == pytest.approx(expected)
     assert exported(shared_study, tmp_path / "said", *argv) == 0
