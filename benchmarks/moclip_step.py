@@ -48,6 +48,9 @@ OPTIMIZERS: dict[str, Callable[[list[Tensor]], Optimizer]] = {
     "adam-atan2-pytorch": lambda params: AdamAtan2(params, lr=1e-6, weight_decay=0.01),
     "MoClip, plain": lambda params: MoClip(params, lr=1e-6, weight_decay=0.01),
     "MoClip": lambda params: FastMoClip(params, lr=1e-6, weight_decay=0.01),
+    "MoClip, bf16 moments": lambda params: FastMoClip(
+        params, lr=1e-6, weight_decay=0.01, state_dtype=torch.bfloat16
+    ),
     "MoClip, scale": lambda params: FastMoClip(params, lr=1e-6, weight_decay=0.01, clip="scale"),
     "MoClip, project": lambda params: FastMoClip(
         params, lr=1e-6, weight_decay=0.01, clip="project"

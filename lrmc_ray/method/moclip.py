@@ -31,6 +31,7 @@ from lrmc_ray.method.dot_products import dot_products, dots_by_group
 from lrmc_ray.method.measure import AngleCounts, AngleStatistics
 from lrmc_ray.method.moments import MomentOptimizer
 from lrmc_ray.method.names import Angle, Clip, SecondMoment, check_choice
+from lrmc_ray.method.stochastic_rounding import random_bits, round_to_bf16
 
 
 def arctan2_step(
@@ -48,8 +49,11 @@ def update_(
     group: Mapping[str, Any],
     p: Tensor | None,
     q: Tensor | None,
+    key: int,
 ) -> None:
     """Move one parameter, and its moments, by the capped gradient p g + q m (None: 1 and 0).
+
+    Moments in bf16 are rounded by ``key``; the weight moves by what they were before that.
 
     With ``clip="cautious"`` a weight whose g and new m are opposed does not move in this step, but
     for its decay; m and v go on as ever. This is the cap once more weight by weight, where the
@@ -59,8 +63,11 @@ def update_(
     is not done here.
     """
     assert param.grad is not None
-    exp_avg, exp_avg_sq, (beta1, beta2) = state["exp_avg"], state["exp_avg_sq"], group["betas"]
-    grad = param.grad.to(exp_avg.dtype)
+    beta1, beta2 = group["betas"]
+    kept = state["exp_avg"], state["exp_avg_sq"]
+    dtype = torch.promote_types(kept[0].dtype, torch.float32)
+    exp_avg, exp_avg_sq = (moment.to(dtype) for moment in kept)  # themselves, but for bf16
+    grad = param.grad.to(dtype)
     capped = grad if p is None else p.to(grad.dtype) * grad
     if q is not None:
         capped = capped + q.to(grad.dtype) * exp_avg
@@ -73,6 +80,10 @@ def update_(
         direction = direction.masked_fill(grad.sign() * exp_avg < 0, 0.0)
     decayed = param.to(exp_avg.dtype) * (1 - group["lr"] * group["weight_decay"])
     param.copy_(decayed.add_(direction, alpha=-group["lr"] * group["atan2_scale"]))
+    if kept[0].dtype == torch.bfloat16:
+        bits = random_bits(param.shape, key, param.device)
+        kept[0].copy_(round_to_bf16(exp_avg, bits & 0xFFFF))
+        kept[1].copy_(round_to_bf16(exp_avg_sq, bits >> 16))
 
 
 def is_cautious(group: Mapping[str, Any]) -> bool:
@@ -101,6 +112,8 @@ class MoClip(MomentOptimizer):
         reduce_dots: For sharded parameters. Sums a float64 tensor of four numbers per parameter
             over the shards, in place, e.g. ``torch.distributed.all_reduce``. Every step calls it
             once, on every shard, before any weight moves. The parameters are the local shards.
+        state_dtype: ``torch.bfloat16`` keeps both moments in half of the memory, rounded at random
+            (``stochastic_rounding``); None in that of the parameter, at least float32.
 
     Raises:
         ValueError: A value is out of range.
@@ -119,8 +132,12 @@ class MoClip(MomentOptimizer):
         atan2_scale: float = 1.0,
         *,
         reduce_dots: Callable[[Tensor], object] | None = None,
+        state_dtype: torch.dtype | None = None,
     ) -> None:
+        if state_dtype not in (None, torch.bfloat16):
+            raise ValueError(f"state_dtype must be torch.bfloat16 or None, got {state_dtype}")
         self.reduce_dots = reduce_dots
+        self.state_dtype = state_dtype
         self._angles = AngleCounts()
         defaults = {
             "lr": lr,
@@ -141,11 +158,12 @@ class MoClip(MomentOptimizer):
 
     def take_step(self) -> None:
         """Cap the angles of all groups, then move the weights."""
-        for group, capped in zip(self.param_groups, self._cap_angles(), strict=True):
-            for param in group["params"]:
-                if param.grad is not None:
-                    self.state[param]["step"] += 1
-            self.update_group(group, capped)
+        caps = self._cap_angles()
+        for param in self.params():
+            if param.grad is not None:
+                self.state[param]["step"] += 1
+        for group, capped, keys in zip(self.param_groups, caps, self.rounding_keys(), strict=True):
+            self.update_group(group, capped, keys)
 
     def dots_of(self, params: Sequence[Tensor]) -> Sequence[Tensor]:
         """``dot_products`` of the gradient and the momentum of each parameter."""
@@ -155,20 +173,32 @@ class MoClip(MomentOptimizer):
             if param.grad is not None
         ]
 
-    def update_group(self, group: dict[str, Any], capped: CappedGradient | None) -> None:
-        """Move the parameters of one group; ``capped`` is None where it has no cap."""
+    def update_group(
+        self, group: dict[str, Any], capped: CappedGradient | None, keys: Sequence[int]
+    ) -> None:
+        """Move the parameters of one group.
+
+        Args:
+            group: The group.
+            capped: Its gradients; None where it has no cap.
+            keys: By which the moments of each parameter are rounded, if they are.
+        """
         for index, param in enumerate(group["params"]):
             if param.grad is not None:
                 p, q = (None, None) if capped is None else capped.of(index, param.device)
-                update_(param, self.state[param], group, p, q)
+                update_(param, self.state[param], group, p, q, keys[index])
 
     def angle_statistics(self) -> AngleStatistics:
         """Report the angles since the last call. Waits for the device, as ``step`` never does."""
         return self._angles.report()
 
     def __getstate__(self) -> dict[str, Any]:
-        # torch would drop both from a deep copy or a pickle.
-        kept = {"reduce_dots": self.reduce_dots, "_angles": AngleCounts()}
+        # torch would drop these from a deep copy or a pickle.
+        kept = {
+            "reduce_dots": self.reduce_dots,
+            "state_dtype": self.state_dtype,
+            "_angles": AngleCounts(),
+        }
         return {**super().__getstate__(), **kept}
 
     def _cap_angles(self) -> list[CappedGradient | None]:

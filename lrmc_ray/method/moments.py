@@ -1,7 +1,8 @@
 """What MoClip owes to torch as an optimizer with two moments, apart from its formula.
 
 The state of a parameter is named as that of torch's Adam: ``step`` (0-d float32, on the host),
-``exp_avg`` and ``exp_avg_sq``. The moments of half-precision parameters are float32.
+``exp_avg`` and ``exp_avg_sq``. The moments of half-precision parameters are float32, or all are
+bf16 with stochastic rounding.
 """
 
 import itertools
@@ -12,13 +13,29 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from lrmc_ray.method.stochastic_rounding import rounding_key
+
 
 class MomentOptimizer(Optimizer):
     """Keeps the moments; a subclass moves the weights in ``take_step``."""
 
+    state_dtype: torch.dtype | None = None
+    """Of new moments: bf16, or None for that of the parameter and at least float32."""
+
     def take_step(self) -> None:
         """Move all parameters that have a gradient; each of them has its state."""
         raise NotImplementedError
+
+    def rounding_keys(self) -> Iterator[list[int]]:
+        """Of each parameter of each group in this step, see ``stochastic_rounding``."""
+        place = 0
+        for group in self.param_groups:
+            keys = []
+            for param in group["params"]:
+                step = self.state[param]["step"].tolist() if param in self.state else 0
+                keys.append(rounding_key(place, int(step)))
+                place += 1
+            yield keys
 
     def params(self) -> Iterator[Tensor]:
         """The parameters of all groups, in order."""
@@ -43,7 +60,7 @@ class MomentOptimizer(Optimizer):
                 )
         for param in self.params():
             if param.grad is not None and not self.state[param]:
-                dtype = torch.promote_types(param.dtype, torch.float32)
+                dtype = self.state_dtype or torch.promote_types(param.dtype, torch.float32)
                 self.state[param] = {
                     "step": torch.tensor(0.0),
                     "exp_avg": torch.zeros_like(param, dtype=dtype),

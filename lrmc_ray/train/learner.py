@@ -175,6 +175,7 @@ def _optimizer_options(settings: TrainSettings) -> dict[str, Any]:
         "angle": settings.angle,
         "second_moment": settings.second_moment,
         "atan2_scale": settings.atan2_scale,
+        "state_dtype": torch.bfloat16 if settings.state_dtype == "bf16" else None,
     }
     if settings.optimizer == "moclip":
         options |= {"delta_max": settings.delta_max, "clip": settings.clip}

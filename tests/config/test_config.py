@@ -184,6 +184,7 @@ RULES = {
     "train.micro_batches": whole(1),
     "train.max_grad_norm": optional(positive),
     "train.precision": precision,
+    "train.state_dtype": precision,
     "train.reduction": one_of("strict", "fast"),
     "train.seed": seed,
     "train.checkpoint_every": whole(1),
@@ -357,6 +358,10 @@ def as_trial(name, value):
         ("train.mofo_share=0", ["train.mofo_share", "greater than 0", "got 0"]),
         ("train.replay_share=1", ["train.replay_share", "less than 1", "got 1"]),
         ("train={keep_gold=false, refresh_every=5}", ["refresh_every must be 0 with keep_gold"]),
+        (
+            "train={state_dtype='bf16', optimizer='adamw'}",
+            ["state_dtype must be 'fp32' with optimizer = 'adamw'", "got 'bf16'"],
+        ),
         ("train={l2_sp_weight=0.1, lora_rank=4}", ["l2_sp_weight must be 0", "lora_rank = 4"]),
         (
             "train={replay_share=0.1, domain_weights={replay=2.0}}",

@@ -62,6 +62,8 @@ class Case:
     l2_sp_weight: float = 0.0
     by_rows: bool = False
     """Of the vocabulary, only the rows that the run touches are trained."""
+    state_dtype: torch.dtype | None = None
+    """Of MoClip's moments."""
     inner_alone: bool = False
     """Neither embedding nor output head is trained, as with adapters."""
 
@@ -69,6 +71,7 @@ class Case:
 CASES = {
     "tied": Case(),
     "untied": Case(tied=False),
+    "bf16 moments": Case(ANCHORED, state_dtype=torch.bfloat16),
     "anchor": Case(ANCHORED),
     "anchor and tail": Case(dataclasses.replace(ANCHORED, tail_samples=32), tied=False),
     "full": Case(dataclasses.replace(ANCHORED, loss="full")),
@@ -160,7 +163,13 @@ def run(case: Case, group: WorkerGroup) -> Outcome:
             SplitModel(model),
             head_rows,
         ),
-        make_optimizer(case.optimizer, parameters, lr=LR, weight_decay=WEIGHT_DECAY),
+        make_optimizer(
+            case.optimizer,
+            parameters,
+            lr=LR,
+            weight_decay=WEIGHT_DECAY,
+            state_dtype=case.state_dtype,
+        ),
         lambda step: samples_of_step(case, step),
         case.loss,
         StepOptions(

@@ -280,10 +280,11 @@ def test_gradients_that_are_not_finite_pass_through_and_are_not_counted(kind):
 
 @pytest.mark.parametrize("clip", CLIPS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_a_state_dict_continues_bit_for_bit(kind, clip, dtype):
+@pytest.mark.parametrize("state_dtype", [None, torch.bfloat16])
+def test_a_state_dict_continues_bit_for_bit(kind, clip, dtype, state_dtype):
     start = random(40, 3, seed=0, dtype=dtype)
     gradients = leaning_gradients(40, 3, dtype=dtype)
-    options = {"lr": 0.01, "clip": clip, "weight_decay": 0.1}
+    options = {"lr": 0.01, "clip": clip, "weight_decay": 0.1, "state_dtype": state_dtype}
     param = torch.nn.Parameter(start.clone())
     optimizer = kind([param], **options)
     train(optimizer, param, gradients[:5])
@@ -301,15 +302,16 @@ def test_a_state_dict_continues_bit_for_bit(kind, clip, dtype):
     third = kind([third_param], **options)
     third.load_state_dict(saved)
     assert third.state[third_param]["step"] == 5
-    assert third.state[third_param]["exp_avg"].dtype == torch.float32
+    assert third.state[third_param]["exp_avg"].dtype == (state_dtype or torch.float32)
 
 
-def test_a_deep_copy_keeps_the_hook(kind):
+def test_a_deep_copy_keeps_the_hook_and_the_dtype(kind):
     param = torch.nn.Parameter(torch.zeros(2))
-    optimizer = kind([param], lr=0.1, reduce_dots=torch.Tensor.zero_)
+    optimizer = kind([param], lr=0.1, reduce_dots=torch.Tensor.zero_, state_dtype=torch.bfloat16)
     train(optimizer, param, [torch.ones(2)] * 3)
     twin = copy.deepcopy(optimizer)
     assert twin.reduce_dots is torch.Tensor.zero_
+    assert twin.state_dtype is torch.bfloat16
     # It counts its own angles.
     assert twin.angle_statistics().num_angles == 0
     assert optimizer.angle_statistics().num_angles == 0  # the hook has zeroed all of them

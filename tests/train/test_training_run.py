@@ -69,6 +69,21 @@ def held_out_nll_of(model, samples):
     return total / count
 
 
+@pytest.mark.parametrize(
+    ("state_dtype", "dtype"), [("fp32", torch.float32), ("bf16", torch.bfloat16)]
+)
+def test_moments_have_the_type_that_was_asked_for(start, tmp_path, state_dtype, dtype):
+    """And a checkpoint is as much smaller: 4 bytes less of 12 for each weight."""
+    run = start(state_dtype=state_dtype)
+    run.run()
+    states = run.learner.optimizer.state.values()
+    assert {state[name].dtype for state in states for name in ("exp_avg", "exp_avg_sq")} == {dtype}
+    (state, *_) = sorted((tmp_path / "training" / CHECKPOINTS).glob("*/state.pt"))
+    weights = sum(parameter.numel() for parameter in run.learner.trainable.parameters.values())
+    expected = weights * (12 if dtype == torch.float32 else 8)
+    assert 0 <= state.stat().st_size - expected < 2**17
+
+
 # Kills and damages
 
 
@@ -76,6 +91,7 @@ MEASURED = {"train_seconds": 0, "cpu_seconds": 0, "peak_memory_bytes": 0}
 VARIANTS = {
     "all weights": {},
     "adapters": {"lora_rank": 4},
+    "bf16 moments": {"state_dtype": "bf16"},
     "frozen parts": {"freeze": ("model.layers.0.*", "model.embed_tokens.*")},
     "fresh subsets": {"refresh_every": 3},
     "held out, best": {"evaluate_every": 2, "export": "best", "holdout_share": 0.2},

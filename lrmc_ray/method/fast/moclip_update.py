@@ -1,6 +1,7 @@
 """MoClip's step in fewer passes over memory and fewer calls; the plain way is ``moclip``.
 
 - On a CPU, each float32 tensor goes through the two loops of ``moclip_kernel``.
+- Elsewhere, tensors whose moments are bf16 go the plain way.
 - Tensors of other dtypes and layouts there go piece by piece through torch's operators, while the
   piece is in the cache.
 - On other devices, many tensors go through an operation in one call: a call costs more there than
@@ -22,7 +23,7 @@ from torch import Tensor
 from lrmc_ray.method.angle_cap import CappedGradient
 from lrmc_ray.method.dot_products import dot_products
 from lrmc_ray.method.fast import moclip_kernel
-from lrmc_ray.method.moclip import MoClip, is_cautious
+from lrmc_ray.method.moclip import MoClip, is_cautious, update_
 from lrmc_ray.method.names import SecondMoment
 
 _Item = TypeVar("_Item")
@@ -57,8 +58,10 @@ class FastMoClip(MoClip):
             found |= zip(indices, foreach_dot_products(grads, momenta).unbind(), strict=True)
         return [found[index] for index in range(len(params))]
 
-    def update_group(self, group: dict[str, Any], capped: CappedGradient | None) -> None:
-        """Move the parameters of one group; ``capped`` is None where it has no cap."""
+    def update_group(
+        self, group: dict[str, Any], capped: CappedGradient | None, keys: Sequence[int]
+    ) -> None:
+        """Move the parameters of one group; see ``MoClip``."""
         options = group["second_moment"], is_cautious(group)
         by_operators = []
         scalars = functools.cache(functools.partial(step_scalars, group))
@@ -72,7 +75,9 @@ class FastMoClip(MoClip):
                 param, param.grad, *moments, p, q, scalars(state["step"].tolist())
             )
             if moclip_kernel.can_take(param, *moments):
-                _update_by_kernel_(update, *options)
+                _update_by_kernel_(update, *options, keys[index])
+            elif moments[0].dtype == torch.bfloat16:
+                update_(param, state, group, p, q, keys[index])
             else:
                 by_operators.append(update)
         for batch in _batches(by_operators):
@@ -174,7 +179,7 @@ def foreach_update_(
 
 
 def _update_by_kernel_(
-    update: TensorUpdate, second_moment: SecondMoment, is_cautious: bool
+    update: TensorUpdate, second_moment: SecondMoment, is_cautious: bool, key: int
 ) -> None:
     p = 1.0 if update.p is None else float(update.p)
     q = 0.0 if update.q is None else float(update.q)
@@ -185,6 +190,7 @@ def _update_by_kernel_(
         update.scalars,
         sees_capped=second_moment == "capped",
         is_cautious=is_cautious,
+        key=key,
     )
 
 

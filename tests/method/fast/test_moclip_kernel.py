@@ -17,6 +17,7 @@ from lrmc_ray.method.fast import moclip_kernel
 from lrmc_ray.method.fast.moclip_kernel import StepScalars
 from lrmc_ray.method.moclip import update_
 
+KEY = 123456789
 SIZES = [0, 1, 7, 16, 1000, 4097]
 
 
@@ -44,13 +45,15 @@ def step(values: list[torch.Tensor], *, p=0.7, q=0.0, sees_capped=False, is_caut
         step_size=lr * scale,
     )
     param, grad, exp_avg, exp_avg_sq = values
-    choices = {"sees_capped": sees_capped, "is_cautious": is_cautious}
+    choices = {"sees_capped": sees_capped, "is_cautious": is_cautious, "key": KEY}
     moclip_kernel.update_(param, grad, exp_avg, exp_avg_sq, p, q, scalars, **choices)
 
 
 def plain_step(values: list[torch.Tensor], *, p=0.7, q=0.0, sees_capped=False, is_cautious=False):
     """The same by ``moclip.update_`` in float64."""
-    param, grad, exp_avg, exp_avg_sq = (value.double() for value in values)
+    param, grad = (value.double() for value in values[:2])
+    is_rounded = values[2].dtype == torch.bfloat16
+    exp_avg, exp_avg_sq = (v.clone() if is_rounded else v.double() for v in values[2:])
     param.grad = grad
     group = {
         **{"betas": (0.9, 0.99), "lr": 0.01, "weight_decay": 0.1, "atan2_scale": 1.2},
@@ -59,7 +62,7 @@ def plain_step(values: list[torch.Tensor], *, p=0.7, q=0.0, sees_capped=False, i
         "delta_max": 60.0,
     }
     state = {"exp_avg": exp_avg, "exp_avg_sq": exp_avg_sq, "step": torch.tensor(3.0)}
-    update_(param, state, group, torch.tensor(p).double(), torch.tensor(q).double())
+    update_(param, state, group, torch.tensor(p).double(), torch.tensor(q).double(), KEY)
     return param, exp_avg, exp_avg_sq
 
 
@@ -98,6 +101,32 @@ def test_dot_products_are_those_of_exact_sums(size):
         assert abs(value - math.fsum(terms)) <= 1e-14 * math.fsum(map(abs, terms))
 
 
+@pytest.mark.parametrize("piece", [64, 1 << 20])
+@pytest.mark.parametrize("options", [{}, {"sees_capped": True, "q": 0.3, "is_cautious": True}])
+def test_bf16_moments_are_rounded_as_the_plain_way_rounds_them(options, piece, monkeypatch):
+    """Where both have the same numbers before rounding, which differ by float32's last bits."""
+    monkeypatch.setattr(moclip_kernel, "PIECE", piece)
+    values = tensors(4097)
+    values[2:] = [value.bfloat16() for value in values[2:]]
+    dots = moclip_kernel.dot_products(*values[1:3])
+    wide = [value.float() for value in values]
+    torch.testing.assert_close(dots, moclip_kernel.dot_products(*wide[1:3]), rtol=1e-14, atol=0)
+    expected = plain_step(values, **options)
+    step(values, **options)
+    step(wide, **options)
+    # The weight moves by the moments before they are rounded.
+    assert torch.equal(values[0], wide[0])
+    for ours, theirs, exact in zip(values[2:], expected[1:], wide[2:], strict=True):
+        assert ours.dtype == theirs.dtype == torch.bfloat16
+        assert (ours == theirs).float().mean() > 0.999
+        below = exact.view(torch.int32).bitwise_and(~0xFFFF).view(torch.float32)
+        above = (below.view(torch.int32) + 0x10000).view(torch.float32)
+        assert ((ours.float() == below) | (ours.float() == above)).all()
+        is_between = exact != below
+        share = (ours.float() == above)[is_between].float().mean()
+        assert 0.4 < share < 0.6
+
+
 def test_every_number_of_threads_makes_the_same_bits(monkeypatch):
     monkeypatch.setattr(moclip_kernel, "PIECE", 1000)
     found = []
@@ -105,13 +134,17 @@ def test_every_number_of_threads_makes_the_same_bits(monkeypatch):
         for count in (1, 2, 5):
             torch.set_num_threads(count)
             values = tensors(20_001, seed=4)
-            dots = moclip_kernel.dot_products(*values[1:3])
-            step(values, is_cautious=True)
-            found.append([dots, *values])
+            halves = [*values[:2], values[2].bfloat16(), values[3].bfloat16()]
+            halves[0] = halves[0].clone()
+            for each in (values, halves):
+                dots = moclip_kernel.dot_products(*each[1:3])
+                step(each, is_cautious=True)
+                found.append([dots, *each])
     finally:
         torch.set_num_threads(1)
-    for other in found[1:]:
-        assert all(torch.equal(a, b) for a, b in zip(found[0], other, strict=True))
+    for first, *others in (found[::2], found[1::2]):
+        for other in others:
+            assert all(torch.equal(a, b) for a, b in zip(first, other, strict=True))
 
 
 def test_autograd_hears_of_the_change():
