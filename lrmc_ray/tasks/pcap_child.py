@@ -48,7 +48,16 @@ SERVICES = {
     "snmp": 161, "bgp": 179, "ldap": 389, "https": 443, "syslog": 514, "imaps": 993,
 }  # fmt: skip
 """Names of ports. A machine's /etc/services may say otherwise, and scores are to be the same."""
+PROTOCOLS = {
+    "icmp": 1, "igmp": 2, "tcp": 6, "udp": 17, "gre": 47, "esp": 50, "ah": 51, "pim": 103,
+    "vrrp": 112, "sctp": 132,
+}  # fmt: skip
+"""Names of IP protocols, as in ``ip proto \\udp``. libpcap looks them up in /etc/protocols; where
+that cannot be opened, it takes 0 for any: ``findings/libpcap_protocol_name_is_zero.sh``."""
 
+_PROTOCOL = re.compile(rf"\\({'|'.join(PROTOCOLS)})(?![\w-])|(?<![\w\\-])(gre)(?![\w-])")
+"""An escaped name, or ``gre``, which is no keyword."""
+_QUALIFIER = re.compile(r"(?<![\w-])(ether\s+)?(host|net|port|portrange|proto|protochain)(?![\w-])")
 _WORD = re.compile(r"(?<![\w.:])[A-Za-z][\w-]*(?:\.[\w.-]*)?(?![\w:.])")
 _ADDRESS = re.compile(r"(?<![\w:.-])[0-9A-Fa-f]*(?::[0-9A-Fa-f]*){2,7}(?:/\d+)?(?![\w:.-])")
 _NUMBER = re.compile(r"(?<![\w.])(?:0[xX][0-9A-Fa-f]+|\d+(?:\.\d+){0,3})(?![\w.])")
@@ -106,8 +115,8 @@ def read_trace(path: str) -> list[bytes]:
     return packets
 
 
-def with_port_numbers(text: str) -> str:
-    """``text`` with every service's number in place of its name.
+def with_numbers(text: str) -> str:
+    """``text`` with the numbers of services and protocols in place of their names.
 
     Raises:
         ValueError: A word that is none of the language's: a host's name, for example.
@@ -119,6 +128,7 @@ def with_port_numbers(text: str) -> str:
             raise ValueError(f"unknown word {word}")
         return str(SERVICES.get(word, word))
 
+    text = _PROTOCOL.sub(_protocol_number, text)
     # Addresses first: an IPv6 address may begin with a letter.
     pieces, position = [], 0
     for address in _ADDRESS.finditer(text):
@@ -131,13 +141,21 @@ def with_port_numbers(text: str) -> str:
     return "".join(pieces)
 
 
+def _protocol_number(match: re.Match[str]) -> str:
+    """The number of an IP protocol, where its name can be one: what stands before it says so."""
+    qualifiers = list(_QUALIFIER.finditer(match.string, 0, match.start()))
+    if not qualifiers or qualifiers[-1][1] or qualifiers[-1][2] not in ("proto", "protochain"):
+        return match[0]
+    return str(PROTOCOLS[match[1] or match[2]])
+
+
 def run(library: ctypes.CDLL, handle: int, packets: list[bytes], text: str) -> dict[str, Any]:
     """Run one filter: ``{"packets": [index, ...]}`` or ``{"error": "..."}``."""
     if not text.strip():
         return {"error": "an empty filter"}
     program = _Program()
     try:
-        expression = with_port_numbers(text).encode("ascii")
+        expression = with_numbers(text).encode("ascii")
     except ValueError as error:
         return {"error": str(error)}
     if library.pcap_compile(handle, program, expression, 1, ANY_NETMASK) != 0:

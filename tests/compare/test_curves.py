@@ -122,15 +122,20 @@ def test_every_place_of_every_method_has_a_row(table):
         assert whole.trade == row.trade
 
 
-def test_what_is_beyond_the_curve_is_the_mean_over_seeds_of_each_ones_own(comparing, table):
+@pytest.mark.parametrize(
+    ("scores", "place"), [("blend-0", "0.25"), ("blend-1", "0.5"), ("test", "1")]
+)
+def test_what_is_beyond_the_curve_is_the_mean_over_seeds_of_each_ones_own(
+    comparing, table, scores, place
+):
     """With the scores read and compared once more, and a walk along the curve in small steps."""
     description = comparing.description
     base = general_half(Scores.load(comparing.output / "scores" / "test"), "test")
 
     def compared(job, name):
-        scores = Scores.load(description.run_directory(job) / "scores" / name)
+        read = Scores.load(description.run_directory(job) / "scores" / name)
         return compare(
-            base, general_half(scores, "test"), forgetting_weight=1.0,
+            base, general_half(read, "test"), forgetting_weight=1.0,
             seed=description.values["bootstrap_seed"], resamples=2,
         )  # fmt: skip
 
@@ -145,7 +150,7 @@ def test_what_is_beyond_the_curve_is_the_mean_over_seeds_of_each_ones_own(compar
         for name in ("blend-0", "blend-1", "test"):
             one = compared(sft, name)
             points.append((one.domain_gain.value, one.forgetting.value))
-        mine = compared(own, "blend-1")
+        mine = compared(own, scores)
         allowed = max(mine.forgetting.value, min(f for _, f in points))
         most = max(
             a[0] + t * (b[0] - a[0])
@@ -154,7 +159,7 @@ def test_what_is_beyond_the_curve_is_the_mean_over_seeds_of_each_ones_own(compar
             if a[1] + t * (b[1] - a[1]) <= allowed + 1e-12
         )
         values.append(mine.domain_gain.value - most)
-    (row,) = [r for r in table.curves if (r.method, r.place.name) == ("lrmc", "0.5")]
+    (row,) = [r for r in table.curves if (r.method, r.place.name) == ("lrmc", place)]
     assert row.beyond.value == pytest.approx(np.mean(values), abs=1e-4)
     assert row.beyond.over_seeds.low < row.beyond.value < row.beyond.over_seeds.high
     assert row.beyond.over_items.low <= row.beyond.value <= row.beyond.over_items.high

@@ -97,6 +97,34 @@ def test_no_name_is_looked_up(runner):
         assert "unknown word" in (runner.select(text).error or ""), text
 
 
+@pytest.mark.parametrize(
+    ("named", "numbered"),
+    [
+        ("ip proto gre", "ip proto 47"),
+        ("not ip proto gre", "not ip proto 47"),
+        (r"ip proto \icmp", "icmp"),
+        (r"proto \udp and not host 10.1.4.5", "udp and not host 10.1.4.5"),
+        (r"ip6 proto \tcp", "ip6 and tcp"),
+        (r"ip proto (\udp or \icmp)", "ip and (udp or icmp)"),
+        (r"ether proto \arp", "arp"),
+        ("ip proto 17 or gre", "ip proto 17 or ip proto 47"),
+        (r"host fd00::1 or proto 6 or \udp", "host fd00::1 or tcp or udp"),
+        (r"ether proto \tcp", None),
+        (r"ip proto 6 or port 53 or \udp", None),
+        ("ip proto 6 or host 10.1.4.5 or gre", None),
+        ("gre", None),
+    ],
+)
+def test_protocols_have_their_numbers_though_no_file_can_be_opened(runner, named, numbered):
+    """What libpcap itself refuses stays refused; None says so."""
+    selected = runner.select(named)
+    if numbered is None:
+        assert selected.error
+    else:
+        assert selected.packets == runner.select(numbered).packets
+        assert selected.packets
+
+
 def test_the_kernel_holds_the_child_to_its_limits(runner):
     assert runner.select("arp").packets
     child = psutil.Process(runner._process.pid)

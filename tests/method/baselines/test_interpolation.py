@@ -23,6 +23,7 @@ def test_by_depth_the_part_grows_from_lambda_in_the_first_layer_to_1_in_the_last
     """Five layers, of which two have no parameter here: 0.2 + 0.8 l / 4."""
     weights = blend_weights(NAMES, 0.2, "depth")
     assert list(weights.values()) == pytest.approx([0.2, 0.2, 0.4, 1.0, 0.2, 0.2])
+    assert blend_weights(NAMES[::-1], 0.2, "depth") == weights
 
 
 def test_two_stacks_have_two_depths_and_a_single_layer_is_the_first():
