@@ -58,6 +58,7 @@ def task_manager(names: Sequence[str], scratch: Path, split: Split) -> Any:
     from lm_eval.tasks import TaskManager
 
     keep_code_out()
+    _let_datasets_write(scratch)
     ours = {*OURS, *(part for parts in OURS.values() for part in parts)}
     materialize(scratch, **task_data(names, split))
     foreign = [name for name in names if name not in ours]
@@ -78,6 +79,27 @@ def task_manager(names: Sequence[str], scratch: Path, split: Split) -> Any:
         if Path(name).is_file():
             _enter(manager, name)
     return manager
+
+
+@functools.cache
+def _cache_of_datasets() -> Path:
+    """Where `datasets` keeps, as Arrow, what it has read, unless told otherwise here."""
+    import datasets
+
+    return Path(datasets.config.HF_DATASETS_CACHE)
+
+
+def _let_datasets_write(scratch: Path) -> None:
+    """Let `datasets` write into ``scratch`` where it cannot write into its own place."""
+    import datasets
+
+    own = _cache_of_datasets()
+    try:
+        own.mkdir(parents=True, exist_ok=True)
+        is_writable = os.access(own, os.W_OK)
+    except OSError:
+        is_writable = False
+    datasets.config.HF_DATASETS_CACHE = own if is_writable else scratch / "datasets"
 
 
 def _enter(manager: Any, name: str) -> None:

@@ -3,6 +3,8 @@
 import gzip
 import json
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 import lm_eval
@@ -575,3 +577,35 @@ def test_a_base_that_was_asked_other_questions_is_refused(tiny_model, tmp_path, 
     write_manifest(base, known)
     with pytest.raises(DataError, match="but scoring has changed since"):
         evaluate(settings, tiny_model, tmp_path, split="dev", base=base)
+
+
+# Where nothing can be kept
+
+WITHOUT_A_HOME = """
+import sys, tempfile
+from pathlib import Path
+from lrmc_ray.evaluate.task_files import load_task, quieten, task_manager
+
+quieten()
+for _ in range(2):  # the second process-wide choice does not remember the first scratch
+    with tempfile.TemporaryDirectory() as scratch:
+        manager = task_manager(["capitals"], Path(scratch), "dev")
+        (task,) = load_task(manager, "lrmc_capitals")["tasks"].values()
+        print(len(task.eval_docs), Path(scratch, "datasets").is_dir())
+    assert not Path(scratch).exists()
+"""
+
+
+def test_a_task_is_read_where_the_home_cannot_be_written():
+    done = subprocess.run(
+        [sys.executable, "-c", WITHOUT_A_HOME],
+        env={**os.environ, "HF_HOME": "/dev/null/huggingface"},
+        cwd=Path(__file__).parents[2],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    lines = done.stdout.splitlines()
+    assert len(lines) == 2
+    assert all(line.endswith(" True") and not line.startswith("0 ") for line in lines)
