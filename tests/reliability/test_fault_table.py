@@ -423,7 +423,7 @@ def command_of(name: str, model: Path, tmp_path: Path) -> str:
 @pytest.mark.timeout(900)
 @pytest.mark.parametrize(
     ("name", "kilobytes"),
-    [("record", 100), ("record", 300), ("tune", 1000), ("tune", 3000), ("tune", 6000)],
+    [("record", 100), ("record", 300), ("tune", 1000), ("tune", 2000), ("tune", 3000)],
 )
 def test_a_disk_that_fills_ends_the_command_and_with_space_it_goes_on(
     tiny_model, tmp_path, name, kilobytes
