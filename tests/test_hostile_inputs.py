@@ -16,7 +16,7 @@ import yaml
 
 from lrmc_ray.config import RunSettings
 from lrmc_ray.console import run_command
-from lrmc_ray.errors import ConfigError, LrmcError
+from lrmc_ray.errors import ConfigError, DataError, LrmcError
 from lrmc_ray.evaluate.command import check_named_tasks, scores_directory
 from lrmc_ray.evaluate.no_code import keep_code_out
 from lrmc_ray.evaluate.task_files import check_tasks, task_fingerprints
@@ -30,6 +30,7 @@ from lrmc_ray.record import hub
 from lrmc_ray.record.inspect_command import main as inspect
 from lrmc_ray.report.mlflow import register_model
 from lrmc_ray.report.mlflow_mirror import in_one_line, public
+from lrmc_ray.report.mlflow_sync import sync
 from tests.support.synthetic_study import make_study
 
 ROOT = Path(__file__).parents[1]
@@ -227,6 +228,19 @@ def test_prune_and_ls_stay_within_the_output(tmp_path, capsys):
     remove(found)
     assert sorted(path.relative_to(outside) for path in outside.rglob("*")) == before
     assert "Traceback" not in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("path", ["../secret", "SECRET", "link"])
+def test_a_study_sends_no_file_of_others_to_a_server(tmp_path, path):
+    study, secret = make_study(tmp_path / "demo-0123456789ab"), tmp_path / "secret"
+    secret.write_text("of this machine alone")
+    (study / "link").symlink_to(secret)
+    values = json.loads((study / "study.json").read_text())
+    values["artifacts"] = [{"path": path.replace("SECRET", str(secret)), "folder": ""}]
+    (study / "study.json").write_text(json.dumps(values))
+    with pytest.raises(DataError, match=r"artifacts must lie in its directory, .* is .*secret;"):
+        sync(study, f"sqlite:///{tmp_path}/mlflow.db")
+    assert not (tmp_path / "mlflow.db").exists()
 
 
 @pytest.mark.parametrize("name", ["study.json", "compare.json", "manifest.json"])

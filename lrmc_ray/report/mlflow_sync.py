@@ -4,6 +4,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from lrmc_ray.errors import DataError, LrmcError, ResourceError
+from lrmc_ray.files.study import STUDY_FILE, StudyFile
 from lrmc_ray.report.mlflow import EXPERIMENT, best_model_of, read_forwarded, shown
 from lrmc_ray.report.mlflow_mirror import (
     StudyMirror,
@@ -41,6 +42,7 @@ def sync(study_dir: Path, tracking_uri: str, experiment: str | None = None) -> F
         ResourceError: MLflow cannot be reached.
     """
     study = read_forwarded(study_dir)
+    _check_within(study, study_dir)
     prepare_mlflow()
     from mlflow.exceptions import MlflowException
 
@@ -58,6 +60,21 @@ def sync(study_dir: Path, tracking_uri: str, experiment: str | None = None) -> F
         raise DataError("; ".join(str(problem) for problem in problems))
     assert mirror.trade_off_path is not None
     return Forwarded(mirror.runs_created, mirror.points_sent, mirror.trade_off_path)
+
+
+def _check_within(study: StudyFile, study_dir: Path) -> None:
+    """Refuse a study that names files of others, which would be sent to the server.
+
+    Raises:
+        DataError: a file lies outside of the study's directory.
+    """
+    for artifact in study.artifacts:
+        path = (study_dir / artifact.path).resolve()
+        if not path.is_relative_to(study_dir.resolve()):
+            raise DataError(
+                f"{study_dir / STUDY_FILE}: artifacts must lie in its directory, {artifact.path} "
+                f"is {path}; take the entry out"
+            )
 
 
 def _described(study: ShownStudy, study_dir: Path) -> ShownStudy:
