@@ -90,7 +90,10 @@ class Watched:
 
     def sign(self) -> bytes | None:
         """The latest sign; None before the first."""
-        return self.place.read(self.place.either(lambda: str(self._path), lambda _: self._name))
+        return self.place.either(
+            lambda: self.place.read(str(self._path)),
+            lambda storage: _quick(storage).read(self._name),
+        )
 
     def forget(self) -> None:
         """Remove the signs, where that can be done."""
