@@ -35,6 +35,7 @@ _UNSUPPORTED = {
     "doc_to_image": "pictures",
     "doc_to_audio": "sound",
     "unsafe_code": "running code that a model writes",
+    "use_prompt": "a prompt of another file or package",
 }
 
 
@@ -48,9 +49,7 @@ def check_config(name: str, config: Mapping[str, Any]) -> None:
     Raises:
         ConfigError: names what is not scored.
     """
-    for key, what in _UNSUPPORTED.items():
-        if config.get(key):
-            raise ConfigError(f"task {name} needs {what} ({key}), which is not supported")
+    check_supported(name, config)
     output_type = config.get("output_type") or "generate_until"
     if output_type not in SCORED:
         raise ConfigError(
@@ -62,6 +61,17 @@ def check_config(name: str, config: Mapping[str, Any]) -> None:
         if not isinstance(entry, Mapping) or "metric" not in entry:
             raise ConfigError(f"task {name}: every entry of metric_list must name a metric")
         _check_metric(name, output_type, entry, own=own)
+
+
+def check_supported(name: str, config: Mapping[str, Any]) -> None:
+    """Refuse a task that has what is not supported at all, before lm-eval makes it.
+
+    Raises:
+        ConfigError: names it.
+    """
+    for key, what in _UNSUPPORTED.items():
+        if config.get(key):
+            raise ConfigError(f"task {name} needs {what} ({key}), which is not supported")
 
 
 def _check_metric(name: str, output_type: str, entry: Mapping[str, Any], *, own: bool) -> None:

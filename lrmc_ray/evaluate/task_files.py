@@ -18,7 +18,7 @@ from lrmc_ray.evaluate.hub_data import check_reachable
 from lrmc_ray.evaluate.json_items import JsonItem, is_json, read_dataset, read_items
 from lrmc_ray.evaluate.no_code import keep_code_out
 from lrmc_ray.evaluate.request import Split
-from lrmc_ray.evaluate.task_checks import check_config, check_items
+from lrmc_ray.evaluate.task_checks import check_config, check_items, check_supported
 from lrmc_ray.evaluate.task_sources import (
     data_files,
     is_of_hub,
@@ -120,6 +120,8 @@ def _enter(manager: Any, name: str) -> None:
     if entry is None:
         raise _refused(name, "it names neither a task nor a group")
     for section in sections(config):
+        own = section.get("task")
+        check_supported(own if isinstance(own, str) else name, section)
         _place_data(section, path.parent)
     manager.task_index[name] = entry
 

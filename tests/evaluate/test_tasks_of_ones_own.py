@@ -268,6 +268,7 @@ def test_every_metric_of_lm_eval_is_scored_or_refused():
     [
         ({"doc_to_image": "picture"}, "needs pictures"),
         ({"unsafe_code": True}, "needs running code"),
+        ({"use_prompt": "prompts.yaml:mine"}, r"task mine needs a prompt of another file"),
         ({"metric_list": [{"metric": "acc", "aggregation": "median"}]}, "aggregation of acc must"),
     ],
 )

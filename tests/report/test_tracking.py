@@ -9,6 +9,7 @@ import re
 import shutil
 import socket
 import socketserver
+import sqlite3
 import statistics
 import subprocess
 import sys
@@ -405,6 +406,20 @@ def test_sync_brings_a_study_from_its_directory_alone_and_once(client, uri, tmp_
         "betas": "[0.9, 0.99]",
         "clip": "None",
     }
+
+
+def test_an_error_of_the_database_is_one_line(tmp_path, capsys):
+    """In place of a full disk: a table is gone."""
+    write_study(tmp_path, "from-disk")
+    database = tmp_path / "own.db"
+    sync(tmp_path, f"sqlite:///{database}")
+    with contextlib.closing(sqlite3.connect(database)) as connection:
+        connection.execute("DROP TABLE metrics")
+        connection.commit()
+    capsys.readouterr()
+    with pytest.raises(ResourceError, match=r"MLflow at .* must answer, but .*no such table"):
+        sync(tmp_path, f"sqlite:///{database}")
+    assert "Traceback" not in "".join(capsys.readouterr())
 
 
 def test_what_a_pass_missed_is_added_by_the_next(client, uri, tmp_path):
