@@ -358,6 +358,9 @@ def as_trial(name, value):
         ("train.mofo_share=0", ["train.mofo_share", "greater than 0", "got 0"]),
         ("train.replay_share=1", ["train.replay_share", "less than 1", "got 1"]),
         ("train={keep_gold=false, refresh_every=5}", ["refresh_every must be 0 with keep_gold"]),
+        ("train={loss='asft', refresh_every=5}", ["refresh_every must be 0 with loss = 'asft'"]),
+        ("train.stm_perplexity=1", ["train.stm_perplexity", "greater than 1", "got 1"]),
+        ("train.flow_temperature=0", ["train.flow_temperature", "greater than 0", "got 0"]),
         (
             "train={state_dtype='bf16', optimizer='adamw'}",
             ["state_dtype must be 'fp32' with optimizer = 'adamw'", "got 'bf16'"],
