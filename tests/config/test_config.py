@@ -353,7 +353,7 @@ def as_trial(name, value):
         ("train.delta_max=-1", ["train.delta_max", "greater than 0", "got -1"]),
         ("train.steps=30.0", ["train.steps", "integer", "got 30.0"]),
         ("train.steps=true", ["train.steps", "integer", "got True"]),
-        ("train.loss=fulll", ["train.loss", "'restricted', 'frozen_tail', 'full', 'soft', 'active_only'"]),
+        ("train.loss=fulll", ["train.loss", "'restricted', 'frozen_tail', 'full', 'soft'"]),
         ("train.optimizer=adam", ["train.optimizer", "'moclip', 'adamw'", "got 'adam'"]),
         ("train.mofo_share=0", ["train.mofo_share", "greater than 0", "got 0"]),
         ("train.replay_share=1", ["train.replay_share", "less than 1", "got 1"]),
