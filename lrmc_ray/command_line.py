@@ -34,6 +34,9 @@ class CommandParser(argparse.ArgumentParser):
             raise ParserFound(self)
         return super().parse_known_args(*arguments, **named)
 
+    settings: Sequence[str] = ()
+    """Settings that the command takes as ``section.key=value``, for hints."""
+
     def __init__(self, name: str, **options: Any) -> None:
         """As of argparse, but for the program's name.
 
@@ -53,7 +56,8 @@ class CommandParser(argparse.ArgumentParser):
         if message.startswith(_UNRECOGNIZED):
             unknown = message.removeprefix(_UNRECOGNIZED).split()
             name = unknown[0].partition("=")[0]
-            return f"{self.prog} knows no {name}{nearest(name, self._option_string_actions)}"
+            hint = nearest(name, self._option_string_actions) or self._setting_like(name)
+            return f"{self.prog} knows no {name}{hint}"
         if found := _INVALID_CHOICE.match(message):
             for action in self._actions:
                 if action.choices and found["argument"] in (action.metavar, *action.option_strings):
@@ -61,6 +65,12 @@ class CommandParser(argparse.ArgumentParser):
                     hint = nearest(found["value"], map(str, action.choices))
                     return f"{found['argument']} must be one of {known}, got {found['value']}{hint}"
         return message
+
+    def _setting_like(self, flag: str) -> str:
+        """A question after the setting that a flag that is none may stand for; else empty."""
+        key = flag.lstrip("-").replace("-", "_")
+        found = [f"'{name}=VALUE'" for name in self.settings if key in (name, name.split(".")[-1])]
+        return f". Did you mean {' or '.join(found)}?" if found else ""
 
 
 def parser_of(main: Callable[[Sequence[str]], int]) -> CommandParser:
@@ -95,10 +105,16 @@ def arguments_for(parser: CommandParser, argv: Sequence[str], own: CommandParser
     return list(foreign.parse_known_args(argv)[1])
 
 
-def nearest(name: str, known: Iterable[str]) -> str:
-    """``. Did you mean 'NAME'?`` for the nearest of ``known``; empty where none is near."""
+def nearest(name: str, known: Iterable[str], *, above: str = "") -> str:
+    """``. Did you mean 'NAME'?`` for the nearest of ``known``; empty where none is near.
+
+    Args:
+        name: what was typed.
+        known: what there is.
+        above: stands before the name in the question, as ``train.`` before a setting.
+    """
     found = difflib.get_close_matches(name, list(known), n=1)
-    return f". Did you mean {found[0]!r}?" if found else ""
+    return f". Did you mean '{above}{found[0]}'?" if found else ""
 
 
 def pasteable(program: str, *arguments: object) -> str:

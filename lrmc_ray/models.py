@@ -117,14 +117,23 @@ def local_directory(settings: ModelSettings) -> Path:
         directory = Path(settings.name).resolve()
     else:
         directory = _download(settings)
+    check_files(settings.name, directory)
+    return directory
+
+
+def check_files(name: str, directory: Path) -> None:
+    """Refuse a directory that is no model's.
+
+    Raises:
+        DataError: the model ``name`` lacks a configuration, weights or a tokenizer there.
+    """
     for needed, remedy in (
         (["config.json"], "save the model with save_pretrained"),
         ([f"*{WEIGHT_SUFFIX}"], "save the weights as safetensors with save_pretrained"),
         (_TOKENIZERS, "save its tokenizer there as well"),
     ):
         if not any(any(directory.glob(pattern)) for pattern in needed):
-            raise DataError(f"model {settings.name} has no {' or '.join(needed)}; {remedy}")
-    return directory
+            raise DataError(f"model {name} has no {' or '.join(needed)}; {remedy}")
 
 
 def _download(settings: ModelSettings) -> Path:

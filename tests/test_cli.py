@@ -179,7 +179,7 @@ def command(*argv: object, directory, env=None) -> subprocess.CompletedProcess[s
     ("argv", "code", "said"),
     [
         (["--train-data", "missing.jsonl"], 3, "error: training data missing.jsonl does not exist"),
-        (["train.tua=0.9"], 2, "unknown setting train.tua. Did you mean 'tau'?"),
+        (["train.tua=0.9"], 2, "unknown setting train.tua. Did you mean 'train.tau'?"),
         (["train.tau=2"], 2, "train.tau must be less than or equal to 1, got 2"),
         (["--space", "smoek"], 3, "error: space file smoek does not exist"),
     ],
@@ -231,7 +231,7 @@ def test_tasks_that_have_to_be_built_are_named_before_anything_starts(
 def test_lrmc_gives_its_arguments_to_the_stage(tmp_path):
     result = command("lrmc_ray", "record", "train.tua=0.9", directory=tmp_path)
     assert (result.returncode, result.stderr.count("\n")) == (2, 1)
-    assert "Did you mean 'tau'?" in result.stderr
+    assert "Did you mean 'train.tau'?" in result.stderr
     result = command("lrmc_ray", "recrod", directory=tmp_path)
     assert result.returncode == 2
     assert result.stderr.startswith("error: STAGE must be one of record, plan, ")

@@ -24,6 +24,9 @@ TASK = {
     "doc_to_target": "answer",
 }
 
+BEST = "runs/demo-1/best_model"
+MISTYPED = {"role": "asistant", "content": "b"}
+
 
 def lines(rows) -> str:
     return "".join(json.dumps(row) + "\n" for row in rows)
@@ -34,15 +37,21 @@ def folder(tmp_path, tiny_model, monkeypatch) -> Path:
     """A folder with good inputs and broken ones, worked in; Ray and the Hub are out of reach."""
     monkeypatch.chdir(tmp_path)
     Path("model").symlink_to(tiny_model)
+    Path("folder").mkdir()
+    Path(BEST).mkdir(parents=True)
     files = {
         "good.jsonl": lines(ROWS),
         "broken.jsonl": lines(ROWS) + '{"prompt": \n',
         "empty.jsonl": "",
+        "role.jsonl": lines([{"messages": [{"role": "user", "content": "a"}, MISTYPED]}]),
         "items.jsonl": lines(ITEMS),
         "good.yaml": json.dumps(TASK),
         "field.yaml": json.dumps({**TASK, "doc_to_text": "{{quesiton}}"}),
         "key.yaml": json.dumps({**TASK, "doc_to_txt": "{{question}}"}),
         "lost.yaml": json.dumps({**TASK, "dataset_kwargs": {"data_files": {"test": "no.jsonl"}}}),
+        "none.yaml": json.dumps(
+            {**TASK, "dataset_kwargs": {"data_files": {"test": "empty.jsonl"}}}
+        ),
         "hub.yaml": json.dumps({**TASK, "dataset_path": "no/such", "dataset_kwargs": {}}),
     }
     for name, text in files.items():
@@ -81,9 +90,22 @@ def given(**changes: str) -> list[str]:
 
 GPU = "resources.gpus_per_worker=64"
 MISTAKES = {
-    "a field that no item has": ("tune", given(domain_tasks="field.yaml"), 2, "quesiton"),
+    "a field that no item has": (
+        "tune",
+        given(domain_tasks="field.yaml"),
+        2,
+        "its items have no field quesiton (they have question, choices, answer). Did you mean "
+        "'question'?",
+    ),
+    "no items": ("tune", given(domain_tasks="none.yaml"), 4, "the task mine must have items"),
+    "a mistyped task file": (
+        "tune",
+        given(domain_tasks="goood.yaml"),
+        2,
+        "the task file goood.yaml does not exist. Did you mean 'good.yaml'?",
+    ),
     "a key that no task has": ("tune", given(domain_tasks="key.yaml"), 2, "'doc_to_text'?"),
-    "lost items": ("tune", given(domain_tasks="lost.yaml"), 2, "no.jsonl are not in"),
+    "lost items": ("tune", given(domain_tasks="lost.yaml"), 2, "the task mine: its data no.jsonl"),
     "items of the Hub": ("tune", given(domain_tasks="hub.yaml"), 3, "cannot be reached"),
     "no task file": ("compare", given(domain_tasks="lost.yaml"), 2, "no.jsonl are not in"),
     "a GPU": ("tune", [*given(), GPU], 6, "this machine has"),
@@ -98,12 +120,49 @@ MISTAKES = {
     "an output in no place": ("record", given(output="/proc/x"), 7, "/proc/x"),
     "no data": ("tune", given(train_data="no.jsonl"), 3, "no.jsonl"),
     "a broken row": ("tune", given(train_data="broken.jsonl"), 4, "broken.jsonl:13"),
+    "a mistyped role": (
+        "tune",
+        given(train_data="role.jsonl"),
+        4,
+        "role.jsonl:1: no message has the role 'asistant'. Did you mean 'assistant'?",
+    ),
+    "a broken row, compare": ("compare", given(train_data="broken.jsonl"), 4, "broken.jsonl:13"),
+    "a broken row, explained": (
+        "tune",
+        [*given(train_data="broken.jsonl"), "--explain"],
+        4,
+        "broken.jsonl:13",
+    ),
+    "a broken row, compare explained": (
+        "compare",
+        [*given(train_data="broken.jsonl"), "--explain"],
+        4,
+        "broken.jsonl:13",
+    ),
     "no rows": ("tune", given(train_data="empty.jsonl"), 4, "empty.jsonl"),
+    "no rows, explained": ("tune", [*given(train_data="empty.jsonl"), "--explain"], 4, "empty"),
     "no model": ("tune", [*given(model="no_model"), "--explain"], 3, "no_model"),
+    "no model, by a path": ("tune", given(model="./no_model"), 3, "must be a directory, or a name"),
+    "a folder that is no model": ("tune", given(model="folder"), 4, "has no config.json"),
+    "a layer that is not there": (
+        "tune",
+        [*given(), "--explain", "train.lora_rank=4", 'train.lora_targets=["nope"]'],
+        2,
+        "got 'nope', which fits none",
+    ),
+    "a tau below zero": ("tune", [*given(), "train.tau=-0.5"], 2, "greater than 0, got -0.5"),
+    "an angle above 180": ("tune", [*given(), "train.delta_max=200"], 2, "equal to 180, got 200"),
     "a setting without its section": ("tune", [*given(), "trials=3"], 2, "search.trials"),
-    "a mistyped setting": ("tune", [*given(), "train.stepz=3"], 2, "Did you mean 'steps'?"),
+    "a mistyped setting": ("tune", [*given(), "train.stepz=3"], 2, "Did you mean 'train.steps'?"),
+    "a setting as a flag": ("tune", [*given(), "--trials", "3"], 2, "'search.trials=VALUE'?"),
     "a mistyped flag": ("tune", [*given(), "--domain-taks", "x"], 2, "--domain-tasks"),
     "no space": ("tune", [*given(), "--space", "demoo"], 3, "demo"),
+    "a study in place of a model": (
+        "evaluate",
+        [*given(), "--tuned", "runs"],
+        3,
+        f"runs must be a model's directory, and has no config.json; give {BEST}",
+    ),
     "no tuned model": ("evaluate", [*given(), "--tuned", "no"], 3, "no does not exist"),
 }
 
@@ -116,8 +175,7 @@ def test_a_mistake_is_told_in_one_line_before_anything_runs(folder, capsys, name
     assert sum(line.startswith("error: ") for line in written.err.splitlines()) == 1
     assert told in written.err
     assert "Traceback" not in written.err
-    assert not list(folder.glob("out/*/study.json"))
-    assert not [path for path in folder.glob("out/*") if path.name != "records"]
+    assert not (folder / "out").exists()
 
 
 @pytest.mark.parametrize(

@@ -5,12 +5,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+import psutil
+
 from lrmc_ray.chat.answers import Chat
 from lrmc_ray.chat.conversation import Message
 from lrmc_ray.chat.spoken import AnswerForm, Spoken
 from lrmc_ray.chat.template import special_tokens
 from lrmc_ray.chat.tokens import bare_ids
+from lrmc_ray.cluster.resources import local_cpus
 from lrmc_ray.models import hide_bars, load_model, load_tokenizer
+
+MEASURE_SECONDS = 0.1
+"""How long it is looked at what others compute, before each answer."""
 
 Dtype = Literal["float32", "bf16"]
 
@@ -52,6 +58,16 @@ class Written:
         return f"{self.text.strip()} [...]" if self.is_cut else self.text.strip()
 
 
+def idle_cores() -> int:
+    """Cores that nobody else uses now, at least one.
+
+    A token is some hundred small steps, each of which waits for the last of its threads. With one
+    thread more than there are idle cores that takes several times as long as with a single thread.
+    """
+    busy_percent = psutil.cpu_percent(interval=MEASURE_SECONDS)
+    return max(1, round(local_cpus() * (1.0 - busy_percent / 100.0)))
+
+
 class Answerer:
     """A model and its tokenizer, on the GPU where there is one."""
 
@@ -82,6 +98,7 @@ class Answerer:
         self._chat = Chat(self._tokenizer, template_options)
         self._special = set(special_tokens(self._tokenizer))
         self._as_text = as_text
+        self._most_threads = torch.get_num_threads()
         device = "cuda" if torch.cuda.is_available() else "cpu"
         kind = torch.bfloat16 if dtype == "bf16" else torch.float32
         self._model = load_model(directory, dtype=kind).to(device)
@@ -100,6 +117,8 @@ class Answerer:
         else:
             ids = bare_ids(self._tokenizer, form.prompt)
         ends = self._ends(form)
+        if self._model.device.type == "cpu":
+            torch.set_num_threads(min(self._most_threads, idle_cores()))
         ids_BT = torch.tensor([ids], device=self._model.device)
         torch.manual_seed(generation.seed)
         with torch.inference_mode():

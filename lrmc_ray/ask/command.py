@@ -14,10 +14,10 @@ from lrmc_ray.ask.taught_system import taught_system, with_system
 from lrmc_ray.command_line import CommandParser
 from lrmc_ray.config import ModelSettings
 from lrmc_ray.console import plain_console, progress, setup_logging
-from lrmc_ray.errors import ConfigError, IncompleteArtifactError
+from lrmc_ray.errors import ConfigError
 from lrmc_ray.files.artifacts import write_atomically
 from lrmc_ray.files.fault_points import passed
-from lrmc_ray.files.origin import Origin, read_origin
+from lrmc_ray.files.origin import Origin, check_tuned, read_origin
 
 if TYPE_CHECKING:
     from lrmc_ray.ask.answering import Answerer, Generation
@@ -28,8 +28,7 @@ def main(argv: Sequence[str]) -> int:
     arguments = _parser().parse_args(argv)
     setup_logging()
     directory: Path = arguments.model
-    if not directory.is_dir():
-        raise IncompleteArtifactError(f"{directory} does not exist; give a model's directory")
+    check_tuned(directory)
     _check_ranges(arguments)
     questions = read_questions(arguments.questions) if arguments.questions else None
     if arguments.to is not None:

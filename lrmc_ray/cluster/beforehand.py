@@ -6,6 +6,7 @@ packages, and what this machine has.
 
 import importlib.util
 import os
+import re
 import sys
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -13,7 +14,10 @@ from pathlib import Path
 from lrmc_ray.cluster.resources import Node, check_slots, local_cpus
 from lrmc_ray.config import DEMO, GEMMA, ModelSettings, ResourceSettings, RunSettings
 from lrmc_ray.errors import DiskError, IncompleteArtifactError
+from lrmc_ray.files.artifacts import cache_directory
+from lrmc_ray.models import check_files
 from lrmc_ray.tasks.child_process import INSTALL
+from lrmc_ray.tasks.demo import base_model, gemma_model
 from lrmc_ray.tasks.pcap_child import load_library
 from lrmc_ray.tasks.registry import expand
 
@@ -22,6 +26,12 @@ _OF_TASKS = {
     "nl2sql_spider": ("sqlglot", "demo"),
 }
 """Packages that our tasks need, each with the extra that brings it."""
+
+_MADE = {DEMO: base_model.NAME, GEMMA: gemma_model.NAME}
+"""Models that are made on this machine, each with the directory in the cache."""
+
+_OF_HUB = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
+"""How names on the Hub look."""
 
 ANSWER_SECONDS = 10.0
 """How long the Hub may take to answer."""
@@ -106,7 +116,7 @@ def check_packages(*, tasks: Sequence[str], data: Sequence[str], lora: bool) -> 
     if lora:
         needed["train.lora_rank"] = ("peft", "lora")
     for what, (package, extra) in needed.items():
-        if importlib.util.find_spec(package) is None:
+        if not _is_installed(package):
             raise IncompleteArtifactError(
                 f"{what} needs the package {package}, which is not installed; install it: "
                 f"pip install 'lrmc-ray[{extra}]'"
@@ -116,6 +126,13 @@ def check_packages(*, tasks: Sequence[str], data: Sequence[str], lora: bool) -> 
             "the task packet_filter needs libpcap, which this machine does not have; "
             f"{INSTALL['libpcap']}"
         )
+
+
+def _is_installed(package: str) -> bool:
+    try:
+        return importlib.util.find_spec(package) is not None
+    except ModuleNotFoundError:  # an import hook hides it
+        return False
 
 
 def check_machine(resources: ResourceSettings) -> None:
@@ -142,15 +159,24 @@ def trains_lora(settings: RunSettings, changes: Iterable[Mapping[str, object]] =
 
 
 def check_model(model: ModelSettings) -> None:
-    """Refuse a name that is neither a directory nor on the Hub; downloads nothing.
+    """Refuse a name that is neither a model's directory nor on the Hub; downloads nothing.
 
     Raises:
         IncompleteArtifactError: says which.
+        DataError: the directory lacks a configuration, weights or a tokenizer.
     """
-    if model.name in (DEMO, GEMMA) or Path(model.name).is_dir():
+    if model.name in _MADE:
+        return
+    if Path(model.name).is_dir():
+        check_files(model.name, Path(model.name))
         return
     from huggingface_hub import HfApi, try_to_load_from_cache
 
+    if not _OF_HUB.fullmatch(model.name):
+        raise IncompleteArtifactError(
+            f"the model must be a directory, or a name on the Hugging Face Hub such as "
+            f"Qwen/Qwen3-4B, got {model.name}, where nothing is; correct --model"
+        )
     try:
         if isinstance(try_to_load_from_cache(model.name, "config.json"), str):
             return
@@ -161,3 +187,11 @@ def check_model(model: ModelSettings) -> None:
             f"model {model.name} is neither a directory nor to be had from the Hugging Face Hub "
             f"({why}); check the name, log in with `hf auth login`, or give a directory"
         ) from None
+
+
+def model_here(model: ModelSettings) -> Path | None:
+    """The model's directory if it is on this machine; nothing is made or downloaded."""
+    if model.name not in _MADE:
+        return Path(model.name) if Path(model.name).is_dir() else None
+    directory = cache_directory() / _MADE[model.name]
+    return directory if directory.is_dir() else None

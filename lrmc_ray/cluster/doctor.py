@@ -319,7 +319,13 @@ def main(argv: Sequence[str]) -> int:
         description="Is everything in place, and what to do where it is not. Exit code 1 if a "
         "check failed; warnings do not count.",
     )
-    parser.add_argument("--output", type=Path, default=Path("runs"), metavar="DIR")
+    parser.add_argument(
+        "--output",
+        type=Path,
+        default=Path("runs"),
+        metavar="DIR",
+        help="where commands will keep everything (default: runs)",
+    )
     parser.add_argument(
         "--cluster",
         type=Path,

@@ -27,27 +27,15 @@ def main(argv: Sequence[str]) -> int:
     space = read_settings(arguments, CompareSpace)
     methods = chosen_methods(space, arguments.methods)
 
-    from lrmc_ray.cluster.beforehand import check_beforehand, check_model, trains_lora
+    from lrmc_ray.cluster.beforehand import model_here
     from lrmc_ray.compare.description import COMPARISON_FILE, Description
     from lrmc_ray.compare.explain import explain
     from lrmc_ray.compare.run import Comparing
-    from lrmc_ray.evaluate.task_files import check_tasks, task_data
-    from lrmc_ray.record.prepare import prepare
-    from lrmc_ray.record.sources import training_files
-    from lrmc_ray.tasks.registry import expand
+    from lrmc_ray.record.prepare import look, prepare
     from lrmc_ray.train.checks import check_training
     from lrmc_ray.tune.provenance import contents
 
-    if not arguments.report_only:
-        changes = [space.methods[method].train for method in methods]
-        lora = trains_lora(space, changes)
-        check_beforehand(space, arguments.output, address=arguments.address, lora=lora)
-        check_model(space.model)
-    training_files(space)
-    names = expand([*space.evaluate.domain_tasks, *space.evaluate.general_tasks])
-    if not arguments.report_only:
-        check_tasks(names, "dev")
-        task_data(names, "test")
+    _check_quickly(space, methods, arguments)
     made_of = contents(space.run_settings(space.train))
     description = Description(space, methods, arguments.output, made_of)
     comparing = Comparing(description)
@@ -55,6 +43,13 @@ def main(argv: Sequence[str]) -> int:
         comparing.place.check()
     if arguments.report_only and not description.has_begun:
         description.go_back()
+    run_settings = space.run_settings(space.train)
+    rate = space.compare.learning_rates[0]
+    trains = [space.train_of(method, lr=rate, seed=0) for method in methods]
+    if arguments.explain:
+        look(run_settings, model_here(space.model))
+        if model_here(space.model) is not None:
+            check_training(space.model, trains)
     if arguments.explain and not description.has_begun:
         print(explain(description))
         return 0
@@ -63,6 +58,11 @@ def main(argv: Sequence[str]) -> int:
             f"{comparing.directory} has no {COMPARISON_FILE}: this comparison has not begun; run "
             "the same command without --report-only"
         )
+    # What is wrong with the data is found before Ray starts and a comparison is begun.
+    is_new = not (arguments.report_only or description.has_begun)
+    if is_new:
+        check_training(space.model, trains)
+        prepare(run_settings, arguments.output)
     with lock_directory(comparing.directory):
         description.open(retry_failed=arguments.retry_failed)
         if arguments.explain:
@@ -71,15 +71,33 @@ def main(argv: Sequence[str]) -> int:
         if not arguments.report_only and description.is_finished:
             print("This comparison has finished; nothing was done again.", file=sys.stderr)
         elif not arguments.report_only:
-            rate = space.compare.learning_rates[0]
-            check_training(
-                space.model, [space.train_of(method, lr=rate, seed=0) for method in methods]
-            )
-            # Bad rows are found before Ray starts, and tokenizers use all cores until then.
-            prepare(space.run_settings(space.train), arguments.output)
+            if not is_new:
+                check_training(space.model, trains)
+                prepare(run_settings, arguments.output)
             comparing.run(arguments.address, verbose=arguments.verbose)
         _report(comparing, as_json=arguments.json)
     return SOME_RUNS_FAILED if description.num_failed else 0
+
+
+def _check_quickly(
+    space: CompareSpace, methods: Sequence[str], arguments: argparse.Namespace
+) -> None:
+    """Look at whatever can be looked at in seconds; of a report alone at the data's names."""
+    from lrmc_ray.cluster.beforehand import check_beforehand, check_model, trains_lora
+    from lrmc_ray.evaluate.task_files import check_tasks, task_data
+    from lrmc_ray.record.sources import training_files
+    from lrmc_ray.tasks.registry import expand
+
+    if arguments.report_only:
+        training_files(space)
+        return
+    lora = trains_lora(space, [space.methods[method].train for method in methods])
+    check_beforehand(space, arguments.output, address=arguments.address, lora=lora)
+    check_model(space.model)
+    training_files(space)
+    names = expand([*space.evaluate.domain_tasks, *space.evaluate.general_tasks])
+    check_tasks(names, "dev")
+    task_data(names, "test")
 
 
 def _parser() -> argparse.ArgumentParser:

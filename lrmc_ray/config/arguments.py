@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from lrmc_ray.command_line import CommandParser
 from lrmc_ray.config import (
     RunSettings,
     SettingsType,
@@ -14,62 +15,85 @@ from lrmc_ray.config import (
     read_toml,
     validate,
 )
+from lrmc_ray.config.validation import setting_names
 from lrmc_ray.config.words import allowed_text, default_text
 from lrmc_ray.errors import IncompleteArtifactError
 
 
 def add_run_arguments(parser: argparse.ArgumentParser, *, default_space: str | None = None) -> None:
     """The arguments of every stage that works from a settings file."""
-    parser.add_argument(
+    if isinstance(parser, CommandParser):
+        parser.settings = setting_names(RunSettings)
+    what = parser.add_argument_group("what is learned and asked")
+    what.add_argument(
         "--space",
         default=default_space,
         metavar="FILE",
         help="settings in TOML, or the name of one in tune_spaces/"
-        + (f" (default: {default_space})" if default_space else ""),
+        + (f" (default: {default_space})" if default_space else " (default: none)"),
     )
-    parser.add_argument("--model", metavar="M", help="directory or Hugging Face id of the base")
-    parser.add_argument(
+    what.add_argument(
+        "--model",
+        metavar="M",
+        help=f"directory or Hugging Face id of the base{_by_default('model.name')}",
+    )
+    what.add_argument(
         "--train-data",
         metavar="[DOMAIN=]FILE",
         action="append",
         help="file, folder, pattern or data set of the Hub, with messages, or prompt and "
-        "completion, or text in every row; may be given several times",
+        "completion, or text in every row; may be given several times" + _by_default("data.train"),
     )
-    parser.add_argument(
-        "--domain-tasks", metavar="TASKS", help="comma-separated tasks that should improve"
+    what.add_argument(
+        "--domain-tasks",
+        metavar="TASKS",
+        help="comma-separated tasks that should improve" + _by_default("evaluate.domain_tasks"),
     )
-    parser.add_argument(
-        "--general-tasks", metavar="TASKS", help="comma-separated tasks that must not get worse"
+    what.add_argument(
+        "--general-tasks",
+        metavar="TASKS",
+        help="comma-separated tasks that must not get worse"
+        + _by_default("evaluate.general_tasks"),
     )
-    parser.add_argument(
+    what.add_argument(
+        "overrides",
+        nargs="*",
+        metavar="section.key=value",
+        help="any setting, for example train.lr=1e-5 search.trials=20",
+    )
+    where = parser.add_argument_group("where")
+    where.add_argument(
         "--output",
         type=output_directory,
         default=Path("runs"),
         metavar="DIR",
         help="where everything is kept (default: runs)",
     )
-    parser.add_argument(
+    where.add_argument(
         "--storage",
         metavar="URI",
         help="resources.storage: where nodes that do not share DIR keep what they exchange, "
-        "s3://BUCKET/PREFIX or gs://BUCKET/PREFIX",
+        "s3://BUCKET/PREFIX or gs://BUCKET/PREFIX (default: none)",
     )
-    parser.add_argument(
+    where.add_argument(
         "--address",
         default="local",
         help="Ray cluster to join: auto, or host:port (default: start Ray on this machine)",
     )
-    parser.add_argument("--json", action="store_true", help="results as one JSON object on stdout")
-    parser.add_argument("--verbose", action="store_true", help="show the workers' output, too")
-    parser.add_argument(
+    shown = parser.add_argument_group("what is shown")
+    shown.add_argument("--json", action="store_true", help="results as one JSON object on stdout")
+    shown.add_argument("--verbose", action="store_true", help="show the workers' output, too")
+    shown.add_argument(
         "--quiet", action="store_true", help="no progress: only warnings, errors and the result"
     )
-    parser.add_argument(
-        "overrides",
-        nargs="*",
-        metavar="section.key=value",
-        help="any setting, for example train.lr=1e-5 search.trials=20",
-    )
+
+
+def _by_default(setting: str) -> str:
+    """What is used where the settings file names nothing, either."""
+    section, _, name = setting.partition(".")
+    value = getattr(getattr(RunSettings(), section), name)
+    named = value if isinstance(value, str) else ",".join(value)
+    return f" (default: {named})"
 
 
 def output_directory(text: str) -> Path:
@@ -133,29 +157,27 @@ def _names(text: str | None) -> list[str] | None:
     return None if text is None else [name.strip() for name in text.split(",") if name.strip()]
 
 
+_ALIASES = {
+    "max_length": ("TOKENS", "data.max_length"),
+    "on_long": ("POLICY", "data.on_long"),
+    "on_bad_row": ("POLICY", "data.on_bad_row"),
+    "k_max": ("K", "record.k_max"),
+    "prompt_k_max": ("K", "record.prompt_k_max"),
+    "actors": ("MIN,MAX", "resources.actors"),
+    "num_gpus_per_actor": ("N", "resources.gpus_per_worker"),
+}
+"""Short names of settings: how the help calls the value, and the setting."""
+
+
 def add_record_arguments(parser: argparse.ArgumentParser) -> None:
     """Short names of the settings that matter here most."""
-    for option, metavar, text in (
-        ("--max-length", "TOKENS", "data.max_length: most tokens of a sample"),
-        ("--on-long", "POLICY", "data.on_long: error, drop or truncate a longer one"),
-        ("--on-bad-row", "POLICY", "data.on_bad_row: error, or skip and list in rejects.jsonl"),
-        ("--k-max", "K", "record.k_max: most candidates of a supervised position"),
-        ("--prompt-k-max", "K", "record.prompt_k_max: most of a prompt position; 0 records none"),
-        ("--actors", "MIN,MAX", "resources.actors: fewest and most actors"),
-        ("--num-gpus-per-actor", "N", "resources.gpus_per_worker: GPUs of an actor"),
-    ):
-        parser.add_argument(option, metavar=metavar, help=text)
-
-
-_ALIASES = {
-    "max_length": "data.max_length",
-    "on_long": "data.on_long",
-    "on_bad_row": "data.on_bad_row",
-    "k_max": "record.k_max",
-    "prompt_k_max": "record.prompt_k_max",
-    "actors": "resources.actors",
-    "num_gpus_per_actor": "resources.gpus_per_worker",
-}
+    group = parser.add_argument_group("settings of recording, each the same as SECTION.NAME=VALUE")
+    settings = RunSettings()
+    for option, (metavar, setting) in _ALIASES.items():
+        section, _, name = setting.partition(".")
+        field = type(getattr(settings, section)).model_json_schema()["properties"][name]
+        text = f"{setting}. {_help_text(field)} Default: {default_text(field.get('default'))}."
+        group.add_argument(f"--{option.replace('_', '-')}", metavar=metavar, help=_plain(text))
 
 
 def without_aliases(argv: Sequence[str]) -> list[str]:
@@ -164,7 +186,7 @@ def without_aliases(argv: Sequence[str]) -> list[str]:
     add_record_arguments(parser)
     named, rest = parser.parse_known_args(argv)
     overrides = []
-    for name, setting in _ALIASES.items():
+    for name, (_, setting) in _ALIASES.items():
         if (value := getattr(named, name)) is not None:
             overrides.append(f"{setting}={f'[{value}]' if name == 'actors' else value}")
     return rest + overrides
@@ -182,17 +204,27 @@ def add_setting_flags(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("settings of train, each the same as train.NAME=VALUE")
     for name, field in TrainSettings.model_json_schema()["properties"].items():
         flag = f"--{name.replace('_', '-')}"
-        default = default_text(field.get("default"))
+        text = f"{_help_text(field)} Default: {default_text(field.get('default'))}."
         options: dict[str, Any] = {"dest": f"train.{name}", "default": None}
         if field.get("type") == "boolean":
-            text = f"{field['description']} Default: {default}."
             options["action"] = argparse.BooleanOptionalAction
         else:
-            text = f"{field['description']} Allowed: {allowed_text(field)}. Default: {default}."
             kinds = [kind.get("type") for kind in field.get("anyOf", [field])]
             options["metavar"] = next((_METAVARS[k] for k in kinds if k in _METAVARS), "NAME")
-        text = " ".join(text.replace("`", "").split()).replace("%", "%%")
-        group.add_argument(flag, help=text, **options)
+        group.add_argument(flag, help=_plain(text), **options)
+
+
+def _help_text(field: Mapping[str, Any]) -> str:
+    """What a setting means, and what it allows where that is not yes or no."""
+    meaning = str(field["description"])
+    return (
+        meaning if field.get("type") == "boolean" else f"{meaning} Allowed: {allowed_text(field)}."
+    )
+
+
+def _plain(text: str) -> str:
+    """``text`` as argparse takes it for a flag's help."""
+    return " ".join(text.replace("`", "").split()).replace("%", "%%")
 
 
 def flag_overrides(arguments: argparse.Namespace) -> list[str]:

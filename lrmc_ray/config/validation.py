@@ -27,15 +27,19 @@ _RULES = {
 _SHOULD = re.compile("^[A-Z][a-z]+ should")
 
 
+def setting_names(settings: type[Settings]) -> list[str]:
+    """All settings of all sections, as ``section.key``."""
+    return [
+        f"{section}.{name}"
+        for section, field in settings.model_fields.items()
+        if isinstance(field.annotation, type) and issubclass(field.annotation, Settings)
+        for name in field.annotation.model_fields
+    ]
+
+
 def _elsewhere(settings: type[Settings], name: str) -> str:
     """A question after the section that was left out; empty where no section has ``name``."""
-    found = [
-        f"'{section}.{name}'"
-        for section, field in settings.model_fields.items()
-        if isinstance(field.annotation, type)
-        and issubclass(field.annotation, Settings)
-        and name in field.annotation.model_fields
-    ]
+    found = [f"'{known}'" for known in setting_names(settings) if known.split(".")[1] == name]
     return f". Did you mean {' or '.join(found)}?" if found else ""
 
 
@@ -101,7 +105,7 @@ def _in_words(settings: type[Settings], error: ValidationError) -> list[str]:
         if problem["type"] == "extra_forbidden":
             name = str(problem["loc"][-1])
             close = _elsewhere(settings, name) if len(problem["loc"]) == 1 else ""
-            close = close or nearest(name, section.model_fields)
+            close = close or nearest(name, section.model_fields, above=key.removesuffix(name))
             lines.append(f"unknown setting {key}{close}")
         elif problem["type"] == "value_error":
             message = problem["msg"].removeprefix("Value error, ")

@@ -11,8 +11,8 @@ from lrmc_ray.command_line import CommandParser
 from lrmc_ray.config import ModelSettings, RunSettings
 from lrmc_ray.config.arguments import add_run_arguments, settings_from
 from lrmc_ray.console import progress, setup_logging
-from lrmc_ray.errors import ConfigError, IncompleteArtifactError
-from lrmc_ray.files.origin import ORIGIN_FILE, Origin, read_origin
+from lrmc_ray.errors import ConfigError
+from lrmc_ray.files.origin import ORIGIN_FILE, Origin, check_tuned, read_origin
 from lrmc_ray.files.place import place_of
 from lrmc_ray.files.study import STUDY_FILE
 from lrmc_ray.models import local_directory
@@ -28,15 +28,12 @@ def main(argv: Sequence[str]) -> int:
     setup_logging(arguments.verbose, quiet=arguments.quiet)
     if arguments.actors is not None and arguments.actors < 1:
         raise ConfigError(f"--actors must be at least 1, got {arguments.actors}")
+    for directory in arguments.tuned:
+        check_tuned(Path(directory))
     origin = read_origin(Path(arguments.tuned[0])) if arguments.tuned else None
     settings = settings_from(arguments, _CHOSEN_BY_NOTHING if origin is None else origin.settings)
     output = arguments.output or scores_directory(origin)
     place = place_of(settings.resources.storage)
-    for directory in arguments.tuned:
-        if not Path(directory).is_dir():
-            raise IncompleteArtifactError(
-                f"{directory} does not exist; give the directory of a tuned model"
-            )
     check_beforehand(settings, output, address=arguments.address, data=False)
     base = ModelSettings(name=arguments.base) if arguments.base else settings.model
     tuned = [ModelSettings(name=directory) for directory in arguments.tuned]

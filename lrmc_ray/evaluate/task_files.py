@@ -33,6 +33,8 @@ from lrmc_ray.tasks.demo.files import demo_files
 from lrmc_ray.tasks.demo.packet_questions import packet_files
 from lrmc_ray.tasks.registry import GROUPS, OURS, materialize
 
+TASK_SUFFIXES = (".yaml", ".yml")
+
 
 def quieten() -> None:
     """Before the first task: no progress bars, and only errors of what lm-eval uses."""
@@ -60,6 +62,7 @@ def task_manager(names: Sequence[str], scratch: Path, split: Split) -> Any:
     keep_code_out()
     _let_datasets_write(scratch)
     ours = {*OURS, *(part for parts in OURS.values() for part in parts)}
+    _check_files(names)
     materialize(scratch, **task_data(names, split))
     foreign = [name for name in names if name not in ours]
     if foreign:
@@ -72,9 +75,10 @@ def task_manager(names: Sequence[str], scratch: Path, split: Split) -> Any:
         if name not in manager.all_tasks and not Path(name).is_file():
             known = [*OURS, *GROUPS, *manager.all_tasks]
             close = difflib.get_close_matches(name, known, n=3)
-            hint = f"; did you mean {' or '.join(close)}?" if close else ""
+            remedy = f"did you mean {' or '.join(close)}?" if close else "correct the name"
             raise ConfigError(
-                f"task {name} is neither one of ours ({', '.join(OURS)}) nor one of lm-eval's{hint}"
+                f"task {name} is neither one of ours ({', '.join(OURS)}) nor one of lm-eval's; "
+                f"{remedy} A task of your own is named by its file, mine.yaml"
             )
         if Path(name).is_file():
             _enter(manager, name)
@@ -100,6 +104,20 @@ def _let_datasets_write(scratch: Path) -> None:
     except OSError:
         is_writable = False
     datasets.config.HF_DATASETS_CACHE = own if is_writable else scratch / "datasets"
+
+
+def _check_files(names: Sequence[str]) -> None:
+    """Refuse names of task files where there is no such file, before 15,000 names are read.
+
+    Raises:
+        ConfigError: names those that are nearest.
+    """
+    for name in names:
+        path = Path(name)
+        if path.suffix in TASK_SUFFIXES and not path.is_file():
+            beside = [str(file) for end in TASK_SUFFIXES for file in path.parent.glob(f"*{end}")]
+            hint = nearest(name, beside) or "; correct its name"
+            raise ConfigError(f"the task file {name} does not exist{hint}")
 
 
 def _enter(manager: Any, name: str) -> None:
@@ -131,6 +149,8 @@ def _place_data(config: Any, folder: Path) -> None:
     files = data_files(config, folder)
     if not files:
         return
+    if is_json(files, config):
+        _check_is_not_empty(config, files)
     options = dict(config.get("dataset_kwargs") or {})
     whole = folder / str(config.get("dataset_path"))
     # A folder that describes itself may give its files other meanings.
@@ -144,6 +164,27 @@ def _place_data(config: Any, folder: Path) -> None:
         config["dataset_path"] = str(whole.resolve())
 
 
+def _check_is_not_empty(config: Any, files: Mapping[str, Sequence[Path | str]]) -> None:
+    split = config.get("test_split") or config.get("validation_split")
+    asked = [Path(file) for file in files.get(split, ())]
+    field = (config.get("dataset_kwargs") or {}).get("field")
+    if asked and not read_items(asked, field):
+        raise DataError(
+            f"the task {config.get('task')} must have items, but there are none in "
+            f"{', '.join(map(str, asked))}; write some, one a line"
+        )
+
+
+def _fields(name: str) -> list[str]:
+    """The fields that the items of a task file have; empty where they cannot be told."""
+    config, _ = read_task_file(Path(name))
+    files = data_files(config, Path(name).parent)
+    if not is_json(files, config):
+        return []
+    items = read_items([Path(file) for part in files.values() for file in part])
+    return list(dict.fromkeys(field for item in items for field in item.row))
+
+
 def _refused(name: str, why: Exception | str) -> ConfigError:
     told = why if isinstance(why, str) else error_text(why)
     if unknown := re.search(r"unexpected keyword argument '(\w+)'", told):
@@ -151,6 +192,10 @@ def _refused(name: str, why: Exception | str) -> ConfigError:
 
         known = [field.name for field in dataclasses.fields(TaskConfig)]
         told = f"it has no field {unknown[1]}{nearest(unknown[1], known)}"
+    elif (unknown := re.search(r"'(\w+)' is undefined", told)) and Path(name).is_file():
+        fields = _fields(name)
+        known_text = f" (they have {', '.join(fields)})" if fields else ""
+        told = f"its items have no field {unknown[1]}{known_text}{nearest(unknown[1], fields)}"
     return ConfigError(
         f"lm-eval refuses the task {name}: {told}; correct the task file (its data must be where "
         "`data_files` says), or choose another task"

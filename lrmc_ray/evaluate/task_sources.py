@@ -97,7 +97,7 @@ def data_files(config: Mapping[str, Any], folder: Path) -> dict[str, list[Path |
             return {}
         base = _place(str(Path(*parts)), folder)
         if base is None:
-            raise ConfigError(_missing(str(Path(*parts)), folder))
+            raise ConfigError(_missing(config, str(Path(*parts)), folder))
         patterns = get_data_patterns(base.as_posix())
         return {str(split): _resolved(found, base.as_posix()) for split, found in patterns.items()}
     try:
@@ -105,7 +105,7 @@ def data_files(config: Mapping[str, Any], folder: Path) -> dict[str, list[Path |
     except (TypeError, ValueError) as error:
         raise ConfigError(f"data_files of the task are not understood: {error}") from error
     return {
-        split: [file for pattern in patterns for file in _files_of(pattern, parts, folder)]
+        split: [file for pattern in patterns for file in _files_of(config, pattern, parts, folder)]
         for split, patterns in wanted.items()
     }
 
@@ -118,7 +118,9 @@ def is_of_hub(config: Mapping[str, Any], folder: Path) -> bool:
     return _place(path, folder) is None and not path.endswith(".py")
 
 
-def _files_of(pattern: str, parts: list[str], folder: Path) -> list[Path | str]:
+def _files_of(
+    config: Mapping[str, Any], pattern: str, parts: list[str], folder: Path
+) -> list[Path | str]:
     """The files that a pattern stands for, beside the task file or in the current folder."""
     if _REMOTE.match(pattern):
         return [pattern]
@@ -126,7 +128,7 @@ def _files_of(pattern: str, parts: list[str], folder: Path) -> list[Path | str]:
     found = [_resolved([name], base.as_posix()) for base in _bases(name, folder)]
     found = [files for files in found if files]
     if not found:
-        raise ConfigError(_missing(name, folder))
+        raise ConfigError(_missing(config, name, folder))
     if any(files != found[0] for files in found):
         raise ConfigError(
             f"{name} must mean one file, but there is one in {Path.cwd()} and another in {folder}; "
@@ -158,9 +160,9 @@ def _place(name: str, folder: Path) -> Path | None:
     return next((b / name for b in _bases(name, folder) if (b / name).is_dir()), None)
 
 
-def _missing(name: str, folder: Path) -> str:
+def _missing(config: Mapping[str, Any], name: str, folder: Path) -> str:
     return (
-        f"lm-eval refuses the task: its data {name} are not in "
+        f"lm-eval refuses the task {config.get('task')}: its data {name} are not in "
         f"{' nor in '.join(map(str, _bases(name, folder)))}; correct `data_files` in the task file"
     )
 

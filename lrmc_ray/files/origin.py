@@ -6,8 +6,9 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from lrmc_ray.config import RunSettings
-from lrmc_ray.errors import DataError
+from lrmc_ray.errors import DataError, IncompleteArtifactError
 from lrmc_ray.files.artifacts import write_json
+from lrmc_ray.files.names import BEST_MODEL
 from lrmc_ray.method.names import Blend
 
 ORIGIN_FILE = "lrmc.json"
@@ -138,6 +139,24 @@ def ancestors_of(base: Path) -> list[Ancestor]:
         blend_form=own.blend_form,
     )
     return [*own.ancestors, made]
+
+
+def check_tuned(directory: Path) -> None:
+    """Refuse what is no tuned model's directory; where a search is, its best model is named.
+
+    Raises:
+        IncompleteArtifactError: says what to give in its place.
+    """
+    if not directory.is_dir():
+        raise IncompleteArtifactError(
+            f"{directory} does not exist; give the directory of a tuned model"
+        )
+    if not (directory / "config.json").is_file():
+        below = sorted([*directory.glob(BEST_MODEL), *directory.glob(f"*/{BEST_MODEL}")])
+        named = " or ".join(map(str, below)) or "the directory of a tuned model"
+        raise IncompleteArtifactError(
+            f"{directory} must be a model's directory, and has no config.json; give {named}"
+        )
 
 
 def write_origin(directory: Path, origin: Origin) -> None:

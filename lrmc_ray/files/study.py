@@ -146,6 +146,10 @@ def find_study(directory: Path) -> Path:
     """
     if (directory / STUDY_FILE).is_file():
         return directory
+    if not directory.is_dir():
+        raise IncompleteArtifactError(
+            f"{directory} does not exist; give the --output of a search, or the study in it"
+        )
     found = sorted(path.parent for path in directory.glob(f"*/{STUDY_FILE}"))
     found += sorted(path.parent for path in directory.glob(f"*/*/{STUDY_FILE}"))
     if not found:

@@ -107,9 +107,9 @@ def _search(path: Path) -> Entry:
     except LrmcError as error:
         return Entry("search", path, "damaged", str(error).split(";", maxsplit=1)[0])
     done = sum(trial.state != "RUNNING" for trial in study.trials)
-    about = [f"{done} trials", *_names(study.datasets)]
+    about = [f"{done} trials", *_names(study)]
     if study.best is not None and (best := study.trial(study.best)) is not None:
-        about.append(f"best {study.best}{_scores_text(best.results)}")
+        about.append(f"best is trial {study.best}{_scores_text(best.results)}")
     scores = [study.base_scores, *study.final.values()]
     scores += [trial.scores for trial in study.trials]
     trainings = [path / TRIALS / f"{trial.number:04d}" / "training" for trial in study.trials]
@@ -125,8 +125,11 @@ def _search(path: Path) -> Entry:
     )
 
 
-def _names(datasets: Any) -> list[str]:
-    names = sorted({file.name for file in datasets})
+def _names(study: StudyFile) -> list[str]:
+    """What it was taught, as the command named it."""
+    data = study.settings.get("data")
+    typed = data.get("train", ()) if isinstance(data, Mapping) else ()
+    names = [Path(str(name)).name for name in typed] or sorted({f.name for f in study.datasets})
     return [f"on {', '.join(names[:2])}{' and more' if len(names) > 2 else ''}"] if names else []
 
 
@@ -134,7 +137,7 @@ def _scores_text(results: Mapping[str, Any]) -> str:
     if not {"eval/domain_gain", "eval/forgetting"} <= results.keys():
         return ""
     gain, lost = (results[f"eval/{name}"] for name in ("domain_gain", "forgetting"))
-    return f" (gain {points(gain)}, forgetting {points(lost)} points on search items)"
+    return f"\n    gain {points(gain)}, forgetting {points(lost)} points on search items"
 
 
 def _spare_models(study: StudyFile, trainings: list[Path]) -> Iterator[Path]:
@@ -191,7 +194,14 @@ def _stage(path: Path) -> Entry:
     else:
         identity = manifest.get("identity", {})
         tasks = [*identity.get("domain_tasks", []), *identity.get("general_tasks", [])]
-        about = f"{identity.get('split', '?')}: {', '.join(map(str, tasks))}"
+        limit = identity.get("limit")
+        about = "the base model" if identity.get("base") is None else "a tuned model"
+        if identity.get("split") == "dev":
+            about += ", search items"
+        elif identity.get("test_share"):
+            about += ", test items"
+        about += f", at most {limit} a task" if limit else ""
+        about += f"\n    {', '.join(map(str, tasks))}"
         scores = [str(identity[name]) for name in ("base", "general_from") if identity.get(name)]
     return Entry(
         kind,

@@ -5,6 +5,7 @@ to be asked, and that has no place in a conversation, is refused by its name; fi
 nothing of the sort are left alone.
 """
 
+import difflib
 import json
 from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
@@ -27,6 +28,8 @@ SHAREGPT_ROLES = {
     "function_call": "function_call",
 }
 """What ``from`` says, and the role that it stands for; a function_call is the assistant's."""
+
+_ROLES = ("system", "user", "assistant", "tool", "developer", "function")
 
 _LOST = ("audio", "refusal", "image", "images", "video", "videos", "documents", "attachments")
 """Fields of a message whose content no text holds."""
@@ -64,7 +67,10 @@ def conversation_of(row: Mapping[str, Any]) -> Conversation:
     messages = _with_system(row, read(row))
     learned = [m for m in messages if m["role"] == "assistant" and _says_something(m)]
     if not learned:
-        raise DataError("no assistant message with text, so nothing to learn")
+        roles = ", ".join(dict.fromkeys(m["role"] for m in messages))
+        raise DataError(
+            f"no assistant message with text, so nothing to learn; its roles are {roles}"
+        )
     is_learned = [_is_learned(message) for message in messages]
     answers = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
     unlearned = frozenset(i for i in answers if not is_learned[i])
@@ -127,6 +133,7 @@ def _message(message: Any) -> dict[str, Any]:
         read["content"] = _text_of_parts(read["content"])
     if (call := read.pop("function_call", None)) is not None:
         read["tool_calls"] = [{"type": "function", "function": call}]
+    _check_role(read["role"])
     if read["role"] == "function":
         read["role"] = "tool"
     if read.get("tool_calls"):
@@ -137,6 +144,12 @@ def _message(message: Any) -> dict[str, Any]:
     if not isinstance(read.get("content"), str):
         raise DataError("each message needs the strings 'role' and 'content'")
     return read
+
+
+def _check_role(role: str) -> None:
+    """Refuse what can only be a mistyped role; a template may know other ones."""
+    if role not in _ROLES and (meant := difflib.get_close_matches(role, _ROLES, 1, 0.8)):
+        raise DataError(f"no message has the role {role!r}. Did you mean {meant[0]!r}?")
 
 
 def _text_of_parts(parts: Sequence[Any]) -> str:

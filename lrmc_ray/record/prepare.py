@@ -4,6 +4,8 @@ import contextlib
 import dataclasses
 import json
 import logging
+import shutil
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
@@ -30,7 +32,7 @@ from lrmc_ray.record.examples import ExamplesWriter
 from lrmc_ray.record.identity import identify, why_again
 from lrmc_ray.record.names import EXAMPLES, MADE_BY, PLAN, REJECTS
 from lrmc_ray.record.recording import Recording, recording_of
-from lrmc_ray.record.rows import Rejects, read_rows
+from lrmc_ray.record.rows import Rejects, first_rows, read_rows
 from lrmc_ray.record.sources import Source, training_sources, unread_files
 
 _log = logging.getLogger(__name__)
@@ -44,6 +46,9 @@ COMPARED_TEXTS = 512
 
 MAX_NAMED = 5
 """Files that are not read which a message names."""
+
+LOOKED_AT = 1000
+"""Rows of each file that are read to explain a run."""
 
 SHARDS = 64
 """Shards between these bounds; a small data set has fewer, a large one more."""
@@ -106,10 +111,59 @@ def prepare(settings: RunSettings, output: Path) -> Preparation:
         return prepared
     if not prepared.partial.exists() and (why := why_again(prepared.final, identity)) is not None:
         _log.warning("%s", why)
+    made = [prepared.partial, prepared.partial.parent, output]
+    made = [directory for directory in made if not directory.exists()]
     with lock_directory(prepared.partial):
         if not is_finished(prepared.final):
-            read_or_make_plan(prepared)
+            try:
+                read_or_make_plan(prepared)
+            except DataError:
+                if prepared.partial in made and not (prepared.partial / REJECTS).exists():
+                    _remove(made)
+                raise
     return prepared
+
+
+def _remove(made: Sequence[Path]) -> None:
+    """Leave nothing of a record that was not begun: its directory, and those made for it."""
+    shutil.rmtree(made[0])
+    for directory in made[1:]:
+        with contextlib.suppress(OSError):  # another command has put something there
+            directory.rmdir()
+
+
+def look(settings: RunSettings, model_directory: Path | None) -> None:
+    """Read and tokenize the first rows of every file as :func:`prepare` does; writes nothing.
+
+    Args:
+        settings: of the run.
+        model_directory: where the tokenizer is; None if it is not here, and rows are only read.
+
+    Raises:
+        DataError: rows that cannot be used, unless they may be skipped.
+    """
+    data, sources = settings.data, training_sources(settings)
+    if data.on_bad_row == "skip":
+        return
+    rejects = Rejects()
+    rows = first_rows(sources, rejects, LOOKED_AT)
+    if model_directory is None:
+        for row in rows:
+            if row.problem:
+                rejects.add(row.place, row.problem)
+        rejects.settle()
+        return
+    chat = Chat(load_tokenizer(model_directory), settings.model.template_options)
+    for _ in encode_rows(
+        rows,
+        chat,
+        max_length=data.max_length if data.on_long == "error" else sys.maxsize,
+        on_long="error",
+        vocabulary_size=vocabulary_size(model_directory),
+        summary=EncodingSummary(),
+        rejects=rejects,
+    ):
+        pass
 
 
 def read_or_make_plan(prepared: Preparation) -> dict[str, Any]:

@@ -11,6 +11,7 @@ floats, and a second copy of every file in its cache.
 import csv
 import hashlib
 import io
+import itertools
 import json
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -96,6 +97,13 @@ class Rejects:
         raise DataError(f"{rule}:\n  {listed}{more}")
 
 
+def first_rows(sources: Sequence[Source], rejects: Rejects, count: int) -> Iterator[Row]:
+    """The first ``count`` rows of each file; otherwise as :func:`read_rows`."""
+    for source in sources:
+        yield from itertools.islice(_READERS[kind_of(source.path)](source, rejects), count)
+    _check_some(sources, rejects)
+
+
 def read_rows(sources: Sequence[Source], rejects: Rejects) -> Iterator[Row]:
     """Every row of the files, those that cannot be read with what is wrong; ``rejects`` counts all.
 
@@ -109,6 +117,10 @@ def read_rows(sources: Sequence[Source], rejects: Rejects) -> Iterator[Row]:
                 f"training data {source.path} does not exist; give an existing file"
             )
         yield from _READERS[kind_of(source.path)](source, rejects)
+    _check_some(sources, rejects)
+
+
+def _check_some(sources: Sequence[Source], rejects: Rejects) -> None:
     if rejects.rows == 0:
         names = ", ".join(str(source.path) for source in sources)
         raise DataError(f"{names}: no rows; training data need at least one")

@@ -314,13 +314,18 @@ def note_on_not_drawn(study: Study) -> str:
 
 
 def chosen_settings(study: Study, trial: Trial) -> list[tuple[str, str]]:
-    """The searched parameters, and the settings in which the trial differs from the study's."""
+    """The searched parameters, and the settings in which the trial differs from the study's.
+
+    Of plain fine-tuning the learning rate stands there in any case: it is what the row is about.
+    """
     common = study.file.settings.get("train")
     common = common if isinstance(common, Mapping) else {}
     differing = {
         name: value
         for name, value in trial.entry.settings.items()
-        if name not in common or common[name] != value
+        if name not in common
+        or common[name] != value
+        or (name == "lr" and trial.entry.role == "yardstick")
     }
     return flatten({**trial.entry.params, **differing})
 

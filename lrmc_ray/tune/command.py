@@ -29,12 +29,13 @@ def main(argv: Sequence[str]) -> int:
     setup_logging(arguments.verbose, quiet=arguments.quiet)
     settings = settings_from(arguments)
 
-    from lrmc_ray.tune.inputs import check_inputs, check_quickly
+    from lrmc_ray.tune.inputs import check_inputs, check_quickly, check_to_explain
 
     check_quickly(settings, arguments.output, arguments.address)
     if arguments.explain:
         from lrmc_ray.tune.explain import explain
 
+        check_to_explain(settings)
         explain(settings, arguments.output, as_json=arguments.json)
         return 0
 

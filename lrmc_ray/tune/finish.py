@@ -5,6 +5,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
+from lrmc_ray.ask.mlflow_model import write_mlmodel
 from lrmc_ray.console import progress
 from lrmc_ray.errors import DataError
 from lrmc_ray.evaluate.run import evaluate
@@ -16,7 +17,6 @@ from lrmc_ray.files.study import STUDY_FILE, Artifact, TrialEntry
 from lrmc_ray.models import local_directory
 from lrmc_ray.report.figures_png import FIGURE_FILE
 from lrmc_ray.report.mlflow import StudyTracker, best_model_of
-from lrmc_ray.report.mlflow_model import write_mlmodel
 from lrmc_ray.report.mlflow_note import study_note, study_scores
 from lrmc_ray.report.model_card import write_model_card
 from lrmc_ray.report.page import REPORT_FILE, write_study_report

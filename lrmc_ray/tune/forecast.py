@@ -13,13 +13,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lrmc_ray.config import DEMO, GEMMA, ResourceSettings, RunSettings
+from lrmc_ray.cluster.beforehand import model_here
+from lrmc_ray.config import ResourceSettings, RunSettings
 from lrmc_ray.errors import DataError, ResourceError
-from lrmc_ray.files.artifacts import cache_directory, fingerprint, is_finished
+from lrmc_ray.files.artifacts import fingerprint, is_finished
 from lrmc_ray.files.study import STUDY_FILE, StudyFile, read_study
 from lrmc_ray.record.identity import identify
 from lrmc_ray.record.sources import training_files, training_sources
-from lrmc_ray.tasks.demo import base_model, gemma_model
 from lrmc_ray.train.driver import with_steps
 
 CORE_FLOPS = 7e10
@@ -149,7 +149,7 @@ def with_expected_steps(settings: RunSettings, output: Path) -> RunSettings:
     train = settings.train
     if train.epochs is None:
         return settings
-    directory = _model_directory(settings)
+    directory = model_here(settings.model)
     if directory is not None:
         identity, _ = identify(settings, directory, training_sources(settings))
         recorded = output / "records" / fingerprint(identity)
@@ -234,7 +234,7 @@ def _estimated(settings: RunSettings, slots: int, gpu_flops: float | None) -> _P
     # With it comes torch, which ``--help`` and measured forecasts do without.
     from lrmc_ray.tune.token_counts import TokenCounts, count_sample_tokens
 
-    directory = _model_directory(settings)
+    directory = model_here(settings.model)
     gpus = settings.resources.gpus_per_worker
     if directory is None or (gpus and gpu_flops is None):
         return None
@@ -273,15 +273,6 @@ def _estimated(settings: RunSettings, slots: int, gpu_flops: float | None) -> _P
         ),
         is_measured=False,
     )
-
-
-def _model_directory(settings: RunSettings) -> Path | None:
-    """The model's directory if it is on this machine; nothing is downloaded."""
-    made = {DEMO: base_model.NAME, GEMMA: gemma_model.NAME}
-    if settings.model.name not in made:
-        return Path(settings.model.name) if Path(settings.model.name).is_dir() else None
-    directory = cache_directory() / made[settings.model.name]
-    return directory if directory.is_dir() else None
 
 
 def count_parameters(directory: Path) -> int:

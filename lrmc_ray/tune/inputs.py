@@ -2,11 +2,11 @@
 
 from pathlib import Path
 
-from lrmc_ray.cluster.beforehand import check_beforehand, check_model, trains_lora
+from lrmc_ray.cluster.beforehand import check_beforehand, check_model, model_here, trains_lora
 from lrmc_ray.config import RunSettings
 from lrmc_ray.evaluate.task_files import check_tasks, task_data
 from lrmc_ray.files.place import place_of
-from lrmc_ray.record.prepare import prepare
+from lrmc_ray.record.prepare import look, prepare
 from lrmc_ray.record.sources import training_files
 from lrmc_ray.tasks.registry import expand
 from lrmc_ray.train.checks import check_settings
@@ -25,6 +25,20 @@ def check_quickly(settings: RunSettings, output: Path, address: str) -> None:
     names = expand([*settings.evaluate.domain_tasks, *settings.evaluate.general_tasks])
     check_tasks(names, "dev")
     task_data(names, "test")
+
+
+def check_to_explain(settings: RunSettings) -> None:
+    """Look at the first rows of the training data, and at settings that not all models know.
+
+    Makes and downloads nothing: where the model is not on this machine, rows are only read.
+
+    Raises:
+        LrmcError: one of them cannot be used; the message says why.
+    """
+    directory = model_here(settings.model)
+    look(settings, directory)
+    if directory is not None:
+        check_settings(settings)
 
 
 def check_inputs(settings: RunSettings, output: Path) -> dict[str, str]:

@@ -356,7 +356,9 @@ def _parser() -> CommandParser:
         metavar="N",
         help=f"tokens of the sample, at least (default: {SAMPLE_TOKENS})",
     )
-    parser.add_argument("--seed", type=int, default=0, help="of the choice of samples")
+    parser.add_argument(
+        "--seed", type=int, default=0, metavar="N", help="of the choice of samples (default: 0)"
+    )
     parser.add_argument(
         "--cluster",
         type=Path,

@@ -215,7 +215,7 @@ def test_plain_text_has_one_question_a_line(tmp_path):
 @pytest.mark.parametrize(
     ("argv", "code", "problem"),
     [
-        (["nowhere"], 3, "nowhere does not exist; give a model's directory"),
+        (["nowhere"], 3, "nowhere does not exist; give the directory of a tuned model"),
         (["MODEL", "--to", "x.md"], 2, "--to x.md needs --questions FILE"),
         (["MODEL", "--questions", "Q", "--to", "x.pdf"], 2, "--to must end in .md or .html"),
         (["MODEL", "--temperature", "9"], 2, "--temperature must be from 0 to 5, got 9.0"),
@@ -255,3 +255,30 @@ def test_a_killed_chat_leaves_no_table(tuned, questions, tmp_path):
     _, status = os.waitpid(pid, 0)
     assert os.WTERMSIG(status) == signal.SIGKILL
     assert sorted(path.name for path in tmp_path.iterdir()) == ["q.jsonl"]
+
+
+@pytest.mark.parametrize(("busy_percent", "threads"), [(0.0, 8), (49.0, 4), (90.0, 1), (100.0, 1)])
+def test_answers_take_the_threads_that_others_leave(tiny_model, monkeypatch, busy_percent, threads):
+    before = torch.get_num_threads()
+    torch.set_num_threads(8)
+    monkeypatch.setattr("lrmc_ray.ask.answering.local_cpus", lambda: 8)
+    monkeypatch.setattr("psutil.cpu_percent", lambda interval: busy_percent)
+    try:
+        answerer = Answerer(tiny_model)
+        for _ in range(2):  # a busy moment does not last
+            answerer.answer([{"role": "user", "content": "x"}], Generation(2))
+            assert torch.get_num_threads() == threads
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_no_more_threads_are_taken_than_were_given(tiny_model, monkeypatch):
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    monkeypatch.setattr("lrmc_ray.ask.answering.local_cpus", lambda: 8)
+    monkeypatch.setattr("psutil.cpu_percent", lambda interval: 0.0)
+    try:
+        Answerer(tiny_model).answer([{"role": "user", "content": "x"}], Generation(2))
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(before)

@@ -568,7 +568,7 @@ def test_the_raw_results_are_found_by_the_shipped_spaces(name, changes, archive,
     [
         (["--methods", "nothing"], 2, "--methods must name methods of the space file"),
         (["--space", "nothing"], 3, "space file nothing does not exist"),
-        (["compare.seed=1"], 2, "unknown setting compare.seed. Did you mean 'seeds'"),
+        (["compare.seed=1"], 2, "unknown setting compare.seed. Did you mean 'compare.seeds'"),
         (["methods.sft.train.lr=1e-5"], 2, "methods.sft.train must not set lr"),
         (["--space", "demo"], 2, "methods is missing"),
         (["--train-data", "no.jsonl"], 3, "no.jsonl does not exist"),

@@ -396,7 +396,10 @@ def as_trial(name, value):
         ("parameters.tua={low=0.1, high=0.9}", ["parameters.tua is no setting of train", "'tau'"]),
         ("parameters.tau={low=0.5, high=1.5}", ["parameters.tau", "equal to 1, got 1.5"]),
         ("parameters.tau={low=0, high=0.5}", ["parameters.tau", "greater than 0, got 0.0"]),
-        ("parameters.tau={low=0.5, hihg=0.9}", ["parameters.tau.hihg", "Did you mean 'high'?"]),
+        (
+            "parameters.tau={low=0.5, hihg=0.9}",
+            ["parameters.tau.hihg. Did you mean 'parameters.tau.high'?"],
+        ),
         ("parameters.steps={low=0.5, high=4}", ["parameters.steps", "integer", "got 0.5"]),
         ("parameters.loss={choices=['fulll']}", ["parameters.loss", "got 'fulll'"]),
         ("parameters.loss={low=0, high=1}", ["parameters.loss", "got 0.0"]),
@@ -420,10 +423,10 @@ def test_a_broken_rule_is_said_with_value_and_remedy(override, parts):
 @pytest.mark.parametrize(
     ("override", "expected"),
     [
-        ("train.tua=0.9", "unknown setting train.tua. Did you mean 'tau'?"),
+        ("train.tua=0.9", "unknown setting train.tua. Did you mean 'train.tau'?"),
         ("trian.tau=0.9", "unknown setting trian. Did you mean 'train'?"),
-        ("train.warmup_step=3", "unknown setting train.warmup_step. Did you mean 'warmup_steps'?"),
-        ("evaluate.domain_task=x", "unknown setting evaluate.domain_task. Did you mean 'domain_"),
+        ("train.warmup_step=3", "train.warmup_step. Did you mean 'train.warmup_steps'?"),
+        ("evaluate.domain_task=x", "evaluate.domain_task. Did you mean 'evaluate.domain_"),
         ("record.trials=3", "unknown setting record.trials"),
         ("tau=0.9", "unknown setting tau"),
     ],
@@ -443,7 +446,7 @@ def test_choices_are_named_as_toml_writes_them(value):
 def test_all_broken_settings_are_reported_at_once():
     message = error_of("train.tau=2", "train.lr=-1", "record.kmin=1")
     assert message.count("; ") == 2
-    assert all(key in message for key in ("train.tau", "train.lr", "record.kmin", "'k_min'"))
+    assert all(key in message for key in ("train.tau", "train.lr", "record.kmin", "'record.k_min'"))
 
 
 def test_searched_values_count_where_stage_0_must_have_recorded_enough():

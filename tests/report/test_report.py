@@ -38,7 +38,7 @@ from lrmc_ray.report.figures_png import draw_front, point_label
 from lrmc_ray.report.page import write_report
 from lrmc_ray.report.study import Study, load_study
 from lrmc_ray.report.template import PLOTLY, drawing, whisker
-from lrmc_ray.report.words import headline, knee_advice, record_sentences
+from lrmc_ray.report.words import chosen_settings, headline, knee_advice, record_sentences
 from tests.support.synthetic_study import (
     SEED,
     TRIALS,
@@ -190,6 +190,14 @@ def test_best_and_yardstick(study):
     assert study.verdict.plain is study.yardstick.comparison
     assert study.verdict.fresh_tasks == ()
     assert study.notes == ()
+
+
+def test_the_row_of_plain_fine_tuning_has_its_learning_rate(own):
+    settings = load_study(own).yardstick.entry.settings
+    edit(own, trials={1: {"settings": {**settings, "lr": 3e-05}}})  # that of the study
+    study = load_study(own)
+    assert dict(chosen_settings(study, study.yardstick))["lr"] == "3e-05"
+    assert "lr 3e-05" in terminal(study)
 
 
 def test_trials_without_scores_keep_their_cause(study):

@@ -23,6 +23,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from lrmc_ray.ask.mlflow_model import Answering, write_mlmodel
 from lrmc_ray.errors import DataError, IncompleteArtifactError, ResourceError
 from lrmc_ray.files.metrics_log import MetricsLog, StepMetrics, read_metrics, read_new_lines
 from lrmc_ray.files.names import default_tracking_uri
@@ -31,7 +32,6 @@ from lrmc_ray.models import load_model, load_tokenizer
 from lrmc_ray.report import mlflow_mirror as tracking
 from lrmc_ray.report.mlflow import StudyTracker
 from lrmc_ray.report.mlflow_mirror import metric_name, mlflow_status
-from lrmc_ray.report.mlflow_model import Answering, write_mlmodel
 from lrmc_ray.report.mlflow_shown import shown_results
 from lrmc_ray.report.mlflow_sync import sync
 from lrmc_ray.report.study import load_study

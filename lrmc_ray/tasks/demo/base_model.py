@@ -7,14 +7,16 @@ Q4_1). Both become float32 safetensors, so that every later stage loads them in 
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import importlib.metadata
 import importlib.util
+import io
 import json
 import logging
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -127,6 +129,13 @@ def _without_progress_bars() -> None:
     transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
 
 
+@contextlib.contextmanager
+def without_gguf_bar() -> Iterator[None]:
+    """No bar while transformers reads a GGUF file: that one cannot be switched off by a setting."""
+    with contextlib.redirect_stderr(io.StringIO()):
+        yield
+
+
 def _from_hub() -> Loaded | None:
     """The model from the Hub's local cache or the Hub itself; None where neither has it."""
     import torch
@@ -181,7 +190,10 @@ def _from_wheel() -> Loaded:
         ]
     )
     tokenizer.model_max_length = 8192
-    quantized = LlamaForCausalLM.from_pretrained(folder, gguf_file=GGUF_FILE, dtype=torch.float32)
+    with without_gguf_bar():
+        quantized = LlamaForCausalLM.from_pretrained(
+            folder, gguf_file=GGUF_FILE, dtype=torch.float32
+        )
     # save_pretrained refuses a model that was loaded from GGUF, so copy it into a fresh one.
     settings = quantized.config.to_dict()
     del settings["quantization_config"]

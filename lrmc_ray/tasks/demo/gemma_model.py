@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lrmc_ray.errors import ConfigError, DataError, IncompleteArtifactError
-from lrmc_ray.tasks.demo.base_model import made_once
+from lrmc_ray.tasks.demo.base_model import made_once, without_gguf_bar
 
 if TYPE_CHECKING:
     from transformers import Gemma3ForCausalLM, PreTrainedTokenizerBase
@@ -120,9 +120,10 @@ def load_gguf(directory: Path) -> tuple[Gemma3ForCausalLM, PreTrainedTokenizerBa
     from transformers import AutoTokenizer, Gemma3ForCausalLM, Gemma3TextConfig
 
     tokenizer = AutoTokenizer.from_pretrained(directory, gguf_file=GGUF_FILE)
-    quantized = Gemma3ForCausalLM.from_pretrained(
-        directory, gguf_file=GGUF_FILE, dtype=torch.float32
-    )
+    with without_gguf_bar():
+        quantized = Gemma3ForCausalLM.from_pretrained(
+            directory, gguf_file=GGUF_FILE, dtype=torch.float32
+        )
     # save_pretrained refuses a model that was loaded from GGUF, so copy it into a fresh one.
     settings = quantized.config.to_dict()
     del settings["quantization_config"]

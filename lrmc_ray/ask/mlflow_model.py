@@ -10,15 +10,18 @@ import platform
 from pathlib import Path
 from typing import Any
 
+from lrmc_ray.ask.answering import Answerer, Generation
+from lrmc_ray.ask.questions import question_of
+from lrmc_ray.ask.taught_system import taught_system, with_system
 from lrmc_ray.files.artifacts import write_atomically
-from lrmc_ray.models import load_model, load_tokenizer
+from lrmc_ray.files.origin import read_origin
 
 MLMODEL = "MLmodel"
 MAX_NEW_TOKENS = 128
 
 
 def write_mlmodel(directory: Path) -> None:
-    """Let MLflow load a model's directory."""
+    """Let MLflow load a model's directory, whose origin is written there already."""
     import yaml
 
     content = {
@@ -40,14 +43,17 @@ def _load_pyfunc(path: str) -> "Answering":
 
 
 class Answering:
-    """The model as MLflow asks it: one answer for every prompt."""
+    """The model as MLflow asks it: one answer for every prompt, as ``lrmc chat`` gives it."""
 
     def __init__(self, directory: Path) -> None:
-        self._model = load_model(directory).eval()
-        self._tokenizer = load_tokenizer(directory)
+        origin = read_origin(directory)
+        self._system = None if origin is None else taught_system(origin.data)
+        self._answerer = Answerer(
+            directory, template_options=None if origin is None else origin.template_options
+        )
 
     def predict(self, model_input: Any, params: dict[str, Any] | None = None) -> list[str]:
-        """Answers to questions, greedily.
+        """Answers to questions, greedily, behind the system message of the training data.
 
         Args:
             model_input: a table whose column ``prompt``, or else the first, has the questions, or
@@ -58,19 +64,9 @@ class Answering:
             name = "prompt" if "prompt" in model_input.columns else model_input.columns[0]
             model_input = model_input[name].tolist()
         longest = int((params or {}).get("max_new_tokens", MAX_NEW_TOKENS))
-        return [self._answer(str(question), longest) for question in model_input]
-
-    def _answer(self, question: str, longest: int) -> str:
-        if self._tokenizer.chat_template:
-            messages = [{"role": "user", "content": question}]
-            inputs = self._tokenizer.apply_chat_template(
-                messages, add_generation_prompt=True, return_dict=True, return_tensors="pt"
-            )
-        else:
-            text = f"User:\n{question}\n\nAssistant:\n"
-            inputs = self._tokenizer(text, return_tensors="pt")
-        output = self._model.generate(**inputs, max_new_tokens=longest, do_sample=False)
-        answer: str = self._tokenizer.decode(
-            output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True
-        )
-        return answer
+        return [
+            self._answerer.answer(
+                with_system(question_of(str(question)), self._system).messages, Generation(longest)
+            ).text
+            for question in model_input
+        ]
