@@ -9,6 +9,7 @@ import contextlib
 import hashlib
 import inspect
 import json
+import re
 import shutil
 import sys
 from collections.abc import Iterator, Mapping, Sequence
@@ -52,6 +53,9 @@ def send_model(place: Place, directory: Path) -> str:
 
 WEIGHT_SUFFIX = ".safetensors"
 
+
+_OF_HUB = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
+"""How names on the Hub look."""
 
 _TOKENIZERS = ["tokenizer.json", "tokenizer.model", "vocab.json"]
 
@@ -136,10 +140,24 @@ def check_files(name: str, directory: Path) -> None:
             raise DataError(f"model {name} has no {' or '.join(needed)}; {remedy}")
 
 
+def check_name(name: str) -> None:
+    """Refuse what is no directory and cannot be a name on the Hub.
+
+    Raises:
+        IncompleteArtifactError: says which names there are.
+    """
+    if not _OF_HUB.fullmatch(name):
+        raise IncompleteArtifactError(
+            f"the model must be a directory, or a name on the Hugging Face Hub such as "
+            f"Qwen/Qwen3-4B, got {name}, where nothing is; correct it"
+        )
+
+
 def _download(settings: ModelSettings) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
+    check_name(settings.name)
     limit_hub_calls()
     try:
         return Path(

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from lrmc_ray.cli import main_of
 from lrmc_ray.cluster.beforehand import check_output
 from lrmc_ray.console import run_command
 
@@ -71,8 +72,7 @@ def folder(tmp_path, tiny_model, monkeypatch) -> Path:
 
 
 def run(command: str, *arguments: str) -> int:
-    module = importlib.import_module(f"lrmc_ray.{command}.command")
-    return run_command(module.main, arguments)
+    return run_command(main_of(command), arguments)
 
 
 def given(**changes: str) -> list[str]:
@@ -163,6 +163,11 @@ MISTAKES = {
         3,
         f"runs must be a model's directory, and has no config.json; give {BEST}",
     ),
+    "an output in no place, plan": ("plan", given(output="/proc/x"), 7, "/proc/x"),
+    "no model, record": ("record", given(model="./no"), 3, "must be a directory, or a name"),
+    "no model, suggest": ("suggest", given(model="./no"), 3, "must be a directory, or a name"),
+    "a broken row, suggest": ("suggest", given(train_data="broken.jsonl"), 4, "broken.jsonl:13"),
+    "a mistyped method": ("compare", [*given(), "--methods", "lorra"], 2, "Did you mean 'lora'?"),
     "no tuned model": ("evaluate", [*given(), "--tuned", "no"], 3, "no does not exist"),
 }
 

@@ -8,9 +8,8 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from lrmc_ray.ask.questions import Question, question_of, read_questions
+from lrmc_ray.ask.questions import Question, question_of, read_questions, with_system
 from lrmc_ray.ask.table import Row, Table, check_suffix, table_text
-from lrmc_ray.ask.taught_system import taught_system, with_system
 from lrmc_ray.command_line import CommandParser
 from lrmc_ray.config import ModelSettings
 from lrmc_ray.console import plain_console, progress, setup_logging
@@ -18,6 +17,7 @@ from lrmc_ray.errors import ConfigError
 from lrmc_ray.files.artifacts import write_atomically
 from lrmc_ray.files.fault_points import passed
 from lrmc_ray.files.origin import Origin, check_tuned, read_origin
+from lrmc_ray.record.taught_system import taught_system
 
 if TYPE_CHECKING:
     from lrmc_ray.ask.answering import Answerer, Generation

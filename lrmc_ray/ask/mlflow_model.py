@@ -11,10 +11,10 @@ from pathlib import Path
 from typing import Any
 
 from lrmc_ray.ask.answering import Answerer, Generation
-from lrmc_ray.ask.questions import question_of
-from lrmc_ray.ask.taught_system import taught_system, with_system
+from lrmc_ray.ask.questions import question_of, with_system
 from lrmc_ray.files.artifacts import write_atomically
 from lrmc_ray.files.origin import read_origin
+from lrmc_ray.record.taught_system import taught_system
 
 MLMODEL = "MLmodel"
 MAX_NEW_TOKENS = 128

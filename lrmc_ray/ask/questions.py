@@ -35,6 +35,13 @@ def question_of(text: str) -> Question:
     return Question(({"role": "user", "content": text},))
 
 
+def with_system(question: Question, system: str | None) -> Question:
+    """The question behind a system message; one with a conversation before it stays as it is."""
+    if not system or len(question.messages) > 1:
+        return question
+    return Question(({"role": "system", "content": system}, *question.messages), question.expected)
+
+
 def read_questions(path: Path) -> list[Question]:
     """The questions of a file, in its order; empty lines are passed over.
 

@@ -6,7 +6,6 @@ packages, and what this machine has.
 
 import importlib.util
 import os
-import re
 import sys
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -15,7 +14,7 @@ from lrmc_ray.cluster.resources import Node, check_slots, local_cpus
 from lrmc_ray.config import DEMO, GEMMA, ModelSettings, ResourceSettings, RunSettings
 from lrmc_ray.errors import DiskError, IncompleteArtifactError
 from lrmc_ray.files.artifacts import cache_directory
-from lrmc_ray.models import check_files
+from lrmc_ray.models import check_files, check_name
 from lrmc_ray.tasks.child_process import INSTALL
 from lrmc_ray.tasks.demo import base_model, gemma_model
 from lrmc_ray.tasks.pcap_child import load_library
@@ -29,9 +28,6 @@ _OF_TASKS = {
 
 _MADE = {DEMO: base_model.NAME, GEMMA: gemma_model.NAME}
 """Models that are made on this machine, each with the directory in the cache."""
-
-_OF_HUB = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
-"""How names on the Hub look."""
 
 ANSWER_SECONDS = 10.0
 """How long the Hub may take to answer."""
@@ -172,11 +168,7 @@ def check_model(model: ModelSettings) -> None:
         return
     from huggingface_hub import HfApi, try_to_load_from_cache
 
-    if not _OF_HUB.fullmatch(model.name):
-        raise IncompleteArtifactError(
-            f"the model must be a directory, or a name on the Hugging Face Hub such as "
-            f"Qwen/Qwen3-4B, got {model.name}, where nothing is; correct --model"
-        )
+    check_name(model.name)
     try:
         if isinstance(try_to_load_from_cache(model.name, "config.json"), str):
             return

@@ -6,7 +6,7 @@ import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from lrmc_ray.command_line import CommandParser
+from lrmc_ray.command_line import CommandParser, nearest
 from lrmc_ray.config.arguments import add_run_arguments, read_settings
 from lrmc_ray.config.compare import CompareSpace
 from lrmc_ray.console import plain_console, setup_logging
@@ -135,7 +135,7 @@ def chosen_methods(space: CompareSpace, names: str | None) -> list[str]:
         if name not in space.methods:
             raise ConfigError(
                 f"--methods must name methods of the space file ({', '.join(space.methods)}), got "
-                f"{name!r}"
+                f"{name!r}{nearest(name, space.methods)}"
             )
     if not wanted:
         raise ConfigError("--methods must name at least one method, got none")

@@ -121,7 +121,7 @@ def export_best(description: Description) -> Path | None:
     shutil.rmtree(partial, ignore_errors=True)
     shutil.copytree(model_of(directory, trial.number), partial)
     write_origin(partial, wanted)
-    write_model_card(partial, directory)
+    write_model_card(partial, directory, study.name)
     write_mlmodel(partial)
     passed("tune.model_copied")
     shutil.rmtree(final, ignore_errors=True)

@@ -22,6 +22,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from lrmc_ray.cluster.beforehand import check_output, check_packages
 from lrmc_ray.cluster.cluster_file import cluster_slots, load_cluster
 from lrmc_ray.cluster.resources import local_cpus
 from lrmc_ray.command_line import CommandParser, arguments_for, pasteable
@@ -319,6 +320,8 @@ def main(argv: Sequence[str]) -> int:
         return 0
     if arguments.sample_tokens < 1:
         raise ConfigError(f"--sample-tokens must be at least 1, got {arguments.sample_tokens}")
+    check_output(arguments.output)
+    check_packages(tasks=(), data=settings.data.train, lora=False)
     prepared = prepare(settings, arguments.output)
     if is_finished(prepared.final):
         print(f"The record is there already: lrmc inspect {prepared.final}", file=sys.stderr)

@@ -28,6 +28,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from lrmc_ray.cluster.beforehand import check_beforehand
 from lrmc_ray.cluster.session import RAY_LOG, ray_session
 from lrmc_ray.command_line import CommandParser
 from lrmc_ray.config import AUTOMATIC, ParameterRange, RunSettings
@@ -38,6 +39,7 @@ from lrmc_ray.files.place import place_of
 from lrmc_ray.files.study import FoundRange
 from lrmc_ray.models import local_directory
 from lrmc_ray.record.capped import MOST_CAPPED
+from lrmc_ray.record.prepare import prepare
 from lrmc_ray.record.run import record
 from lrmc_ray.train.run_files import LocalRun
 
@@ -258,8 +260,10 @@ def main(argv: Sequence[str]) -> int:
     arguments = parser.parse_intermixed_args(argv)
     setup_logging(arguments.verbose, quiet=arguments.quiet)
     settings = settings_from(arguments)
+    check_beforehand(settings, arguments.output, address=arguments.address, tasks=False)
     place = place_of(settings.resources.storage)
     place.check()
+    prepare(settings, arguments.output)  # bad rows are found before Ray starts
     wide = {name: ParameterRange(range="auto") for name in AUTOMATIC}
     settings = settings.model_copy(update={"parameters": {**settings.parameters, **wide}})
     with ray_session(

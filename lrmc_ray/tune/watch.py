@@ -1,6 +1,7 @@
 """What the terminal shows while trials run: a live table, or plain lines in a log file."""
 
 import os
+import statistics
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -21,6 +22,11 @@ POLL_SECONDS = 1.0
 
 MOST_ROWS = 40
 """Of a live table."""
+
+STEP_SECONDS = "train/step_seconds"
+
+RECENT_STEPS = 8
+"""Whose median says how long the steps to come take."""
 
 LINE_SECONDS = 15.0
 """Time between two lines about running trials where there is no terminal."""
@@ -139,13 +145,14 @@ def _progress(directory: Path, trial: TrialEntry) -> str:
     last = lines[-1]
     if last.step >= steps:
         return "scoring"
-    left = (steps - last.step) * last.metrics.get("train/step_seconds", 0.0)
+    # The first step compiles, and takes a multiple of the others.
+    seconds = [line.metrics[STEP_SECONDS] for line in lines if STEP_SECONDS in line.metrics][1:]
+    left = (steps - last.step) * statistics.median(seconds[-RECENT_STEPS:]) if seconds else None
     loss = last.metrics.get("train/loss", float("nan"))
     scored = [line.metrics["slice/combined"] for line in lines if "slice/combined" in line.metrics]
-    way = f"combined {points(scored[-1])} on the way, " if scored else ""
-    return (
-        f"step {last.step}/{steps}, loss {loss:.3f}, {way}{format_seconds(left)} of training left"
-    )
+    way = f", combined {points(scored[-1])} on the way" if scored else ""
+    rest = "" if left is None else f", {format_seconds(left)} of training left"
+    return f"step {last.step}/{steps}, loss {loss:.3f}{way}{rest}"
 
 
 def _core_hours(trials: Sequence[TrialEntry]) -> float:

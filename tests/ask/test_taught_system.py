@@ -5,11 +5,11 @@ import json
 import pytest
 
 from lrmc_ray.ask import command
-from lrmc_ray.ask.questions import Question, question_of
-from lrmc_ray.ask.taught_system import taught_system, with_system
+from lrmc_ray.ask.questions import Question, question_of, with_system
 from lrmc_ray.config import RunSettings
 from lrmc_ray.console import run_command
 from lrmc_ray.files.origin import origin_of, write_origin
+from lrmc_ray.record.taught_system import taught_system
 from tests.support.tiny import make_model
 
 SYSTEM = "Answer in SQL."
@@ -118,3 +118,26 @@ def test_chat_asks_as_the_model_was_taught(
     said = json.loads(shown.out)["settings"]
     assert said.endswith(f" System message: {expected}") == bool(expected)
     assert ("Asked as it was taught" in shown.err) == (not more)
+
+
+def test_mlflow_asks_as_the_model_was_taught(tmp_path, tiny_model, monkeypatch):
+    from lrmc_ray.ask.answering import Answerer, Written
+    from lrmc_ray.ask.mlflow_model import Answering
+
+    tuned = make_model(tmp_path / "tuned", seed=1)
+    data = write_rows(tmp_path / "train.jsonl", [SYSTEM] * 3)
+    settings = RunSettings.model_validate(
+        {"model": {"name": str(tiny_model)}, "data": {"train": data}}
+    )
+    write_origin(tuned, origin_of(settings, tmp_path))
+    seen = []
+
+    def answer(self, messages, generation):
+        seen.append((list(messages), generation.max_new_tokens, generation.temperature))
+        return Written("forty")
+
+    monkeypatch.setattr(Answerer, "answer", answer)
+    answers = Answering(tuned).predict(["How many?"], params={"max_new_tokens": 7})
+    assert answers == ["forty"]
+    system, user = {"role": "system", "content": SYSTEM}, {"role": "user", "content": "How many?"}
+    assert seen == [([system, user], 7, 0.0)]

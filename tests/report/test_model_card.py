@@ -19,6 +19,7 @@ from lrmc_ray.report.study import load_study
 from tests.support.chat_templates import shipped, tokenizer_for
 from tests.support.synthetic_study import add_final, edit, make_study
 
+SYSTEM = 'Answer in SQL.\ncountry("name", öäü) ``` MESSAGES'
 ANSWER = {"role": "assistant", "content": "Two."}
 
 
@@ -175,26 +176,38 @@ def test_the_code_example_runs(study_dir, tmp_path, capsys, monkeypatch, templat
 
 
 @pytest.mark.parametrize(
-    ("template", "options", "prompt"),
+    ("template", "options", "system", "prompt"),
     [
-        ("qwen3", {}, "<|im_start|>user\nYour question<|im_end|>\n<|im_start|>assistant\n"),
+        ("qwen3", {}, None, "<|im_start|>user\nYour question<|im_end|>\n<|im_start|>assistant\n"),
         (
             "qwen3",
             {"enable_thinking": False},
+            None,
             "<|im_start|>user\nYour question<|im_end|>\n<|im_start|>assistant\n"
             "<think>\n\n</think>\n\n",
         ),
-        (None, {}, "User:\nYour question\n\nAssistant:\n"),
+        (
+            "qwen3",
+            {},
+            SYSTEM,
+            f"<|im_start|>system\n{SYSTEM}<|im_end|>\n<|im_start|>user\nYour question<|im_end|>\n"
+            "<|im_start|>assistant\n",
+        ),
+        (None, {}, None, "User:\nYour question\n\nAssistant:\n"),
+        (None, {}, SYSTEM, f"System:\n{SYSTEM}\n\nUser:\nYour question\n\nAssistant:\n"),
     ],
 )
 def test_the_code_example_asks_as_the_model_was_taught(
-    study_dir, tmp_path, monkeypatch, template, options, prompt
+    study_dir, tmp_path, monkeypatch, template, options, system, prompt
 ):
     from transformers import LlamaConfig, LlamaForCausalLM
 
     own = Path(shutil.copytree(study_dir, tmp_path / "study"))
-    if options:
-        edit(own, settings={"model": {"name": "m", "template_options": options}})
+    before = [{"role": "system", "content": system}] if system else []
+    row = {"messages": [*before, {"role": "user", "content": "Your question"}, dict(ANSWER)]}
+    (tmp_path / "train.jsonl").write_text(json.dumps(row) + "\n")
+    settings = {"model": {"name": "m", "template_options": options}}
+    edit(own, settings={**settings, "data": {"train": [str(tmp_path / "train.jsonl")]}})
     model_directory = tmp_path / "model"
     tokenizer = tokenizer_for(shipped()[template] if template else None)
     tokenizer.save_pretrained(model_directory)
@@ -206,7 +219,6 @@ def test_the_code_example_asks_as_the_model_was_taught(
     monkeypatch.chdir(model_directory)
     names: dict[str, Any] = {}
     exec(compile(code_of(card_of(model_directory, own)), "README.md", "exec"), names)
-    row = {"messages": [{"role": "user", "content": "Your question"}, dict(ANSWER)]}
     (example,) = encode_row(Row("x:1", row), Chat(tokenizer, options))
     asked = names["inputs"]["input_ids"][0].tolist()
     assert asked == example.input_ids[: example.is_target.index(True)]

@@ -63,8 +63,13 @@ def test_a_trial_that_stopped_early_is_told_from_one_that_failed(tmp_path):
     assert "stopped early: after 3 of 6 steps" in shown([early], tmp_path)
     assert trial_line(early, 4, is_best=False) == f"trial 2 of 4 (search) stopped early: {cause}"
     with MetricsLog(tmp_path / "none.jsonl") as log:
-        log.log(3, {"train/loss": 0.5, "slice/combined": 0.125})
-        log.log(4, {"train/loss": 0.4, "train/step_seconds": 2.0})
+        log.log(1, {"train/loss": 0.7, "train/step_seconds": 90.0})
+    # What the first step takes says nothing of the others.
+    assert "left" not in shown([trial_entry(1, "RUNNING")], tmp_path).partition("loss 0.700")[2]
+    with MetricsLog(tmp_path / "none.jsonl") as log:
+        log.log(2, {"train/loss": 0.6, "train/step_seconds": 2.0})
+        log.log(3, {"train/loss": 0.5, "train/step_seconds": 1.0, "slice/combined": 0.125})
+        log.log(4, {"train/loss": 0.4, "train/step_seconds": 3.0})
     assert "loss 0.400, combined +12.5 on the way, 12 s" in shown(
         [trial_entry(1, "RUNNING")], tmp_path
     )

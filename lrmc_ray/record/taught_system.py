@@ -3,7 +3,6 @@
 import itertools
 from collections.abc import Sequence
 
-from lrmc_ray.ask.questions import Question
 from lrmc_ray.errors import LrmcError
 from lrmc_ray.record.hub import HUB, is_hub_name
 from lrmc_ray.record.rows import Rejects, Row, read_rows
@@ -34,13 +33,6 @@ def taught_system(data: Sequence[str]) -> str | None:
     except (LrmcError, OSError):
         return None
     return found.pop() if len(found) == 1 else None
-
-
-def with_system(question: Question, system: str | None) -> Question:
-    """The question behind a system message; one with a conversation before it stays as it is."""
-    if not system or len(question.messages) > 1:
-        return question
-    return Question(({"role": "system", "content": system}, *question.messages), question.expected)
 
 
 def _system_of(row: Row) -> str | None:
