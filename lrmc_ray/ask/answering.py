@@ -64,7 +64,7 @@ def idle_cores() -> int:
     A token is some hundred small steps, each of which waits for the last of its threads. With one
     thread more than there are idle cores that takes several times as long as with a single thread.
     """
-    busy_percent = psutil.cpu_percent(interval=MEASURE_SECONDS)
+    busy_percent: float = psutil.cpu_percent(interval=MEASURE_SECONDS)
     return max(1, round(local_cpus() * (1.0 - busy_percent / 100.0)))
 
 

@@ -35,7 +35,7 @@ def card_of(directory: Path, study_dir: Path) -> str:
 
 
 def code_of(card: str) -> str:
-    return re.search(r"```python\n(.*?)```", card, re.DOTALL)[1]
+    return re.search(r"```python\n(.*?)^```", card, re.DOTALL | re.MULTILINE)[1]
 
 
 def test_the_front_matter_is_what_the_hub_reads(study_dir, tmp_path):
