@@ -5,6 +5,10 @@ import pytest
 
 # The tests' own arithmetic is small: more threads than cores only make it slower.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+# Triton runs its kernels on the CPU where there is no GPU. It reads this when it is imported, which
+# torch does behind some of its own modules.
+if not Path("/proc/driver/nvidia/version").exists():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
 # Ray reads it once, when it is imported, and some test files import it before they start it.
 os.environ.setdefault("RAY_AUTH_MODE", "token")
 os.environ.setdefault("RAY_gcs_server_port_wait_time_s", "120")

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import dataclasses
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from lrmc_ray.method.fast.loss_plan import LossPlan
 from lrmc_ray.method.stored_mass import MASS_UNIT, mass_goal, running_mass
 
 _DTYPES = {
@@ -29,12 +31,14 @@ class CandidateSets:
             token comes last where it is not among the first K.
         logprobs: [E] float16, base log-probabilities in nats, rounded down.
         gold_ids: [N] int32; each row contains its gold token once.
+        plan: What the kernels of a GPU want beside, see ``planned``; None until it is made.
     """
 
     offsets: Tensor
     token_ids: Tensor
     logprobs: Tensor
     gold_ids: Tensor
+    plan: LossPlan | None = None
 
     @property
     def num_rows(self) -> int:
@@ -92,14 +96,28 @@ class CandidateSets:
             torch.cat([part.gold_ids for part in parts]),
         )
 
-    def to(self, device: torch.device | str) -> CandidateSets:
-        """The same sets on another device."""
-        return CandidateSets(
-            self.offsets.to(device),
-            self.token_ids.to(device),
-            self.logprobs.to(device),
-            self.gold_ids.to(device),
-        )
+    def to(self, device: torch.device | str, *, non_blocking: bool = False) -> CandidateSets:
+        """The same sets and their plan on another device; pinned ones need not be waited for."""
+        return self._moved(lambda tensor: tensor.to(device, non_blocking=non_blocking))
+
+    def pin_memory(self) -> CandidateSets:
+        """The same sets in pinned memory, from which a GPU copies while the host goes on."""
+        return self._moved(torch.Tensor.pin_memory)
+
+    def planned(self) -> CandidateSets:
+        """The same sets with the plan of the kernels; on a GPU the host waits for them."""
+        if self.plan is not None:
+            return self
+        sets = self.to("cpu")
+        plan = LossPlan.of(sets.offsets, sets.token_ids, sets.outside_mass())
+        return dataclasses.replace(sets, plan=plan).to(self.offsets.device)
+
+    def _moved(self, move: Callable[[Tensor], Tensor]) -> CandidateSets:
+        tensors = {name: move(getattr(self, name)) for name in _DTYPES}
+        plan = self.plan
+        if plan is not None:
+            plan = plan.moved(move)
+        return CandidateSets(**tensors, plan=plan)
 
     def check(self, vocabulary_size: int) -> None:
         """Raise ``ValueError`` unless these sets may be given to the loss.

@@ -6,6 +6,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lrmc_ray.method.fast.chunk_table import to_device
+
 
 def dot_products(grad: Tensor, momentum: Tensor) -> Tensor:
     """``[<g, g>, <g, m>, <m, m>]`` of two vectors, in float64.
@@ -45,7 +47,7 @@ def dots_by_group(
     numels = [0] * len(params)
     for index, row_3 in zip(chosen, dots_of([params[index] for index in chosen]), strict=True):
         rows[index], numels[index] = row_3.to(params[0].device), params[index].numel()
-    numel_G = torch.tensor(numels, dtype=torch.float64).to(params[0].device)
+    numel_G = to_device(torch.tensor(numels, dtype=torch.float64), params[0].device)
     dots_G4 = torch.cat((torch.stack(rows), numel_G[:, None]), dim=1)
     if reduce_dots is not None:
         reduce_dots(dots_G4)

@@ -33,8 +33,10 @@ Reduction = Literal["strict", "fast"]
 """How workers add their gradients; :mod:`lrmc_ray.method.training_loop` says what each is for."""
 LossReduction = Literal["sum", "mean", "none"]
 """What becomes of the losses of the positions."""
-Backend = Literal["auto", "sparse", "gather", "dense"]
-"""How the logits of candidates are computed, see :mod:`lrmc_ray.method.fast.candidate_logits`."""
+Backend = Literal["auto", "kernel", "sparse", "gather", "dense"]
+"""How the losses on candidates are computed, see :mod:`lrmc_ray.method.fast.backend_choice`."""
+LogitsBackend = Literal["sparse", "gather", "dense"]
+"""How their logits are, see :mod:`lrmc_ray.method.fast.candidate_logits`."""
 Blend = Literal["even", "depth"]
 """How a model between two others is made, see :mod:`lrmc_ray.method.baselines.interpolation`."""
 Mask = Literal["cautious", "momentum"]

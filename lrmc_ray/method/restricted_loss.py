@@ -34,15 +34,17 @@ tail, the anchor and the soft loss are this project's.
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
 from lrmc_ray.method.candidate_sets import CandidateSets, row_logsumexp
-from lrmc_ray.method.fast.candidate_logits import candidate_logits, token_logits
+from lrmc_ray.method.fast.backend_choice import logits_backend, prefers_kernel
+from lrmc_ray.method.fast.candidate_logits import candidate_logits, loss_size, token_logits
+from lrmc_ray.method.fast.fused_loss import fused_loss, refusal, share_tail
 from lrmc_ray.method.head import OutputHead
-from lrmc_ray.method.names import Backend, LossReduction, check_choice
+from lrmc_ray.method.names import Backend, LogitsBackend, LossReduction, check_choice
 
 
 class Tail(NamedTuple):
@@ -75,7 +77,8 @@ def restricted_cross_entropy(
         candidates: N candidate sets, on the same device.
         tail: What ``draw_tail`` gives; None for the paper's loss.
         reduction: ``"sum"``, ``"mean"`` (over all N rows), or ``"none"`` for [N].
-        backend: See ``fast.candidate_logits``.
+        backend: ``"kernel"``: ``fast.fused_loss``, on a GPU with Triton, up to float32. The others
+            are those of ``fast.candidate_logits``. ``"auto"``: see ``fast.backend_choice``.
 
     Returns:
         float32, or float64 if an input is.
@@ -84,12 +87,16 @@ def restricted_cross_entropy(
         ValueError: An unknown reduction or backend, or sizes that do not agree.
     """
     check_choice("reduction", reduction, LossReduction)
-    logits_E = candidate_logits(hidden_ND, head, candidates, backend=backend)
-    normalizer_N = row_logsumexp(logits_E, candidates)
-    if tail is not None:
-        tail_N = _tail_logsumexp(hidden_ND, head, candidates, tail)
-        normalizer_N = torch.logaddexp(normalizer_N, tail_N)
-    loss_N = normalizer_N - logits_E[candidates.is_gold]
+    way = _way(hidden_ND, head, candidates, tail, backend)
+    if way == "kernel":
+        loss_N = _by_kernels(hidden_ND, head, candidates, tail, is_anchor=False)
+    else:
+        logits_E = candidate_logits(hidden_ND, head, candidates, backend=way)
+        normalizer_N = row_logsumexp(logits_E, candidates)
+        if tail is not None:
+            tail_N = _tail_logsumexp(hidden_ND, head, candidates, tail)
+            normalizer_N = torch.logaddexp(normalizer_N, tail_N)
+        loss_N = normalizer_N - logits_E[candidates.is_gold]
     if reduction == "none":
         return loss_N
     return loss_N.mean() if reduction == "mean" else loss_N.sum()
@@ -115,7 +122,10 @@ def anchor_kl(
     A row whose candidates include every sampled token has no estimate of its outside mass: it
     counts as without a tail.
     """
-    logits_E = candidate_logits(hidden_ND, head, candidates, backend=backend)
+    way = _way(hidden_ND, head, candidates, tail, backend)
+    if way == "kernel":
+        return _by_kernels(hidden_ND, head, candidates, tail, is_anchor=True).sum()
+    logits_E = candidate_logits(hidden_ND, head, candidates, backend=way)
     inside_N = row_logsumexp(logits_E, candidates)
     rows_E = candidates.row_ids
     base_E = candidates.logprobs.to(logits_E.dtype)
@@ -183,15 +193,53 @@ def draw_tail(
     return Tail(ids_R, -((weights_V / weights_V.sum())[ids_R] * num_samples).log().float())
 
 
-def _tail_logsumexp(
-    hidden_ND: Tensor, head: OutputHead, candidates: CandidateSets, tail: Tail
-) -> Tensor:
-    """[N], ``log sum_{r not in S} w_r exp(z_r)``; -inf where S holds the whole tail."""
-    if tail.ids_R.shape != tail.logweights_R.shape:
+def _way(
+    hidden_ND: Tensor,
+    head: OutputHead,
+    candidates: CandidateSets,
+    tail: Tail | None,
+    backend: Backend,
+) -> Literal["kernel"] | LogitsBackend:
+    """The backend, chosen by size where it is ``"auto"``."""
+    check_choice("backend", backend, Backend)
+    if len(hidden_ND) != candidates.num_rows:
+        raise ValueError(
+            "hidden_ND must have one row per candidate set, got "
+            f"{len(hidden_ND)} rows and {candidates.num_rows} sets"
+        )
+    if tail is not None and tail.ids_R.shape != tail.logweights_R.shape:
         raise ValueError(
             "a tail must have one weight per token, got "
             f"{len(tail.logweights_R)} weights of {len(tail.ids_R)} tokens; see draw_tail"
         )
+    if backend != "auto":
+        return backend
+    size = loss_size(hidden_ND, head, candidates, 0 if tail is None else len(tail.ids_R))
+    # Only on a GPU: Triton's interpreter runs the kernels elsewhere as well, but slowly.
+    if hidden_ND.is_cuda and prefers_kernel(size) and refusal(hidden_ND, head) is None:
+        return "kernel"
+    return logits_backend(hidden_ND.device.type, size)
+
+
+def _by_kernels(
+    hidden_ND: Tensor,
+    head: OutputHead,
+    candidates: CandidateSets,
+    tail: Tail | None,
+    *,
+    is_anchor: bool,
+) -> Tensor:
+    """[N], ``fused_loss`` with the tail as it wants it."""
+    shared = (
+        None if tail is None else share_tail(tail.ids_R, tail.logweights_R, len(head.weight_VD))
+    )
+    return fused_loss(hidden_ND, head, candidates, tail=shared, is_anchor=is_anchor)
+
+
+def _tail_logsumexp(
+    hidden_ND: Tensor, head: OutputHead, candidates: CandidateSets, tail: Tail
+) -> Tensor:
+    """[N], ``log sum_{r not in S} w_r exp(z_r)``; -inf where S holds the whole tail."""
     # A token drawn twice is one token with both weights.
     ids_R, drawn = torch.unique(tail.ids_R, return_inverse=True)
     weights_R = torch.zeros(ids_R.shape, dtype=torch.float64, device=ids_R.device)

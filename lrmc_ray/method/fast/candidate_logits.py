@@ -22,7 +22,7 @@ reads ``grad`` once all parts have arrived. There is no double backward.
 from __future__ import annotations
 
 import warnings
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -31,15 +31,12 @@ from torch.autograd.function import once_differentiable
 from torch.autograd.graph import get_gradient_edge
 
 from lrmc_ray.method.candidate_sets import CandidateSets
+from lrmc_ray.method.fast.backend_choice import LossSize, logits_backend
 from lrmc_ray.method.head import OutputHead, head_logits
-from lrmc_ray.method.names import Backend, check_choice
+from lrmc_ray.method.names import LogitsBackend, check_choice
 
 BLOCK_ELEMENTS = 2**19
 """Of a block of weight rows' gradients: 2 MiB in float32, which fits a cache."""
-# From this many times more logits than candidates on, the candidates alone are computed. CPU: as
-# many multiplications does a dense product in the time of one here (one thread, float32). CUDA: on
-# an H100 it does 200, but it takes the memory of all logits.
-_DENSE_SPEEDUP = {"cpu": 6, "cuda": 64}
 
 with warnings.catch_warnings():
     # Torch says once per process that CSR tensors are in beta; have it said here, unheard.
@@ -48,7 +45,11 @@ with warnings.catch_warnings():
 
 
 def candidate_logits(
-    hidden_ND: Tensor, head: OutputHead, candidates: CandidateSets, *, backend: Backend = "auto"
+    hidden_ND: Tensor,
+    head: OutputHead,
+    candidates: CandidateSets,
+    *,
+    backend: LogitsBackend | Literal["auto"] = "auto",
 ) -> Tensor:
     """Logits of every candidate.
 
@@ -58,8 +59,7 @@ def candidate_logits(
         candidates: N candidate sets, on the same device.
         backend: ``"sparse"``: the operator of this module. ``"gather"``: the same by a gathered
             [E, D] copy of the weight, the plain reference. ``"dense"``: all [N, V] logits, then
-            the candidates' are picked out. ``"auto"``: sparse, but dense where the candidates are
-            more than a sixth (CUDA: a 64th) of all logits, and gather on other devices.
+            the candidates' are picked out. ``"auto"``: see ``backend_choice``.
 
     Returns:
         [E], float32 (float64 if an input is float64), in the order of ``candidates.token_ids``.
@@ -67,14 +67,15 @@ def candidate_logits(
     Raises:
         ValueError: Unknown backend, or hidden states and candidate sets of different number.
     """
-    check_choice("backend", backend, Backend)
+    check_choice("backend", backend, Literal["auto", LogitsBackend])
     if len(hidden_ND) != candidates.num_rows:
         raise ValueError(
             "hidden_ND must have one row per candidate set, got "
             f"{len(hidden_ND)} rows and {candidates.num_rows} sets"
         )
     if backend == "auto":
-        backend = _choose_backend(hidden_ND, head, candidates)
+        size = loss_size(hidden_ND, head, candidates)
+        backend = logits_backend(hidden_ND.device.type, size)
     dtype = _compute_dtype(hidden_ND, head.weight_VD)
     logits_E: Tensor
     if backend == "dense":
@@ -113,13 +114,20 @@ def _compute_dtype(hidden_ND: Tensor, weight_VD: Tensor) -> torch.dtype:
     return torch.promote_types(torch.promote_types(hidden_ND.dtype, weight_VD.dtype), torch.float32)
 
 
-def _choose_backend(hidden_ND: Tensor, head: OutputHead, candidates: CandidateSets) -> Backend:
-    dense_speedup = _DENSE_SPEEDUP.get(hidden_ND.device.type)
-    if dense_speedup is None:
-        return "gather"
-    # Of the whole vocabulary, so that the choice is the same where only some rows are trained.
-    num_logits = len(hidden_ND) * head.vocabulary_size
-    return "dense" if candidates.token_ids.numel() * dense_speedup > num_logits else "sparse"
+def loss_size(
+    hidden_ND: Tensor, head: OutputHead, candidates: CandidateSets, num_tail: int = 0
+) -> LossSize:
+    """What the choice of a backend depends on; reads no value from a GPU."""
+    return LossSize(
+        len(hidden_ND),
+        hidden_ND.shape[1],
+        # Of the whole vocabulary, so that the choice is the same where only some rows are trained.
+        head.vocabulary_size,
+        candidates.token_ids.numel(),
+        head.weight_VD.dtype,
+        num_tail,
+        None if candidates.plan is None else candidates.plan.longest,
+    )
 
 
 def _bags(rows_XD: Tensor, index: Tensor, offsets: Tensor, weights: Tensor) -> Tensor:
@@ -137,7 +145,7 @@ def _in_dtype(weight_VD: Tensor, token_ids: Tensor, dtype: torch.dtype) -> tuple
     return weight_VD[occurring].to(dtype), columns.int()
 
 
-def _gradient_target(weight_VD: Tensor) -> tuple[Tensor | None, Tensor | None]:
+def gradient_target(weight_VD: Tensor) -> tuple[Tensor | None, Tensor | None]:
     """Where to add rows of the weight's gradient, and what backward has to return for it.
 
     Both None where the gradient is not wanted; returned None where it goes to ``weight.grad``.
@@ -191,7 +199,7 @@ class _SampledProduct(torch.autograd.Function):
             rows_XD, columns = _in_dtype(weight_VD, token_ids, gradient.dtype)
             gradient_ND = _bags(rows_XD, columns, offsets.int(), gradient).to(hidden_ND.dtype)
         if ctx.needs_input_grad[1]:
-            target_VD, gradient_VD = _gradient_target(ctx.weight_VD)
+            target_VD, gradient_VD = gradient_target(ctx.weight_VD)
             if target_VD is not None:
                 _add_weight_gradient(target_VD, hidden_ND, offsets, token_ids, gradient)
         return gradient_ND, gradient_VD, None, None
@@ -231,7 +239,7 @@ class _TakeRows(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, gradient_RD: Tensor) -> tuple[Tensor | None, None]:
         (token_ids,) = ctx.saved_tensors
-        target_VD, gradient_VD = _gradient_target(ctx.weight_VD)
+        target_VD, gradient_VD = gradient_target(ctx.weight_VD)
         if target_VD is not None:
             target_VD.index_add_(0, token_ids, gradient_RD.to(target_VD.dtype))
         return gradient_VD, None

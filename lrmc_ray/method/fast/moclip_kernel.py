@@ -36,18 +36,24 @@ PIECE = 1 << 20
 """Elements of an array that one thread takes at a time."""
 
 _ZERO = np.float32(0)
-_HALF_PI = np.float32(np.pi / 2)
-_TINY = np.finfo(np.float32).tiny
+HALF_PI = np.float32(np.pi / 2)
+TINY = np.finfo(np.float32).tiny
 _HALF, _LOW = np.uint32(16), np.uint32(0xFFFF)
 _GOLDEN, _FIRST, _SECOND = np.uint32(0x9E3779B1), np.uint32(0x85EBCA6B), np.uint32(0xC2B2AE35)
-# atan(r) / r - 1 in powers r^2, r^4, ...: minimax fit on [0, 1], relative error of atan 1.1e-7.
-_ATAN_2 = np.float32(-0.3333239155999517)
-_ATAN_4 = np.float32(0.1997421377925786)
-_ATAN_6 = np.float32(-0.14041326814428545)
-_ATAN_8 = np.float32(0.09968471672476224)
-_ATAN_10 = np.float32(-0.060203114669943915)
-_ATAN_12 = np.float32(0.024734049977873446)
-_ATAN_14 = np.float32(-0.004822528846739724)
+ARCTANGENT = tuple(
+    np.float32(number)
+    for number in (
+        -0.3333239155999517,
+        0.1997421377925786,
+        -0.14041326814428545,
+        0.09968471672476224,
+        -0.060203114669943915,
+        0.024734049977873446,
+        -0.004822528846739724,
+    )
+)
+"""``atan(r) / r - 1`` in powers r^2, r^4, ...: minimax fit on [0, 1], relative error 1.1e-7."""
+_ATAN_2, _ATAN_4, _ATAN_6, _ATAN_8, _ATAN_10, _ATAN_12, _ATAN_14 = ARCTANGENT
 
 
 class StepScalars(NamedTuple):
@@ -298,11 +304,11 @@ def arctan2_nonnegative(y: np.float32, x: np.float32) -> np.float32:
     height = np.abs(y)
     is_steep = height > x
     # The smallest normal number, so that (0, 0) has the angle 0; no change above 1e-30.
-    longer = (height if is_steep else x) + _TINY
+    longer = (height if is_steep else x) + TINY
     r = (x if is_steep else height) / longer
     s = r * r
     series = ((((_ATAN_14 * s + _ATAN_12) * s + _ATAN_10) * s + _ATAN_8) * s + _ATAN_6) * s
     series = ((series + _ATAN_4) * s + _ATAN_2) * s
     octant = r + r * series
-    angle = _HALF_PI - octant if is_steep else octant
+    angle = HALF_PI - octant if is_steep else octant
     return -angle if y < 0 else angle

@@ -4,8 +4,9 @@
 - Elsewhere, tensors whose moments are bf16 go the plain way.
 - Tensors of other dtypes and layouts there go piece by piece through torch's operators, while the
   piece is in the cache.
-- On other devices, many tensors go through an operation in one call: a call costs more there than
-  its arithmetic, and a model has hundreds of tensors.
+- On a GPU with Triton, contiguous tensors go through the kernels of ``moclip_triton``.
+- Elsewhere many tensors go through an operation in one call: a call costs more there than its
+  arithmetic, and a model has hundreds of tensors.
 
 By torch's operators the weights are those of the plain way to the last bit, but for the dot
 products of tensors in several pieces, whose float64 sums are rounded elsewhere.
@@ -22,7 +23,7 @@ from torch import Tensor
 
 from lrmc_ray.method.angle_cap import CappedGradient
 from lrmc_ray.method.dot_products import dot_products
-from lrmc_ray.method.fast import moclip_kernel
+from lrmc_ray.method.fast import moclip_kernel, moclip_launch
 from lrmc_ray.method.moclip import MoClip, is_cautious, update_
 from lrmc_ray.method.names import SecondMoment
 
@@ -38,14 +39,26 @@ DEVICE_BYTES = 1 << 27
 class FastMoClip(MoClip):
     """:class:`lrmc_ray.method.moclip.MoClip`, sooner."""
 
+    def __init__(self, *args: Any, **options: Any) -> None:
+        """See :class:`lrmc_ray.method.moclip.MoClip`."""
+        self._launches = moclip_launch.Launches()
+        super().__init__(*args, **options)
+
+    def __getstate__(self) -> dict[str, Any]:
+        # Its tables are of this optimizer's own tensors.
+        return {**super().__getstate__(), "_launches": moclip_launch.Launches()}
+
     def dots_of(self, params: Sequence[Tensor]) -> Sequence[Tensor]:
         """``dot_products`` of the gradient and the momentum of each parameter."""
         found: dict[int, Tensor] = {}
         together: dict[torch.device, list[tuple[int, Tensor, Tensor]]] = defaultdict(list)
+        launched: list[tuple[int, Tensor, Tensor]] = []
         for index, param in enumerate(params):
             assert param.grad is not None
             grad, exp_avg = param.grad, self.state[param]["exp_avg"]
-            if moclip_kernel.can_take(param, exp_avg):
+            if moclip_launch.can_take(param, exp_avg, self.state[param]["exp_avg_sq"]):
+                launched.append((index, grad, exp_avg))
+            elif moclip_kernel.can_take(param, exp_avg):
                 found[index] = moclip_kernel.dot_products(grad, exp_avg)
             elif param.is_cpu:
                 found[index] = torch.zeros(3, dtype=torch.float64)
@@ -53,6 +66,9 @@ class FastMoClip(MoClip):
                     found[index] += dot_products(*pieces)
             else:
                 together[param.device].append((index, grad.flatten(), exp_avg.flatten()))
+        if launched:
+            indices, grads, momenta = zip(*launched, strict=True)
+            found |= zip(indices, self._launches.dots(grads, momenta), strict=True)
         for on_device in together.values():
             indices, grads, momenta = zip(*on_device, strict=True)
             found |= zip(indices, foreach_dot_products(grads, momenta).unbind(), strict=True)
@@ -63,23 +79,29 @@ class FastMoClip(MoClip):
     ) -> None:
         """Move the parameters of one group; see ``MoClip``."""
         options = group["second_moment"], is_cautious(group)
-        by_operators = []
+        by_operators, launched = [], []
         scalars = functools.cache(functools.partial(step_scalars, group))
         for index, param in enumerate(group["params"]):
             if param.grad is None:
                 continue
             state = self.state[param]
-            p, q = (None, None) if capped is None else capped.of(index, param.device)
             moments = state["exp_avg"], state["exp_avg_sq"]
-            update = TensorUpdate(
-                param, param.grad, *moments, p, q, scalars(state["step"].tolist())
-            )
+            numbers = scalars(state["step"].tolist())
+            if moclip_launch.can_take(param, *moments):
+                tensors = param, param.grad, *moments
+                launched.append(moclip_launch.Update(index, tensors, numbers))
+                continue
+            p, q = (None, None) if capped is None else capped.of(index, param.device)
+            update = TensorUpdate(param, param.grad, *moments, p, q, numbers)
             if moclip_kernel.can_take(param, *moments):
                 _update_by_kernel_(update, *options, keys[index])
             elif moments[0].dtype == torch.bfloat16:
                 update_(param, state, group, p, q, keys[index])
             else:
                 by_operators.append(update)
+        self._launches.update(
+            launched, capped, sees_capped=group["second_moment"] == "capped", is_cautious=options[1]
+        )
         for batch in _batches(by_operators):
             foreach_update_(batch, *options)
 

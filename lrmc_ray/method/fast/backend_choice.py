@@ -1,0 +1,94 @@
+"""Which way to the losses on candidates is the fastest: a rule by size, without a measurement.
+
+On a CPU a dense product does six multiplications in the time of one of the sparse way (one thread,
+float32). So the candidates alone are computed while they are at most a sixth of all logits. Of
+a GPU the seconds are estimated, from what one H100 took (``benchmarks/README.md``):
+
+- ``dense``: all logits and ``cross_entropy`` took 14 to 16 ps a logit and 0.13 ps for each
+  multiplication of it (0.0135 with half precision), at all of the eight sizes that were measured.
+- ``sparse``: 2.3 to 5.5 ms at every size, the time of its calls.
+- ``kernel``: **not measured**. Counted are its launches, and the bytes of the rows it gathers at a
+  tenth of the card's bandwidth. The longest row is counted once more, at the speed of the one
+  program that reads it. ``benchmarks/gpu_round.sh`` is there to correct these three.
+
+The half-precision ``dense`` of this project multiplies in float32, to keep the digits. It is
+compared with what the plain way would take all the same: where that one is faster than the kernels,
+the kernels are not what is slow.
+"""
+
+from dataclasses import dataclass
+
+import torch
+
+from lrmc_ray.method.names import LogitsBackend
+
+_CPU_SPEEDUP = 6
+"""Multiplications of a dense product in the time of one of the sparse way."""
+_SECONDS_PER_LOGIT = 15e-12
+_SECONDS_PER_PRODUCT = {True: 0.0135e-12, False: 0.13e-12}
+"""By whether the weight is in half precision."""
+_SPARSE_SECONDS = {True: 4.5e-3, False: 2.5e-3}
+_LAUNCH_SECONDS = 10e-6
+_KERNEL_LAUNCHES = 10
+_TAIL_LAUNCHES = 20
+"""More with a sampled tail, those of torch's operators that sort it included."""
+_GATHER_BYTES_PER_SECOND = 0.3e12
+_PROGRAM_BYTES_PER_SECOND = 20e9
+_LONGEST = 1024
+"""Candidates of the longest row where no plan says how many there are: as many as are recorded."""
+
+
+@dataclass(frozen=True)
+class LossSize:
+    """The size of a loss on candidates."""
+
+    num_rows: int
+    num_hidden: int
+    vocabulary_size: int
+    num_entries: int
+    weight_type: torch.dtype
+    num_tail: int = 0
+    longest: int | None = None
+    """Candidates of the longest row, where it is known without waiting for a GPU."""
+
+    @property
+    def is_half(self) -> bool:
+        """Whether the weight is in half precision."""
+        return self.weight_type.itemsize == 2
+
+
+def dense_seconds(size: LossSize) -> float:
+    """All logits and ``cross_entropy`` on a GPU, forward and backward."""
+    per_logit = _SECONDS_PER_LOGIT + _SECONDS_PER_PRODUCT[size.is_half] * size.num_hidden
+    return size.num_rows * size.vocabulary_size * per_logit
+
+
+def kernel_seconds(size: LossSize) -> float:
+    """The kernels of ``fused_loss``, forward and backward."""
+    launches = _KERNEL_LAUNCHES + (_TAIL_LAUNCHES if size.num_tail else 0)
+    row_bytes = size.num_hidden * size.weight_type.itemsize
+    longest = min(_LONGEST, size.num_entries) if size.longest is None else size.longest
+    products = size.num_rows * size.num_tail * size.num_hidden
+    return (
+        launches * _LAUNCH_SECONDS
+        + 3 * size.num_entries * row_bytes / _GATHER_BYTES_PER_SECOND
+        + 2 * longest * row_bytes / _PROGRAM_BYTES_PER_SECOND
+        + products * _SECONDS_PER_PRODUCT[size.is_half]
+    )
+
+
+def prefers_kernel(size: LossSize) -> bool:
+    """Whether the kernels are the fastest way on a GPU."""
+    others = min(dense_seconds(size), _SPARSE_SECONDS[size.is_half])
+    return kernel_seconds(size) < others
+
+
+def logits_backend(device_type: str, size: LossSize) -> LogitsBackend:
+    """The fastest of the ways without kernels."""
+    if device_type == "cpu":
+        is_dense = size.num_entries * _CPU_SPEEDUP > size.num_rows * size.vocabulary_size
+    elif device_type == "cuda":
+        is_dense = dense_seconds(size) < _SPARSE_SECONDS[size.is_half]
+    else:
+        return "gather"
+    return "dense" if is_dense else "sparse"

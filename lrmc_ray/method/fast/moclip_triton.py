@@ -1,0 +1,164 @@
+"""MoClip's step on a GPU: two passes over fixed chunks of all tensors, each in one launch.
+
+``chunk_dots`` leaves the dot products of every chunk, which ``add_chunks`` adds up for each tensor,
+in their order. The cap on the angle is computed from these few numbers by torch (``angle_cap``).
+``chunk_update`` is ``moclip.update_``: a weight, its gradient and both moments are read once, and
+written once. A program finds its tensors by a table of pointers, ``chunk_table``.
+
+Sums are in float64 and in a fixed order, so two runs give the same bits. The arctangent is that of
+``moclip_kernel``, with a relative error below 5e-7.
+"""
+
+import triton
+import triton.language as tl
+
+from lrmc_ray.method.fast.moclip_kernel import ARCTANGENT, HALF_PI, TINY
+from lrmc_ray.method.fast.rounding_triton import narrowed
+
+_A2, _A4, _A6, _A8, _A10, _A12, _A14 = (tl.constexpr(float(number)) for number in ARCTANGENT)
+_HALF_PI = tl.constexpr(float(HALF_PI))
+_TINY = tl.constexpr(float(TINY))
+
+
+@triton.jit
+def _pointer(table, place, TYPE: tl.constexpr, ALIGNED: tl.constexpr):
+    """The tensor whose address stands at ``place``."""
+    address = tl.load(table + place)
+    if ALIGNED:
+        address = tl.multiple_of(address, 16)
+    return address.to(tl.pointer_type(TYPE))
+
+
+@triton.jit
+def chunk_dots(
+    table,
+    sizes,
+    owners,
+    starts,
+    partial,
+    GRAD_TYPE: tl.constexpr,
+    MOMENT_TYPE: tl.constexpr,
+    ALIGNED: tl.constexpr,
+    CHUNK: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """``<g, g>``, ``<g, m>`` and ``<m, m>`` of each chunk; the table has gradients and momenta."""
+    chunk = tl.program_id(0).to(tl.int64)
+    owner = tl.load(owners + chunk)
+    start = tl.load(starts + chunk)
+    size = tl.load(sizes + owner)
+    grad = _pointer(table, owner * 2, GRAD_TYPE, ALIGNED)
+    exp_avg = _pointer(table, owner * 2 + 1, MOMENT_TYPE, ALIGNED)
+    gg = tl.zeros((BLOCK,), tl.float64)
+    gm = tl.zeros((BLOCK,), tl.float64)
+    mm = tl.zeros((BLOCK,), tl.float64)
+    for offset in range(0, CHUNK, BLOCK):
+        places = start + offset + tl.arange(0, BLOCK)
+        is_inside = places < size
+        g = tl.load(grad + places, mask=is_inside, other=0.0).to(tl.float32).to(tl.float64)
+        m = tl.load(exp_avg + places, mask=is_inside, other=0.0).to(tl.float64)
+        gg += g * g
+        gm += g * m
+        mm += m * m
+    tl.store(partial + chunk * 3, tl.sum(gg, axis=0))
+    tl.store(partial + chunk * 3 + 1, tl.sum(gm, axis=0))
+    tl.store(partial + chunk * 3 + 2, tl.sum(mm, axis=0))
+
+
+@triton.jit
+def add_chunks(partial, bounds, dots, BLOCK: tl.constexpr):
+    """Dot products [G, 3] of each tensor, from those of its chunks."""
+    owner = tl.program_id(0).to(tl.int64)
+    begin = tl.load(bounds + owner)
+    end = tl.load(bounds + owner + 1)
+    columns = tl.arange(0, 4)
+    total = tl.zeros((4,), tl.float64)
+    for start in range(begin, end, BLOCK):
+        chunks = start + tl.arange(0, BLOCK)
+        values = tl.load(
+            partial + chunks[:, None] * 3 + columns[None, :],
+            mask=(chunks < end)[:, None] & (columns < 3)[None, :],
+            other=0.0,
+        )
+        total += tl.sum(values, axis=0)
+    tl.store(dots + owner * 3 + columns, total, mask=columns < 3)
+
+
+@triton.jit
+def chunk_update(
+    table,
+    sizes,
+    owners,
+    starts,
+    indices,
+    p,
+    q,
+    scales,
+    first_rate,
+    second_rate,
+    decay,
+    step_size,
+    PARAM_TYPE: tl.constexpr,
+    GRAD_TYPE: tl.constexpr,
+    MOMENT_TYPE: tl.constexpr,
+    HAS_P: tl.constexpr,
+    HAS_Q: tl.constexpr,
+    SEES_CAPPED: tl.constexpr,
+    IS_CAUTIOUS: tl.constexpr,
+    ALIGNED: tl.constexpr,
+    CHUNK: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """Move the weights and moments of each chunk by the capped gradient p g + q m.
+
+    The table has weights, gradients and both moments. ``indices`` says where in p and q a tensor's
+    numbers are, ``scales`` has 1 / (1 - beta^t) of both moments for each tensor.
+    """
+    chunk = tl.program_id(0).to(tl.int64)
+    owner = tl.load(owners + chunk)
+    start = tl.load(starts + chunk)
+    size = tl.load(sizes + owner)
+    index = tl.load(indices + owner)
+    param = _pointer(table, owner * 4, PARAM_TYPE, ALIGNED)
+    grad = _pointer(table, owner * 4 + 1, GRAD_TYPE, ALIGNED)
+    exp_avg = _pointer(table, owner * 4 + 2, MOMENT_TYPE, ALIGNED)
+    exp_avg_sq = _pointer(table, owner * 4 + 3, MOMENT_TYPE, ALIGNED)
+    first_scale = tl.load(scales + owner * 2)
+    second_scale = tl.load(scales + owner * 2 + 1)
+    for offset in range(0, CHUNK, BLOCK):
+        places = start + offset + tl.arange(0, BLOCK)
+        is_inside = places < size
+        w = tl.load(param + places, mask=is_inside, other=0.0).to(tl.float32)
+        g = tl.load(grad + places, mask=is_inside, other=0.0).to(tl.float32)
+        m = tl.load(exp_avg + places, mask=is_inside, other=0.0)
+        v = tl.load(exp_avg_sq + places, mask=is_inside, other=0.0)
+        capped = g
+        if HAS_P:
+            capped = tl.load(p + index).to(tl.float32) * g
+        if HAS_Q:
+            capped += tl.load(q + index).to(tl.float32) * m
+        seen = g
+        if SEES_CAPPED:
+            seen = capped
+        m += first_rate * (capped - m)
+        v += second_rate * (seen * seen - v)
+        tl.store(exp_avg + places, m, mask=is_inside)
+        tl.store(exp_avg_sq + places, v, mask=is_inside)
+        y = first_scale * m
+        x = tl.sqrt_rn(second_scale * v)
+        height = tl.abs(y)
+        is_steep = height > x
+        # The smallest normal number, so that (0, 0) has the angle 0; no change above 1e-30.
+        longer = tl.where(is_steep, height, x) + _TINY
+        r = tl.div_rn(tl.where(is_steep, x, height), longer)
+        s = r * r
+        series = ((((_A14 * s + _A12) * s + _A10) * s + _A8) * s + _A6) * s
+        series = ((series + _A4) * s + _A2) * s
+        octant = r + r * series
+        angle = tl.where(is_steep, _HALF_PI - octant, octant)
+        angle = tl.where(y < 0, -angle, angle)
+        if IS_CAUTIOUS:
+            # The product of g and m could be too small for float32, and would have no sign then.
+            angle = tl.where(((g > 0) & (m < 0)) | ((g < 0) & (m > 0)), 0.0, angle)
+        w = decay * w - step_size * angle
+        tl.store(param + places, narrowed(w, PARAM_TYPE), mask=is_inside)

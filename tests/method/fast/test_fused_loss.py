@@ -1,0 +1,419 @@
+"""The kernels' losses and gradients against dense float64; on the CPU by Triton's interpreter."""
+
+import itertools
+import math
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from lrmc_ray.method.candidate_sets import CandidateSets, row_offsets
+from lrmc_ray.method.fast import fused_loss, loss_plan
+from lrmc_ray.method.head import OutputHead
+from lrmc_ray.method.restricted_loss import (
+    Tail,
+    anchor_kl,
+    draw_tail,
+    restricted_cross_entropy,
+    soft_cross_entropy,
+)
+from lrmc_ray.method.stored_mass import round_down
+from tests.support.method_inputs import inside, leaves, rng
+
+triton = pytest.importorskip("triton", reason="Triton is not installed")
+tl = pytest.importorskip("triton.language")
+
+torch.set_num_threads(1)
+pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")  # numpy's, of log(0)
+
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+V = 40
+FLOAT, HALF, BRAIN = torch.float32, torch.float16, torch.bfloat16
+LIMITS = {FLOAT: 2e-6, HALF: 5e-4, BRAIN: 4e-3}
+"""Of gradients, relative to their norm: those of half precision are rounded once or twice."""
+TAILS = {
+    "no tail": None,
+    "tail": draw_tail(9, V, seed=0, step=0),
+    "all tokens": draw_tail(V, V, seed=0, step=0),
+    "drawn twice": draw_tail(30, V, seed=0, step=1, probabilities=torch.arange(V) + 1.0),
+}
+
+
+def sets_of(sizes: list[int], vocabulary_size: int = V, seed: int = 0) -> CandidateSets:
+    """Candidate sets of these sizes; gold anywhere, up to 80 % of the probability inside."""
+    generator = rng(seed)
+    tokens, logprobs, gold = [], [], []
+    for size in sizes:
+        row = torch.randperm(vocabulary_size, generator=generator)[:size]
+        chances = torch.rand(size, generator=generator, dtype=torch.float64)
+        chances = 0.8 * chances / chances.sum()
+        tokens.append(row.int())
+        logprobs.append(round_down(chances.log().sort(descending=True).values))
+        place = int(torch.randint(max(size, 1), (), generator=generator))
+        gold.append(int(row[place]) if size else 0)
+    return CandidateSets(
+        row_offsets(torch.tensor(sizes)),
+        torch.cat(tokens),
+        torch.cat(logprobs).half(),
+        torch.tensor(gold, dtype=torch.int32),
+    )
+
+
+def inputs(n: int, d: int = 20, v: int = V, seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:
+    generator = rng(seed)
+    hidden = torch.randn(n, d, generator=generator)
+    weight = torch.randn(v, d, generator=generator) / math.sqrt(d) * 3
+    return hidden, weight, torch.randn(v, generator=generator)
+
+
+def true_loss(hidden, head, sets, tail, *, is_anchor) -> Tensor:
+    """[N] by all logits, as ``restricted_loss`` defines both."""
+    logits_NV = hidden @ head.weight_VD.T
+    if head.bias_V is not None:
+        logits_NV = logits_NV + head.bias_V
+    logits_NV = logits_NV * head.logit_scale
+    if head.softcap is not None:
+        logits_NV = head.softcap * torch.tanh(logits_NV / head.softcap)
+    is_inside_NV = inside(sets, logits_NV.shape[1])
+    inside_N = logits_NV.masked_fill(~is_inside_NV, -math.inf).logsumexp(1)
+    normalizer_N, has_tail_N = inside_N, torch.zeros(len(hidden), dtype=torch.bool)
+    tail_N = torch.full_like(inside_N, -math.inf)
+    if tail is not None:
+        drawn_NR = logits_NV[:, tail.ids_R] + tail.logweights_R.double()
+        drawn_NR = drawn_NR.masked_fill(is_inside_NV[:, tail.ids_R], -math.inf)
+        has_tail_N = (drawn_NR > -math.inf).any(1)
+        tail_N = drawn_NR.masked_fill(~has_tail_N[:, None], 0.0).logsumexp(1)
+        normalizer_N = torch.where(has_tail_N, torch.logaddexp(inside_N, tail_N), inside_N)
+    if not is_anchor:
+        return normalizer_N - logits_NV[range(len(hidden)), sets.gold_ids.long()]
+    base_NV = torch.zeros_like(logits_NV)
+    base_NV[sets.row_ids, sets.token_ids.long()] = sets.logprobs.double().exp()
+    outside_N = sets.outside_mass() * has_tail_N
+    base_NV = torch.where(has_tail_N[:, None], base_NV, base_NV / base_NV.sum(1, keepdim=True))
+    logprobs_NV = logits_NV - normalizer_N[:, None]
+    kl_N = torch.xlogy(base_NV, base_NV).sum(1) - (base_NV * logprobs_NV).sum(1)
+    tail_logprob_N = torch.where(has_tail_N, tail_N - normalizer_N, 0.0)
+    return kl_N + torch.xlogy(outside_N, outside_N) - outside_N * tail_logprob_N
+
+
+def our_loss(hidden, head, sets, tail=None, *, is_anchor=False) -> Tensor:
+    shared = None
+    if tail is not None:
+        on_device = tail.to(DEVICE)
+        shared = fused_loss.share_tail(on_device.ids_R, on_device.logweights_R, len(head.weight_VD))
+    return fused_loss.fused_loss(
+        hidden, head, sets.to(DEVICE), tail=shared, is_anchor=is_anchor
+    ).cpu()
+
+
+def error(value: Tensor, truth: Tensor) -> float:
+    difference = (value.detach().double().cpu() - truth.detach()).norm()
+    return float(difference / truth.detach().norm().clamp_min(1e-30))
+
+
+def check(types, sets, tail=None, *, is_anchor=False, d=20, v=V, has_bias=False, **options):
+    """Loss and gradients of these inputs, each position with a factor of its own."""
+    tensors = [x.to(t) for x, t in zip(inputs(sets.num_rows, d, v), types, strict=True)]
+    factors_N = torch.rand(sets.num_rows, generator=rng(5)) + 0.5
+    ours = leaves(*(x.to(DEVICE) for x in tensors))
+    trues = leaves(*(x.double() for x in tensors))
+    losses = []
+    for (hidden, weight, bias), loss_of in ((ours, our_loss), (trues, true_loss)):
+        head = OutputHead(weight, bias if has_bias else None, **options)
+        loss_N = loss_of(hidden, head, sets, tail, is_anchor=is_anchor)
+        (loss_N * factors_N).sum().backward()
+        losses.append(loss_N)
+    assert losses[0].dtype == FLOAT
+    assert error(*losses) < 1e-6
+    for our, true in list(zip(ours, trues, strict=True))[: 2 + has_bias]:
+        assert our.grad.dtype == our.dtype
+        assert error(our.grad, true.grad) < LIMITS[our.dtype]
+    assert has_bias or ours[2].grad is None
+
+
+RAGGED = [3, 1, 17, V, 8, 2]
+HEADS = [
+    {},
+    {"logit_scale": 0.3},
+    {"softcap": 2.0},
+    {"has_bias": True, "logit_scale": 1.7, "softcap": 5.0},
+]
+
+
+@pytest.mark.parametrize("is_anchor", [False, True], ids=["restricted", "anchor"])
+@pytest.mark.parametrize("tail", TAILS)
+@pytest.mark.parametrize("options", HEADS, ids=str)
+def test_loss_and_gradients_of_every_head(options, tail, is_anchor):
+    # Ways that the kernels are compiled for, each with another type.
+    place = HEADS.index(options) + list(TAILS).index(tail) + is_anchor
+    types = [(FLOAT,) * 3, (BRAIN,) * 3, (HALF,) * 3, (BRAIN, FLOAT, FLOAT)][place % 4]
+    check(types, sets_of(RAGGED), TAILS[tail], is_anchor=is_anchor, **options)
+
+
+@pytest.mark.parametrize("types", [(FLOAT,) * 2, (BRAIN,) * 2, (HALF, BRAIN)], ids=str)
+def test_1024_candidates_and_sizes_that_are_no_powers_of_2(types):
+    """The weight's gradient is left out: by the interpreter a token takes milliseconds."""
+    sets = sets_of([1024, 1, 700], 1100)
+    hidden, weight = (x.to(t) for x, t in zip(inputs(3, 100, 1100)[:2], types, strict=True))
+    (ours,), (true,) = leaves(hidden.to(DEVICE)), leaves(hidden.double())
+    loss_N = our_loss(ours, OutputHead(weight.to(DEVICE), softcap=3.0), sets)
+    true_N = true_loss(true, OutputHead(weight.double(), softcap=3.0), sets, None, is_anchor=False)
+    for values in (loss_N, true_N):
+        values.sum().backward()
+    assert error(loss_N, true_N) < 1e-6
+    assert error(ours.grad, true.grad) < LIMITS[types[0]]
+
+
+def test_a_tail_longer_than_a_block():
+    check((FLOAT,) * 3, sets_of([2, 5], 1200), draw_tail(1100, 1200, seed=0, step=0), d=7, v=1200)
+
+
+def test_tokens_of_many_entries_are_added_up_in_parts(monkeypatch):
+    """A token is in every set, in four parts; others in two, or in one."""
+    monkeypatch.setattr(loss_plan, "CHUNK", 3)
+    sets = sets_of([4, 3, 1, 5, 2, 4, 3, 1, 2, 6], 8)
+    sets.token_ids[sets.offsets[:-1]] = 7
+    others = (sets.token_ids == 7) & ~torch.isin(torch.arange(len(sets.token_ids)), sets.offsets)
+    sets.token_ids[others] = 3
+    sets.gold_ids[:] = sets.token_ids[sets.offsets[:-1]]
+    plan = sets.planned().plan
+    assert plan.num_partial > 4
+    for types in ((FLOAT,) * 3, (BRAIN,) * 3):
+        tensors = [x.to(t) for x, t in zip(inputs(10, 130, 8), types, strict=True)]
+        ours = leaves(*(x.to(DEVICE) for x in tensors))
+        trues = leaves(*(x.double() for x in tensors))
+        our_loss(ours[0], OutputHead(ours[1], ours[2]), sets).sum().backward()
+        entries = (trues[0][sets.row_ids] * trues[1][sets.token_ids]).sum(1)
+        entries = entries + trues[2][sets.token_ids]
+        by_row = torch.split(entries, sets.sizes.tolist())
+        sum(x.logsumexp(0) - x[0] for x in by_row).backward()
+        for our, true in zip(ours, trues, strict=True):
+            assert error(our.grad, true.grad) < LIMITS[our.dtype]
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_a_plan_has_every_entry_once_and_in_order(seed):
+    generator = rng(seed)
+    sizes = torch.randint(1, 9, (200,), generator=generator).tolist()
+    sets = sets_of(sizes, 12, seed)
+    plan = sets.planned().plan
+    assert sorted(sizes, reverse=True) == sets.sizes[plan.rows_N.long()].tolist()
+    assert plan.longest == max(sizes)
+    assert sorted(plan.entries_E.tolist()) == list(range(len(sets.token_ids)))
+    assert torch.equal(plan.positions_E.long(), sets.row_ids[plan.entries_E.long()])
+    torch.testing.assert_close(plan.outside_N.double(), sets.outside_mass(), rtol=1e-6, atol=0)
+    bounds = plan.bounds_X.tolist()
+    chunks = [plan.entries_E[a:b].tolist() for a, b in itertools.pairwise(bounds)]
+    by_token: dict[int, list[list[int]]] = {}
+    for chunk in chunks:
+        assert 1 <= len(chunk) <= loss_plan.CHUNK
+        (token,) = set(sets.token_ids[chunk].tolist())
+        by_token.setdefault(token, []).append(chunk)
+    assert list(by_token) == sorted(set(sets.token_ids.tolist()))
+    for token, parts in by_token.items():
+        expected = (sets.token_ids == token).nonzero()[:, 0].tolist()
+        assert [entry for part in parts for entry in part] == expected
+    several = {token: parts for token, parts in by_token.items() if len(parts) > 1}
+    assert several
+    assert sets.token_ids[plan.entry_Z.long()].tolist() == list(several)
+    assert plan.split_Z.diff().tolist() == [len(parts) for parts in several.values()]
+    partial = [place for place in plan.partial_X.tolist() if place >= 0]
+    assert partial == list(range(plan.num_partial)) == list(range(int(plan.split_Z[-1])))
+    for place, chunk in zip(plan.partial_X.tolist(), chunks, strict=True):
+        assert (place >= 0) == (int(sets.token_ids[chunk[0]]) in several)
+
+
+def test_a_plan_goes_where_its_sets_go():
+    sets = sets_of([2, 3]).planned()
+    assert sets.planned() is sets
+    assert sets.to("meta").plan.rows_N.device.type == "meta"
+    assert sets.to("meta").plan.longest == 3
+    assert sets.rows(torch.tensor([0])).plan is None
+
+
+def test_one_candidate_gives_loss_and_gradient_zero_exactly():
+    sets = sets_of([1] * 5)
+    for is_anchor in (False, True):
+        tensors = leaves(*(x.to(DEVICE) for x in inputs(5)))
+        loss_N = our_loss(tensors[0], OutputHead(*tensors[1:]), sets, is_anchor=is_anchor)
+        loss_N.sum().backward()
+        assert not loss_N.any()
+        assert all(not x.grad.any() for x in tensors)
+
+
+@pytest.mark.parametrize("is_anchor", [False, True], ids=["restricted", "anchor"])
+@pytest.mark.parametrize("tail", ["no tail", "tail"])
+def test_a_row_without_candidates_counts_nothing(tail, is_anchor):
+    sizes = [3, 0, 2]
+    hidden, weight, _ = (x.to(DEVICE) for x in inputs(3))
+    results = []
+    for kept in (torch.arange(3), torch.tensor([0, 2])):
+        h, w = leaves(hidden[kept], weight)
+        sets = sets_of(sizes).rows(kept)
+        loss_N = our_loss(h, OutputHead(w), sets, TAILS[tail], is_anchor=is_anchor)
+        loss_N.sum().backward()
+        results.append((loss_N, h.grad, w.grad))
+    with_empty, without = results
+    assert with_empty[0][1] == 0
+    assert not with_empty[1][1].any()
+    assert torch.equal(with_empty[0][[0, 2]], without[0])
+    torch.testing.assert_close(with_empty[1][[0, 2]], without[1])
+    torch.testing.assert_close(with_empty[2], without[2])
+
+
+def test_no_positions_have_loss_zero():
+    hidden, weight, _ = (x.to(DEVICE) for x in inputs(1))
+    for tail in TAILS.values():
+        h, w = leaves(hidden[:0], weight)
+        our_loss(h, OutputHead(w), sets_of([2]).rows(torch.arange(0)), tail).sum().backward()
+        assert h.grad.shape == (0, 20)
+        assert w.grad is None or not w.grad.any()
+
+
+def test_large_logits_neither_overflow_nor_lose_the_loss():
+    sets = sets_of([7, 30])
+    hidden, weight, _ = (x.to(DEVICE) for x in inputs(2))
+    for tail in (None, TAILS["tail"]):
+        truth = true_loss(
+            1e4 * hidden.double().cpu(), OutputHead(weight.double().cpu()), sets, tail,
+            is_anchor=False,
+        )  # fmt: skip
+        torch.testing.assert_close(
+            our_loss(1e4 * hidden, OutputHead(weight), sets, tail).double(), truth,
+            rtol=1e-5, atol=1e-2,
+        )  # fmt: skip
+
+
+@pytest.mark.parametrize("dtype", [FLOAT, BRAIN], ids=str)
+def test_two_runs_give_the_same_bits(dtype):
+    results = []
+    for _ in range(2):
+        tensors = leaves(*(x.to(DEVICE, dtype) for x in inputs(6, 70)))
+        for is_anchor in (False, True):
+            head = OutputHead(tensors[1], tensors[2], softcap=4.0)
+            loss_N = our_loss(
+                tensors[0], head, sets_of(RAGGED), TAILS["drawn twice"], is_anchor=is_anchor
+            )
+            (loss_N.sum() / 7).backward()
+        results.append([loss_N, *(x.grad for x in tensors)])
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+
+def test_gradients_are_added_where_the_operators_add_them():
+    sets, (hidden, weight, _) = sets_of([3, 9]), (x.to(DEVICE) for x in inputs(2))
+    tail = TAILS["tail"]
+
+    def loss(h: Tensor, w: Tensor) -> Tensor:
+        return our_loss(h, OutputHead(w), sets, tail).sum()
+
+    h, w = leaves(hidden, weight)
+    loss(h, w).backward()
+    truth = w.grad.clone()
+    rows = torch.unique(torch.cat([sets.token_ids.long(), tail.ids_R]))
+    untouched = ~torch.isin(torch.arange(V), rows)
+    assert untouched.any()
+    assert not truth[untouched].any()
+
+    h, w = leaves(hidden, weight)  # a part of a flat buffer, whose columns are no neighbours
+    flat = torch.ones(20, V + 1, device=DEVICE)
+    w.grad = flat[:, 1:].T
+    loss(h, w).backward()
+    torch.testing.assert_close(flat[:, 1:].T - 1, truth, atol=1e-6, rtol=1e-5)
+    assert (flat[:, 0] == 1).all()
+
+    h, w = leaves(hidden, weight)
+    w.grad = torch.ones_like(w)
+    buffer = w.grad
+    loss(h, w).backward(retain_graph=False)
+    assert w.grad is buffer
+    assert torch.equal(buffer[untouched], torch.ones_like(buffer[untouched]))
+    torch.testing.assert_close(buffer - 1, truth, atol=1e-6, rtol=1e-5)
+
+    h, w = leaves(hidden, weight)  # only returned
+    torch.testing.assert_close(torch.autograd.grad(loss(h, w), w)[0], truth)
+    assert w.grad is None
+
+    padded = nn.Parameter(torch.cat([weight, weight], dim=1))  # no leaf, and rows further apart
+    wide = torch.cat([hidden, hidden], dim=1)[:, :20]
+    loss(wide, padded[:, :20]).backward()
+    torch.testing.assert_close(padded.grad[:, :20], truth)
+    assert not padded.grad[:, 20:].any()
+
+
+def test_gradients_that_are_not_asked_for_are_not_made():
+    sets, tensors = sets_of([3, 9]), tuple(x.to(DEVICE) for x in inputs(2))
+    everything = leaves(*tensors)
+    our_loss(everything[0], OutputHead(*everything[1:]), sets, TAILS["tail"]).sum().backward()
+    for wanted in range(3):
+        some = [x.clone().requires_grad_(place == wanted) for place, x in enumerate(tensors)]
+        our_loss(some[0], OutputHead(*some[1:]), sets, TAILS["tail"]).sum().backward()
+        for place, (one, other) in enumerate(zip(some, everything, strict=True)):
+            assert (one.grad is not None) == (place == wanted)
+            if one.grad is not None:
+                torch.testing.assert_close(one.grad, other.grad)
+    with torch.no_grad():
+        loss_N = our_loss(tensors[0], OutputHead(*tensors[1:]), sets)
+    assert not loss_N.requires_grad
+
+
+def test_the_losses_take_the_kernels_where_they_are_asked_to():
+    sets, (hidden, weight, bias) = sets_of(RAGGED).to(DEVICE), (x.to(DEVICE) for x in inputs(6))
+    head = OutputHead(weight, bias)
+    tail = TAILS["drawn twice"].to(DEVICE)
+    for loss in (restricted_cross_entropy, anchor_kl):
+        ours = loss(hidden, head, sets, tail=tail, backend="kernel")
+        torch.testing.assert_close(ours, loss(hidden, head, sets, tail=tail, backend="gather"))
+    torch.testing.assert_close(
+        soft_cross_entropy(hidden, head, sets, backend="kernel"),
+        soft_cross_entropy(hidden, head, sets, backend="gather"),
+    )
+    for reduction in ("none", "mean"):
+        options = {"reduction": reduction}
+        torch.testing.assert_close(
+            restricted_cross_entropy(hidden, head, sets, backend="kernel", **options),
+            restricted_cross_entropy(hidden, head, sets, backend="gather", **options),
+        )
+
+
+def test_a_shared_tail_has_a_token_once():
+    tail = Tail(torch.tensor([5, 2, 5, 9, 5]), torch.tensor([0.5, 0.1, 1.0, -3.0, 0.2]))
+    shared = fused_loss.share_tail(*tail, 12)
+    assert shared.ids_R.tolist() == [2, 5, 5, 5, 9]
+    together = math.log(math.exp(0.5) + math.exp(1.0) + math.exp(0.2))
+    expected = torch.tensor([0.1, together, -math.inf, -math.inf, -3.0])
+    torch.testing.assert_close(shared.logweights_R, expected)
+    assert shared.places_V.tolist() == [-1, -1, 0, -1, -1, 1, -1, -1, -1, 4, -1, -1]
+
+
+def test_what_the_kernels_cannot_take_is_refused(monkeypatch):
+    sets, (hidden, weight, _) = sets_of([3, 9]).to(DEVICE), (x.to(DEVICE) for x in inputs(2))
+
+    def loss(h: Tensor, w: Tensor, backend="kernel") -> Tensor:
+        return restricted_cross_entropy(h, OutputHead(w), sets, backend=backend)
+
+    with pytest.raises(ValueError, match=r"an input is torch\.float64; take backend='auto'"):
+        loss(hidden, weight.double())
+    with pytest.raises(ValueError, match="the rows of the weight are not contiguous"):
+        loss(hidden, weight.T.contiguous().T)
+    monkeypatch.setattr(fused_loss, "WIDEST_HIDDEN", 19)
+    with pytest.raises(ValueError, match="at most 19 elements, but the hidden size is 20"):
+        loss(hidden, weight)
+    monkeypatch.undo()
+    monkeypatch.setattr(fused_loss, "is_installed", lambda: False)
+    with pytest.raises(ValueError, match="the package triton is not installed"):
+        loss(hidden, weight)
+    loss(hidden, weight, "auto")
+    monkeypatch.undo()
+    monkeypatch.setenv("TRITON_INTERPRET", "0")
+    with pytest.raises(ValueError, match="the hidden states are on cpu"):
+        loss(hidden.cpu(), weight.cpu())
+
+
+def test_auto_leaves_the_interpreter_alone(monkeypatch):
+    """Without a GPU it is a way to test the kernels, not one to train."""
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    hidden, weight, _ = inputs(2)
+    calls = []
+    monkeypatch.setattr(fused_loss, "_candidate_loss", lambda *args: calls.append(args))
+    restricted_cross_entropy(hidden, OutputHead(weight), sets_of([3, 9]))
+    assert not calls

@@ -1,0 +1,225 @@
+"""MoClip's steps by the kernels of a GPU against the plain ones; without a GPU, interpreted."""
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from lrmc_ray.method.fast import chunk_table, moclip_launch, moclip_update
+from lrmc_ray.method.fast.moclip_update import FastMoClip
+from lrmc_ray.method.moclip import MoClip
+from tests.support.moclip_paths import CLIPS, leaning_gradients, random
+
+triton = pytest.importorskip("triton", reason="Triton is not installed")
+tl: Any = pytest.importorskip("triton.language")
+
+torch.set_num_threads(1)
+pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")  # numpy's
+
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+SHAPES = [(50, 101), (5, 3), (1,), (), (0, 4), (1024,)]
+FLOAT, HALF, BRAIN = torch.float32, torch.float16, torch.bfloat16
+
+
+@pytest.fixture(autouse=True)
+def _by_kernels(monkeypatch):
+    """Short chunks, so that some tensors have several; and nothing left to torch's operators."""
+    monkeypatch.setattr(chunk_table, "CHUNK", 2048)
+    monkeypatch.setattr(moclip_launch, "runs_on", lambda device: True)
+
+    def refuse(*args):
+        raise AssertionError("a tensor went through torch's operators")
+
+    monkeypatch.setattr(moclip_update, "foreach_update_", refuse)
+    monkeypatch.setattr(moclip_update, "foreach_dot_products", refuse)
+
+
+def steps(kind, dtype, device, *, num=4, groups=1, **options) -> MoClip:
+    """The third gradient of every tensor is an outlier, on which every reading of the cap binds."""
+    params = [
+        torch.nn.Parameter(random(*shape, seed=i).to(dtype).to(device))
+        for i, shape in enumerate(SHAPES)
+    ]
+    parts: list[dict[str, Any]] = [{"params": params[place::groups]} for place in range(groups)]
+    parts[-1]["lr"] = 0.02
+    options = {"weight_decay": 0.1, "delta_max": 60.0, **options}
+    optimizer = kind(parts, lr=0.01, **options)
+    gradients = [leaning_gradients(*s, num=num, seed=i) for i, s in enumerate(SHAPES)]
+    for step in range(num):
+        for place, (param, of_tensor) in enumerate(zip(params, gradients, strict=True)):
+            gradient = of_tensor[step] * (-30 if step == 2 else 1)
+            # One tensor has its first gradient later than the others.
+            param.grad = None
+            if place != 1 or step:
+                param.grad = gradient.reshape(param.shape).to(dtype).to(device)
+        optimizer.step()
+    return optimizer
+
+
+def values_of(optimizer) -> list[Tensor]:
+    params = [param for group in optimizer.param_groups for param in group["params"]]
+    states = [optimizer.state[p][name] for p in params for name in ("exp_avg", "exp_avg_sq")]
+    return [x.detach().cpu() for x in (*params, *states)]
+
+
+@pytest.mark.parametrize("clip", CLIPS)
+@pytest.mark.parametrize("angle", ["tensor", "global"])
+def test_steps_are_the_plain_ones_in_float64_up_to_rounding(clip, angle):
+    options = {"clip": clip, "angle": angle, "groups": 2}
+    options["second_moment"] = "capped" if clip in ("rotate", "cautious") else "raw"
+    ours = steps(FastMoClip, FLOAT, DEVICE, **options)
+    theirs = steps(MoClip, torch.float64, "cpu", **options)
+    for our, their in zip(values_of(ours), values_of(theirs), strict=True):
+        assert our.dtype == FLOAT
+        # Of the outlier's momentum, a sum of large terms that cancel, the error is absolute.
+        largest = float(their.abs().max()) if their.numel() else 0.0
+        torch.testing.assert_close(our.double(), their, rtol=4e-6, atol=4e-7 * largest)
+    counted, expected = ours.angle_statistics(), theirs.angle_statistics()
+    assert counted.histogram == expected.histogram
+    assert counted.clipped_share == expected.clipped_share or clip == "none"
+    assert clip == "none" or counted.clipped_share > 0
+
+
+@pytest.mark.parametrize("dtype", [BRAIN, HALF], ids=str)
+@pytest.mark.parametrize("clip", ["cautious", "project"])
+def test_half_precision_weights_have_float32_moments_and_are_rounded_once(clip, dtype):
+    ours = steps(FastMoClip, dtype, DEVICE, clip=clip)
+    theirs = steps(MoClip, dtype, "cpu", clip=clip)
+    number = len(SHAPES)
+    for place, (our, their) in enumerate(zip(values_of(ours), values_of(theirs), strict=True)):
+        assert our.dtype == their.dtype == (dtype if place < number else FLOAT)
+        if place < number:
+            # Beside a border of rounding the last bit of few weights may differ.
+            assert (our != their).sum() <= our.numel() // 200
+            limit = {"rtol": 2 * torch.finfo(dtype).eps, "atol": 1e-6}
+            torch.testing.assert_close(our.float(), their.float(), **limit)
+        else:
+            largest = float(their.abs().max()) if their.numel() else 0.0
+            torch.testing.assert_close(our, their, rtol=1e-4, atol=1e-5 * largest)
+
+
+def test_two_runs_give_the_same_bits():
+    first, second = (values_of(steps(FastMoClip, FLOAT, DEVICE, num=3)) for _ in range(2))
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+
+
+def test_dot_products_are_exact_to_float64():
+    sizes = (5, 1, 2048, 2049, 70_000)
+    grads = [random(n, seed=n, dtype=FLOAT).to(DEVICE) for n in sizes]
+    momenta = [random(n, seed=n + 1, dtype=FLOAT).to(DEVICE) for n in sizes]
+    grads[1] = grads[1].bfloat16()
+    found = moclip_launch.Launches().dots(grads, momenta)
+    for row_3, grad, momentum in zip(found, grads, momenta, strict=True):
+        g, m = grad.double().cpu(), momentum.double().cpu()
+        expected = torch.stack((g.dot(g), g.dot(m), m.dot(m)))
+        scale = float(g.norm() * m.norm())
+        torch.testing.assert_close(row_3.cpu(), expected, rtol=1e-13, atol=1e-14 * scale)
+
+
+def test_shards_step_as_the_whole_tensor_does():
+    """Two shards of one tensor, each with an optimizer whose dot products are summed."""
+    start, gradients = random(3000, seed=1, dtype=FLOAT), leaning_gradients(3000, dtype=FLOAT)
+    options = {"lr": 0.01, "delta_max": 45.0, "clip": "project"}
+    whole = torch.nn.Parameter(start.to(DEVICE))
+    reference = FastMoClip([whole], **options)
+    places = (slice(0, 1001), slice(1001, 3000))
+    params = [torch.nn.Parameter(start[place].clone().to(DEVICE)) for place in places]
+    sums: list[Tensor] = []
+
+    def reduce(dots: Tensor) -> None:
+        """Both shards' dot products from their gradients and momenta of now."""
+        dots.copy_(sums[0])
+
+    optimizers = [FastMoClip([param], **options, reduce_dots=reduce) for param in params]
+    for gradient in gradients[:4]:
+        whole.grad = gradient.to(DEVICE)
+        m = reference.state[whole].get("exp_avg", torch.zeros(3000)).double().cpu()
+        g = gradient.double()
+        row = torch.stack((g.dot(g), g.dot(m), m.dot(m), torch.tensor(3000.0).double()))
+        sums[:] = [row[None].to(DEVICE)]
+        reference.step()
+        for param, optimizer, place in zip(params, optimizers, places, strict=True):
+            param.grad = gradient[place].clone().to(DEVICE)
+            optimizer.step()
+    torch.testing.assert_close(torch.cat([p.detach() for p in params]), whole.detach())
+    assert reference.angle_statistics().clipped_share > 0
+
+
+def test_tensors_that_move_are_found_again():
+    """The table of pointers is kept only while every tensor stays where it is."""
+    param = torch.nn.Parameter(torch.zeros(300, device=DEVICE))
+    optimizer = FastMoClip([param], lr=0.1)
+    kept = []
+    for step in range(3):
+        param.grad = torch.full((300,), 1.0 + step, device=DEVICE)
+        kept.append(param.grad)  # the next gradient lies elsewhere
+        param.data = param.data.clone()
+        kept.append(param.data)
+        before = param.detach().clone()
+        optimizer.step()
+        assert (param.detach() < before).all()
+    expected = 0.1 * (0.1 * (0.9 * (0.9 + 2.0) + 3.0))
+    torch.testing.assert_close(
+        optimizer.state[param]["exp_avg"], torch.full((300,), expected * 10, device=DEVICE)
+    )
+
+
+def test_tensors_of_no_whole_vectors_are_taken_as_well():
+    """A parameter that begins in the middle of a buffer, not at a multiple of 16 bytes."""
+    values = random(700, seed=0, dtype=FLOAT)
+    results = []
+    for offset in (0, 1):
+        buffer = torch.zeros(702, device=DEVICE)
+        buffer[offset : offset + 700] = values.to(DEVICE)
+        param = torch.nn.Parameter(buffer[offset : offset + 700])
+        optimizer = FastMoClip([param], lr=0.1, clip="scale")
+        for seed in range(3):
+            param.grad = random(700, seed=seed, dtype=FLOAT).to(DEVICE)
+            optimizer.step()
+        assert buffer[700 + offset :].abs().max() == 0
+        results.append(param.detach().clone())
+    assert torch.equal(*results)
+
+
+def test_a_copy_of_an_optimizer_has_tables_of_its_own():
+    param = torch.nn.Parameter(torch.ones(4, device=DEVICE))
+    optimizer = FastMoClip([param], lr=0.1)
+    param.grad = torch.ones_like(param)
+    optimizer.step()
+    other = copy.deepcopy(optimizer)
+    twin = other.param_groups[0]["params"][0]
+    twin.grad = torch.ones_like(twin)
+    before = param.detach().clone()
+    other.step()
+    assert torch.equal(param.detach(), before)
+    assert (twin.detach() < before).all()
+
+
+@triton.jit
+def _round(source, target):
+    places = tl.arange(0, 4096)
+    values = tl.load(source + places)
+    tl.store(target + places, narrowed(values, target.dtype.element_ty))
+
+
+from lrmc_ray.method.fast.rounding_triton import narrowed  # noqa: E402  after the check for Triton
+
+
+@pytest.mark.parametrize("dtype", [BRAIN, HALF, FLOAT], ids=str)
+def test_rounding_is_torchs(dtype):
+    """Ties, numbers below the smallest normal one, overflow, both zeros, infinities and NaN."""
+    generator = torch.Generator().manual_seed(0)
+    bits = torch.randint(-(2**31), 2**31, (4096,), generator=generator).int()
+    bits[:1024] &= -0x8000  # half of these are ties
+    values = bits.view(FLOAT)
+    special = [0.0, -0.0, float("inf"), -float("inf"), float("nan"), 3.4e38, -3.4e38, 1e-40]
+    values[: len(special)] = torch.tensor(special)
+    rounded = torch.empty(4096, dtype=dtype, device=DEVICE)
+    _round[(1,)](values.to(DEVICE), rounded)
+    rounded, expected = rounded.cpu(), values.to(dtype)
+    assert torch.equal(rounded.isnan(), expected.isnan())
+    is_number = ~expected.isnan()
+    kind = torch.int16 if dtype.itemsize == 2 else torch.int32
+    assert torch.equal(rounded[is_number].view(kind), expected[is_number].view(kind))
