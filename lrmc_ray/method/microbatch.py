@@ -12,14 +12,14 @@ have in common at their beginnings is computed once: see ``fast.packing``.
 
 import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from lrmc_ray.method.fast.packing import lay_out
-from lrmc_ray.method.layout import Layout, moved
+from lrmc_ray.method.layout import Layout
 from lrmc_ray.method.subsets import CandidateSets, cut
 
 _NO_CANDIDATES = CandidateSets(
@@ -60,12 +60,26 @@ class LossPositions:
     """Of the sample that a position is in, float64."""
 
     def to(self, device: torch.device) -> "LossPositions":
-        """The same on another device."""
+        """The same on another device; the host does not wait where it is in pinned memory."""
+        is_cuda = device.type == "cuda"
         return LossPositions(
-            self.row_N.to(device),
-            self.column_N.to(device),
-            self.candidates.to(device),
-            self.weight_N.to(device),
+            self.row_N.to(device, non_blocking=is_cuda),
+            self.column_N.to(device, non_blocking=is_cuda),
+            self.candidates.to(device, non_blocking=is_cuda),
+            self.weight_N.to(device, non_blocking=is_cuda),
+        )
+
+    def planned(self) -> "LossPositions":
+        """The same with the plan of the kernels of a GPU."""
+        return dataclasses.replace(self, candidates=self.candidates.planned())
+
+    def pin_memory(self) -> "LossPositions":
+        """The same in pinned memory."""
+        return LossPositions(
+            self.row_N.pin_memory(),
+            self.column_N.pin_memory(),
+            self.candidates.pin_memory(),
+            self.weight_N.pin_memory(),
         )
 
 
@@ -103,15 +117,34 @@ class MicroBatch:
     the step, see ``shared_prefix``."""
 
     def to(self, device: torch.device) -> "MicroBatch":
-        """The same on another device."""
+        """The same on another device; the host does not wait where it is in pinned memory."""
+        is_cuda = device.type == "cuda"
         return dataclasses.replace(
-            self,
-            input_ids_BT=self.input_ids_BT.to(device),
-            position_ids_BT=moved(self.position_ids_BT, device),
-            is_visible_TT=moved(self.is_visible_TT, device),
-            is_token_BT=self.is_token_BT.to(device),
+            self._mapped(lambda tensor: tensor.to(device, non_blocking=is_cuda)),
             supervised=self.supervised.to(device),
             anchored=self.anchored.to(device),
+        )
+
+    def planned(self) -> "MicroBatch":
+        """The same with the plans of the kernels of a GPU, in pinned memory where there is one."""
+        supervised, anchored = self.supervised.planned(), self.anchored.planned()
+        if not torch.cuda.is_available():
+            return dataclasses.replace(self, supervised=supervised, anchored=anchored)
+        return dataclasses.replace(
+            self._mapped(Tensor.pin_memory),
+            supervised=supervised.pin_memory(),
+            anchored=anchored.pin_memory(),
+        )
+
+    def _mapped(self, move: Callable[[Tensor], Tensor]) -> "MicroBatch":
+        """With what ``move`` makes of every tensor but those of the positions."""
+        position_ids_BT, is_visible_TT = self.position_ids_BT, self.is_visible_TT
+        return dataclasses.replace(
+            self,
+            input_ids_BT=move(self.input_ids_BT),
+            position_ids_BT=None if position_ids_BT is None else move(position_ids_BT),
+            is_visible_TT=None if is_visible_TT is None else move(is_visible_TT),
+            is_token_BT=move(self.is_token_BT),
         )
 
 

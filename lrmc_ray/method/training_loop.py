@@ -13,8 +13,11 @@ to the W workers, each with its own random seed. Those without an active positio
 """
 
 import math
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -26,6 +29,8 @@ from lrmc_ray.method.names import Reduction
 from lrmc_ray.method.shared_prefix import SharedPrefix, share_prefix
 from lrmc_ray.method.step_result import Gradients, StepResult, summarize
 from lrmc_ray.method.workers import WorkerGroup, add_in_order, sum_gradients, waves
+
+_Prepared = TypeVar("_Prepared")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,6 +53,12 @@ class StepOptions:
     """Tokens of the longest packed micro-batch of which the beginning that all samples of the step
     share is computed apart, once; see ``shared_prefix``. 0 where the model cannot, and with a
     ``base`` or a ``balance_loss``, which see a micro-batch whole."""
+    plans_losses: bool = False
+    """Sort the candidates for the kernels of a GPU while batches are made, and put batches into
+    pinned memory; see ``fast.loss_plan``. Without it the host waits for the GPU at every loss."""
+    prepares_ahead: bool = False
+    """Make the batch of the next step, in a thread, while this one is computed. Only where a batch
+    does not depend on the weights."""
     max_grad_norm: float | None = None
     """Gradients are scaled down to this norm; None leaves them."""
     max_bad_steps: int = 5
@@ -76,9 +87,9 @@ class StepOptions:
             attention_cost=self.attention_cost,
             pack_up_to=self.pack_up_to,
         )
-        if not self.share_prefix_up_to or not math.isfinite(self.attention_cost):
-            return batches
-        return share_prefix(batches, self.share_prefix_up_to, self.pack_up_to)
+        if self.share_prefix_up_to and math.isfinite(self.attention_cost):
+            batches = share_prefix(batches, self.share_prefix_up_to, self.pack_up_to)
+        return [batch.planned() for batch in batches] if self.plans_losses else batches
 
 
 def micro_batch_seed(seed: int, step: int, index: int) -> int:
@@ -249,9 +260,12 @@ def train(
         FloatingPointError: ``max_bad_steps`` steps in a row had no finite loss and gradient.
     """
     parameters = [p for g in optimizer.param_groups for p in g["params"]]
-    for step in steps:
+
+    def prepare(step: int) -> tuple[int, list[Sample], list[MicroBatch]]:
         samples = batch_of_step(step)
-        micro_batches = options.divide(samples, loss.activity)
+        return step, samples, options.divide(samples, loss.activity)
+
+    for step, samples, micro_batches in _one_ahead(prepare, steps, options.prepares_ahead):
         gradients = compute_gradients(
             model, parameters, micro_batches, loss, options, group, step=step
         )
@@ -276,6 +290,23 @@ def train(
                 )
         optimizer.zero_grad(set_to_none=True)
         yield summarize(step, samples, gradients, grad_norm, lr, bad_steps)
+
+
+def _one_ahead(
+    prepare: Callable[[int], _Prepared], steps: range, prepares_ahead: bool
+) -> Iterator[_Prepared]:
+    """What ``prepare`` returns for each step; where asked, it works on the next one meanwhile."""
+    if not prepares_ahead:
+        yield from map(prepare, steps)
+        return
+    with ThreadPoolExecutor(1, thread_name_prefix="batches") as pool:
+        coming: deque[Future[_Prepared]] = deque()
+        for step in steps:
+            coming.append(pool.submit(prepare, step))
+            if len(coming) > 1:
+                yield coming.popleft().result()
+        for prepared in coming:
+            yield prepared.result()
 
 
 def clip_gradients(parameters: Sequence[nn.Parameter], max_norm: float | None) -> float:

@@ -133,6 +133,8 @@ class HeadRows:
             self._rows.places(sets.token_ids),
             sets.logprobs,
             self._rows.places(sets.gold_ids),
+            # Places rise with the tokens, so what is planned by token is so by place.
+            sets.plan,
         )
         return dataclasses.replace(where, candidates=candidates)
 

@@ -186,6 +186,8 @@ class TrainingRun:
                 attention_cost=learner.attention_cost,
                 pack_up_to=longest_packed(learner.model.config),
                 share_prefix_up_to=learner.share_prefix_up_to,
+                plans_losses=learner.head.weight_VD.is_cuda,
+                prepares_ahead=learner.head.weight_VD.is_cuda and not settings.refresh_every,
                 max_grad_norm=settings.max_grad_norm,
                 max_bad_steps=settings.max_bad_steps,
                 base=learner.base,

@@ -27,10 +27,8 @@ WIDEST_HIDDEN = 2**14
 """Of a hidden state that one program holds in its registers."""
 _TILE_BYTES = 2**14
 """Of the rows of candidates that a program reads at a time, while it waits for the next."""
-_COLUMNS = 128
-"""Of a row of the weight's gradient that a program adds up."""
-_ENTRIES = 16
-"""Entries whose hidden states such a program has on their way at a time."""
+ROWS_TILE = {"BLOCK_D": 128, "BLOCK_E": 16, "NUM_STAGES": 2, "num_warps": 4}
+"""Of ``add_token_rows``: columns of the weight's gradient, and entries taken at a time."""
 _TILE = 64
 """Positions, sampled tokens and columns of a tile of the tail's products."""
 
@@ -353,7 +351,7 @@ def _add_candidates_to_weight(
     plan, columns = task.plan, hidden_ND.shape[1]
     partial_XD = hidden_ND.new_empty((plan.num_partial, columns), dtype=torch.float32)
     partial_X = hidden_ND.new_empty(plan.num_partial, dtype=torch.float32)
-    stretches = blocks(columns, _COLUMNS)
+    stretches = blocks(columns, ROWS_TILE["BLOCK_D"])
     if len(plan.partial_X):
         head_triton.add_token_rows[(len(plan.partial_X), stretches)](
             hidden_ND,
@@ -369,10 +367,7 @@ def _add_candidates_to_weight(
             hidden_stride=hidden_ND.stride(0),
             upstream_stride=upstream_N.stride(0),
             num_hidden=columns,
-            BLOCK_D=_COLUMNS,
-            BLOCK_E=_ENTRIES,
-            NUM_STAGES=2,
-            num_warps=4,
+            **ROWS_TILE,
             **rows.arguments(),
         )
     if len(plan.entry_Z):
@@ -383,8 +378,8 @@ def _add_candidates_to_weight(
             plan.entry_Z,
             task.sets.token_ids,
             num_hidden=columns,
-            BLOCK_D=_COLUMNS,
-            num_warps=4,
+            BLOCK_D=ROWS_TILE["BLOCK_D"],
+            num_warps=ROWS_TILE["num_warps"],
             **rows.arguments(),
         )
 

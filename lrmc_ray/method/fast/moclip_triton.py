@@ -22,11 +22,34 @@ _TINY = tl.constexpr(float(TINY))
 
 @triton.jit
 def _pointer(table, place, TYPE: tl.constexpr, ALIGNED: tl.constexpr):
-    """The tensor whose address stands at ``place``."""
-    address = tl.load(table + place)
+    """The tensor whose address stands at ``place``; ``ALIGNED`` is what a wide load needs."""
+    tensor = tl.load(table + place).to(tl.pointer_type(TYPE))
     if ALIGNED:
-        address = tl.multiple_of(address, 16)
-    return address.to(tl.pointer_type(TYPE))
+        tensor = tl.multiple_of(tensor, 16)
+    return tensor
+
+
+@triton.jit
+def _loaded(tensor, places, size, IS_WHOLE: tl.constexpr):
+    """Elements in their own type. Where all places are inside, nothing asks, and loads are wide."""
+    if IS_WHOLE:
+        return tl.load(tensor + places)
+    return tl.load(tensor + places, mask=places < size, other=0.0)
+
+
+@triton.jit
+def _stored(tensor, places, values, size, IS_WHOLE: tl.constexpr):
+    if IS_WHOLE:
+        tl.store(tensor + places, values)
+    else:
+        tl.store(tensor + places, values, mask=places < size)
+
+
+@triton.jit
+def _products(grad, exp_avg, places, size, IS_WHOLE: tl.constexpr):
+    g = _loaded(grad, places, size, IS_WHOLE).to(tl.float32).to(tl.float64)
+    m = _loaded(exp_avg, places, size, IS_WHOLE).to(tl.float64)
+    return g * g, g * m, m * m
 
 
 @triton.jit
@@ -45,21 +68,27 @@ def chunk_dots(
     """``<g, g>``, ``<g, m>`` and ``<m, m>`` of each chunk; the table has gradients and momenta."""
     chunk = tl.program_id(0).to(tl.int64)
     owner = tl.load(owners + chunk)
-    start = tl.load(starts + chunk)
+    start = tl.multiple_of(tl.load(starts + chunk), BLOCK)
     size = tl.load(sizes + owner)
     grad = _pointer(table, owner * 2, GRAD_TYPE, ALIGNED)
     exp_avg = _pointer(table, owner * 2 + 1, MOMENT_TYPE, ALIGNED)
     gg = tl.zeros((BLOCK,), tl.float64)
     gm = tl.zeros((BLOCK,), tl.float64)
     mm = tl.zeros((BLOCK,), tl.float64)
-    for offset in range(0, CHUNK, BLOCK):
-        places = start + offset + tl.arange(0, BLOCK)
-        is_inside = places < size
-        g = tl.load(grad + places, mask=is_inside, other=0.0).to(tl.float32).to(tl.float64)
-        m = tl.load(exp_avg + places, mask=is_inside, other=0.0).to(tl.float64)
-        gg += g * g
-        gm += g * m
-        mm += m * m
+    if start + CHUNK <= size:
+        for offset in range(0, CHUNK, BLOCK):
+            places = start + offset + tl.arange(0, BLOCK)
+            more_gg, more_gm, more_mm = _products(grad, exp_avg, places, size, True)
+            gg += more_gg
+            gm += more_gm
+            mm += more_mm
+    else:
+        for offset in range(0, CHUNK, BLOCK):
+            places = start + offset + tl.arange(0, BLOCK)
+            more_gg, more_gm, more_mm = _products(grad, exp_avg, places, size, False)
+            gg += more_gg
+            gm += more_gm
+            mm += more_mm
     tl.store(partial + chunk * 3, tl.sum(gg, axis=0))
     tl.store(partial + chunk * 3 + 1, tl.sum(gm, axis=0))
     tl.store(partial + chunk * 3 + 2, tl.sum(mm, axis=0))
@@ -82,6 +111,68 @@ def add_chunks(partial, bounds, dots, BLOCK: tl.constexpr):
         )
         total += tl.sum(values, axis=0)
     tl.store(dots + owner * 3 + columns, total, mask=columns < 3)
+
+
+@triton.jit
+def _arctangent(y, x):
+    """``arctan2(y, x)`` for x >= 0, see ``moclip_kernel.arctan2_nonnegative``."""
+    height = tl.abs(y)
+    is_steep = height > x
+    longer = tl.where(is_steep, height, x) + _TINY
+    r = tl.div_rn(tl.where(is_steep, x, height), longer)
+    s = r * r
+    series = ((((_A14 * s + _A12) * s + _A10) * s + _A8) * s + _A6) * s
+    series = ((series + _A4) * s + _A2) * s
+    octant = r + r * series
+    angle = tl.where(is_steep, _HALF_PI - octant, octant)
+    return tl.where(y < 0, -angle, angle)
+
+
+@triton.jit
+def _update(
+    param,
+    grad,
+    exp_avg,
+    exp_avg_sq,
+    places,
+    size,
+    p,
+    q,
+    first_scale,
+    second_scale,
+    first_rate,
+    second_rate,
+    decay,
+    step_size,
+    PARAM_TYPE: tl.constexpr,
+    HAS_P: tl.constexpr,
+    HAS_Q: tl.constexpr,
+    SEES_CAPPED: tl.constexpr,
+    IS_CAUTIOUS: tl.constexpr,
+    IS_WHOLE: tl.constexpr,
+):
+    w = _loaded(param, places, size, IS_WHOLE).to(tl.float32)
+    g = _loaded(grad, places, size, IS_WHOLE).to(tl.float32)
+    m = _loaded(exp_avg, places, size, IS_WHOLE)
+    v = _loaded(exp_avg_sq, places, size, IS_WHOLE)
+    capped = g
+    if HAS_P:
+        capped = p * g
+    if HAS_Q:
+        capped += q * m
+    seen = g
+    if SEES_CAPPED:
+        seen = capped
+    m += first_rate * (capped - m)
+    v += second_rate * (seen * seen - v)
+    angle = _arctangent(first_scale * m, tl.sqrt_rn(second_scale * v))
+    if IS_CAUTIOUS:
+        # The product of g and m could be too small for float32, and would have no sign then.
+        angle = tl.where(((g > 0) & (m < 0)) | ((g < 0) & (m > 0)), 0.0, angle)
+    w = narrowed(decay * w - step_size * angle, PARAM_TYPE)
+    _stored(exp_avg, places, m, size, IS_WHOLE)
+    _stored(exp_avg_sq, places, v, size, IS_WHOLE)
+    _stored(param, places, w, size, IS_WHOLE)
 
 
 @triton.jit
@@ -116,7 +207,7 @@ def chunk_update(
     """
     chunk = tl.program_id(0).to(tl.int64)
     owner = tl.load(owners + chunk)
-    start = tl.load(starts + chunk)
+    start = tl.multiple_of(tl.load(starts + chunk), BLOCK)
     size = tl.load(sizes + owner)
     index = tl.load(indices + owner)
     param = _pointer(table, owner * 4, PARAM_TYPE, ALIGNED)
@@ -125,40 +216,57 @@ def chunk_update(
     exp_avg_sq = _pointer(table, owner * 4 + 3, MOMENT_TYPE, ALIGNED)
     first_scale = tl.load(scales + owner * 2)
     second_scale = tl.load(scales + owner * 2 + 1)
-    for offset in range(0, CHUNK, BLOCK):
-        places = start + offset + tl.arange(0, BLOCK)
-        is_inside = places < size
-        w = tl.load(param + places, mask=is_inside, other=0.0).to(tl.float32)
-        g = tl.load(grad + places, mask=is_inside, other=0.0).to(tl.float32)
-        m = tl.load(exp_avg + places, mask=is_inside, other=0.0)
-        v = tl.load(exp_avg_sq + places, mask=is_inside, other=0.0)
-        capped = g
-        if HAS_P:
-            capped = tl.load(p + index).to(tl.float32) * g
-        if HAS_Q:
-            capped += tl.load(q + index).to(tl.float32) * m
-        seen = g
-        if SEES_CAPPED:
-            seen = capped
-        m += first_rate * (capped - m)
-        v += second_rate * (seen * seen - v)
-        tl.store(exp_avg + places, m, mask=is_inside)
-        tl.store(exp_avg_sq + places, v, mask=is_inside)
-        y = first_scale * m
-        x = tl.sqrt_rn(second_scale * v)
-        height = tl.abs(y)
-        is_steep = height > x
-        # The smallest normal number, so that (0, 0) has the angle 0; no change above 1e-30.
-        longer = tl.where(is_steep, height, x) + _TINY
-        r = tl.div_rn(tl.where(is_steep, x, height), longer)
-        s = r * r
-        series = ((((_A14 * s + _A12) * s + _A10) * s + _A8) * s + _A6) * s
-        series = ((series + _A4) * s + _A2) * s
-        octant = r + r * series
-        angle = tl.where(is_steep, _HALF_PI - octant, octant)
-        angle = tl.where(y < 0, -angle, angle)
-        if IS_CAUTIOUS:
-            # The product of g and m could be too small for float32, and would have no sign then.
-            angle = tl.where(((g > 0) & (m < 0)) | ((g < 0) & (m > 0)), 0.0, angle)
-        w = decay * w - step_size * angle
-        tl.store(param + places, narrowed(w, PARAM_TYPE), mask=is_inside)
+    p_of_tensor = tl.full((), 1.0, tl.float32)
+    q_of_tensor = tl.full((), 0.0, tl.float32)
+    if HAS_P:
+        p_of_tensor = tl.load(p + index).to(tl.float32)
+    if HAS_Q:
+        q_of_tensor = tl.load(q + index).to(tl.float32)
+    if start + CHUNK <= size:
+        for offset in range(0, CHUNK, BLOCK):
+            _update(
+                param,
+                grad,
+                exp_avg,
+                exp_avg_sq,
+                start + offset + tl.arange(0, BLOCK),
+                size,
+                p_of_tensor,
+                q_of_tensor,
+                first_scale,
+                second_scale,
+                first_rate,
+                second_rate,
+                decay,
+                step_size,
+                PARAM_TYPE,
+                HAS_P,
+                HAS_Q,
+                SEES_CAPPED,
+                IS_CAUTIOUS,
+                True,
+            )
+    else:
+        for offset in range(0, CHUNK, BLOCK):
+            _update(
+                param,
+                grad,
+                exp_avg,
+                exp_avg_sq,
+                start + offset + tl.arange(0, BLOCK),
+                size,
+                p_of_tensor,
+                q_of_tensor,
+                first_scale,
+                second_scale,
+                first_rate,
+                second_rate,
+                decay,
+                step_size,
+                PARAM_TYPE,
+                HAS_P,
+                HAS_Q,
+                SEES_CAPPED,
+                IS_CAUTIOUS,
+                False,
+            )

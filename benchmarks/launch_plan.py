@@ -1,0 +1,180 @@
+"""What each kernel of a GPU takes of it, without one: registers, shared memory, programs at a time.
+
+    python benchmarks/launch_plan.py [--target 90]
+
+Compiles every kernel of ``method/fast`` with the ptxas that comes with Triton, as it is launched at
+the sizes of ``restricted_head.py`` and ``moclip_step.py``. Registers, bytes of the stack (what does
+not fit into registers) and shared memory are read from the machine code. "programs" is how many
+fit on one processor of an H100 at a time, "warps" how many of its 64 warps they are. The last line
+is one JSON object.
+"""
+
+import argparse
+import json
+import os
+import re
+import subprocess
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+os.environ["TRITON_INTERPRET"] = "0"  # before Triton is imported
+
+import torch
+import triton
+import triton.language as tl
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from lrmc_ray.method.fast import fused_loss, head_triton, moclip_triton, tail_triton
+
+CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+REGISTERS, SHARED_BYTES, WARPS = 65_536, 227 * 1024, 64
+"""Of one processor of compute capability 9.0."""
+RESERVED_SHARED_BYTES = 1024
+"""Of every program, by the driver."""
+TYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+INTEGERS = {
+    "offsets": "*i64",
+    "bounds": "*i32",
+    "token_ids gold_ids rows tail_places entries positions partial_rows tail_ids": "*i32",
+    "hidden_stride weight_stride target_stride upstream_stride": "i32",
+    "num_hidden num_tail num_rows": "i32",
+}
+FLOATS = {
+    "logit_scale softcap first_rate second_rate decay step_size": "fp32",
+    "outside tail_logits tail_logweights loss dlogits dhidden upstream": "*fp32",
+    "partial partial_bias bias_target scales": "*fp32",
+    "logprobs": "*fp16",
+}
+
+
+def signature(weight: str, **more: str) -> dict[str, str]:
+    """Types of all arguments by name; those of another kernel do no harm."""
+    found = {name: f"*{weight}" for name in ("hidden", "weight", "bias", "target")}
+    for group in (INTEGERS, FLOATS):
+        found |= {name: kind for names, kind in group.items() for name in names.split()}
+    return found | more
+
+
+def cases() -> Iterator[tuple[str, Any, dict[str, str], dict[str, Any]]]:
+    """Name, kernel, types and constants of each way that a kernel is launched."""
+    for weight, dtype in TYPES.items():
+        for hidden in (576, 2560):
+            tile = fused_loss.candidate_tile(hidden, dtype.itemsize)
+            options = {"HAS_BIAS": False, "HAS_CAP": False, "WANTS_GRADIENT": True, **tile}
+            for name, is_anchor, has_tail in (
+                ("restricted", False, False),
+                ("restricted with tail", False, True),
+                ("anchor with tail", True, True),
+            ):
+                flags = {"IS_ANCHOR": is_anchor, "HAS_TAIL": has_tail}
+                title = f"candidate_loss, {name}, {weight}, D {hidden}"
+                yield title, head_triton.candidate_loss, signature(weight), {**options, **flags}
+        rows = {"HAS_WEIGHT": True, "HAS_BIAS": False}
+        yield (
+            f"add_token_rows, {weight}",
+            head_triton.add_token_rows,
+            signature(weight),
+            {**rows, **fused_loss.ROWS_TILE},
+        )
+        yield (
+            f"add_partial_rows, {weight}",
+            head_triton.add_partial_rows,
+            signature(weight),
+            {**rows, "BLOCK_D": fused_loss.ROWS_TILE["BLOCK_D"], "num_warps": 4},
+        )
+        forward = fused_loss.tail_tile(dtype)
+        gradient = fused_loss.tail_tile(dtype, is_gradient=True)
+        shape = {"HAS_BIAS": False, "HAS_CAP": False}
+        for name, kernel, constants in (
+            ("tail_products", tail_triton.tail_products, {**shape, **forward}),
+            ("add_tail_to_hidden", tail_triton.add_tail_to_hidden, gradient),
+            ("add_tail_to_weight", tail_triton.add_tail_to_weight, {**rows, **gradient}),
+        ):
+            yield f"{name}, {weight}", kernel, signature(weight), constants
+        yield from moclip_cases(weight)
+
+
+def moclip_cases(weight: str) -> Iterator[tuple[str, Any, dict[str, str], dict[str, Any]]]:
+    names = "table sizes owners starts indices bounds"
+    wide = {name: "*i64" for name in names.split()} | {"p": "*fp64", "q": "*fp64"}
+    doubles = signature(weight, **wide, partial="*fp64", dots="*fp64")
+    kind = tl.bfloat16 if weight == "bf16" else tl.float32
+    sizes = {"ALIGNED": True, "CHUNK": 2**15, "BLOCK": 1024, "num_warps": 4}
+    types = {"GRAD_TYPE": kind, "MOMENT_TYPE": tl.float32}
+    yield f"chunk_dots, {weight}", moclip_triton.chunk_dots, doubles, {**types, **sizes}
+    flags = {"HAS_P": True, "HAS_Q": False, "SEES_CAPPED": False, "IS_CAUTIOUS": True}
+    constants = {"PARAM_TYPE": kind, **types, **flags, **sizes}
+    yield f"chunk_update, cautious, {weight}", moclip_triton.chunk_update, doubles, constants
+    if weight == "fp32":
+        yield "add_chunks", moclip_triton.add_chunks, doubles, {"BLOCK": 64, "num_warps": 4}
+
+
+def compiled(kernel: Any, types: dict[str, str], constants: dict[str, Any], target: int) -> Any:
+    """The kernel as Triton compiles it; pointers and sizes are multiples of 16, as they are."""
+    constants = dict(constants)
+    num_warps = constants.pop("num_warps")
+    names = [parameter.name for parameter in kernel.params]
+    kinds = {name: "constexpr" if name in constants else types[name] for name in names}
+    attributes = {
+        (place,): [["tt.divisibility", 16]]
+        for place, name in enumerate(names)
+        if kinds[name].startswith("*") or (kinds[name] == "i32" and name != "upstream_stride")
+    }
+    source = ASTSource(fn=kernel, signature=kinds, constexprs=constants, attrs=attributes)
+    options = {"num_warps": num_warps}
+    return triton.compile(source, target=GPUTarget("cuda", target, 32), options=options)
+
+
+def resources(binary: Any) -> dict[str, int]:
+    """Registers of a thread, and bytes of its stack, from the machine code."""
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(binary.asm["cubin"])
+        file.flush()
+        command = [str(CUOBJDUMP), "-res-usage", file.name]
+        output = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    found = re.search(r"REG:(\d+) STACK:(\d+)", output)
+    assert found is not None, output
+    registers, stack = map(int, found.groups())
+    warps = binary.metadata.num_warps
+    # Registers are handed out to a warp in parts of 256.
+    of_warp = -(-32 * registers // 256) * 256
+    programs = min(
+        REGISTERS // (of_warp * warps),
+        SHARED_BYTES // (binary.metadata.shared + RESERVED_SHARED_BYTES),
+        WARPS // warps,
+    )
+    loads = re.findall(r"ld\.global\.(?:\w+(?:::\w+)?\.)*(v[248]\.)?[bfsu]\d+", binary.asm["ptx"])
+    return {
+        "registers": registers,
+        "stack_bytes": stack,
+        "shared_bytes": binary.metadata.shared,
+        "num_warps": warps,
+        "programs": programs,
+        "warps": programs * warps,
+        "wide_loads": sum(bool(width) for width in loads),
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--target", type=int, default=90, help="compute capability, times 10")
+    args = parser.parse_args()
+    titles = ("registers", "stack", "shared", "programs", "warps")
+    print(f"{'kernel':50s}" + "".join(f"{title:>10s}" for title in titles))
+    rows = {}
+    for name, kernel, types, constants in cases():
+        row = resources(compiled(kernel, types, constants, args.target))
+        rows[name] = row
+        values = (row[x] for x in ("registers", "stack_bytes", "shared_bytes", "programs", "warps"))
+        print(f"{name:50s}" + "".join(f"{value:10d}" for value in values), flush=True)
+    versions = {"triton": triton.__version__, "target": args.target}
+    print(json.dumps({"benchmark": "launch_plan", **versions, "kernels": rows}))
+
+
+if __name__ == "__main__":
+    main()
