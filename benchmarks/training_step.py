@@ -174,6 +174,8 @@ def run_ours(args: argparse.Namespace, samples: Sequence[Any], name: str) -> lis
             attention_cost=math.inf if name == "full, padded" else attention_cost(model),
             pack_up_to=longest_packed(model.config),
             share_prefix_up_to=recomputation.most_kept if shares else 0,
+            plans_losses=args.device == "cuda",
+            prepares_ahead=args.device == "cuda",
             after_update=(lambda lr: rows.write_back()) if rows else None,
         ),
         WorkerGroup(),
