@@ -6,7 +6,7 @@ a GPU the seconds are estimated, from what one H100 took (``benchmarks/README.md
 
 - ``dense``: all logits and ``cross_entropy`` took 14 to 16 ps a logit and 0.13 ps for each
   multiplication of it (0.0135 with half precision), at all of the eight sizes that were measured.
-- ``sparse``: 2.3 to 5.5 ms at every size, the time of its calls.
+- ``sparse``: 2.3 to 5.5 ms, mostly the time of its calls.
 - ``kernel``: **not measured**. Counted are its launches, and the bytes of the rows it gathers at a
   tenth of the card's bandwidth. The longest row is counted once more, at the speed of the one
   program that reads it. ``benchmarks/gpu_round.sh`` is there to correct these three.
@@ -27,7 +27,8 @@ _CPU_SPEEDUP = 6
 _SECONDS_PER_LOGIT = 15e-12
 _SECONDS_PER_PRODUCT = {True: 0.0135e-12, False: 0.13e-12}
 """By whether the weight is in half precision."""
-_SPARSE_SECONDS = {True: 4.5e-3, False: 2.5e-3}
+_SPARSE_SECONDS = {True: 3.5e-3, False: 1.35e-3}
+_SPARSE_SECONDS_PER_PRODUCT = {True: 0.03e-9, False: 0.065e-9}
 _LAUNCH_SECONDS = 10e-6
 _KERNEL_LAUNCHES = 10
 _TAIL_LAUNCHES = 20
@@ -63,6 +64,12 @@ def dense_seconds(size: LossSize) -> float:
     return size.num_rows * size.vocabulary_size * per_logit
 
 
+def sparse_seconds(size: LossSize) -> float:
+    """The operator of ``candidate_logits`` on a GPU, forward and backward."""
+    products = size.num_entries * size.num_hidden
+    return _SPARSE_SECONDS[size.is_half] + _SPARSE_SECONDS_PER_PRODUCT[size.is_half] * products
+
+
 def kernel_seconds(size: LossSize) -> float:
     """The kernels of ``fused_loss``, forward and backward."""
     launches = _KERNEL_LAUNCHES + (_TAIL_LAUNCHES if size.num_tail else 0)
@@ -79,8 +86,7 @@ def kernel_seconds(size: LossSize) -> float:
 
 def prefers_kernel(size: LossSize) -> bool:
     """Whether the kernels are the fastest way on a GPU."""
-    others = min(dense_seconds(size), _SPARSE_SECONDS[size.is_half])
-    return kernel_seconds(size) < others
+    return kernel_seconds(size) < min(dense_seconds(size), sparse_seconds(size))
 
 
 def logits_backend(device_type: str, size: LossSize) -> LogitsBackend:
@@ -88,7 +94,7 @@ def logits_backend(device_type: str, size: LossSize) -> LogitsBackend:
     if device_type == "cpu":
         is_dense = size.num_entries * _CPU_SPEEDUP > size.num_rows * size.vocabulary_size
     elif device_type == "cuda":
-        is_dense = dense_seconds(size) < _SPARSE_SECONDS[size.is_half]
+        is_dense = dense_seconds(size) < sparse_seconds(size)
     else:
         return "gather"
     return "dense" if is_dense else "sparse"

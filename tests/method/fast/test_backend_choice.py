@@ -1,0 +1,100 @@
+"""The estimates behind the choice against what was measured, and the choice."""
+
+import re
+from pathlib import Path
+
+import pytest
+import torch
+
+from lrmc_ray.method.fast.backend_choice import (
+    LossSize,
+    dense_seconds,
+    kernel_seconds,
+    logits_backend,
+    prefers_kernel,
+    sparse_seconds,
+)
+from lrmc_ray.method.fast.candidate_logits import loss_size
+from lrmc_ray.method.head import OutputHead
+from lrmc_ray.method.subsets import CandidateSets
+
+README = Path(__file__).parents[3] / "benchmarks" / "README.md"
+TYPES = {"float32": torch.float32, "bf16": torch.bfloat16}
+
+
+def measured() -> list[tuple[LossSize, float, float]]:
+    """Size, seconds of all logits, and seconds of the sparse way, from the table of the H100."""
+    pattern = (
+        r"^\| (\d+), (\d+), (\d+), (\d+) \| (float32|bf16) \| ([\d.]+) \| ([\d.]+) \([\d.]+x\) \|"
+    )
+    found = []
+    for rows, hidden, vocabulary, mean, kind, dense, sparse in re.findall(
+        pattern, README.read_text("utf-8"), flags=re.M
+    ):
+        entries = int(rows) * int(mean)
+        size = LossSize(int(rows), int(hidden), int(vocabulary), entries, TYPES[kind])
+        found.append((size, float(dense) / 1e3, float(sparse) / 1e3))
+    return found
+
+
+def test_estimates_are_what_was_measured():
+    assert len(measured()) == 8
+    for size, dense, sparse in measured():
+        assert dense_seconds(size) == pytest.approx(dense, rel=0.2)
+        assert sparse_seconds(size) == pytest.approx(sparse, rel=0.2)
+
+
+def test_kernels_are_taken_at_every_size_that_was_measured():
+    for size, _, _ in measured():
+        assert prefers_kernel(size)
+
+
+@pytest.mark.parametrize("dtype", TYPES.values(), ids=str)
+def test_kernels_are_left_where_all_logits_cost_less(dtype):
+    """Few positions, a small vocabulary, or nearly all of it among the candidates."""
+    for rows, hidden, vocabulary, entries in (
+        (8, 576, 49_152, 200),
+        (128, 64, 1000, 32_000),
+        (512, 576, 49_152, 512 * 49_152 // 2),
+    ):
+        size = LossSize(rows, hidden, vocabulary, entries, dtype)
+        assert not prefers_kernel(size)
+        assert dense_seconds(size) < kernel_seconds(size)
+
+
+def test_an_estimate_grows_with_everything():
+    size = LossSize(1000, 576, 49_152, 24_000, torch.bfloat16, longest=200)
+    for more in (
+        LossSize(1000, 1152, 49_152, 24_000, torch.bfloat16, longest=200),
+        LossSize(1000, 576, 49_152, 48_000, torch.bfloat16, longest=200),
+        LossSize(1000, 576, 49_152, 24_000, torch.float32, longest=200),
+        LossSize(1000, 576, 49_152, 24_000, torch.bfloat16, num_tail=64, longest=200),
+        LossSize(1000, 576, 49_152, 24_000, torch.bfloat16, longest=400),
+        LossSize(1000, 576, 49_152, 24_000, torch.bfloat16),  # unknown: as long as it may be
+    ):
+        assert kernel_seconds(more) > kernel_seconds(size)
+
+
+def test_without_kernels_the_device_decides():
+    few = LossSize(10, 64, 6000, 10_000, torch.float32)
+    many = LossSize(10, 64, 6000, 10_001, torch.float32)  # more than a sixth of all logits
+    assert logits_backend("cpu", few) == "sparse"
+    assert logits_backend("cpu", many) == "dense"
+    assert logits_backend("cuda", few) == "dense"
+    large = LossSize(2048, 640, 262_144, 49_152, torch.float32)
+    assert logits_backend("cuda", large) == "sparse"
+    assert logits_backend("mps", large) == "gather"
+
+
+def test_the_size_reads_no_value_of_a_tensor():
+    sets = CandidateSets(
+        torch.tensor([0, 2, 5]),
+        torch.tensor([1, 2, 3, 4, 5], dtype=torch.int32),
+        torch.full((5,), -3.0, dtype=torch.float16),
+        torch.tensor([1, 3], dtype=torch.int32),
+    )
+    head = OutputHead(torch.zeros(9, 4, device="meta"), whole_size=40)
+    hidden = torch.zeros(2, 4, device="meta")
+    size = loss_size(hidden, head, sets.to("meta"), 7)
+    assert size == LossSize(2, 4, 40, 5, torch.float32, 7, None)
+    assert loss_size(hidden, head, sets.planned().to("meta")).longest == 3
