@@ -7,9 +7,6 @@ with ``candidate_logits``; where the weight's gradient goes is said there.
 
 from __future__ import annotations
 
-import functools
-import importlib.util
-import os
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -20,6 +17,12 @@ from torch.autograd.function import once_differentiable
 from lrmc_ray.method.candidate_sets import CandidateSets
 from lrmc_ray.method.fast.candidate_logits import gradient_target
 from lrmc_ray.method.fast.loss_plan import LossPlan
+from lrmc_ray.method.fast.triton_support import (
+    at_device_of,
+    is_installed,
+    is_interpreted,
+    works_on_gpu,
+)
 from lrmc_ray.method.head import OutputHead
 
 _TYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -33,17 +36,6 @@ _TILE = 64
 """Positions, sampled tokens and columns of a tile of the tail's products."""
 
 
-@functools.cache
-def is_installed() -> bool:
-    """Whether Triton is there, which comes with torch's builds for CUDA."""
-    return importlib.util.find_spec("triton") is not None
-
-
-def is_interpreted() -> bool:
-    """Whether Triton runs its kernels on the CPU, as tests have it do."""
-    return os.environ.get("TRITON_INTERPRET", "0") not in ("", "0")
-
-
 def refusal(hidden_ND: Tensor, head: OutputHead) -> str | None:
     """Why the kernels cannot take these, as the end of a sentence; None where they can."""
     weight_VD, bias_V = head.weight_VD, head.bias_V
@@ -52,6 +44,8 @@ def refusal(hidden_ND: Tensor, head: OutputHead) -> str | None:
         return "the package triton is not installed"
     if hidden_ND.device.type != "cuda" and not is_interpreted():
         return f"the hidden states are on {hidden_ND.device.type}"
+    if hidden_ND.is_cuda and not is_interpreted() and not works_on_gpu():
+        return "Triton cannot compile here, see the log"
     if wrong := [tensor.dtype for tensor in tensors if tensor.dtype not in _TYPES]:
         return f"an input is {wrong[0]}"
     if weight_VD.stride(1) != 1:
@@ -161,12 +155,15 @@ class _FusedLoss(torch.autograd.Function):
         # The leaf itself, beside the saved tensor: checkpointing may unpack a copy of that.
         ctx.weight_VD, ctx.task = weight_VD, task
         wants_gradient = any(ctx.needs_input_grad)
-        tail_NR = None if task.tail is None else _tail_products(hidden_ND, weight_VD, bias_V, task)
-        loss_N, dlogits_E, dhidden_ND = _candidate_loss(
-            hidden_ND, weight_VD, bias_V, task, tail_NR, wants_gradient
-        )
-        if ctx.needs_input_grad[0] and tail_NR is not None:
-            _add_tail_to_hidden(tail_NR, weight_VD, task, dhidden_ND)
+        with at_device_of(hidden_ND):
+            tail_NR = None
+            if task.tail is not None:
+                tail_NR = _tail_products(hidden_ND, weight_VD, bias_V, task)
+            loss_N, dlogits_E, dhidden_ND = _candidate_loss(
+                hidden_ND, weight_VD, bias_V, task, tail_NR, wants_gradient
+            )
+            if ctx.needs_input_grad[0] and tail_NR is not None:
+                _add_tail_to_hidden(tail_NR, weight_VD, task, dhidden_ND)
         ctx.save_for_backward(hidden_ND, bias_V, dlogits_E, dhidden_ND, tail_NR)
         return loss_N
 
@@ -187,9 +184,10 @@ class _FusedLoss(torch.autograd.Function):
             if target_VD is not None and target_VD.stride(1) != 1:
                 apart_VD = torch.zeros_like(target_VD, memory_format=torch.contiguous_format)
             rows = _Rows(target_VD if apart_VD is None else apart_VD, gradient_V)
-            _add_candidates_to_weight(hidden_ND, dlogits_E, upstream_N, ctx.task, rows)
-            if tail_NR is not None:
-                _add_tail_to_weight(hidden_ND, tail_NR, upstream_N, ctx.task, rows)
+            with at_device_of(hidden_ND):
+                _add_candidates_to_weight(hidden_ND, dlogits_E, upstream_N, ctx.task, rows)
+                if tail_NR is not None:
+                    _add_tail_to_weight(hidden_ND, tail_NR, upstream_N, ctx.task, rows)
             if target_VD is not None and apart_VD is not None:
                 target_VD.add_(apart_VD)
             if gradient_V is not None:

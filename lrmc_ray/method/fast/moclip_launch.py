@@ -11,8 +11,8 @@ from torch import Tensor, nn
 
 from lrmc_ray.method.angle_cap import CappedGradient
 from lrmc_ray.method.fast.chunk_table import ChunkTable, to_device
-from lrmc_ray.method.fast.fused_loss import is_installed
 from lrmc_ray.method.fast.moclip_kernel import StepScalars
+from lrmc_ray.method.fast.triton_support import at_device_of, is_interpreted, works_on_gpu
 
 _TYPES = (torch.float32, torch.bfloat16, torch.float16)
 _MOST_TABLES = 16
@@ -25,7 +25,7 @@ _TOGETHER = 64
 
 def runs_on(device: torch.device) -> bool:
     """Whether steps are by kernels there."""
-    return device.type == "cuda" and is_installed()
+    return device.type == "cuda" and not is_interpreted() and works_on_gpu()
 
 
 def can_take(param: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor) -> bool:
@@ -66,25 +66,26 @@ class Launches:
         for (device, *types), places in _alike(list(zip(grads, momenta, strict=True))).items():
             pairs = [(grads[place], momenta[place]) for place in places]
             table = self._table(("dots", *types), [grad.numel() for grad, _ in pairs], device)
-            partial_X3 = torch.zeros(table.num_chunks, 3, dtype=torch.float64, device=device)
+            partial_X3 = torch.empty(table.num_chunks, 3, dtype=torch.float64, device=device)
             dots_G3 = torch.zeros(len(pairs), 3, dtype=torch.float64, device=device)
             addresses = table.point_to(pairs)
             if table.num_chunks:
-                moclip_triton.chunk_dots[(table.num_chunks,)](
-                    addresses,
-                    table.sizes_G,
-                    table.owners_X,
-                    table.starts_X,
-                    partial_X3,
-                    *map(_type_of, types),
-                    ALIGNED=table.is_aligned,
-                    CHUNK=table.chunk,
-                    BLOCK=_BLOCK,
-                    num_warps=4,
-                )
-                moclip_triton.add_chunks[(len(pairs),)](
-                    partial_X3, table.bounds_G, dots_G3, BLOCK=_TOGETHER, num_warps=4
-                )
+                with at_device_of(dots_G3):
+                    moclip_triton.chunk_dots[(table.num_chunks,)](
+                        addresses,
+                        table.sizes_G,
+                        table.owners_X,
+                        table.starts_X,
+                        partial_X3,
+                        *map(_type_of, types),
+                        ALIGNED=table.is_aligned,
+                        CHUNK=table.chunk,
+                        BLOCK=_BLOCK,
+                        num_warps=4,
+                    )
+                    moclip_triton.add_chunks[(len(pairs),)](
+                        partial_X3, table.bounds_G, dots_G3, BLOCK=_TOGETHER, num_warps=4
+                    )
             found |= zip(places, dots_G3.unbind(), strict=True)
         return [found[place] for place in range(len(grads))]
 
@@ -113,29 +114,30 @@ class Launches:
                 q_G = None if capped.q_G is None else capped.q_G.to(device)
             if not table.num_chunks:
                 continue
-            moclip_triton.chunk_update[(table.num_chunks,)](
-                addresses,
-                table.sizes_G,
-                table.owners_X,
-                table.starts_X,
-                table.indices(indices),
-                addresses if p_G is None else p_G,
-                addresses if q_G is None else q_G,
-                to_device(torch.tensor(scales, dtype=torch.float32), device),
-                scalars.first_rate,
-                scalars.second_rate,
-                scalars.decay,
-                scalars.step_size,
-                *map(_type_of, types[:3]),
-                HAS_P=p_G is not None,
-                HAS_Q=q_G is not None,
-                SEES_CAPPED=sees_capped,
-                IS_CAUTIOUS=is_cautious,
-                ALIGNED=table.is_aligned,
-                CHUNK=table.chunk,
-                BLOCK=_BLOCK,
-                num_warps=4,
-            )
+            with at_device_of(addresses):
+                moclip_triton.chunk_update[(table.num_chunks,)](
+                    addresses,
+                    table.sizes_G,
+                    table.owners_X,
+                    table.starts_X,
+                    table.indices(indices),
+                    addresses if p_G is None else p_G,
+                    addresses if q_G is None else q_G,
+                    to_device(torch.tensor(scales, dtype=torch.float32), device),
+                    scalars.first_rate,
+                    scalars.second_rate,
+                    scalars.decay,
+                    scalars.step_size,
+                    *map(_type_of, types[:3]),
+                    HAS_P=p_G is not None,
+                    HAS_Q=q_G is not None,
+                    SEES_CAPPED=sees_capped,
+                    IS_CAUTIOUS=is_cautious,
+                    ALIGNED=table.is_aligned,
+                    CHUNK=table.chunk,
+                    BLOCK=_BLOCK,
+                    num_warps=4,
+                )
             for update in chosen:
                 for tensor in update.tensors[0], *update.tensors[2:]:
                     # A kernel's writes are unknown to torch.

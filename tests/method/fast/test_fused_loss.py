@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from lrmc_ray.method.candidate_sets import CandidateSets, row_offsets
-from lrmc_ray.method.fast import fused_loss, loss_plan
+from lrmc_ray.method.fast import fused_loss, loss_plan, triton_support
 from lrmc_ray.method.head import OutputHead
 from lrmc_ray.method.restricted_loss import (
     Tail,
@@ -407,6 +407,19 @@ def test_what_the_kernels_cannot_take_is_refused(monkeypatch):
     monkeypatch.setenv("TRITON_INTERPRET", "0")
     with pytest.raises(ValueError, match="the hidden states are on cpu"):
         loss(hidden.cpu(), weight.cpu())
+
+
+def test_where_triton_does_not_work_the_log_says_why(monkeypatch, caplog):
+    """A kernel that cannot be started, here for want of a GPU, is no error but a warning, once."""
+    monkeypatch.setattr(triton_support.torch, "zeros", lambda *a, **o: 1 / 0)
+    triton_support.works_on_gpu.cache_clear()
+    assert not triton_support.works_on_gpu()
+    assert not triton_support.works_on_gpu()
+    triton_support.works_on_gpu.cache_clear()
+    (record,) = caplog.records
+    assert record.getMessage() == (
+        "Triton cannot be used, so losses and steps take longer: division by zero"
+    )
 
 
 def test_auto_leaves_the_interpreter_alone(monkeypatch):
