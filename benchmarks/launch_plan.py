@@ -1,12 +1,12 @@
 """What each kernel of a GPU takes of it, without one: registers, shared memory, programs at a time.
 
-    python benchmarks/launch_plan.py [--target 90]
+    python benchmarks/launch_plan.py [--target 90] [--quick]
 
 Compiles every kernel of ``method/fast`` with the ptxas that comes with Triton, as it is launched at
 the sizes of ``restricted_head.py`` and ``moclip_step.py``. Registers, bytes of the stack (what does
 not fit into registers) and shared memory are read from the machine code. "programs" is how many
 fit on one processor of an H100 at a time, "warps" how many of its 64 warps they are. The last line
-is one JSON object.
+is one JSON object. With --quick it is one way of each kernel, with all that can be switched on.
 """
 
 import argparse
@@ -112,6 +112,11 @@ def moclip_cases(weight: str) -> Iterator[tuple[str, Any, dict[str, str], dict[s
         yield "add_chunks", moclip_triton.add_chunks, doubles, {"BLOCK": 64, "num_warps": 4}
 
 
+def with_all_options(constants: dict[str, Any]) -> dict[str, Any]:
+    """The constants of a way that does everything a kernel can."""
+    return {name: True if value is False else value for name, value in constants.items()}
+
+
 def compiled(kernel: Any, types: dict[str, str], constants: dict[str, Any], target: int) -> Any:
     """The kernel as Triton compiles it; pointers and sizes are multiples of 16, as they are."""
     constants = dict(constants)
@@ -163,11 +168,19 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--target", type=int, default=90, help="compute capability, times 10")
+    parser.add_argument("--quick", action="store_true", help="one way of each kernel")
     args = parser.parse_args()
     titles = ("registers", "stack", "shared", "programs", "warps")
     print(f"{'kernel':50s}" + "".join(f"{title:>10s}" for title in titles))
     rows = {}
+    seen: set[str] = set()
     for name, kernel, types, constants in cases():
+        if args.quick:
+            if kernel.fn.__name__ in seen:
+                continue
+            seen.add(kernel.fn.__name__)
+            is_wide = constants.get("WIDE")
+            constants = with_all_options(constants) | ({} if is_wide is None else {"WIDE": is_wide})
         row = resources(compiled(kernel, types, constants, args.target))
         rows[name] = row
         values = (row[x] for x in ("registers", "stack_bytes", "shared_bytes", "programs", "warps"))

@@ -84,7 +84,7 @@ def leaves(*tensors: Tensor) -> tuple[Tensor, ...]:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("backend", ["sparse", "gather", "dense", "auto"])
+@pytest.mark.parametrize("backend", ["kernel", "sparse", "gather", "dense", "auto"])
 def test_restricted_loss_and_gradients_equal_the_cpus_in_float64(backend, dtype):
     hidden, weight, sets = problem(dtype)
     truths = leaves(hidden.double(), weight.double())
