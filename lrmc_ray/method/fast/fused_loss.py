@@ -368,12 +368,12 @@ def _add_candidates_to_weight(
             **ROWS_TILE,
             **rows.arguments(),
         )
-    if len(plan.entry_Z):
-        head_triton.add_partial_rows[(len(plan.entry_Z), stretches)](
+    if len(plan.split_entries):
+        head_triton.add_partial_rows[(len(plan.split_entries), stretches)](
             partial_XD,
             partial_X,
-            plan.split_Z,
-            plan.entry_Z,
+            plan.split_bounds,
+            plan.split_entries,
             task.sets.token_ids,
             num_hidden=columns,
             BLOCK_D=ROWS_TILE["BLOCK_D"],

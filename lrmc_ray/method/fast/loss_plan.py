@@ -34,9 +34,9 @@ class LossPlan:
     """Chunks of ``entries_E``, one longer than there are chunks; each is of one token."""
     partial_X: Tensor
     """The row of partial sums that each chunk fills; -1 if it is the only one of its token."""
-    split_Z: Tensor
+    split_bounds: Tensor
     """Rows of partial sums of each token of several chunks, one longer than there are tokens."""
-    entry_Z: Tensor
+    split_entries: Tensor
     """An entry of each of these tokens."""
     num_partial: int
     """Rows of partial sums."""
@@ -55,14 +55,14 @@ class LossPlan:
         sizes_N = offsets.diff()
         rows_E = torch.arange(len(sizes_N)).repeat_interleave(sizes_N, output_size=len(token_ids))
         tokens_E, entries_E = token_ids.sort(stable=True)
-        _, counts_Y = torch.unique_consecutive(tokens_E, return_counts=True)
-        chunks_Y = (counts_Y + CHUNK - 1) // CHUNK
-        starts_Y = F.pad(counts_Y.cumsum(0), (1, 0))
-        first_Y = F.pad(chunks_Y.cumsum(0), (1, 0))[:-1]
-        which_X = torch.arange(len(chunks_Y)).repeat_interleave(chunks_Y)
-        bounds_X = starts_Y[which_X] + CHUNK * (torch.arange(len(which_X)) - first_Y[which_X])
-        is_split_Y = chunks_Y > 1
-        is_partial_X = is_split_Y[which_X]
+        _, counts = torch.unique_consecutive(tokens_E, return_counts=True)
+        num_chunks = (counts + CHUNK - 1) // CHUNK
+        starts = F.pad(counts.cumsum(0), (1, 0))
+        first = F.pad(num_chunks.cumsum(0), (1, 0))[:-1]
+        which_X = torch.arange(len(num_chunks)).repeat_interleave(num_chunks)
+        bounds_X = starts[which_X] + CHUNK * (torch.arange(len(which_X)) - first[which_X])
+        is_split = num_chunks > 1
+        is_partial_X = is_split[which_X]
         partial_X = torch.where(is_partial_X, is_partial_X.cumsum(0) - 1, -1)
         return LossPlan(
             sizes_N.argsort(descending=True, stable=True).int(),
@@ -71,8 +71,8 @@ class LossPlan:
             rows_E[entries_E].int(),
             torch.cat([bounds_X, bounds_X.new_tensor([len(token_ids)])]).int(),
             partial_X.int(),
-            F.pad(chunks_Y[is_split_Y].cumsum(0), (1, 0)).int(),
-            entries_E[starts_Y[:-1][is_split_Y]].int(),
+            F.pad(num_chunks[is_split].cumsum(0), (1, 0)).int(),
+            entries_E[starts[:-1][is_split]].int(),
             int(is_partial_X.sum()),
             int(sizes_N.max()) if len(sizes_N) else 0,
         )

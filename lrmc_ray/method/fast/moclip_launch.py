@@ -15,6 +15,7 @@ from lrmc_ray.method.fast.moclip_kernel import StepScalars
 from lrmc_ray.method.fast.triton_support import at_device_of, is_interpreted, works_on_gpu
 
 _TYPES = (torch.float32, torch.bfloat16, torch.float16)
+"""Of weights and gradients; ``moclip_triton.TYPES`` has Triton's names of them."""
 _MOST_TABLES = 16
 """That are kept; one for the dot products and one for each group of parameters is usual."""
 _BLOCK = 1024
@@ -77,7 +78,7 @@ class Launches:
                         table.owners_X,
                         table.starts_X,
                         partial_X3,
-                        *map(_type_of, types),
+                        *(moclip_triton.TYPES[dtype] for dtype in types),
                         ALIGNED=table.is_aligned,
                         CHUNK=table.chunk,
                         BLOCK=_BLOCK,
@@ -128,7 +129,7 @@ class Launches:
                     scalars.second_rate,
                     scalars.decay,
                     scalars.step_size,
-                    *map(_type_of, types[:3]),
+                    *(moclip_triton.TYPES[dtype] for dtype in types[:3]),
                     HAS_P=p_G is not None,
                     HAS_Q=q_G is not None,
                     SEES_CAPPED=sees_capped,
@@ -158,12 +159,3 @@ def _alike(groups: Sequence[Sequence[Tensor]]) -> dict[tuple[Any, ...], list[int
     for place, tensors in enumerate(groups):
         places[tensors[0].device, *(tensor.dtype for tensor in tensors)].append(place)
     return places
-
-
-def _type_of(dtype: torch.dtype) -> Any:
-    """Triton's name of a type."""
-    import triton.language as tl
-
-    return {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}[
-        dtype
-    ]

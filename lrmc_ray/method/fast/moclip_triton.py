@@ -9,12 +9,15 @@ Sums are in float64 and in a fixed order, so two runs give the same bits. The ar
 ``moclip_kernel``, with a relative error below 5e-7.
 """
 
+import torch
 import triton
 import triton.language as tl
 
 from lrmc_ray.method.fast.moclip_kernel import ARCTANGENT, HALF_PI, TINY
 from lrmc_ray.method.fast.rounding_triton import narrowed
 
+TYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
+"""Triton's names of types."""
 _A2, _A4, _A6, _A8, _A10, _A12, _A14 = (tl.constexpr(float(number)) for number in ARCTANGENT)
 _HALF_PI = tl.constexpr(float(HALF_PI))
 _TINY = tl.constexpr(float(TINY))

@@ -215,10 +215,10 @@ def test_a_plan_has_every_entry_once_and_in_order(seed):
         assert [entry for part in parts for entry in part] == expected
     several = {token: parts for token, parts in by_token.items() if len(parts) > 1}
     assert several
-    assert sets.token_ids[plan.entry_Z.long()].tolist() == list(several)
-    assert plan.split_Z.diff().tolist() == [len(parts) for parts in several.values()]
+    assert sets.token_ids[plan.split_entries.long()].tolist() == list(several)
+    assert plan.split_bounds.diff().tolist() == [len(parts) for parts in several.values()]
     partial = [place for place in plan.partial_X.tolist() if place >= 0]
-    assert partial == list(range(plan.num_partial)) == list(range(int(plan.split_Z[-1])))
+    assert partial == list(range(plan.num_partial)) == list(range(int(plan.split_bounds[-1])))
     for place, chunk in zip(plan.partial_X.tolist(), chunks, strict=True):
         assert (place >= 0) == (int(sets.token_ids[chunk[0]]) in several)
 
