@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 
+from lrmc_ray.compare.curves import WHOLE
 from lrmc_ray.compare.measure import Estimate
 from lrmc_ray.compare.table import ComparisonTable
 from lrmc_ray.evaluate.numbers import points
@@ -23,17 +24,20 @@ def sentences(table: ComparisonTable) -> list[str]:
     others = [row for row in scored if row.versus is not None]
     title = table.title_of(table.reference)
     if others:
-        better: list[str] = []
-        worse: list[str] = []
-        for row in others:
-            assert row.versus is not None
-            if row.versus.combined.distinguishable:
-                (better if row.versus.combined.value > 0 else worse).append(row.title)
-        unclear = len(others) - len(better) - len(worse)
+        verdicts = [(row.title, row.versus.combined) for row in others if row.versus is not None]
         said.append(
-            f"Against {title}, seed by seed: better {listed(better)}; worse {listed(worse)}; "
-            f"{unclear} of {len(others)} not distinguishable. No correction for "
+            f"Against {title}, seed by seed: {_verdicts(verdicts)}. No correction for "
             f"{len(others)} comparisons: about one in twenty would stand out by luck."
+        )
+    beyond = [
+        (table.title_of(row.method), row.beyond)
+        for row in table.curves
+        if row.place == WHOLE and row.beyond is not None
+    ]
+    if beyond:
+        said.append(
+            f"By gain against models between the base and {title} that forget no more, seed by "
+            f"seed: {_verdicts(beyond)}."
         )
     asked = {m["name"]: m.get("seeds") or table.seeds for m in table.description["methods"]}
     short = [row for row in scored if len(row.seeds) < len(asked[row.name])]
@@ -74,6 +78,17 @@ def sentences(table: ComparisonTable) -> list[str]:
     if table.not_begun:
         said.append(f"Not run yet: {'; '.join(table.not_begun)}.")
     return said
+
+
+def _verdicts(estimates: Sequence[tuple[str, Estimate]]) -> str:
+    """Which of the differences, by title, can be told from none, and to which side."""
+    told = [(title, value.value > 0) for title, value in estimates if value.distinguishable]
+    better = [title for title, is_better in told if is_better]
+    worse = [title for title, is_better in told if not is_better]
+    return (
+        f"better {listed(better)}; worse {listed(worse)}; {len(estimates) - len(told)} of "
+        f"{len(estimates)} not distinguishable"
+    )
 
 
 def listed(titles: Sequence[str]) -> str:

@@ -2,6 +2,7 @@
 
 import itertools
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -9,7 +10,7 @@ import pytest
 from lrmc_ray.compare.blends import BlendPlace, blend_places
 from lrmc_ray.compare.description import Description
 from lrmc_ray.compare.jobs import num_jobs, open_jobs, reported_jobs
-from lrmc_ray.compare.measure import general_half, most_gain
+from lrmc_ray.compare.measure import Estimate, general_half, most_gain
 from lrmc_ray.compare.report import as_html, as_json_object, as_markdown
 from lrmc_ray.compare.run import Comparing
 from lrmc_ray.compare.table import load_table
@@ -17,6 +18,7 @@ from lrmc_ray.compare.words import sentences
 from lrmc_ray.config.compare import CompareSpace
 from lrmc_ray.evaluate.changes import compare
 from lrmc_ray.evaluate.items import Scores
+from lrmc_ray.evaluate.statistics import Interval
 from lrmc_ray.files.artifacts import write_json
 from tests.support.synthetic_comparison import METHODS, make_space, skill, write_base, write_run
 from tests.support.synthetic_study import item_rows, save_scores
@@ -174,6 +176,29 @@ def test_the_tables_have_the_curves_and_other_comparisons_say_nothing_of_them(ta
     without = load_table(make(tmp_path, blended=()).directory)
     assert without.curves == ()
     assert "From the base" not in as_markdown(without) + as_html(without, {})
+
+
+def test_a_sentence_says_which_method_gains_beyond_the_curve(table):
+    """With differences put in their place: told from none, in either direction, or not."""
+    apart, near = Interval(0.03, 0.01, 0.05), Interval(0.03, -0.01, 0.07)
+
+    def said(lrmc, lora):
+        rows = []
+        for row in table.curves:
+            beyond = {"lrmc": lrmc, "lora": lora}.get(row.method)
+            rows.append(replace(row, beyond=beyond))
+        (sentence,) = [
+            text
+            for text in sentences(replace(table, curves=tuple(rows)))
+            if text.startswith("By gain against models between the base and full SFT that")
+        ]
+        return sentence.partition("seed by seed: ")[2]
+
+    above, unclear = Estimate(0.03, apart, apart), Estimate(0.03, apart, near)
+    below = Estimate(-0.03, Interval(-0.03, -0.05, -0.01), None)
+    lrmc = "restricted + MoClip"
+    assert said(above, below) == f"better {lrmc}; worse LoRA; 0 of 2 not distinguishable."
+    assert said(above, unclear) == f"better {lrmc}; worse none; 1 of 2 not distinguishable."
 
 
 def test_a_reference_without_a_curve_is_no_yardstick(tmp_path):
