@@ -49,10 +49,13 @@ class TrainedRows:
         """Where the rows of tokens are, in their dtype.
 
         Raises:
-            IndexError: a token has none.
+            IndexError: a token has none. On a GPU, for which the host does not wait, an assertion
+                of the device ends the process.
         """
         places = self._place_V[token_ids.long()]
-        if places.numel() and int(places.min()) < 0:
+        if places.is_cuda:
+            torch._assert_async((places >= 0).all())
+        elif places.numel() and int(places.min()) < 0:
             token = int(token_ids[places < 0][0])
             raise IndexError(f"token {token} is not among the {len(self.token_ids_X)} trained ones")
         return places.to(token_ids.dtype)

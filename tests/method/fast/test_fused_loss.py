@@ -19,6 +19,7 @@ from lrmc_ray.method.restricted_loss import (
 )
 from lrmc_ray.method.stored_mass import round_down
 from tests.support.method_inputs import inside, leaves, rng
+from tests.support.operators import NoHostSync
 
 triton = pytest.importorskip("triton", reason="Triton is not installed")
 tl = pytest.importorskip("triton.language")
@@ -354,6 +355,17 @@ def test_gradients_that_are_not_asked_for_are_not_made():
     with torch.no_grad():
         loss_N = our_loss(tensors[0], OutputHead(*tensors[1:]), sets)
     assert not loss_N.requires_grad
+
+
+def test_a_loss_by_kernels_does_not_wait_for_the_device():
+    """Of planned sets, that is: without a plan the host has to make one."""
+    planned, tail = sets_of([3, 9]).planned().to(DEVICE), TAILS["tail"].to(DEVICE)
+    tensors = leaves(*(x.to(DEVICE) for x in inputs(2)))
+    for loss in (restricted_cross_entropy, anchor_kl):
+        with NoHostSync():
+            head = OutputHead(*tensors[1:])
+            loss(tensors[0], head, planned, tail=tail, backend="kernel").backward()
+    assert all(x.grad.any() for x in tensors)
 
 
 def test_the_losses_take_the_kernels_where_they_are_asked_to():

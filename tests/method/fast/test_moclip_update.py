@@ -8,12 +8,12 @@ import pytest
 import torch
 import torch._dynamo
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from lrmc_ray.method.fast import moclip_kernel, moclip_update
 from lrmc_ray.method.fast.moclip_update import FastMoClip
 from lrmc_ray.method.moclip import MoClip
 from tests.support.moclip_paths import CLIPS, leaning_gradients, random, run, train
+from tests.support.operators import NoHostSync
 
 torch.set_num_threads(1)
 
@@ -165,20 +165,6 @@ def test_batches_are_in_order_and_have_small_temporaries(seed, monkeypatch):
     for batch, following in itertools.pairwise(batches):
         assert sum(batch) <= 100 or len(batch) == 1
         assert sum(batch) + following[0] > 100  # it would not have fitted
-
-
-class NoHostSync(TorchDispatchMode):
-    """Fails on the operations by which the host waits for a device."""
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        assert func.overloadpacket not in (
-            torch.ops.aten._local_scalar_dense,
-            torch.ops.aten.nonzero,
-            torch.ops.aten.masked_select,
-            torch.ops.aten.equal,
-            torch.ops.aten.is_nonzero,
-        ), f"{func} waits for the device"
-        return func(*args, **(kwargs or {}))
 
 
 @pytest.mark.parametrize("clip", CLIPS)
