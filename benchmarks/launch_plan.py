@@ -98,7 +98,7 @@ def cases() -> Iterator[tuple[str, Any, dict[str, str], dict[str, Any]]]:
 
 
 def moclip_cases(weight: str) -> Iterator[tuple[str, Any, dict[str, str], dict[str, Any]]]:
-    names = "table sizes owners starts indices bounds"
+    names = "table sizes owners starts indices keys bounds"
     wide = {name: "*i64" for name in names.split()} | {"p": "*fp64", "q": "*fp64"}
     doubles = signature(weight, **wide, partial="*fp64", dots="*fp64")
     kind = tl.bfloat16 if weight == "bf16" else tl.float32
@@ -109,6 +109,8 @@ def moclip_cases(weight: str) -> Iterator[tuple[str, Any, dict[str, str], dict[s
     constants = {"PARAM_TYPE": kind, **types, **flags, **sizes}
     yield f"chunk_update, cautious, {weight}", moclip_triton.chunk_update, doubles, constants
     if weight == "fp32":
+        halves = {**constants, "MOMENT_TYPE": tl.bfloat16}
+        yield "chunk_update, bf16 moments, fp32", moclip_triton.chunk_update, doubles, halves
         yield "add_chunks", moclip_triton.add_chunks, doubles, {"BLOCK": 64, "num_warps": 4}
 
 

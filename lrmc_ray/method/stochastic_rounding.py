@@ -17,7 +17,8 @@ import torch
 from torch import Tensor
 
 _MASK = 0xFFFFFFFF
-_GOLDEN, _FIRST, _SECOND = 0x9E3779B1, 0x85EBCA6B, 0xC2B2AE35
+GOLDEN, FIRST, SECOND = 0x9E3779B1, 0x85EBCA6B, 0xC2B2AE35
+"""Of the hash."""
 
 
 def rounding_key(place: int, step: int) -> int:
@@ -27,15 +28,15 @@ def rounding_key(place: int, step: int) -> int:
         place: of the tensor among all.
         step: of the optimizer.
     """
-    return _mixed(_mixed(place * _GOLDEN & _MASK) + step & _MASK)
+    return _mixed(_mixed(place * GOLDEN & _MASK) + step & _MASK)
 
 
 def random_bits(shape: torch.Size, key: int, device: torch.device) -> Tensor:
     """32 bits of each element of a contiguous tensor of this shape, as int64."""
     places = torch.arange(shape.numel(), device=device)
-    bits = (places * _GOLDEN + key) & _MASK
-    bits = ((bits ^ (bits >> 16)) * _FIRST) & _MASK
-    bits = ((bits ^ (bits >> 13)) * _SECOND) & _MASK
+    bits = (places * GOLDEN + key) & _MASK
+    bits = ((bits ^ (bits >> 16)) * FIRST) & _MASK
+    bits = ((bits ^ (bits >> 13)) * SECOND) & _MASK
     return (bits ^ (bits >> 16)).view(shape)
 
 
@@ -51,6 +52,6 @@ def round_to_bf16(values: Tensor, bits: Tensor) -> Tensor:
 
 
 def _mixed(bits: int) -> int:
-    bits = ((bits ^ (bits >> 16)) * _FIRST) & _MASK
-    bits = ((bits ^ (bits >> 13)) * _SECOND) & _MASK
+    bits = ((bits ^ (bits >> 16)) * FIRST) & _MASK
+    bits = ((bits ^ (bits >> 13)) * SECOND) & _MASK
     return bits ^ (bits >> 16)

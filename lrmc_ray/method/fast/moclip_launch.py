@@ -39,7 +39,8 @@ def can_take(param: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor) -> bool:
         all(type(x) in (Tensor, nn.Parameter) and x.is_contiguous() for x in tensors)
         and all(x.device == param.device for x in tensors)
         and {param.dtype, grad.dtype}.issubset(_TYPES)
-        and exp_avg.dtype == exp_avg_sq.dtype == torch.float32
+        and exp_avg.dtype == exp_avg_sq.dtype
+        and exp_avg.dtype in (torch.float32, torch.bfloat16)
     )
 
 
@@ -51,6 +52,8 @@ class Update(NamedTuple):
     tensors: tuple[Tensor, Tensor, Tensor, Tensor]
     """Weight, gradient, first and second moment."""
     scalars: StepScalars
+    key: int
+    """By which moments in bf16 are rounded."""
 
 
 class Launches:
@@ -109,7 +112,9 @@ class Launches:
             addresses = table.point_to([update.tensors for update in chosen])
             scales = [(x.scalars.first_scale, x.scalars.second_scale) for x in chosen]
             scalars = chosen[0].scalars
-            p_G = q_G = None
+            p_G = q_G = keys = None
+            if types[2] == torch.bfloat16:
+                keys = to_device(torch.tensor([x.key for x in chosen]), device)
             if capped is not None:
                 p_G = capped.p_G.to(device)
                 q_G = None if capped.q_G is None else capped.q_G.to(device)
@@ -122,6 +127,7 @@ class Launches:
                     table.owners_X,
                     table.starts_X,
                     table.indices(indices),
+                    addresses if keys is None else keys,
                     addresses if p_G is None else p_G,
                     addresses if q_G is None else q_G,
                     to_device(torch.tensor(scales, dtype=torch.float32), device),

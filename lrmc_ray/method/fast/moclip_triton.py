@@ -15,10 +15,12 @@ import triton.language as tl
 
 from lrmc_ray.method.fast.moclip_kernel import ARCTANGENT, HALF_PI, TINY
 from lrmc_ray.method.fast.rounding_triton import narrowed
+from lrmc_ray.method.stochastic_rounding import FIRST, GOLDEN, SECOND
 
 TYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 """Triton's names of types."""
 _A2, _A4, _A6, _A8, _A10, _A12, _A14 = (tl.constexpr(float(number)) for number in ARCTANGENT)
+_GOLDEN, _FIRST, _SECOND = tl.constexpr(GOLDEN), tl.constexpr(FIRST), tl.constexpr(SECOND)
 _HALF_PI = tl.constexpr(float(HALF_PI))
 _TINY = tl.constexpr(float(TINY))
 
@@ -51,7 +53,7 @@ def _stored(tensor, places, values, size, IS_WHOLE: tl.constexpr):
 @triton.jit
 def _products(grad, exp_avg, places, size, IS_WHOLE: tl.constexpr):
     g = _loaded(grad, places, size, IS_WHOLE).to(tl.float32).to(tl.float64)
-    m = _loaded(exp_avg, places, size, IS_WHOLE).to(tl.float64)
+    m = _loaded(exp_avg, places, size, IS_WHOLE).to(tl.float32).to(tl.float64)
     return g * g, g * m, m * m
 
 
@@ -132,6 +134,22 @@ def _arctangent(y, x):
 
 
 @triton.jit
+def _random_bits(places, key):
+    """``stochastic_rounding.random_bits`` of elements."""
+    bits = places.to(tl.uint32) * _GOLDEN + key
+    bits = (bits ^ (bits >> 16)) * _FIRST
+    bits = (bits ^ (bits >> 13)) * _SECOND
+    return bits ^ (bits >> 16)
+
+
+@triton.jit
+def _rounded(values, bits):
+    """``stochastic_rounding.round_to_bf16``."""
+    whole = values.to(tl.uint32, bitcast=True) + bits
+    return (whole >> 16).to(tl.uint16).to(tl.bfloat16, bitcast=True)
+
+
+@triton.jit
 def _update(
     param,
     grad,
@@ -147,7 +165,9 @@ def _update(
     second_rate,
     decay,
     step_size,
+    key,
     PARAM_TYPE: tl.constexpr,
+    MOMENT_TYPE: tl.constexpr,
     HAS_P: tl.constexpr,
     HAS_Q: tl.constexpr,
     SEES_CAPPED: tl.constexpr,
@@ -156,8 +176,8 @@ def _update(
 ):
     w = _loaded(param, places, size, IS_WHOLE).to(tl.float32)
     g = _loaded(grad, places, size, IS_WHOLE).to(tl.float32)
-    m = _loaded(exp_avg, places, size, IS_WHOLE)
-    v = _loaded(exp_avg_sq, places, size, IS_WHOLE)
+    m = _loaded(exp_avg, places, size, IS_WHOLE).to(tl.float32)
+    v = _loaded(exp_avg_sq, places, size, IS_WHOLE).to(tl.float32)
     capped = g
     if HAS_P:
         capped = p * g
@@ -173,6 +193,10 @@ def _update(
         # The product of g and m could be too small for float32, and would have no sign then.
         angle = tl.where(((g > 0) & (m < 0)) | ((g < 0) & (m > 0)), 0.0, angle)
     w = narrowed(decay * w - step_size * angle, PARAM_TYPE)
+    if tl.bfloat16 == MOMENT_TYPE:
+        bits = _random_bits(places, key)
+        m = _rounded(m, bits & 0xFFFF)
+        v = _rounded(v, bits >> 16)
     _stored(exp_avg, places, m, size, IS_WHOLE)
     _stored(exp_avg_sq, places, v, size, IS_WHOLE)
     _stored(param, places, w, size, IS_WHOLE)
@@ -185,6 +209,7 @@ def chunk_update(
     owners,
     starts,
     indices,
+    keys,
     p,
     q,
     scales,
@@ -206,7 +231,8 @@ def chunk_update(
     """Move the weights and moments of each chunk by the capped gradient p g + q m.
 
     The table has weights, gradients and both moments. ``indices`` says where in p and q a tensor's
-    numbers are, ``scales`` has 1 / (1 - beta^t) of both moments for each tensor.
+    numbers are, ``scales`` has 1 / (1 - beta^t) of both moments for each tensor, and ``keys`` has
+    what moments in bf16 are rounded by.
     """
     chunk = tl.program_id(0).to(tl.int64)
     owner = tl.load(owners + chunk)
@@ -225,6 +251,9 @@ def chunk_update(
         p_of_tensor = tl.load(p + index).to(tl.float32)
     if HAS_Q:
         q_of_tensor = tl.load(q + index).to(tl.float32)
+    key = tl.full((), 0, tl.uint32)
+    if tl.bfloat16 == MOMENT_TYPE:
+        key = tl.load(keys + owner).to(tl.uint32)
     if start + CHUNK <= size:
         for offset in range(0, CHUNK, BLOCK):
             _update(
@@ -242,7 +271,9 @@ def chunk_update(
                 second_rate,
                 decay,
                 step_size,
+                key,
                 PARAM_TYPE,
+                MOMENT_TYPE,
                 HAS_P,
                 HAS_Q,
                 SEES_CAPPED,
@@ -266,7 +297,9 @@ def chunk_update(
                 second_rate,
                 decay,
                 step_size,
+                key,
                 PARAM_TYPE,
+                MOMENT_TYPE,
                 HAS_P,
                 HAS_Q,
                 SEES_CAPPED,

@@ -1,10 +1,10 @@
 """MoClip's step in fewer passes over memory and fewer calls; the plain way is ``moclip``.
 
 - On a CPU, each float32 tensor goes through the two loops of ``moclip_kernel``.
-- Elsewhere, tensors whose moments are bf16 go the plain way.
 - Tensors of other dtypes and layouts there go piece by piece through torch's operators, while the
   piece is in the cache.
 - On a GPU with Triton, contiguous tensors go through the kernels of ``moclip_triton``.
+- Elsewhere, tensors whose moments are bf16 go the plain way.
 - Elsewhere many tensors go through an operation in one call: a call costs more there than its
   arithmetic, and a model has hundreds of tensors.
 
@@ -89,7 +89,7 @@ class FastMoClip(MoClip):
             numbers = scalars(state["step"].tolist())
             if moclip_launch.can_take(param, *moments):
                 tensors = param, param.grad, *moments
-                launched.append(moclip_launch.Update(index, tensors, numbers))
+                launched.append(moclip_launch.Update(index, tensors, numbers, keys[index]))
                 continue
             p, q = (None, None) if capped is None else capped.of(index, param.device)
             update = TensorUpdate(param, param.grad, *moments, p, q, numbers)
