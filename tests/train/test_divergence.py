@@ -95,7 +95,7 @@ def test_the_commands_say_so_and_end_with_a_code_of_its_own(tiny_model, tmp_path
         *("--model", str(tiny_model), "--train-data", str(data)),
         *("--output", str(tmp_path / "runs"), "--lr", "0.9", "--steps", "6"),
         *("train.loss=full", "train.optimizer=adamw", "train.anchor_weight=0", "--json"),
-        *("train.warmup_steps=0", "train.max_grad_norm=null", "train.batch_size=4"),
+        *("train.warmup_steps=0", "train.batch_size=4"),
     )
     for _ in range(2):  # a finished one says it again
         done = run("train", *of_both)
