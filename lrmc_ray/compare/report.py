@@ -277,8 +277,7 @@ def console_effects(table: ComparisonTable) -> "ConsoleTable":
 
 
 def _in_lines(cell: str) -> str:
-    # Escaped, because rich takes [ ] for markup.
-    return cell.replace(" (", "\n(").replace(" [", "\n\\[")
+    return cell.replace(" (", "\n(").replace(" [", "\n[")
 
 
 # Files

@@ -33,6 +33,7 @@ from lrmc_ray.compare.report import (
 from lrmc_ray.compare.run import Comparing
 from lrmc_ray.compare.table import SearchPoint, forgetting_predictors, load_table
 from lrmc_ray.compare.words import sentences
+from lrmc_ray.console import plain_console
 from lrmc_ray.errors import IncompleteArtifactError
 from lrmc_ray.evaluate.changes import compare
 from lrmc_ray.evaluate.items import Scores
@@ -379,11 +380,11 @@ def test_every_form_shows_the_effects(parts):
     assert f"<td>both</td><td>{pairs}</td><td>2</td><td>{gain} (" in page
     said = as_json_object(parts)["effects"][0]
     assert said["trade"]["domain_gain"]["value"] == effect.trade.domain_gain.value
-    from rich.console import Console
-
-    console = Console(file=io.StringIO(), width=140)
-    console.print(console_effects(parts))
-    shown = console.file.getvalue()
+    console = plain_console(width=140)
+    with console.capture() as captured:
+        console.print(console_effects(parts))
+    shown = captured.get()
+    assert "\\" not in shown
     assert "2 pairs, 2 seeds" in shown
     assert f" {gain} " in shown
 
@@ -562,11 +563,11 @@ def test_methods_are_ordered_by_what_they_have_over_the_reference_on_the_same_se
 
 
 def test_the_terminal_shows_intervals_in_brackets(table):
-    from rich.console import Console
-
-    console = Console(width=150, record=True, file=io.StringIO())
-    console.print(console_table(table))
-    text = console.export_text()
+    console = plain_console(width=150)
+    with console.capture() as captured:
+        console.print(console_table(table))
+    text = captured.get()
+    assert "\\" not in text
     assert "restricted + MoClip" in text
     assert re.search(r"\[.\d+\.\d to .\d+\.\d\]", text)
     assert "its process died" in text
