@@ -151,6 +151,14 @@ def test_loss_and_gradients_of_every_head(options, tail, is_anchor):
     check(types, sets_of(RAGGED), TAILS[tail], is_anchor=is_anchor, **options)
 
 
+def test_an_anchor_of_more_than_all_probability_follows_the_formula():
+    """By hand made sets may have it; recorded ones sum to 1 with what is outside."""
+    sets = sets_of([3, 5, 2])
+    sets.logprobs[:] = -0.5
+    assert not sets.outside_mass().any()
+    check((FLOAT,) * 3, sets, TAILS["tail"], is_anchor=True)
+
+
 @pytest.mark.parametrize("types", [(FLOAT,) * 2, (BRAIN,) * 2, (HALF, BRAIN)], ids=str)
 def test_1024_candidates_and_sizes_that_are_no_powers_of_2(types):
     """The weight's gradient is left out: by the interpreter a token takes milliseconds."""
