@@ -232,7 +232,7 @@ def candidate_tile(num_hidden: int, itemsize: int) -> dict[str, int]:
         "BLOCK_D": block,
         "BLOCK_K": entries,
         "BLOCK_R": 1024,
-        "NUM_STAGES": 3,
+        "NUM_STAGES": 3 if block * itemsize <= _TILE_BYTES else 2,
         "num_warps": 4 if block <= 2048 else 8,
     }
 

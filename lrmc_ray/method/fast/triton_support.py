@@ -9,6 +9,7 @@ from contextlib import AbstractContextManager
 import torch
 from torch import Tensor
 
+_LEAST_CAPABILITY = (8, 0)
 _log = logging.getLogger(__name__)
 
 
@@ -27,10 +28,11 @@ def is_interpreted() -> bool:
 def works_on_gpu() -> bool:
     """Whether a kernel can be compiled and started; tried once.
 
-    Triton wants a C compiler and Python's headers at its first kernel. Without them the losses and
-    the optimizer go on by torch's operators, and the log says why.
+    Triton wants a C compiler and Python's headers at its first kernel, and the kernels want a GPU
+    with the shared memory of compute capability 8.0. Without them the losses and the optimizer go
+    on by torch's operators; the log says what Triton could not do.
     """
-    if not is_installed():
+    if not is_installed() or torch.cuda.get_device_capability() < _LEAST_CAPABILITY:
         return False
     try:
         from lrmc_ray.method.fast.rounding_triton import set_to_one

@@ -431,9 +431,14 @@ def test_what_the_kernels_cannot_take_is_refused(monkeypatch):
 
 def test_where_triton_does_not_work_the_log_says_why(monkeypatch, caplog):
     """A kernel that cannot be started, here for want of a GPU, is no error but a warning, once."""
+    capability = [(9, 0)]
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: capability[0])
     monkeypatch.setattr(triton_support.torch, "zeros", lambda *a, **o: 1 / 0)
     triton_support.works_on_gpu.cache_clear()
     assert not triton_support.works_on_gpu()
+    assert not triton_support.works_on_gpu()
+    triton_support.works_on_gpu.cache_clear()
+    capability[0] = (7, 5)  # too little shared memory; nothing is tried
     assert not triton_support.works_on_gpu()
     triton_support.works_on_gpu.cache_clear()
     (record,) = caplog.records
