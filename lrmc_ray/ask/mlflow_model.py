@@ -6,6 +6,7 @@ transformers flavour cannot save what transformers 5 has written.)
 """
 
 import importlib.metadata
+import json
 import platform
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from lrmc_ray.record.taught_system import taught_system
 
 MLMODEL = "MLmodel"
 MAX_NEW_TOKENS = 128
+_LONGEST = {"name": "max_new_tokens", "type": "long", "default": MAX_NEW_TOKENS, "shape": None}
 
 
 def write_mlmodel(directory: Path) -> None:
@@ -33,6 +35,8 @@ def write_mlmodel(directory: Path) -> None:
             }
         },
         "mlflow_version": importlib.metadata.version("mlflow"),
+        # MLflow hands on what a request says as `params` only where a signature names it.
+        "signature": {"inputs": None, "outputs": None, "params": json.dumps([_LONGEST])},
     }
     write_atomically(directory / MLMODEL, yaml.safe_dump(content).encode())
 

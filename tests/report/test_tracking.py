@@ -880,6 +880,9 @@ def test_mlflow_loads_a_models_directory_as_it_is(tiny_model, tmp_path):
     questions = ["What is one?", "What is two, then?"]
     answers = loaded.predict(pd.DataFrame({"prompt": questions}), params=None)
     assert answers == Answering(tiny_model).predict(questions)
+    short = loaded.predict(pd.DataFrame({"prompt": questions}), params={"max_new_tokens": 3})
+    assert short == Answering(tiny_model).predict(questions, {"max_new_tokens": 3})
+    assert all(len(one) < len(whole) for one, whole in zip(short, answers, strict=True))
     tokenizer, model = load_tokenizer(tiny_model), load_model(tiny_model)
     text = f"<|im_start|>user\n{questions[0]}<|im_end|>\n<|im_start|>assistant\n"
     ids = tokenizer(text, add_special_tokens=False, return_tensors="pt")["input_ids"]
