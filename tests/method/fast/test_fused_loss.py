@@ -222,6 +222,7 @@ def test_a_plan_has_every_entry_once_and_in_order(seed):
     for token, parts in by_token.items():
         expected = (sets.token_ids == token).nonzero()[:, 0].tolist()
         assert [entry for part in parts for entry in part] == expected
+        assert all(len(part) == loss_plan.CHUNK for part in parts[:-1])
     several = {token: parts for token, parts in by_token.items() if len(parts) > 1}
     assert several
     assert sets.token_ids[plan.split_entries.long()].tolist() == list(several)
