@@ -341,6 +341,7 @@ def load_model(directory: Path, *, dtype: "torch.dtype | None" = None) -> Any:
     """
     import torch
 
+    hide_bars()
     with _reading("causal LM", directory):
         loaded: Any = _class_of(directory).from_pretrained(
             directory,

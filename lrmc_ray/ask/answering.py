@@ -13,7 +13,7 @@ from lrmc_ray.chat.spoken import AnswerForm, Spoken
 from lrmc_ray.chat.template import special_tokens
 from lrmc_ray.chat.tokens import bare_ids
 from lrmc_ray.cluster.resources import local_cpus
-from lrmc_ray.models import hide_bars, load_model, load_tokenizer
+from lrmc_ray.models import load_model, load_tokenizer
 
 MEASURE_SECONDS = 0.1
 """How long it is looked at what others compute, before each answer."""
@@ -92,7 +92,6 @@ class Answerer:
         """
         import torch
 
-        hide_bars()
         self.directory = directory
         self._tokenizer = load_tokenizer(directory)
         self._chat = Chat(self._tokenizer, template_options)
