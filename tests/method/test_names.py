@@ -75,14 +75,17 @@ def test_a_choice_that_there_is_not_is_refused_by_name():
     ids=lambda value: getattr(value, "__name__", ""),
 )
 def test_defaults_of_the_method_are_those_of_the_settings(ours, shared):
-    """Every default that both have; ``betas`` alone are None in the settings: by optimizer."""
+    """Every default that both have, but two.
+
+    ``betas`` are None in the settings, by optimizer, and ``state_dtype`` is a name there.
+    """
     fields = TrainSettings.model_fields
     found = {}
     for name, parameter in inspect.signature(ours).parameters.items():
         if name in fields and parameter.default is not inspect.Parameter.empty:
             found[name] = parameter.default
-    by_optimizer = {"betas"} if ours in (MoClip, MaskedAdamW, Magma) else set()
-    assert set(found) - by_optimizer == shared
+    others = {"betas", "state_dtype"} if ours in (MoClip, MaskedAdamW, Magma) else set()
+    assert set(found) - others == shared
     for name in shared:
         assert found[name] == fields[name].default, name
 
