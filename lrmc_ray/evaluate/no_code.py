@@ -1,7 +1,6 @@
-"""lm-eval without the two ways in which a task file that names no Python would run some.
+"""A task file is data: its templates see values alone, and its metrics are lm-eval's own.
 
-Its templates are those of plain Jinja, through which every class of the process can be reached. And
-a metric that it does not know is a script, which it loads from a path or from the Hub.
+What it names by ``!function`` is the only code that it brings along.
 """
 
 import functools
@@ -48,7 +47,7 @@ def _registered_metric(
 
     if hf_evaluate_metric or name not in METRIC_REGISTRY:
         raise ConfigError(
-            f"metrics must be lm-eval's own, and {name} would be a script that is loaded and run; "
+            f"metrics must be lm-eval's own, got {name}, which would be a script from elsewhere; "
             "leave it out of metric_list, or write process_results in Python beside the task"
         )
     return get_metric(name)
