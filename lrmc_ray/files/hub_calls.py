@@ -13,7 +13,7 @@ def limit_hub_calls() -> None:
     """Let every later call of ``huggingface_hub`` in this process end.
 
     Where that package gives a call a limit, that one counts. In version 2.4.0 ``auth_check`` and
-    the listing of files have none (findings/hub_calls_without_limit.sh).
+    the listing of files have none.
     """
     from huggingface_hub import get_session, set_client_factory
 
