@@ -95,6 +95,7 @@ def asked(argv: list[str], monkeypatch) -> tuple[RunSettings, Path | None]:
 def test_evaluate_takes_what_is_not_said_from_the_model(settings, tmp_path, monkeypatch):
     tuned = tmp_path / "elsewhere" / "model"
     tuned.mkdir(parents=True)
+    (tuned / "config.json").write_text("{}")
     write_origin(tuned, origin_of(settings, Path("runs")))
     monkeypatch.chdir(tuned)
     taken, output = asked(["--tuned", str(tuned)], monkeypatch)

@@ -65,6 +65,7 @@ def test_every_setting_of_train_has_a_flag_that_says_the_same():
             "lora_alpha": "32",
             "k_min": "2",
             "batch_size": "9",
+            "stm_perplexity": "2.5",
         }.get(name, value)
         others = ["train.evaluate_every=1"] if name == "export" else []
         made = settings_of(*others, flag, value)
