@@ -94,7 +94,8 @@ MISTAKES = {
         "tune",
         given(domain_tasks="field.yaml"),
         2,
-        "its items have no field quesiton (they have question, choices, answer). Did you mean "
+        "its items have no field quesiton (they have question, choices, answer); correct the task "
+        "file (its data must be where `data_files` says), or choose another task. Did you mean "
         "'question'?",
     ),
     "no items": ("tune", given(domain_tasks="none.yaml"), 4, "the task mine must have items"),

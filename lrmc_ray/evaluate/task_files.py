@@ -75,7 +75,7 @@ def task_manager(names: Sequence[str], scratch: Path, split: Split) -> Any:
         if name not in manager.all_tasks and not Path(name).is_file():
             known = [*OURS, *GROUPS, *manager.all_tasks]
             close = difflib.get_close_matches(name, known, n=3)
-            remedy = f"did you mean {' or '.join(close)}?" if close else "correct the name"
+            remedy = f"did you mean {' or '.join(close)}?" if close else "correct the name."
             raise ConfigError(
                 f"task {name} is neither one of ours ({', '.join(OURS)}) nor one of lm-eval's; "
                 f"{remedy} A task of your own is named by its file, mine.yaml"
@@ -186,19 +186,20 @@ def _fields(name: str) -> list[str]:
 
 
 def _refused(name: str, why: Exception | str) -> ConfigError:
-    told = why if isinstance(why, str) else error_text(why)
+    told, hint = why if isinstance(why, str) else error_text(why), ""
     if unknown := re.search(r"unexpected keyword argument '(\w+)'", told):
         from lm_eval.config.task import TaskConfig
 
         known = [field.name for field in dataclasses.fields(TaskConfig)]
-        told = f"it has no field {unknown[1]}{nearest(unknown[1], known)}"
+        told, hint = f"it has no field {unknown[1]}", nearest(unknown[1], known)
     elif (unknown := re.search(r"'(\w+)' is undefined", told)) and Path(name).is_file():
         fields = _fields(name)
         known_text = f" (they have {', '.join(fields)})" if fields else ""
-        told = f"its items have no field {unknown[1]}{known_text}{nearest(unknown[1], fields)}"
+        told = f"its items have no field {unknown[1]}{known_text}"
+        hint = nearest(unknown[1], fields)
     return ConfigError(
         f"lm-eval refuses the task {name}: {told}; correct the task file (its data must be where "
-        "`data_files` says), or choose another task"
+        f"`data_files` says), or choose another task{hint}"
     )
 
 
