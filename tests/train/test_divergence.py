@@ -2,6 +2,9 @@
 
 import json
 import math
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 
@@ -10,6 +13,7 @@ from lrmc_ray.errors import DivergedError
 from lrmc_ray.files.names import MODEL
 from lrmc_ray.train.divergence import Divergence, LossWatch
 from lrmc_ray.train.driver import check_converged
+from tests.support.tiny import make_data
 from tests.support.training import run_alone
 
 
@@ -79,3 +83,45 @@ def test_a_diverged_run_leaves_no_model_and_says_why(lr, diverges, recorded, tin
     with pytest.raises(DivergedError, match=r"the run diverged.*Lower train\.lr \(it was 0\.9\)"):
         check_converged(manifest)
     assert DivergedError.exit_code == 8
+
+
+@pytest.mark.slow
+@pytest.mark.ray
+@pytest.mark.timeout(600)
+def test_the_commands_say_so_and_end_with_a_code_of_its_own(tiny_model, tmp_path):
+    """Plain fine-tuning with a learning rate that is far too large, alone and in a search."""
+    data = make_data(tmp_path / "train.jsonl", num_rows=24)
+    of_both = (
+        *("--model", str(tiny_model), "--train-data", str(data)),
+        *("--output", str(tmp_path / "runs"), "--lr", "0.9", "--steps", "6"),
+        *("train.loss=full", "train.optimizer=adamw", "train.anchor_weight=0", "--json"),
+        *("train.warmup_steps=0", "train.batch_size=4"),
+    )
+    for _ in range(2):  # a finished one says it again
+        done = run("train", *of_both)
+        assert done.returncode == 8, done.stderr[-2000:]
+        (error,) = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+        assert "the run diverged, and its model is not kept. Lower train.lr (it was 0.9)" in error
+        assert json.loads(done.stdout)["diverged"]["last_steps"] == 1
+    assert not list(tmp_path.rglob(MODEL))
+    search = ("--domain-tasks", "capitals", "--general-tasks", "plain_english", "evaluate.limit=4")
+    done = run("tune", *of_both, *search, "--space", "smoke", "search.trials=2")
+    assert done.returncode == 10, done.stderr[-2000:]
+    (path,) = (tmp_path / "runs").glob("*/study.json")
+    defaults, yardstick = json.loads(path.read_text())["trials"]
+    assert (defaults["state"], defaults["scores"]) == ("FAIL", None)
+    assert "the run diverged" in defaults["cause"]
+    assert yardstick["state"] == "COMPLETE"
+    argv = ("export", str(path.parent), "--trial", "0", "--to", str(tmp_path / "mine"))
+    assert run(*argv).returncode == 2
+    assert not (tmp_path / "mine").exists()
+
+
+def run(*argv):
+    return subprocess.run(
+        [sys.executable, "-m", "lrmc_ray", *argv],
+        capture_output=True,
+        text=True,
+        check=False,
+        cwd=Path(__file__).parents[2],
+    )
