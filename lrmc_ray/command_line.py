@@ -56,7 +56,9 @@ class CommandParser(argparse.ArgumentParser):
         if message.startswith(_UNRECOGNIZED):
             unknown = message.removeprefix(_UNRECOGNIZED).split()
             name = unknown[0].partition("=")[0]
-            hint = nearest(name, self._option_string_actions) or self._setting_like(name)
+            flags = list(self._option_string_actions)
+            longer = [flag for flag in flags if flag.startswith(name)]
+            hint = nearest(name, longer) or self._setting_like(name) or nearest(name, flags)
             return f"{self.prog} knows no {name}{hint}"
         if found := _INVALID_CHOICE.match(message):
             for action in self._actions:

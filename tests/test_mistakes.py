@@ -156,6 +156,7 @@ MISTAKES = {
     "a setting without its section": ("tune", [*given(), "trials=3"], 2, "search.trials"),
     "a mistyped setting": ("tune", [*given(), "train.stepz=3"], 2, "Did you mean 'train.steps'?"),
     "a setting as a flag": ("tune", [*given(), "--trials", "3"], 2, "'search.trials=VALUE'?"),
+    "a short setting as a flag": ("tune", [*given(), "--lr", "1e-4"], 2, "'train.lr=VALUE'?"),
     "a mistyped flag": ("tune", [*given(), "--domain-taks", "x"], 2, "--domain-tasks"),
     "no space": ("tune", [*given(), "--space", "demoo"], 3, "demo"),
     "a study in place of a model": (

@@ -93,7 +93,7 @@ def test_the_commands_say_so_and_end_with_a_code_of_its_own(tiny_model, tmp_path
     data = make_data(tmp_path / "train.jsonl", num_rows=24)
     of_both = (
         *("--model", str(tiny_model), "--train-data", str(data)),
-        *("--output", str(tmp_path / "runs"), "--lr", "0.9", "--steps", "6"),
+        *("--output", str(tmp_path / "runs"), "train.lr=0.9", "train.steps=6"),
         *("train.loss=full", "train.optimizer=adamw", "train.anchor_weight=0", "--json"),
         *("train.warmup_steps=0", "train.batch_size=4"),
     )
