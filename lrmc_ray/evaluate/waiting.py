@@ -130,7 +130,7 @@ def results_of(
     """
     import ray
 
-    watch = _Watch(hang_seconds)
+    watch, end = _Watch(hang_seconds), _End(stop)
     every = tasks[0].place.either(lambda: LOOK_SECONDS, lambda _: STORAGE_SECONDS)
     waiting = dict(zip(references, tasks, strict=True))
     looked = time.monotonic()
@@ -147,10 +147,10 @@ def results_of(
             looked = time.monotonic()
             for task in waiting.values():
                 if watch.is_hanging(task):
-                    _end(task, list(waiting), watch.patience(task), stop)
+                    _end(task, list(waiting), watch.patience(task), end)
         return list(ray.get(list(references)))
     finally:
-        _stop_all(list(waiting), stop)
+        end.all(list(waiting))
         for task in tasks:
             task.forget()
 
@@ -207,32 +207,50 @@ def _has_lost_its_process(sign: bytes | None) -> bool:
         return False
 
 
-def _stop_all(references: Sequence[Any], stop: Callable[[Any], None]) -> None:
-    """End tasks, and wait for a while until they have: one that goes on would show itself again."""
+class _End:
+    """Ends tasks of Ray, each once.
+
+    Never one whose result is there. Ray 2.60 may still be noting it down, and to cancel it then has
+    ended the process that asked.
+    """
+
+    def __init__(self, stop: Callable[[Any], None]) -> None:
+        self._stop = stop
+        self._stopped: set[Any] = set()
+
+    def begin(self, references: Sequence[Any]) -> None:
+        """Stop those that have not ended, and do not wait."""
+        for reference in set(_unfinished(references, timeout=0.0)) - self._stopped:
+            self._stopped.add(reference)
+            self._stop(reference)
+
+    def all(self, references: Sequence[Any]) -> None:
+        """And wait for a while until they have: one that goes on would show itself again."""
+        self.begin(references)
+        _unfinished(references, timeout=STOP_SECONDS)
+
+
+def _unfinished(references: Sequence[Any], *, timeout: float) -> list[Any]:
+    """Those whose result is not there after ``timeout`` seconds."""
     import ray
 
-    for reference in references:
-        stop(reference)
-    if references:
-        ray.wait(
-            list(references),
-            num_returns=len(references),
-            timeout=STOP_SECONDS,
-            fetch_local=False,
-        )
+    if not references:
+        return []
+    found: list[Any]
+    _, found = ray.wait(
+        list(references), num_returns=len(references), timeout=timeout, fetch_local=False
+    )
+    return found
 
 
-def _end(
-    task: Watched, waiting: Sequence[Any], patience: float, stop: Callable[[Any], None]
-) -> None:
+def _end(task: Watched, waiting: Sequence[Any], patience: float, end: _End) -> None:
     """End the scoring that ``task`` is a part of.
 
     Raises:
         EvaluationError: always; names what says where it hangs.
     """
     stacks = stacks_of(task.work)
-    for reference in waiting:
-        stop(reference)
+    end.begin(waiting)
     kill_all(stacks)
     _log.warning("scoring hangs\n%s", report(stacks))
     where = write_stacks(Path(task.work) / STACKS, stacks)

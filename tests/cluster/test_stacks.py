@@ -182,8 +182,8 @@ def remote_scores(tmp_path_factory):
         yield ray.remote(max_retries=2)(scoring_task())
 
 
-def waited_for(remote, directory, *does, hang_seconds=3.0):
-    """What ``results_of`` makes of such tasks."""
+def waited_for(remote, directory, *does, hang_seconds=3.0, are_stopped=()):
+    """What ``results_of`` makes of such tasks, of which those in these places are stopped, once."""
     import ray
 
     from lrmc_ray.evaluate.waiting import Watched, results_of
@@ -191,11 +191,16 @@ def waited_for(remote, directory, *does, hang_seconds=3.0):
 
     tasks = [Watched(str(directory), number, LocalPlace()) for number in range(len(does))]
     references = [remote.remote(task, one) for task, one in zip(tasks, does, strict=True)]
+    stopped = []
+
+    def stop(one):
+        stopped.append(references.index(one))
+        ray.cancel(one, force=True)
+
     try:
-        return results_of(
-            references, tasks, hang_seconds, stop=lambda one: ray.cancel(one, force=True)
-        )
+        return results_of(references, tasks, hang_seconds, stop=stop)
     finally:
+        assert stopped == list(are_stopped)
         assert not list(directory.glob(".progress*"))
         # All have ended when the wait has.
         assert len(ray.wait(references, num_returns=len(does), timeout=0)[0]) == len(does)
@@ -208,7 +213,7 @@ def test_a_scoring_task_that_hangs_is_ended_with_its_stack(remote_scores, tmp_pa
 
     assert waited_for(remote_scores, tmp_path, "is done", "is done") == [0, 1]
     with pytest.raises(EvaluationError, match=r"within 3\.0 s .*/stacks\.txt says where"):
-        waited_for(remote_scores, tmp_path, "is done", "hangs")
+        waited_for(remote_scores, tmp_path, "is done", "hangs", are_stopped=[1])
     assert "hangs_in_a_task" in (tmp_path / "stacks.txt").read_text()
     assert "hangs_in_a_task" in caplog.text
     # The cores are free again, and scoring can begin anew.
@@ -221,8 +226,9 @@ def test_a_scoring_task_that_hangs_is_ended_with_its_stack(remote_scores, tmp_pa
 def test_a_task_that_hangs_is_ended_where_nothing_can_be_written(remote_scores, tmp_path, caplog):
     from lrmc_ray.errors import EvaluationError
 
+    does = "hangs, and nothing can be written"
     with pytest.raises(EvaluationError, match=r"within 3\.0 s and did not; the log says where"):
-        waited_for(remote_scores, tmp_path, "hangs, and nothing can be written")
+        waited_for(remote_scores, tmp_path, does, are_stopped=[0])
     assert "hangs_in_a_task" in caplog.text
 
 
@@ -230,8 +236,9 @@ def test_a_task_that_hangs_is_ended_where_nothing_can_be_written(remote_scores, 
 def test_when_one_task_fails_the_others_are_ended(remote_scores, tmp_path):
     import ray
 
+    does = ("fails", "goes on")
     with pytest.raises(ray.exceptions.RayTaskError, match="the scores are wrong"):
-        waited_for(remote_scores, tmp_path, "fails", "goes on", hang_seconds=60.0)
+        waited_for(remote_scores, tmp_path, *does, hang_seconds=60.0, are_stopped=[1])
     time.sleep(2.0)  # one that lived would have shown itself again
     assert not list(tmp_path.glob(".progress*"))
 
