@@ -11,7 +11,7 @@ set -uo pipefail
 cd "$(dirname "$0")/.."
 folder=${1:-gpu_round}
 python=${PYTHON:-python}
-export PYTHONPATH=$PWD TRITON_INTERPRET=0
+export PYTHONPATH=$PWD TRITON_INTERPRET=0 LRMC_TRITON=1
 
 if ! "$python" -c 'import sys, torch; sys.exit(not torch.cuda.is_available())' 2>/dev/null; then
   echo "gpu_round.sh measures on an NVIDIA GPU, but torch sees none here;" \

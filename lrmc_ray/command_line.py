@@ -28,14 +28,14 @@ class CommandParser(argparse.ArgumentParser):
     only_looked_at: ClassVar[bool] = False
     """Whether commands are run for their parsers alone."""
 
+    settings: Sequence[str] = ()
+    """Settings that the command takes as ``section.key=value``, for hints."""
+
     def parse_known_args(self, *arguments: Any, **named: Any) -> Any:
         """As of argparse; where the parser alone is wanted, it is carried out of the command."""
         if CommandParser.only_looked_at:
             raise ParserFound(self)
         return super().parse_known_args(*arguments, **named)
-
-    settings: Sequence[str] = ()
-    """Settings that the command takes as ``section.key=value``, for hints."""
 
     def __init__(self, name: str, **options: Any) -> None:
         """As of argparse, but for the program's name.

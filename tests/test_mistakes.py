@@ -125,7 +125,7 @@ MISTAKES = {
         "tune",
         given(train_data="role.jsonl"),
         4,
-        "role.jsonl:1: no message has the role 'asistant'. Did you mean 'assistant'?",
+        "role.jsonl:1: there is no role 'asistant'. Did you mean 'assistant'?",
     ),
     "a broken row, compare": ("compare", given(train_data="broken.jsonl"), 4, "broken.jsonl:13"),
     "a broken row, explained": (

@@ -101,7 +101,6 @@ def _run(
     if arguments.json:
         _print_json(Table(names, _in_words(generation, system), [ask(q) for q in _typed()]))
         return 0
-
     from lrmc_ray.ask.terminal import show
 
     console = plain_console()

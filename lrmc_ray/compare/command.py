@@ -160,7 +160,6 @@ def _report(comparing: "Comparing", *, as_json: bool) -> None:
     if as_json:
         print(json.dumps(as_json_object(table)))
         return
-
     console = plain_console(highlight=True)
     console.print(console_table(table))
     if table.effects:

@@ -39,8 +39,6 @@ def sentences(table: ComparisonTable) -> list[str]:
             f"By gain against models between the base and {title} that forget no more, seed by "
             f"seed: {_verdicts(beyond)}."
         )
-    asked = {m["name"]: m.get("seeds") or table.seeds for m in table.description["methods"]}
-    short = [row for row in scored if len(row.seeds) < len(asked[row.name])]
     said.append(
         "( ) is the 95 % interval over training seeds (Student's t), [ ] that over the items "
         "(paired bootstrap). Learning rates were chosen on the development questions and the "
@@ -51,7 +49,8 @@ def sentences(table: ComparisonTable) -> list[str]:
             f"Not so the items of {listed(list(table.undivided_tasks))}: too few to be divided, "
             "they chose the learning rates, too, so the scores may be too good."
         )
-    if short:
+    asked = {m["name"]: m.get("seeds") or table.seeds for m in table.description["methods"]}
+    if short := [row for row in scored if len(row.seeds) < len(asked[row.name])]:
         least = min(short, key=lambda row: len(row.seeds))
         said.append(
             f"Some methods have only {len(least.seeds)} of {len(asked[least.name])} seeds so far."

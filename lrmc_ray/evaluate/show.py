@@ -97,7 +97,7 @@ def show_changes(
             print(json.dumps({"scores": paths, **compared.metrics(), **drift}))
             continue
         console.print(_changes_table(compared))
-        console.print(f"Scored on {items}.", markup=False)
+        console.print(f"Scored on {items}.")
         _print_headline(console, compared, drift)
         changes = receipt(base, tuned)["change"].to_pylist()
         console.print(

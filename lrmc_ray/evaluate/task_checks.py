@@ -71,7 +71,9 @@ def check_supported(name: str, config: Mapping[str, Any]) -> None:
     """
     for key, what in _UNSUPPORTED.items():
         if config.get(key):
-            raise ConfigError(f"task {name} needs {what} ({key}), which is not supported")
+            raise ConfigError(
+                f"task {name} needs {what} ({key}), which is not supported; choose another task"
+            )
 
 
 def _check_metric(name: str, output_type: str, entry: Mapping[str, Any], *, own: bool) -> None:

@@ -130,7 +130,7 @@ def results_of(
     """
     import ray
 
-    watch, end = _Watch(hang_seconds), _End(stop)
+    watch, stopper = _Watch(hang_seconds), _Stopper(stop)
     every = tasks[0].place.either(lambda: LOOK_SECONDS, lambda _: STORAGE_SECONDS)
     waiting = dict(zip(references, tasks, strict=True))
     looked = time.monotonic()
@@ -147,10 +147,10 @@ def results_of(
             looked = time.monotonic()
             for task in waiting.values():
                 if watch.is_hanging(task):
-                    _end(task, list(waiting), watch.patience(task), end)
+                    _end(task, list(waiting), watch.patience(task), stopper)
         return list(ray.get(list(references)))
     finally:
-        end.all(list(waiting))
+        stopper.stop_and_wait(list(waiting))
         for task in tasks:
             task.forget()
 
@@ -207,7 +207,7 @@ def _has_lost_its_process(sign: bytes | None) -> bool:
         return False
 
 
-class _End:
+class _Stopper:
     """Ends tasks of Ray, each once.
 
     Never one whose result is there. Ray 2.60 may still be noting it down, and to cancel it then has
@@ -218,15 +218,16 @@ class _End:
         self._stop = stop
         self._stopped: set[Any] = set()
 
-    def begin(self, references: Sequence[Any]) -> None:
+    def stop(self, references: Sequence[Any]) -> None:
         """Stop those that have not ended, and do not wait."""
-        for reference in set(_unfinished(references, timeout=0.0)) - self._stopped:
-            self._stopped.add(reference)
-            self._stop(reference)
+        for reference in _unfinished(references, timeout=0.0):
+            if reference not in self._stopped:
+                self._stopped.add(reference)
+                self._stop(reference)
 
-    def all(self, references: Sequence[Any]) -> None:
-        """And wait for a while until they have: one that goes on would show itself again."""
-        self.begin(references)
+    def stop_and_wait(self, references: Sequence[Any]) -> None:
+        """Stop them, and wait for a while: one that goes on would show itself again."""
+        self.stop(references)
         _unfinished(references, timeout=STOP_SECONDS)
 
 
@@ -243,14 +244,14 @@ def _unfinished(references: Sequence[Any], *, timeout: float) -> list[Any]:
     return found
 
 
-def _end(task: Watched, waiting: Sequence[Any], patience: float, end: _End) -> None:
+def _end(task: Watched, waiting: Sequence[Any], patience: float, stopper: _Stopper) -> None:
     """End the scoring that ``task`` is a part of.
 
     Raises:
         EvaluationError: always; names what says where it hangs.
     """
     stacks = stacks_of(task.work)
-    end.begin(waiting)
+    stopper.stop(waiting)
     kill_all(stacks)
     _log.warning("scoring hangs\n%s", report(stacks))
     where = write_stacks(Path(task.work) / STACKS, stacks)

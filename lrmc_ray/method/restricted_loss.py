@@ -43,6 +43,7 @@ from lrmc_ray.method.candidate_sets import CandidateSets, row_logsumexp
 from lrmc_ray.method.fast.backend_choice import logits_backend, prefers_kernel
 from lrmc_ray.method.fast.candidate_logits import candidate_logits, loss_size, token_logits
 from lrmc_ray.method.fast.fused_loss import fused_loss, refusal, share_tail
+from lrmc_ray.method.fast.triton_support import is_wanted
 from lrmc_ray.method.head import OutputHead
 from lrmc_ray.method.names import Backend, LogitsBackend, LossReduction, check_choice
 
@@ -216,7 +217,8 @@ def _way(
         return backend
     size = loss_size(hidden_ND, head, candidates, 0 if tail is None else len(tail.ids_R))
     # Only on a GPU: Triton's interpreter runs the kernels elsewhere as well, but slowly.
-    if hidden_ND.is_cuda and prefers_kernel(size) and refusal(hidden_ND, head) is None:
+    may_use_kernel = hidden_ND.is_cuda and is_wanted() and prefers_kernel(size)
+    if may_use_kernel and refusal(hidden_ND, head) is None:
         return "kernel"
     return logits_backend(hidden_ND.device.type, size)
 

@@ -149,7 +149,7 @@ def _message(message: Any) -> dict[str, Any]:
 def _check_role(role: str) -> None:
     """Refuse what can only be a mistyped role; a template may know other ones."""
     if role not in _ROLES and (meant := difflib.get_close_matches(role, _ROLES, 1, 0.8)):
-        raise DataError(f"no message has the role {role!r}. Did you mean {meant[0]!r}?")
+        raise DataError(f"there is no role {role!r}. Did you mean {meant[0]!r}?")
 
 
 def _text_of_parts(parts: Sequence[Any]) -> str:

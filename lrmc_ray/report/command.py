@@ -46,9 +46,9 @@ def main(argv: Sequence[str]) -> int:
     if study.verdict is not None:
         console.print(score_text(study.verdict.comparison), style="bright_black")
     for sentence in headline(study):
-        console.print(sentence.text, markup=False)
+        console.print(sentence.text)
     for note in (*study.notes, *record_sentences(study)):
-        console.print(f"Note: {note}", markup=False)
+        console.print(f"Note: {note}")
     # Not through rich, which would break a long path in two.
     print(f"\nReport  {path}\nFigure  {path.with_name(FIGURE_FILE)}")
     return 0

@@ -99,7 +99,6 @@ def _register(search: "Search", name: str) -> None:
 
 
 def _print_end(search: "Search", arguments: argparse.Namespace) -> None:
-
     from lrmc_ray.report.console import as_json, summary_table
     from lrmc_ray.report.mlflow_mirror import public
     from lrmc_ray.report.study import load_study
@@ -114,9 +113,9 @@ def _print_end(search: "Search", arguments: argparse.Namespace) -> None:
     if study.verdict is not None:
         console.print(score_text(study.verdict.comparison), style="bright_black")
     for sentence in headline(study):
-        console.print(sentence.text, markup=False)
+        console.print(sentence.text)
     for warning in record_sentences(study):
-        console.print(f"Warning: {warning}", markup=False)
+        console.print(f"Warning: {warning}")
     model = search.directory / BEST_MODEL
     print(f"\nReport  {search.directory / 'report.html'}")
     print(f"Figure  {search.directory / 'gain_vs_forgetting.png'}")

@@ -48,13 +48,13 @@ def explain(settings: RunSettings, output: Path, *, as_json: bool) -> None:
         )
     console = plain_console()
     for line in what_lines(settings, output, files):
-        console.print(line, markup=False)
+        console.print(line)
     if settings.parameters:
         console.print()
         console.print(table)
     lines = [objective_text(settings), sampler_text(settings), early_stopping_text(settings)]
     for line in (*lines, *cost_lines(cost, slots)):
-        console.print(line, markup=False)
+        console.print(line)
 
 
 def what_lines(settings: RunSettings, output: Path, files: Sequence[Path]) -> list[str]:

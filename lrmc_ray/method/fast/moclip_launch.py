@@ -12,7 +12,12 @@ from torch import Tensor, nn
 from lrmc_ray.method.angle_cap import CappedGradient
 from lrmc_ray.method.fast.chunk_table import ChunkTable, to_device
 from lrmc_ray.method.fast.moclip_kernel import StepScalars
-from lrmc_ray.method.fast.triton_support import at_device_of, is_interpreted, works_on_gpu
+from lrmc_ray.method.fast.triton_support import (
+    at_device_of,
+    is_interpreted,
+    is_wanted,
+    works_on_gpu,
+)
 
 _TYPES = (torch.float32, torch.bfloat16, torch.float16)
 """Of weights and gradients; ``moclip_triton.TYPES`` has Triton's names of them."""
@@ -26,7 +31,7 @@ _TOGETHER = 64
 
 def runs_on(device: torch.device) -> bool:
     """Whether steps are by kernels there."""
-    return device.type == "cuda" and not is_interpreted() and works_on_gpu()
+    return device.type == "cuda" and is_wanted() and not is_interpreted() and works_on_gpu()
 
 
 def can_take(param: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor) -> bool:

@@ -9,6 +9,8 @@ from contextlib import AbstractContextManager
 import torch
 from torch import Tensor
 
+SWITCH = "LRMC_TRITON"
+"""Environment variable: ``1`` lets losses and steps on a GPU go through the kernels."""
 _LEAST_CAPABILITY = (8, 0)
 _log = logging.getLogger(__name__)
 
@@ -17,6 +19,15 @@ _log = logging.getLogger(__name__)
 def is_installed() -> bool:
     """Whether Triton is there, which comes with torch's builds for CUDA."""
     return importlib.util.find_spec("triton") is not None
+
+
+def is_wanted() -> bool:
+    """Whether the kernels may be chosen by themselves.
+
+    Not unless it is asked for: no GPU has run them yet (``benchmarks/gpu_round.sh`` is to show that
+    they are right and fast there).
+    """
+    return os.environ.get(SWITCH) == "1"
 
 
 def is_interpreted() -> bool:

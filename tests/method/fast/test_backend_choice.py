@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from lrmc_ray.method.fast import moclip_launch
 from lrmc_ray.method.fast.backend_choice import (
     LossSize,
     dense_seconds,
@@ -98,3 +99,16 @@ def test_the_size_reads_no_value_of_a_tensor():
     size = loss_size(hidden, head, sets.to("meta"), 7)
     assert size == LossSize(2, 4, 40, 5, torch.float32, 7, None)
     assert loss_size(hidden, head, sets.planned().to("meta")).longest == 3
+
+
+def test_no_kernel_of_a_step_is_chosen_unless_it_is_asked_for(monkeypatch):
+    """No GPU has run them yet."""
+    monkeypatch.setattr(moclip_launch, "works_on_gpu", lambda: True)
+    monkeypatch.setenv("TRITON_INTERPRET", "0")
+    monkeypatch.delenv("LRMC_TRITON", raising=False)
+    found = [moclip_launch.runs_on(torch.device("cuda"))]
+    for value in ("0", "1"):
+        monkeypatch.setenv("LRMC_TRITON", value)
+        found.append(moclip_launch.runs_on(torch.device("cuda")))
+    assert found == [False, False, True]
+    assert not moclip_launch.runs_on(torch.device("cpu"))
