@@ -99,9 +99,11 @@ class FastMoClip(MoClip):
                 update_(param, state, group, p, q, keys[index])
             else:
                 by_operators.append(update)
-        self._launches.update(
-            launched, capped, sees_capped=group["second_moment"] == "capped", is_cautious=options[1]
-        )
+        if launched:
+            sees_capped = group["second_moment"] == "capped"
+            self._launches.update(
+                launched, capped, sees_capped=sees_capped, is_cautious=options[1]
+            )
         for batch in _batches(by_operators):
             foreach_update_(batch, *options)
 
