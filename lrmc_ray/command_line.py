@@ -58,7 +58,9 @@ class CommandParser(argparse.ArgumentParser):
             name = unknown[0].partition("=")[0]
             flags = list(self._option_string_actions)
             longer = [flag for flag in flags if flag.startswith(name)]
-            hint = nearest(name, longer) or self._setting_like(name) or nearest(name, flags)
+            parts = [flag for flag in flags if name.lstrip("-") in flag.split("-")]
+            hint = nearest(name, longer) or self._setting_like(name)
+            hint = hint or nearest(name, parts) or nearest(name, flags)
             return f"{self.prog} knows no {name}{hint}"
         if found := _INVALID_CHOICE.match(message):
             for action in self._actions:

@@ -41,6 +41,7 @@ def said_by(parser: CommandParser, argv: list[str], capsys) -> str:
     [
         (["--trian-data", "x"], "knows no --trian-data. Did you mean '--train-data'? See"),
         (["--lora-rnak=8"], "knows no --lora-rnak. Did you mean '--lora-rank'? See"),
+        (["--data=x"], "knows no --data. Did you mean '--train-data'? See"),
         (["--zzz"], "knows no --zzz. See"),
         (
             ["--train"],
