@@ -1,9 +1,9 @@
 """One model that answers questions, in the form that it was taught."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import psutil
 
@@ -14,6 +14,9 @@ from lrmc_ray.chat.template import special_tokens
 from lrmc_ray.chat.tokens import bare_ids
 from lrmc_ray.cluster.resources import local_cpus
 from lrmc_ray.models import load_model, load_tokenizer
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 MEASURE_SECONDS = 0.1
 """How long it is looked at what others compute, before each answer."""
@@ -68,6 +71,23 @@ def idle_cores() -> int:
     return max(1, round(local_cpus() * (1.0 - busy_percent / 100.0)))
 
 
+class _Watched:
+    """Tells what is written so far; a streamer of transformers, which puts the prompt first."""
+
+    def __init__(self, told: Callable[[list[int]], None]) -> None:
+        self._told, self._ids = told, list[int]()
+        self._is_prompt = True
+
+    def put(self, ids: "Tensor") -> None:
+        if not self._is_prompt:
+            self._ids += ids.flatten().tolist()
+            self._told(self._ids)
+        self._is_prompt = False
+
+    def end(self) -> None:
+        """Nothing is kept back."""
+
+
 class Answerer:
     """A model and its tokenizer, on the GPU where there is one."""
 
@@ -102,8 +122,18 @@ class Answerer:
         kind = torch.bfloat16 if dtype == "bf16" else torch.float32
         self._model = load_model(directory, dtype=kind).to(device)
 
-    def answer(self, messages: Sequence[Message], generation: Generation) -> Written:
+    def answer(
+        self,
+        messages: Sequence[Message],
+        generation: Generation,
+        watch: Callable[[str], None] | None = None,
+    ) -> Written:
         """The answer to the last of ``messages``, without reasoning before it.
+
+        Args:
+            messages: the conversation.
+            generation: how the answer is written.
+            watch: is given the answer so far, after every token.
 
         Raises:
             DataError: the chat template refuses the messages.
@@ -119,6 +149,7 @@ class Answerer:
         if self._model.device.type == "cpu":
             torch.set_num_threads(min(self._most_threads, idle_cores()))
         ids_BT = torch.tensor([ids], device=self._model.device)
+        streamer = watch and _Watched(lambda new: watch(self._spoken(new, form).text))
         torch.manual_seed(generation.seed)
         with torch.inference_mode():
             written_BT = self._model.generate(
@@ -126,6 +157,7 @@ class Answerer:
                 attention_mask=torch.ones_like(ids_BT),
                 eos_token_id=sorted(ends),
                 pad_token_id=min(ends, default=0),
+                streamer=streamer,
                 **generation.options(),
             )
         new: list[int] = written_BT[0, len(ids) :].tolist()

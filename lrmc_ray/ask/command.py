@@ -4,7 +4,8 @@ import argparse
 import json
 import sys
 import textwrap
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from itertools import zip_longest
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -78,9 +79,12 @@ def _run(
 ) -> int:
     """Ask and show, or write."""
 
-    def ask(question: Question) -> Row:
+    def ask(question: Question, watches: Sequence[Callable[[str], None] | None] = ()) -> Row:
         messages = with_system(question, system).messages
-        answers = [one.answer(messages, generation).shown() for one in answerers]
+        answers = [
+            one.answer(messages, generation, watch).shown()
+            for one, watch in zip_longest(answerers, watches)
+        ]
         return Row(question.text, question.expected, tuple(answers))
 
     if questions is not None and (arguments.to or arguments.json):
@@ -101,7 +105,7 @@ def _run(
     if arguments.json:
         _print_json(Table(names, _in_words(generation, system), [ask(q) for q in _typed()]))
         return 0
-    from lrmc_ray.ask.terminal import show
+    from lrmc_ray.ask.terminal import growing, show, show_question
 
     console = plain_console()
     is_typed = questions is None and sys.stdin.isatty()
@@ -109,7 +113,11 @@ def _run(
         print("Every question is asked by itself. Ctrl-D ends.", file=sys.stderr)
     short = tuple(_short(name) for name in names)
     for question in questions if questions is not None else _typed():
-        show(console, ask(question), short, is_typed=is_typed)
+        if not is_typed:
+            show_question(console, question.text)
+        with growing(console, short) as watches:
+            row = ask(question, watches)
+        show(console, row, short)
     return 0
 
 

@@ -3,6 +3,7 @@
 import io
 import json
 import os
+import re
 import shutil
 import signal
 import sys
@@ -10,10 +11,13 @@ from html.parser import HTMLParser
 
 import pytest
 import torch
+from rich.console import Console
 
 from lrmc_ray.ask import command
 from lrmc_ray.ask.answering import Answerer, Generation, Written
 from lrmc_ray.ask.questions import read_questions
+from lrmc_ray.ask.table import Row
+from lrmc_ray.ask.terminal import growing, show
 from lrmc_ray.config import RunSettings
 from lrmc_ray.console import run_command
 from lrmc_ray.errors import DataError, IncompleteArtifactError
@@ -129,6 +133,62 @@ def test_both_columns_fit_80_columns_and_do_not_act_on_the_terminal(tuned, monke
     assert max(map(len, said.splitlines())) <= 80
     header = next(line for line in said.splitlines() if "base: " in line)
     assert "tuned: " in header
+
+
+def test_an_answer_is_shown_while_it_is_written(tuned, monkeypatch):
+    """What is seen grows by one token at a time, and ends as the answer."""
+    messages = [{"role": "user", "content": QUESTION}]
+    seen = []
+    written = Answerer(tuned).answer(messages, Generation(12), seen.append)
+    assert seen[-1] == written.text
+    assert len(seen) == 12
+    for number, text in enumerate(seen, 1):
+        assert text == Answerer(tuned).answer(messages, Generation(number)).text
+
+
+def seen_on(written):
+    """The lines that a terminal shows: line feeds, and cursor up and erasures are obeyed."""
+    lines, at = [""], 0
+    for part in re.findall(r"\x1b\[[?\d;]*[a-zA-Z]|[\r\n]|[^\x1b\r\n]+", written):
+        if part == "\n":
+            at += 1
+            lines += [""] * (at == len(lines))
+        elif part == "\x1b[1A":
+            at -= 1
+        elif part == "\x1b[2K":
+            lines[at] = ""
+        elif part[0] not in "\x1b\r":
+            lines[at] += part
+        else:
+            assert part == "\r" or part[-1] in "mhl", repr(part)
+    return [line.rstrip() for line in lines]
+
+
+@pytest.mark.parametrize("width", [80, 40])
+def test_growing_answers_leave_nothing_but_the_last_ones(width):
+    screen = io.StringIO()
+    console = Console(file=screen, force_terminal=True, width=width, markup=False)
+    row = Row("Which?", None, ("left", "right"))
+    with growing(console, ("base", "tuned")) as (first, second):
+        first("le")
+        second("\x1b[2Jri")
+        first("left")
+    grown = screen.getvalue()
+    assert "\x1b[2J" not in grown
+    assert "�[2Jri" in grown
+    show(console, row, ("base", "tuned"))
+    alone = io.StringIO()
+    show(Console(file=alone, width=width), row, ("base", "tuned"))
+    assert [line for line in seen_on(screen.getvalue()) if line] == [
+        line.rstrip() for line in alone.getvalue().splitlines() if line.strip()
+    ]
+
+
+def test_without_a_terminal_nothing_grows():
+    screen = io.StringIO()
+    with growing(Console(file=screen), ("base", "tuned")) as watches:
+        assert watches == [None, None]
+    assert screen.getvalue() == ""
 
 
 class Cells(HTMLParser):

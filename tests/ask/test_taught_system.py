@@ -101,7 +101,7 @@ def test_chat_asks_as_the_model_was_taught(
     questions.write_text("How many?\n")
     seen = []
 
-    def answer(self, messages, generation):
+    def answer(self, messages, generation, watch=None):
         seen.append(messages)
         return Written("forty")
 
@@ -132,7 +132,7 @@ def test_mlflow_asks_as_the_model_was_taught(tmp_path, tiny_model, monkeypatch):
     write_origin(tuned, origin_of(settings, tmp_path))
     seen = []
 
-    def answer(self, messages, generation):
+    def answer(self, messages, generation, watch=None):
         seen.append((list(messages), generation.max_new_tokens, generation.temperature))
         return Written("forty")
 

@@ -101,9 +101,7 @@ class FastMoClip(MoClip):
                 by_operators.append(update)
         if launched:
             sees_capped = group["second_moment"] == "capped"
-            self._launches.update(
-                launched, capped, sees_capped=sees_capped, is_cautious=options[1]
-            )
+            self._launches.update(launched, capped, sees_capped=sees_capped, is_cautious=options[1])
         for batch in _batches(by_operators):
             foreach_update_(batch, *options)
 
