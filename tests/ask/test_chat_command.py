@@ -138,7 +138,7 @@ def test_both_columns_fit_80_columns_and_do_not_act_on_the_terminal(tuned, monke
 def test_an_answer_is_shown_while_it_is_written(tuned, monkeypatch):
     """What is seen grows by one token at a time, and ends as the answer."""
     messages = [{"role": "user", "content": QUESTION}]
-    seen = []
+    seen: list[str] = []
     written = Answerer(tuned).answer(messages, Generation(12), seen.append)
     assert seen[-1] == written.text
     assert len(seen) == 12
@@ -170,6 +170,8 @@ def test_growing_answers_leave_nothing_but_the_last_ones(width):
     console = Console(file=screen, force_terminal=True, width=width, markup=False)
     row = Row("Which?", None, ("left", "right"))
     with growing(console, ("base", "tuned")) as (first, second):
+        assert first is not None
+        assert second is not None
         first("le")
         second("\x1b[2Jri")
         first("left")
