@@ -3,17 +3,24 @@
 # then what they cost beside their rivals, side by side in one run.
 #
 #   benchmarks/gpu_round.sh [FOLDER]      # what was printed is kept there, by default gpu_round/
+#   benchmarks/gpu_round.sh --dry-run [FOLDER]
 #
 # liger-kernel and cut-cross-entropy take part where they are installed. The last line is one JSON
 # object: each row of the table of what is to be reached, with the ratio found, and all figures. A
 # part that fails or takes too long is named in it, the others go on, and the exit code is 1.
+#
+# With --dry-run every part runs on the CPU at small sizes, the kernels by Triton's interpreter, to
+# show that nothing but a GPU is missing. Its figures mean nothing.
 set -uo pipefail
 cd "$(dirname "$0")/.."
+dry=0
+if [ "${1:-}" = --dry-run ]; then dry=1; shift; fi
 folder=${1:-gpu_round}
 python=${PYTHON:-python}
-export PYTHONPATH=$PWD TRITON_INTERPRET=0 LRMC_TRITON=1
+export PYTHONPATH=$PWD TRITON_INTERPRET=$dry LRMC_TRITON=1
 
-if ! "$python" -c 'import sys, torch; sys.exit(not torch.cuda.is_available())' 2>/dev/null; then
+if [ $dry = 0 ] &&
+  ! "$python" -c 'import sys, torch; sys.exit(not torch.cuda.is_available())' 2>/dev/null; then
   echo "gpu_round.sh measures on an NVIDIA GPU, but torch sees none here;" \
     "run it on a machine with one, with a torch build for CUDA" >&2
   exit 2
@@ -31,19 +38,38 @@ part() { # NAME SECONDS COMMAND...: what it prints goes to FOLDER/NAME.txt
 
 bench=benchmarks
 sizes="1024,576,49152,24 2048,576,49152,24 1024,640,262144,24 512,2560,151936,32"
-small="16,576,49152,24 128,576,49152,24 128,64,1000,400"
-part correctness 170 "$python" -m pytest -q -n 6 -p no:cacheprovider tests/method/test_cuda.py \
-  tests/method/fast/test_fused_loss.py tests/method/fast/test_moclip_launch.py \
-  tests/method/test_prepared_batches.py
-part head 80 "$python" $bench/restricted_head.py --device cuda --dtype bfloat16 --repeats 9 \
-  --sizes $sizes $small
-part head_float32 50 "$python" $bench/restricted_head.py --device cuda --repeats 5
-part moclip 50 "$python" $bench/moclip_step.py --device cuda
-part step 70 "$python" $bench/training_step.py --device cuda --rounds 1 --steps 8 \
-  --micro-batches 1 --variants trainer default
-part qwen_model 60 "$python" $bench/qwen_on_gpu.py make "$folder/qwen"
-part qwen_step 100 "$python" $bench/training_step.py --device cuda --precision bf16 --rounds 1 \
-  --steps 2 --length 1024 --micro-batches 1 --model "$folder/qwen" --variants trainer default
-part qwen_record 60 "$python" $bench/qwen_on_gpu.py record "$folder/qwen"
+small="16,576,49152,24 128,576,49152,24 128,64,1000,400 256,2560,151936,400"
+device="--device cuda"
+head="--repeats 9 --dtype bfloat16 --sizes $sizes $small"
+wide="--repeats 5"
+moclip= tests="-n 12"
+step="--rounds 1 --steps 8"
+make= qwen="--steps 2 --length 1024" record=
+model=demo
+if [ $dry = 1 ]; then
+  device="--device cpu" tests=--collect-only make=--small record="--rows 2 --length 32"
+  head="--repeats 1 --dtype bfloat16 --sizes 4,20,40,4 20,16,40,38"
+  wide="--repeats 1 --sizes 4,20,40,4"
+  moclip="--repeats 1 --layers 1 --vocabulary 64"
+  step="--rounds 1 --steps 1 --batch-size 2 --length 24"
+  qwen="--steps 1 --batch-size 2 --length 24"
+  model=$folder/qwen
+fi
+# $sizes and the like are several words.
+# shellcheck disable=SC2086
+{
+  part qwen_model 40 "$python" $bench/qwen_on_gpu.py make "$folder/qwen" $make
+  part correctness 150 "$python" -m pytest -q $tests -p no:cacheprovider \
+    tests/method/test_cuda.py tests/method/fast/test_fused_loss.py \
+    tests/method/fast/test_moclip_launch.py tests/method/test_prepared_batches.py
+  part head 80 "$python" $bench/restricted_head.py $device $head
+  part head_float32 40 "$python" $bench/restricted_head.py $device $wide
+  part moclip 40 "$python" $bench/moclip_step.py $device $moclip
+  part step 70 "$python" $bench/training_step.py $device $step --model "$model" \
+    --micro-batches 1 --variants trainer default
+  part qwen_step 100 "$python" $bench/training_step.py $device --precision bf16 --rounds 1 $qwen \
+    --micro-batches 1 --model "$folder/qwen" --variants trainer default
+  part qwen_record 50 "$python" $bench/qwen_on_gpu.py record "$folder/qwen" $record
+}
 rm -rf "$folder/qwen"
 exec "$python" $bench/gpu_summary.py "$folder"

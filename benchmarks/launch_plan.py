@@ -27,17 +27,29 @@ import triton.language as tl
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from lrmc_ray.method.fast import fused_loss, head_triton, moclip_triton, tail_triton
+from lrmc_ray.method.fast import (
+    head_triton,
+    loss_launch,
+    moclip_launch,
+    moclip_triton,
+    parts_triton,
+    rounding_triton,
+    tail_triton,
+    tile_triton,
+)
+from lrmc_ray.method.fast.chunk_table import CHUNK
 
 CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
 REGISTERS, SHARED_BYTES, WARPS = 65_536, 227 * 1024, 64
 """Of one processor of compute capability 9.0."""
 RESERVED_SHARED_BYTES = 1024
 """Of every program, by the driver."""
+HIDDEN = (576, 2560, 2**14)
+"""Sizes of the hidden state; the last is the largest that is taken."""
 TYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 INTEGERS = {
     "offsets": "*i64",
-    "bounds": "*i32",
+    "bounds parts tile_rows entry_places blocks": "*i32",
     "token_ids gold_ids rows tail_places entries positions partial_rows tail_ids": "*i32",
     "hidden_stride weight_stride target_stride upstream_stride": "i32",
     "num_hidden num_tail num_rows": "i32",
@@ -61,9 +73,9 @@ def signature(weight: str, **more: str) -> dict[str, str]:
 def cases() -> Iterator[tuple[str, Any, dict[str, str], dict[str, Any]]]:
     """Name, kernel, types and constants of each way that a kernel is launched."""
     for weight, dtype in TYPES.items():
-        for hidden in (576, 2560):
-            tile = fused_loss.candidate_tile(hidden, dtype.itemsize)
-            options = {"HAS_BIAS": False, "HAS_CAP": False, "WANTS_GRADIENT": True, **tile}
+        for hidden in HIDDEN:
+            tile = {**loss_launch.candidate_tile(hidden, dtype.itemsize), "GATHERS": True}
+            options = {"HAS_BIAS": False, "HAS_CAP": False, "WANTS_GRADIENT": True}
             for name, is_anchor, has_tail in (
                 ("restricted", False, False),
                 ("restricted with tail", False, True),
@@ -71,22 +83,31 @@ def cases() -> Iterator[tuple[str, Any, dict[str, str], dict[str, Any]]]:
             ):
                 flags = {"IS_ANCHOR": is_anchor, "HAS_TAIL": has_tail}
                 title = f"candidate_loss, {name}, {weight}, D {hidden}"
-                yield title, head_triton.candidate_loss, signature(weight), {**options, **flags}
+                constants = {**options, **flags, **tile}
+                yield title, head_triton.candidate_loss, signature(weight), constants
+            yield from part_cases(weight, hidden, dtype.itemsize)
+        ready = {"IS_ANCHOR": True, "HAS_TAIL": True, "GATHERS": False, **loss_launch.READY_TILE}
+        yield (
+            f"candidate_loss of given logits, {weight}",
+            head_triton.candidate_loss,
+            signature(weight),
+            {**options, **ready},
+        )
         rows = {"HAS_WEIGHT": True, "HAS_BIAS": False}
         yield (
             f"add_token_rows, {weight}",
             head_triton.add_token_rows,
             signature(weight),
-            {**rows, **fused_loss.ROWS_TILE},
+            {**rows, **loss_launch.ROWS_TILE},
         )
         yield (
             f"add_partial_rows, {weight}",
             head_triton.add_partial_rows,
             signature(weight),
-            {**rows, "BLOCK_D": fused_loss.ROWS_TILE["BLOCK_D"], "num_warps": 4},
+            {**rows, "BLOCK_D": loss_launch.ROWS_TILE["BLOCK_D"], "num_warps": 4},
         )
-        forward = fused_loss.tail_tile(dtype)
-        gradient = fused_loss.tail_tile(dtype, is_gradient=True)
+        forward = loss_launch.tail_tile(dtype)
+        gradient = loss_launch.tail_tile(dtype, is_gradient=True)
         shape = {"HAS_BIAS": False, "HAS_CAP": False}
         for name, kernel, constants in (
             ("tail_products", tail_triton.tail_products, {**shape, **forward}),
@@ -94,7 +115,34 @@ def cases() -> Iterator[tuple[str, Any, dict[str, str], dict[str, Any]]]:
             ("add_tail_to_weight", tail_triton.add_tail_to_weight, {**rows, **gradient}),
         ):
             yield f"{name}, {weight}", kernel, signature(weight), constants
+        for name, kernel, constants in (
+            (
+                "tile_products",
+                tile_triton.tile_products,
+                {**shape, **loss_launch.dense_tile(dtype)},
+            ),
+            (
+                "tile_gradients",
+                tile_triton.tile_gradients,
+                loss_launch.dense_tile(dtype, is_gradient=True),
+            ),
+        ):
+            yield f"{name}, {weight}", kernel, signature(weight), constants
         yield from moclip_cases(weight)
+
+
+def part_cases(
+    weight: str, hidden: int, itemsize: int
+) -> Iterator[tuple[str, Any, dict[str, str], dict[str, Any]]]:
+    """The kernels of positions in parts."""
+    tile = loss_launch.part_tile(hidden, itemsize)
+    types, title = signature(weight), f"{weight}, D {hidden}"
+    options = {"HAS_BIAS": False, "HAS_CAP": False, **tile}
+    yield f"part_products, {title}", parts_triton.part_products, types, options
+    yield f"part_gradients, {title}", parts_triton.part_gradients, types, tile
+    if weight == "fp32" and hidden == HIDDEN[0]:
+        stretch = {name: loss_launch.ROWS_TILE[name] for name in ("BLOCK_D", "num_warps")}
+        yield "add_parts", parts_triton.add_parts, types, stretch
 
 
 def moclip_cases(weight: str) -> Iterator[tuple[str, Any, dict[str, str], dict[str, Any]]]:
@@ -102,7 +150,7 @@ def moclip_cases(weight: str) -> Iterator[tuple[str, Any, dict[str, str], dict[s
     wide = {name: "*i64" for name in names.split()} | {"p": "*fp64", "q": "*fp64"}
     doubles = signature(weight, **wide, partial="*fp64", dots="*fp64")
     kind = tl.bfloat16 if weight == "bf16" else tl.float32
-    sizes = {"ALIGNED": True, "CHUNK": 2**15, "BLOCK": 1024, "num_warps": 4}
+    sizes = {"ALIGNED": True, "CHUNK": CHUNK, "BLOCK": moclip_launch.BLOCK, "num_warps": 4}
     types = {"GRAD_TYPE": kind, "MOMENT_TYPE": tl.float32}
     yield f"chunk_dots, {weight}", moclip_triton.chunk_dots, doubles, {**types, **sizes}
     flags = {"HAS_P": True, "HAS_Q": False, "SEES_CAPPED": False, "IS_CAUTIOUS": True}
@@ -111,7 +159,16 @@ def moclip_cases(weight: str) -> Iterator[tuple[str, Any, dict[str, str], dict[s
     if weight == "fp32":
         halves = {**constants, "MOMENT_TYPE": tl.bfloat16}
         yield "chunk_update, bf16 moments, fp32", moclip_triton.chunk_update, doubles, halves
-        yield "add_chunks", moclip_triton.add_chunks, doubles, {"BLOCK": 64, "num_warps": 4}
+        yield (
+            "add_chunks",
+            moclip_triton.add_chunks,
+            doubles,
+            {
+                "BLOCK": moclip_launch.TOGETHER,
+                "num_warps": 4,
+            },
+        )
+        yield "set_to_one", rounding_triton.set_to_one, doubles, {"num_warps": 4}
 
 
 def with_all_options(constants: dict[str, Any]) -> dict[str, Any]:

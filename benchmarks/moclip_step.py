@@ -58,9 +58,9 @@ OPTIMIZERS: dict[str, Callable[[list[Tensor]], Optimizer]] = {
 }
 
 
-def shapes(num_layers: int) -> list[tuple[int, ...]]:
+def shapes(num_layers: int, vocabulary: int) -> list[tuple[int, ...]]:
     """The head is tied to the embedding, so it is no parameter of its own."""
-    return [(VOCABULARY, HIDDEN), *(LAYER_SHAPES * num_layers), (HIDDEN,)]
+    return [(vocabulary, HIDDEN), *(LAYER_SHAPES * num_layers), (HIDDEN,)]
 
 
 CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
@@ -90,7 +90,8 @@ def measure(args: argparse.Namespace) -> dict[str, object]:
     generator = torch.Generator().manual_seed(args.seed)
     device = args.device
     params = [
-        (torch.randn(shape, generator=generator) * 0.02).to(device) for shape in shapes(args.layers)
+        (torch.randn(shape, generator=generator) * 0.02).to(device)
+        for shape in shapes(args.layers, args.vocabulary)
     ]
     for param in params:
         param.grad = (torch.randn(param.shape, generator=generator) * 1e-3).to(device)
@@ -150,6 +151,7 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=9, help="steps of each optimizer")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--layers", type=int, default=30, help="fewer need less memory")
+    parser.add_argument("--vocabulary", type=int, default=VOCABULARY, help="the same")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     result = measure(args)

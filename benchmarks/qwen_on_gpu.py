@@ -45,7 +45,8 @@ SPREAD = 6.0
 def make(directory: Path, *, is_small: bool) -> None:
     torch.manual_seed(0)
     config = Qwen3Config(**(SHAPES | (SMALL if is_small else {})))
-    model: Any = Qwen3ForCausalLM(config)
+    with torch.device("cuda" if torch.cuda.is_available() else "cpu"):
+        model: Any = Qwen3ForCausalLM(config)
     with torch.no_grad():
         deviation = float(model.get_output_embeddings().weight.std())
         model.model.norm.weight.fill_(SPREAD / (deviation * config.hidden_size**0.5))

@@ -7,6 +7,8 @@ weight [V, D]. The weight's ``grad`` exists already and is added to, as in any m
 the first. Methods take turns within one run; the table shows medians, as ratios to plain logits
 and cross-entropy. Memory is what a method needs at its peak beyond what was there before.
 
+With TRITON_INTERPRET=1 the kernels are among the methods on a CPU as well, as a try of this script.
+
 Candidates are made to look like recorded ones: set sizes are log-normal, token frequencies follow
 Zipf's law (for N = 1024 and 24 candidates on average, SmolLM2-135M on English text touched about
 4,900 distinct tokens). "x limit" is a method's time over the time that reading the touched rows
@@ -26,6 +28,7 @@ from torch import Tensor
 
 from benchmarks.peak_memory import peak_bytes
 from lrmc_ray.method.baselines.vocabulary_loss import full_cross_entropy
+from lrmc_ray.method.fast.triton_support import is_interpreted
 from lrmc_ray.method.head import OutputHead
 from lrmc_ray.method.restricted_loss import draw_tail, restricted_cross_entropy
 from lrmc_ray.method.subsets import CandidateSets
@@ -86,7 +89,7 @@ def methods(device: torch.device, vocabulary_size: int) -> dict[str, Method]:
         h, OutputHead(w), c, backend="sparse"
     )
     found["restricted, sparse, tail 1024"] = with_tail
-    if device.type == "cuda":
+    if device.type == "cuda" or is_interpreted():
         found["restricted, kernel"] = lambda h, w, c: restricted_cross_entropy(
             h, OutputHead(w), c, backend="kernel"
         )

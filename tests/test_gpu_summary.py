@@ -1,6 +1,8 @@
 """The one JSON object of a round on a GPU, from what its parts print."""
 
 import json
+import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -95,3 +97,49 @@ def test_without_a_gpu_the_round_says_so_in_one_line(tmp_path):
     assert result.stderr.count("\n") == 1
     assert "measures on an NVIDIA GPU, but torch sees none here" in result.stderr
     assert not (tmp_path / "round").exists()
+
+
+def test_the_round_has_all_parts_and_ends_within_ten_minutes():
+    script = (ROOT / "benchmarks" / "gpu_round.sh").read_text(encoding="utf-8")
+    parts = re.findall(r"^  part (\w+) (\d+) ", script, flags=re.MULTILINE)
+    assert {name for name, _ in parts} == set(gpu_summary.PARTS)
+    assert sum(int(seconds) for _, seconds in parts) <= 600
+
+
+def test_without_a_gpu_the_round_says_what_it_needs(tmp_path):
+    result = subprocess.run(
+        ["bash", "benchmarks/gpu_round.sh", str(tmp_path / "round")],
+        cwd=ROOT,
+        env={**os.environ, "PYTHON": sys.executable, "CUDA_VISIBLE_DEVICES": ""},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert result.returncode == 2
+    assert "but torch sees none here" in result.stderr
+    assert not (tmp_path / "round").exists()
+
+
+@pytest.mark.slow
+def test_every_part_of_the_round_runs_dry(tmp_path):
+    """At small sizes on the CPU, the kernels interpreted: only a GPU is missing."""
+    result = subprocess.run(
+        ["bash", "benchmarks/gpu_round.sh", "--dry-run", str(tmp_path)],
+        cwd=ROOT,
+        env={**os.environ, "PYTHON": sys.executable, "CUDA_VISIBLE_DEVICES": ""},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-2000:]
+    found = json.loads(result.stdout.splitlines()[-1])
+    assert not found["failed"]
+    for name in (
+        "moclip over fused AdamW",
+        "step, SmolLM2",
+        "step, Qwen3-1.7B",
+        "memory, Qwen3-1.7B",
+        "recording, Qwen3-1.7B",
+        "auto 20,16,40,38",
+    ):
+        assert found["rows"][name]["found"] > 0

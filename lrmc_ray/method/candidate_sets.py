@@ -104,6 +104,10 @@ class CandidateSets:
         """The same sets in pinned memory, from which a GPU copies while the host goes on."""
         return self._moved(torch.Tensor.pin_memory)
 
+    def contiguous(self) -> CandidateSets:
+        """The same sets, the numbers of each side by side."""
+        return self._moved(torch.Tensor.contiguous)
+
     def planned(self) -> CandidateSets:
         """The same sets with the plan of the kernels; on a GPU the host waits for them."""
         if self.plan is not None:

@@ -1,6 +1,6 @@
 """How evenly the tokens of a batch are spread over the experts of a mixture.
 
-Shape suffixes: those of :mod:`lrmc_ray.method`; X = tokens of the batch, n of which are no padding.
+Shape suffixes: those of :mod:`lrmc_ray.method`; X = tokens of the batch.
 """
 
 from collections.abc import Sequence
@@ -22,20 +22,22 @@ def balance_loss(logits: Sequence[Tensor], is_token_X: Tensor, *, top_k: int) ->
     """
     chosen_U = torch.zeros(logits[0].shape[-1], device=logits[0].device)
     probability_U = torch.zeros_like(chosen_U)
+    # The host need not know how many are padding: on a GPU it would wait.
     for logits_XU in logits:
-        probs_nU = logits_XU[is_token_X].float().softmax(-1)
-        chosen_U = chosen_U + expert_counts(probs_nU.topk(top_k, dim=-1).indices, probs_nU.shape[1])
-        probability_U = probability_U + probs_nU.sum(0)
-    tokens = len(logits) * int(is_token_X.sum())
+        probs_XU = logits_XU.masked_fill(~is_token_X[:, None], 0.0).float().softmax(-1)
+        best_XK = probs_XU.topk(top_k, dim=-1).indices
+        chosen_U = chosen_U + expert_counts(best_XK, probs_XU.shape[1], is_token_X)
+        probability_U = probability_U + probs_XU.masked_fill(~is_token_X[:, None], 0.0).sum(0)
+    tokens = len(logits) * is_token_X.sum()
     loss: Tensor = logits[0].shape[-1] * torch.sum(chosen_U / tokens * (probability_U / tokens))
     return loss
 
 
-def expert_counts(chosen_NK: Tensor, num_experts: int) -> Tensor:
-    """How often each expert is among the chosen ones, float32 [U]."""
-    ones = torch.ones(chosen_NK.numel(), device=chosen_NK.device)
-    counts_U = torch.zeros(num_experts, device=chosen_NK.device)
-    return counts_U.scatter_add_(0, chosen_NK.reshape(-1).long(), ones)
+def expert_counts(chosen_XK: Tensor, num_experts: int, is_token_X: Tensor) -> Tensor:
+    """How often each expert is among those that tokens have chosen, float32 [U]."""
+    ones_XK = is_token_X[:, None].float().expand_as(chosen_XK)
+    counts_U = torch.zeros(num_experts, device=chosen_XK.device)
+    return counts_U.scatter_add_(0, chosen_XK.reshape(-1).long(), ones_XK.reshape(-1))
 
 
 def busiest_load(counts_LU: Tensor) -> float:

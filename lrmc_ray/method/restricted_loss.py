@@ -34,15 +34,19 @@ tail, the anchor and the soft loss are this project's.
 from __future__ import annotations
 
 import math
+from collections.abc import MutableMapping
 from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from lrmc_ray.method.candidate_sets import CandidateSets, row_logsumexp
 from lrmc_ray.method.fast.backend_choice import logits_backend, prefers_kernel
 from lrmc_ray.method.fast.candidate_logits import candidate_logits, loss_size, token_logits
+from lrmc_ray.method.fast.chunk_table import to_device
 from lrmc_ray.method.fast.fused_loss import fused_loss, refusal, share_tail
+from lrmc_ray.method.fast.loss_launch import SharedTail
 from lrmc_ray.method.fast.triton_support import is_wanted
 from lrmc_ray.method.head import OutputHead
 from lrmc_ray.method.names import Backend, LogitsBackend, LossReduction, check_choice
@@ -57,8 +61,8 @@ class Tail(NamedTuple):
     """Logarithms of their weights."""
 
     def to(self, device: torch.device) -> Tail:
-        """The same on another device."""
-        return Tail(self.ids_R.to(device), self.logweights_R.to(device))
+        """The same on another device; the host does not wait for a GPU."""
+        return Tail(to_device(self.ids_R, device), to_device(self.logweights_R, device))
 
 
 def restricted_cross_entropy(
@@ -232,10 +236,22 @@ def _by_kernels(
     is_anchor: bool,
 ) -> Tensor:
     """[N], ``fused_loss`` with the tail as it wants it."""
-    shared = (
-        None if tail is None else share_tail(tail.ids_R, tail.logweights_R, len(head.weight_VD))
-    )
+    shared = None if tail is None else _shared(tail, len(head.weight_VD))
     return fused_loss(hidden_ND, head, candidates, tail=shared, is_anchor=is_anchor)
+
+
+_SHARED: MutableMapping[Tensor, tuple[object, SharedTail]] = WeakTensorKeyDictionary()
+"""Of tails whose tokens are there: losses and micro-batches of a step have one tail."""
+
+
+def _shared(tail: Tail, num_rows: int) -> SharedTail:
+    ids_R, logweights_R = tail
+    key = num_rows, id(logweights_R), ids_R._version, logweights_R._version
+    found = _SHARED.get(ids_R)
+    if found is None or found[0] != key:
+        found = key, share_tail(ids_R, logweights_R, num_rows)
+        _SHARED[ids_R] = found
+    return found[1]
 
 
 def _tail_logsumexp(

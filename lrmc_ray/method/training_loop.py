@@ -147,7 +147,7 @@ def compute_gradients(
                 batch = model.rows.batch(batch)
             main, anchor = loss_sums(hidden_BTD, head, batch, loss, tail, base_logits)
             mean = main / num_supervised + loss.anchor_weight * anchor / num_prompt
-            (mean + _balance_loss(options, batch, micro_batches)).backward()  # type: ignore[no-untyped-call]
+            (mean + _balance_loss(options, batch, micro_batches, index)).backward()  # type: ignore[no-untyped-call]
             sums_M2[index] = torch.stack([main, anchor]).detach()
         add_in_order(total, [*ordered, *leaves], group, sources=len(wave))
     if prefix:
@@ -221,14 +221,15 @@ def _added_in_order(
 
 
 def _balance_loss(
-    options: StepOptions, batch: MicroBatch, micro_batches: Sequence[MicroBatch]
+    options: StepOptions, batch: MicroBatch, micro_batches: Sequence[MicroBatch], index: int
 ) -> Tensor | float:
-    """The part of ``batch`` in the mean over the tokens of all ``micro_batches``."""
+    """The part of ``batch``, the one at ``index``, in the mean over all tokens."""
     found = options.balance_loss(batch) if options.balance_loss is not None else None
     if found is None:
         return 0.0
-    tokens = sum(int(other.is_token_BT.sum()) for other in micro_batches)
-    return found * (int(batch.is_token_BT.sum()) / tokens)
+    # Those of ``batch`` may lie on a GPU, for which the host would wait.
+    tokens_M = [int(other.is_token_BT.sum()) for other in micro_batches]
+    return found * (tokens_M[index] / sum(tokens_M))
 
 
 def train(

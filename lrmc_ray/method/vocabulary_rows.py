@@ -84,26 +84,50 @@ class EmbeddingLookup:
         embedding.register_forward_pre_hook(self._begin)
         embedding.register_forward_hook(self._end, always_call=True)
 
+    def distinct(self, token_ids_BT: Tensor) -> tuple[Tensor, Tensor]:
+        """The distinct tokens, ascending, and the place of each token among them.
+
+        On a GPU the host does not wait for their number, so they are as many as there are tokens:
+        the last one follows again and again, and nothing has its place there.
+        """
+        if token_ids_BT.is_cuda:
+            return distinct_padded(token_ids_BT)
+        tokens_X, index_BT = torch.unique(token_ids_BT, return_inverse=True)
+        return tokens_X, index_BT
+
     def _begin(self, embedding: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...] | None:
         if not (embedding.training and torch.is_grad_enabled()):
             return None
         if self._rows is None and not inputs:
             return None  # called with a keyword; it makes its gradient by itself
-        tokens_X, index_BT = torch.unique(inputs[0], return_inverse=True)
+        tokens_X, index_BT = self.distinct(inputs[0])
         taken_XD = (
             take_rows(self._weight_VD, tokens_X)
             if self._rows is None
             else take_rows(self._rows.rows_XD, self._rows.places(tokens_X))
         )
-        embedding._parameters["weight"] = taken_XD  # type: ignore[assignment]
         if self._padding is not None:
-            places = (tokens_X == self._padding).nonzero().flatten().tolist()
-            embedding.padding_idx = next(iter(places), None)  # type: ignore[assignment]
+            # Padding has no gradient; where its row is now, the host does not know.
+            is_padding_X1 = (tokens_X == self._padding)[:, None]
+            taken_XD = torch.where(is_padding_X1, taken_XD.detach(), taken_XD)
+            embedding.padding_idx = None  # type: ignore[assignment]
+        embedding._parameters["weight"] = taken_XD  # type: ignore[assignment]
         return (index_BT, *inputs[1:])
 
     def _end(self, embedding: nn.Module, _inputs: Any, _output: Any) -> None:
         embedding._parameters["weight"] = self._weight_VD
         embedding.padding_idx = self._padding  # type: ignore[assignment]
+
+
+def distinct_padded(token_ids_BT: Tensor) -> tuple[Tensor, Tensor]:
+    """See :meth:`EmbeddingLookup.distinct`; on any device."""
+    sorted_X, order_X = token_ids_BT.flatten().sort(stable=True)
+    is_new_X = torch.zeros_like(sorted_X, dtype=torch.bool)
+    is_new_X[1:] = sorted_X[1:] != sorted_X[:-1]
+    place_X = is_new_X.cumsum(0)
+    tokens_X = sorted_X[-1:].repeat(len(sorted_X)).scatter_(0, place_X, sorted_X)
+    index_X = torch.empty_like(place_X).scatter_(0, order_X, place_X)
+    return tokens_X, index_X.view_as(token_ids_BT)
 
 
 class HeadRows:

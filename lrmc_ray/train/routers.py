@@ -108,7 +108,7 @@ class Routers:
         counts = []
         for logits_XU, own in zip(logits, chosen, strict=True):
             chosen_XK = logits_XU.topk(self._top_k, dim=-1).indices if own is None else own
-            counts.append(expert_counts(chosen_XK[is_token_X], logits_XU.shape[-1]))
+            counts.append(expert_counts(chosen_XK, logits_XU.shape[-1], is_token_X))
         if self._counts:
             counts = [one + other for one, other in zip(self._counts, counts, strict=True)]
         self._counts = counts

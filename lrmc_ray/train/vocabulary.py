@@ -71,7 +71,7 @@ class Vocabulary:
                 parameters[name] = rows.rows_XD
                 if weight.is_head:
                     self.head_rows = HeadRows(head, rows)
-            # On a GPU the search for distinct tokens would wait for the device.
+            # On a GPU the gradient of all rows is left to torch: the other way was not measured.
             if weight.looks_up and (rows is not None or weight.weight_VD.is_cpu):
                 EmbeddingLookup(embedding, rows)
 

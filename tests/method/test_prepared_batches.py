@@ -11,12 +11,18 @@ from lrmc_ray.method.head import OutputHead
 from lrmc_ray.method.losses import LanguageModel, LossSettings
 from lrmc_ray.method.microbatch import Sample
 from lrmc_ray.method.moclip import MoClip
-from lrmc_ray.method.restricted_loss import anchor_kl, restricted_cross_entropy
+from lrmc_ray.method.restricted_loss import anchor_kl, draw_tail, restricted_cross_entropy
 from lrmc_ray.method.step_result import StepResult
 from lrmc_ray.method.training_loop import StepOptions, compute_gradients, train
-from lrmc_ray.method.vocabulary_rows import HeadRows, TrainedRows
+from lrmc_ray.method.vocabulary_rows import (
+    EmbeddingLookup,
+    HeadRows,
+    TrainedRows,
+    distinct_padded,
+)
 from lrmc_ray.method.workers import WorkerGroup
 from lrmc_ray.models import batch_hidden_states, head_of
+from tests.support.operators import NoHostSync
 from tests.support.plain_training import random_samples, tiny_llama
 
 torch.set_num_threads(1)
@@ -147,3 +153,47 @@ def test_a_plan_by_tokens_is_one_by_places_of_trained_rows():
             value.backward()
         torch.testing.assert_close(ours, theirs)
     torch.testing.assert_close(rows.rows_XD.grad, truth.grad[rows.token_ids_X])
+
+
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")
+def test_the_host_waits_for_no_device_within_a_step(monkeypatch):
+    """From the embedding to the gradients, of planned batches, by the kernels; trained rows too.
+
+    Packed ones, that is: for padded rows transformers asks a tensor whether they are packed.
+    """
+    pytest.importorskip("triton", reason="Triton is not installed")
+    monkeypatch.setattr(restricted_loss, "_way", lambda *args: "kernel")
+    monkeypatch.setattr(EmbeddingLookup, "distinct", lambda _, tokens: distinct_padded(tokens))
+    monkeypatch.setattr(TrainedRows, "places", lambda rows, tokens: rows._place_V[tokens.long()])
+    samples = random_samples(3, seed=0)
+    for divides in (False, True):
+        model = tiny_llama(dtype=torch.float32).train()
+        head, embedding = head_of(model), model.get_input_embeddings()
+        parameters, rows = list(model.parameters()), None
+        if divides:
+            rows = TrainedRows(head.weight_VD, torch.arange(len(head.weight_VD)))
+            parameters = [rows.rows_XD, *(p for p in parameters if p is not head.weight_VD)]
+        EmbeddingLookup(embedding, rows)
+        forward = language_model(model).forward
+        options = StepOptions(plans_losses=True, attention_cost=0.001)
+        batches = options.divide(samples, LOSS.activity)
+        assert all(batch.is_visible_TT is not None for batch in batches)
+        with NoHostSync():
+            compute_gradients(
+                LanguageModel(forward, head, None, HeadRows(head, rows) if rows else None),
+                parameters, batches, LOSS, options, WorkerGroup(), step=0,
+            )  # fmt: skip
+        assert all(parameter.grad.any() for parameter in parameters)
+
+
+def test_a_tail_is_shared_once_per_step_and_anew_where_it_has_changed(monkeypatch):
+    tail = draw_tail(5, 40, seed=0, step=0)
+    first = restricted_loss._shared(tail, 40)
+    assert restricted_loss._shared(tail, 40) is first
+    assert len(restricted_loss._shared(tail, 50).places_V) == 50
+    again = restricted_loss._shared(tail, 40)
+    assert torch.equal(again.logweights_R, first.logweights_R)
+    tail.logweights_R.add_(1)
+    torch.testing.assert_close(
+        restricted_loss._shared(tail, 40).logweights_R, first.logweights_R + 1
+    )

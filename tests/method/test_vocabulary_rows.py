@@ -1,19 +1,28 @@
 """Training only the rows of the vocabulary that are touched: the bits of training all."""
 
+import contextlib
 import dataclasses
 
 import pytest
 import torch
+from torch import Tensor
 from transformers import AutoModelForCausalLM, Gemma3TextConfig
 
 from lrmc_ray.method.losses import LanguageModel, LossSettings
 from lrmc_ray.method.microbatch import MicroBatch
 from lrmc_ray.method.optimizers import make_optimizer
 from lrmc_ray.method.training_loop import StepOptions, train
-from lrmc_ray.method.vocabulary_rows import EmbeddingLookup, HeadRows, TrainedRows, tokens_of
+from lrmc_ray.method.vocabulary_rows import (
+    EmbeddingLookup,
+    HeadRows,
+    TrainedRows,
+    distinct_padded,
+    tokens_of,
+)
 from lrmc_ray.method.workers import WorkerGroup
 from lrmc_ray.models import batch_hidden_states, head_of
 from tests.support.method_training import PAPER
+from tests.support.operators import NoHostSync
 from tests.support.plain_training import VOCABULARY, random_samples, tiny_llama
 from tests.support.trained_rows import train_rows
 
@@ -173,3 +182,30 @@ def test_a_micro_batch_keeps_its_tokens():
         assert torch.equal(rows.token_ids_X[places.long()], tokens.long())
         assert places.dtype == torch.int32
     assert HeadRows(head, rows).head.vocabulary_size == VOCABULARY
+
+
+@pytest.mark.parametrize("padding", [None, 3, 9], ids=["none", "there", "elsewhere"])
+def test_distinct_tokens_are_found_without_waiting_for_a_device(padding, monkeypatch):
+    """As on a GPU: the same numbers, and the same gradient to the last bit."""
+    tokens_BT = torch.tensor([[5, 3, 5, 1], [7, 7, 3, 0]])
+    tokens_X, index_BT = distinct_padded(tokens_BT)
+    assert tokens_X.tolist() == [0, 1, 3, 5, 7, 7, 7, 7]
+    assert torch.equal(tokens_X[index_BT], tokens_BT)
+    assert int(index_BT.max()) == 4
+    assert [x.numel() for x in distinct_padded(tokens_BT[:, :0])] == [0, 0]
+    upstream = torch.randn(2, 4, 6, generator=torch.Generator().manual_seed(0))
+    found: list[tuple[Tensor, Tensor]] = []
+    for way in (EmbeddingLookup.distinct, lambda _, tokens: distinct_padded(tokens)):
+        monkeypatch.setattr(EmbeddingLookup, "distinct", way)
+        torch.manual_seed(1)
+        embedding = torch.nn.Embedding(10, 6, padding_idx=padding)
+        embedding.weight.data.normal_()
+        EmbeddingLookup(embedding)
+        with NoHostSync() if found else contextlib.nullcontext():
+            values_BTD = embedding(tokens_BT)
+            (values_BTD * upstream).sum().backward()
+        assert embedding.padding_idx == padding
+        found.append((values_BTD, embedding.weight.grad))
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+    assert padding != 3 or not found[0][1][3].any()
+    assert found[0][1][7].any()

@@ -8,8 +8,9 @@ a GPU the seconds are estimated, from what one H100 took (``benchmarks/README.md
   multiplication of it (0.0135 with half precision), at all of the eight sizes that were measured.
 - ``sparse``: 2.3 to 5.5 ms, mostly the time of its calls.
 - ``kernel``: **not measured**. Counted are its launches, and the bytes of the rows it gathers at a
-  tenth of the card's bandwidth. The longest row is counted once more, at the speed of the one
-  program that reads it. ``benchmarks/gpu_round.sh`` is there to correct these three.
+  tenth of the card's bandwidth. The longest row that one program takes is counted once more, at
+  that program's speed; longer ones are divided (``loss_plan``), for more launches. What dense tiles
+  save is not counted. ``benchmarks/gpu_round.sh`` is there to correct these three.
 
 The half-precision ``dense`` of this project multiplies in float32, to keep the digits. It is
 compared with what the plain way would take all the same: where that one is faster than the kernels,
@@ -20,6 +21,7 @@ from dataclasses import dataclass
 
 import torch
 
+from lrmc_ray.method.fast.loss_plan import LONG
 from lrmc_ray.method.names import LogitsBackend
 
 _CPU_SPEEDUP = 6
@@ -33,6 +35,8 @@ _LAUNCH_SECONDS = 10e-6
 _KERNEL_LAUNCHES = 10
 _TAIL_LAUNCHES = 20
 """More with a sampled tail, those of torch's operators that sort it included."""
+_PARTS_LAUNCHES = 4
+"""More where rows are divided."""
 _GATHER_BYTES_PER_SECOND = 0.3e12
 _PROGRAM_BYTES_PER_SECOND = 20e9
 _LONGEST = 1024
@@ -72,14 +76,15 @@ def sparse_seconds(size: LossSize) -> float:
 
 def kernel_seconds(size: LossSize) -> float:
     """The kernels of ``fused_loss``, forward and backward."""
-    launches = _KERNEL_LAUNCHES + (_TAIL_LAUNCHES if size.num_tail else 0)
     row_bytes = size.num_hidden * size.weight_type.itemsize
     longest = min(_LONGEST, size.num_entries) if size.longest is None else size.longest
+    launches = _KERNEL_LAUNCHES + (_TAIL_LAUNCHES if size.num_tail else 0)
+    launches += _PARTS_LAUNCHES if longest > LONG else 0
     products = size.num_rows * size.num_tail * size.num_hidden
     return (
         launches * _LAUNCH_SECONDS
         + 3 * size.num_entries * row_bytes / _GATHER_BYTES_PER_SECOND
-        + 2 * longest * row_bytes / _PROGRAM_BYTES_PER_SECOND
+        + 2 * min(longest, LONG) * row_bytes / _PROGRAM_BYTES_PER_SECOND
         + products * _SECONDS_PER_PRODUCT[size.is_half]
     )
 

@@ -2,7 +2,9 @@
 
 - ``candidate_loss``: a program per position gathers the rows of its candidates, takes their dot
   products with the hidden state in float32 and keeps a running log-sum-exp. It then reads the same
-  rows again, mostly from the cache, and writes the gradients of logits and hidden state.
+  rows again, mostly from the cache, and writes the gradients of logits and hidden state. Without
+  ``GATHERS`` the logits are there already, by ``parts_triton`` or ``tile_triton``, which take care
+  of the hidden state's gradient as well.
 - ``add_token_rows``: a program per token and stretch of the hidden size adds up the token's part of
   the weight's gradient, in the order of :class:`.loss_plan.LossPlan`. No atomics, so two runs give
   the same bits. ``add_partial_rows`` does the rest for tokens of many entries.
@@ -37,6 +39,38 @@ def bounded(logits, softcap):
 
 
 @triton.jit
+def rows_of(weight, tokens, columns, is_entry, is_column, weight_stride):
+    """Rows [K, D] of tokens (int64), float32."""
+    return tl.load(
+        weight + tokens[:, None] * weight_stride + columns[None, :],
+        mask=is_entry[:, None] & is_column[None, :],
+        other=0.0,
+    ).to(tl.float32)
+
+
+@triton.jit
+def logits_of(
+    h,
+    values,
+    bias,
+    tokens,
+    is_entry,
+    logit_scale,
+    softcap,
+    HAS_BIAS: tl.constexpr,
+    HAS_CAP: tl.constexpr,
+):
+    """Logits [K] of a hidden state [D] and the rows [K, D] of tokens."""
+    z = tl.sum(values * h[None, :], axis=1)
+    if HAS_BIAS:
+        z += tl.load(bias + tokens, mask=is_entry, other=0.0).to(tl.float32)
+    z *= logit_scale
+    if HAS_CAP:
+        z = bounded(z, softcap)
+    return z
+
+
+@triton.jit
 def candidate_loss(
     hidden,
     weight,
@@ -64,6 +98,7 @@ def candidate_loss(
     HAS_CAP: tl.constexpr,
     HAS_TAIL: tl.constexpr,
     WANTS_GRADIENT: tl.constexpr,
+    GATHERS: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK_K: tl.constexpr,
     BLOCK_R: tl.constexpr,
@@ -72,14 +107,17 @@ def candidate_loss(
     """Loss [N], and with ``WANTS_GRADIENT`` its derivatives: of products [E], hidden states [N, D].
 
     ``tail_logits`` [N, R] are read, and derivatives left in their place. Both derivatives of
-    products are before scale and bound, so they are the bias's as well.
+    products are before scale and bound, so they are the bias's as well. Without ``GATHERS``,
+    ``dlogits`` hold logits, and ``dhidden`` is left alone.
     """
     row = tl.load(rows + tl.program_id(0)).to(tl.int64)
     begin = tl.load(offsets + row)
     end = tl.load(offsets + row + 1)
     columns = tl.arange(0, BLOCK_D)
     is_column = columns < num_hidden
-    h = tl.load(hidden + row * hidden_stride + columns, mask=is_column, other=0.0).to(tl.float32)
+    if GATHERS:
+        h = tl.load(hidden + row * hidden_stride + columns, mask=is_column, other=0.0)
+        h = h.to(tl.float32)
     gold = tl.load(gold_ids + row)
     tail_row = tail_logits + row * num_tail
 
@@ -92,18 +130,14 @@ def candidate_loss(
         places = start + tl.arange(0, BLOCK_K)
         is_entry = places < end
         tokens = tl.load(token_ids + places, mask=is_entry, other=0).to(tl.int64)
-        values = tl.load(
-            weight + tokens[:, None] * weight_stride + columns[None, :],
-            mask=is_entry[:, None] & is_column[None, :],
-            other=0.0,
-        ).to(tl.float32)
-        z = tl.sum(values * h[None, :], axis=1)
-        if HAS_BIAS:
-            z += tl.load(bias + tokens, mask=is_entry, other=0.0).to(tl.float32)
-        z *= logit_scale
-        if HAS_CAP:
-            z = bounded(z, softcap)
-        tl.store(dlogits + places, z, mask=is_entry)
+        if GATHERS:
+            values = rows_of(weight, tokens, columns, is_entry, is_column, weight_stride)
+            z = logits_of(
+                h, values, bias, tokens, is_entry, logit_scale, softcap, HAS_BIAS, HAS_CAP
+            )
+            tl.store(dlogits + places, z, mask=is_entry)
+        else:
+            z = tl.load(dlogits + places, mask=is_entry, other=0.0)
         gold_logit += tl.sum(tl.where(is_entry & (tokens == gold), z, 0.0), axis=0)
         seen = tl.where(is_entry, z, float("-inf"))
         above = tl.maximum(highest, tl.max(seen, axis=0))
@@ -178,14 +212,11 @@ def candidate_loss(
                 if HAS_CAP:
                     d *= 1.0 - (z / softcap) * (z / softcap)
                 d = tl.where(is_entry, d * logit_scale, 0.0)
-                values = tl.load(
-                    weight + tokens[:, None] * weight_stride + columns[None, :],
-                    mask=is_entry[:, None] & is_column[None, :],
-                    other=0.0,
-                ).to(tl.float32)
-                gradient += tl.sum(values * d[:, None], axis=0)
+                if GATHERS:
+                    values = rows_of(weight, tokens, columns, is_entry, is_column, weight_stride)
+                    gradient += tl.sum(values * d[:, None], axis=0)
                 tl.store(dlogits + places, d, mask=is_entry)
-        if WANTS_GRADIENT:
+        if WANTS_GRADIENT and GATHERS:
             tl.store(dhidden + row * num_hidden + columns, gradient, mask=is_column)
     tl.store(loss + row, tl.where(begin < end, value, 0.0))
     if HAS_TAIL and WANTS_GRADIENT:

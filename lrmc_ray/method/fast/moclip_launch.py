@@ -23,9 +23,9 @@ _TYPES = (torch.float32, torch.bfloat16, torch.float16)
 """Of weights and gradients; ``moclip_triton.TYPES`` has Triton's names of them."""
 _MOST_TABLES = 16
 """That are kept; one for the dot products and one for each group of parameters is usual."""
-_BLOCK = 1024
+BLOCK = 1024
 """Elements that a program takes at a time, of each tensor."""
-_TOGETHER = 64
+TOGETHER = 64
 """Chunks whose sums are read at a time."""
 
 
@@ -89,11 +89,11 @@ class Launches:
                         *(moclip_triton.TYPES[dtype] for dtype in types),
                         ALIGNED=table.is_aligned,
                         CHUNK=table.chunk,
-                        BLOCK=_BLOCK,
+                        BLOCK=BLOCK,
                         num_warps=4,
                     )
                     moclip_triton.add_chunks[(len(pairs),)](
-                        partial_X3, table.bounds_G, dots_G3, BLOCK=_TOGETHER, num_warps=4
+                        partial_X3, table.bounds_G, dots_G3, BLOCK=TOGETHER, num_warps=4
                     )
             found |= zip(places, dots_G3.unbind(), strict=True)
         return [found[place] for place in range(len(grads))]
@@ -147,7 +147,7 @@ class Launches:
                     IS_CAUTIOUS=is_cautious,
                     ALIGNED=table.is_aligned,
                     CHUNK=table.chunk,
-                    BLOCK=_BLOCK,
+                    BLOCK=BLOCK,
                     num_warps=4,
                 )
             for update in chosen:

@@ -17,7 +17,7 @@ from lrmc_ray.method.fast.rounding_triton import narrowed
 
 
 @triton.jit
-def _product(left, right, total, WIDE: tl.constexpr, TYPE: tl.constexpr):
+def product(left, right, total, WIDE: tl.constexpr, TYPE: tl.constexpr):
     """``total`` + float32 ``left`` times ``right``, which is of ``TYPE`` unless ``WIDE``."""
     if WIDE:
         return tl.dot(left, right, total, input_precision="ieee")
@@ -118,7 +118,7 @@ def add_tail_to_hidden(
         )
         if WIDE:
             right = right.to(tl.float32)
-        total = _product(left, right, total, WIDE, weight.dtype.element_ty)
+        total = product(left, right, total, WIDE, weight.dtype.element_ty)
     tl.store(target, total, mask=is_inside)
 
 
@@ -169,7 +169,7 @@ def add_tail_to_weight(
             )
             if WIDE:
                 right = right.to(tl.float32)
-            total = _product(left, right, total, WIDE, hidden.dtype.element_ty)
+            total = product(left, right, total, WIDE, hidden.dtype.element_ty)
     tokens = tl.load(tail_ids + samples, mask=is_sample, other=0).to(tl.int64)
     before = tl.load(tail_ids + samples - 1, mask=is_sample & (samples > 0), other=-1)
     is_first = is_sample & (tokens != before)

@@ -76,6 +76,17 @@ def test_an_estimate_grows_with_everything():
         assert kernel_seconds(more) > kernel_seconds(size)
 
 
+def test_a_row_that_is_divided_costs_launches_and_no_longer_its_length():
+    """By hand: 256 rows of 1152 bytes twice at 20 GB/s, and four launches of 10 us."""
+
+    def seconds(longest: int) -> float:
+        return kernel_seconds(LossSize(1000, 576, 49_152, 24_000, torch.bfloat16, longest=longest))
+
+    assert seconds(256) - seconds(0) == pytest.approx(2 * 256 * 1152 / 20e9)
+    assert seconds(257) - seconds(256) == pytest.approx(40e-6)
+    assert seconds(1024) == seconds(257)
+
+
 def test_without_kernels_the_device_decides():
     few = LossSize(10, 64, 6000, 10_000, torch.float32)
     many = LossSize(10, 64, 6000, 10_001, torch.float32)  # more than a sixth of all logits

@@ -241,6 +241,176 @@ def test_a_plan_goes_where_its_sets_go():
     assert sets.rows(torch.tensor([0])).plan is None
 
 
+def by_way(way: str, monkeypatch) -> None:
+    """Has positions go through parts or through dense tiles, where they would not by their size."""
+    if way == "parts":
+        monkeypatch.setattr(loss_plan, "LONG", 2)
+        monkeypatch.setattr(loss_plan, "PART", 3)
+    elif way == "tiles":
+        monkeypatch.setattr(loss_plan, "FEWEST_SAVED", 0)
+
+
+SHARED = [V, 30, 1, *[V - 3] * 15, 38, 2]
+"""Sizes of which the largest sixteen share most of their tokens, and a tile of four do not."""
+
+
+@pytest.mark.parametrize("is_anchor", [False, True], ids=["restricted", "anchor"])
+@pytest.mark.parametrize("tail", ["no tail", "all tokens", "drawn twice"])
+@pytest.mark.parametrize("way", ["parts", "tiles"])
+def test_positions_in_parts_and_tiles_have_the_same_loss(way, tail, is_anchor, monkeypatch):
+    by_way(way, monkeypatch)
+    sets = sets_of(RAGGED if way == "parts" else SHARED)
+    plan = sets.planned().plan
+    assert plan.num_apart == (4 if way == "parts" else 16)
+    assert len(plan.parts.rows_L) == (4 if way == "parts" else 0)
+    place = list(TAILS).index(tail) + is_anchor + 2 * (way == "parts")
+    types = [(FLOAT,) * 3, (BRAIN,) * 3, (HALF,) * 3, (BRAIN, FLOAT, FLOAT)][place % 4]
+    options = HEADS[(place + 1) % 4]
+    check(types, sets, TAILS[tail], is_anchor=is_anchor, d=70, **options)
+
+
+@pytest.mark.parametrize("way", ["parts", "tiles"])
+def test_neither_parts_nor_tiles_change_a_bit_from_run_to_run(way, monkeypatch):
+    by_way(way, monkeypatch)
+    found = []
+    for _ in range(2):
+        tensors = leaves(*(x.to(DEVICE) for x in inputs(len(SHARED), 70)))
+        head = OutputHead(tensors[1], tensors[2], softcap=4.0)
+        loss_N = our_loss(tensors[0], head, sets_of(SHARED), TAILS["drawn twice"])
+        loss_N.sum().backward()
+        found.append([loss_N, *(x.grad for x in tensors)])
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+
+
+def test_a_position_of_1024_candidates_is_in_parts_by_its_size():
+    """Of 256 it is not; neither in tiles: too few rows of the weight would be saved."""
+    sets = sets_of([1024, 257, 256, 3], 1100)
+    plan = sets.planned().plan
+    assert plan.parts.rows_L.tolist() == [0, 1]
+    assert plan.parts.bounds_L.tolist() == [0, 16, 21]
+    assert plan.parts.parts_P3[[0, 15, 16, 20]].tolist() == [
+        [0, 0, 64], [0, 960, 1024], [1, 1024, 1088], [1, 1280, 1281],
+    ]  # fmt: skip
+    assert plan.rows_N.tolist() == [0, 1, 2, 3]
+    assert plan.num_apart == 2
+    assert not len(plan.tiles.rows_S)
+    hidden, weight = (x.to(DEVICE) for x in inputs(4, 20, 1100)[:2])
+    (ours,), (true,) = leaves(hidden), leaves(hidden.double().cpu())
+    loss_N = our_loss(ours, OutputHead(weight), sets)
+    true_N = true_loss(true, OutputHead(weight.double().cpu()), sets, None, is_anchor=False)
+    for values in (loss_N, true_N):
+        values.sum().backward()
+    assert error(loss_N, true_N) < 1e-6
+    assert error(ours.grad, true.grad) < LIMITS[FLOAT]
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_a_tile_has_every_candidate_once_and_halves_the_rows(seed, monkeypatch):
+    monkeypatch.setattr(loss_plan, "FEWEST_SAVED", 0)
+    monkeypatch.setattr(loss_plan, "COLUMNS", 8)
+    sizes = torch.randint(1, V + 1, (75,), generator=rng(seed)).tolist()
+    sets = sets_of(sizes, V, seed)
+    plan = sets.planned().plan
+    tiles, order = plan.tiles, sorted(range(75), key=lambda i: -sizes[i])
+    rows_of_tile = tiles.rows_S.view(-1, 16).tolist()
+    assert sorted(plan.rows_N.tolist()) == list(range(75))
+    apart = [row for rows in rows_of_tile for row in rows if row >= 0]
+    assert set(plan.rows_N[: plan.num_apart].tolist()) == set(apart)
+    bounds = tiles.bounds_t.tolist()
+    dense = []
+    for first in range(0, 75, 16):
+        rows = order[first : first + 16]
+        parts = [set(sets.token_ids[sets.offsets[r] : sets.offsets[r + 1]].tolist()) for r in rows]
+        tokens, entries = set().union(*parts), sum(map(len, parts))
+        if 2 * (len(tokens) + 16) <= entries:
+            dense.append((rows, parts, tokens))
+    assert len(dense) == len(rows_of_tile) > 1
+    for place, (rows, parts, tokens) in enumerate(dense):
+        assert rows_of_tile[place] == rows + [-1] * (16 - len(rows))
+        columns = slice(bounds[place], bounds[place + 1])
+        assert sets.token_ids[tiles.entries_U[columns].long()].tolist() == sorted(tokens)
+        for number, part in enumerate(parts):
+            places = tiles.places_UT[columns, number]
+            found = places[places >= 0].long()
+            assert (sets.row_ids[found] == rows[number]).all()
+            chosen = tiles.entries_U[columns][places >= 0].long()
+            assert torch.equal(sets.token_ids[found], sets.token_ids[chosen])
+            assert set(sets.token_ids[found].tolist()) == part
+    blocks = [[t, c] for t, (a, b) in enumerate(itertools.pairwise(bounds)) for c in range(a, b, 8)]
+    assert tiles.blocks_B2.tolist() == blocks
+
+
+def test_what_lies_apart_in_memory_is_read_right():
+    """A bias of every second number, hidden states in columns, sets cut out of wider tensors."""
+    sets, (hidden, weight, bias) = sets_of(RAGGED), (x.to(DEVICE) for x in inputs(6))
+    truth = our_loss(hidden, OutputHead(weight, bias), sets)
+    wide = torch.stack((bias, -bias), dim=1)
+    apart = CandidateSets(
+        sets.offsets, *(torch.stack((x, x), dim=1)[:, 0] for x in
+                        (sets.token_ids, sets.logprobs, sets.gold_ids))
+    )  # fmt: skip
+    head = OutputHead(torch.cat((weight, weight), dim=1)[:, :20], wide[:, 0])
+    assert torch.equal(our_loss(hidden.T.contiguous().T, head, apart), truth)
+
+
+@pytest.mark.parametrize("way", ["alone", "parts", "tiles"])
+def test_addresses_beyond_2_to_the_31_elements_are_right(way, monkeypatch):
+    """Weight and gradient as rows far apart, of which memory is taken for those alone that are
+    touched."""
+    by_way(way, monkeypatch)
+    number, apart = 2100, 2**20
+    sizes = [3, 1, 5] if way != "tiles" else [40] * 16
+    sets, tail = sets_of(sizes, V), draw_tail(9, V, seed=0, step=0)
+    shift = number - V
+    sets = CandidateSets(sets.offsets, sets.token_ids + shift, sets.logprobs, sets.gold_ids + shift)
+    tail = Tail(tail.ids_R + shift, tail.logweights_R)
+    hidden, weight, _ = (x.half() for x in inputs(len(sizes), 20, number))
+    found = []
+    for stride in (20, apart):
+        spread, gradient = (
+            torch.empty(number * stride, dtype=HALF, device=DEVICE).as_strided(
+                (number, 20), (stride, 1)
+            )
+            for _ in range(2)
+        )
+        spread[shift:], gradient[shift:] = weight[shift:].to(DEVICE), 0.0
+        parameter = nn.Parameter(spread)
+        parameter.grad = gradient
+        (h,) = leaves(hidden.to(DEVICE))
+        loss_N = our_loss(h, OutputHead(parameter), sets, tail)
+        loss_N.sum().backward()
+        assert parameter.stride(0) == stride
+        found.append((loss_N, h.grad, parameter.grad[shift:].contiguous()))
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+
+
+def test_a_state_that_is_no_number_makes_no_number_of_a_loss():
+    hidden, weight, _ = (x.to(DEVICE) for x in inputs(3))
+    hidden[1, 3] = math.nan
+    for tail in (None, TAILS["tail"]):
+        for is_anchor in (False, True):
+            loss_N = our_loss(hidden, OutputHead(weight), sets_of([3, 5, 2]), tail,
+                              is_anchor=is_anchor)  # fmt: skip
+            assert loss_N.isnan().tolist() == [False, True, False]
+
+
+def test_no_gradient_is_made_where_none_is_computed(monkeypatch):
+    """Held-out losses: of a weight that needs one, too."""
+    tensors, made = leaves(*(x.to(DEVICE) for x in inputs(2))), []
+    original = fused_loss.candidate_loss
+
+    def seen(*args):
+        made.append(args[-1])
+        return original(*args)
+
+    monkeypatch.setattr(fused_loss, "candidate_loss", seen)
+    with torch.no_grad():
+        loss_N = our_loss(tensors[0], OutputHead(*tensors[1:]), sets_of([3, 9]), TAILS["tail"])
+    again_N = our_loss(tensors[0], OutputHead(*tensors[1:]), sets_of([3, 9]), TAILS["tail"])
+    assert made == [False, True]
+    assert torch.equal(loss_N, again_N)
+
+
 def test_one_candidate_gives_loss_and_gradient_zero_exactly():
     sets = sets_of([1] * 5)
     for is_anchor in (False, True):
@@ -453,6 +623,6 @@ def test_auto_leaves_the_interpreter_alone(monkeypatch):
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     hidden, weight, _ = inputs(2)
     calls = []
-    monkeypatch.setattr(fused_loss, "_candidate_loss", lambda *args: calls.append(args))
+    monkeypatch.setattr(fused_loss, "candidate_loss", lambda *args: calls.append(args))
     restricted_cross_entropy(hidden, OutputHead(weight), sets_of([3, 9]))
     assert not calls

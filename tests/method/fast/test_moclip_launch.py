@@ -1,6 +1,8 @@
 """MoClip's steps by the kernels of a GPU against the plain ones; without a GPU, interpreted."""
 
 import copy
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
@@ -10,10 +12,12 @@ from torch import Tensor
 from lrmc_ray.method.fast import chunk_table, moclip_launch, moclip_update
 from lrmc_ray.method.fast.moclip_update import FastMoClip
 from lrmc_ray.method.moclip import MoClip
+from lrmc_ray.method.stochastic_rounding import FIRST, GOLDEN, SECOND, round_to_bf16
 from tests.support.moclip_paths import CLIPS, leaning_gradients, random
 
 triton = pytest.importorskip("triton", reason="Triton is not installed")
 tl: Any = pytest.importorskip("triton.language")
+moclip_triton: Any = pytest.importorskip("lrmc_ray.method.fast.moclip_triton")
 
 torch.set_num_threads(1)
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")  # numpy's
@@ -161,6 +165,52 @@ def test_shards_step_as_the_whole_tensor_does():
     assert reference.angle_statistics().clipped_share > 0
 
 
+def test_local_shards_step_as_the_whole_tensors_do():
+    """Uneven shards of three workers, one of them empty: each has its dot products by the kernels,
+    the sum over workers comes between both launches. Local tensors of DTensors are such shards."""
+    starts = [random(90, 40, seed=1, dtype=FLOAT), random(7, seed=2, dtype=FLOAT)]
+    gradients = [leaning_gradients(*x.shape, seed=i, dtype=FLOAT) for i, x in enumerate(starts)]
+    bounds = [(0, 61, 61, 90), (0, 4, 6, 7)]
+    options = {"lr": 0.01, "delta_max": 45.0, "clip": "project", "weight_decay": 0.1}
+    whole = [torch.nn.Parameter(x.clone().to(DEVICE)) for x in starts]
+    reference = FastMoClip(whole, **options)
+    dots: dict[int, Tensor] = {}
+    barrier, turn = threading.Barrier(3), threading.Lock()
+    local: dict[int, list[torch.nn.Parameter]] = {}
+
+    def work(rank: int) -> None:
+        def reduce(own: Tensor) -> None:
+            dots[rank] = own.clone()
+            turn.release()
+            barrier.wait()
+            turn.acquire()
+            own.copy_(dots[0] + dots[1] + dots[2])
+
+        rows = [slice(b[rank], b[rank + 1]) for b in bounds]
+        params = [
+            torch.nn.Parameter(x[r].clone().to(DEVICE)) for x, r in zip(starts, rows, strict=True)
+        ]
+        optimizer = FastMoClip(params, **options, reduce_dots=reduce)
+        for step in range(4):
+            for param, of_tensor, r in zip(params, gradients, rows, strict=True):
+                param.grad = of_tensor[step][r].clone().to(DEVICE)
+            with turn:  # the interpreter runs one kernel at a time
+                optimizer.step()
+            barrier.wait()
+        local[rank] = params
+
+    with ThreadPoolExecutor(3) as pool:
+        list(pool.map(work, range(3)))
+    for step in range(4):
+        for param, of_tensor in zip(whole, gradients, strict=True):
+            param.grad = of_tensor[step].to(DEVICE)
+        reference.step()
+    assert reference.angle_statistics().clipped_share > 0
+    for place, param in enumerate(whole):
+        together = torch.cat([local[rank][place].detach() for rank in range(3)])
+        torch.testing.assert_close(together, param.detach(), rtol=1e-6, atol=1e-8)
+
+
 def test_tensors_that_move_are_found_again():
     """The table of pointers is kept only while every tensor stays where it is."""
     param = torch.nn.Parameter(torch.zeros(300, device=DEVICE))
@@ -195,6 +245,46 @@ def test_tensors_of_no_whole_vectors_are_taken_as_well():
         assert buffer[700 + offset :].abs().max() == 0
         results.append(param.detach().clone())
     assert torch.equal(*results)
+
+
+def test_elements_beyond_2_to_the_31_are_found():
+    """The last chunk of tensors whose memory is not taken but for that one."""
+    start, rest = 2**31, 1500
+    size = start + rest
+    grad, m, v, w = (torch.empty(size, dtype=BRAIN, device=DEVICE) for _ in range(4))
+    parts = [tensor[start:] for tensor in (grad, m, v, w)]
+    for seed, part in enumerate(parts):
+        part.copy_(random(rest, seed=seed, dtype=FLOAT).abs())
+    g, m_part, v_part, w_part = (part.clone() for part in parts)
+
+    def ints(*numbers: int) -> Tensor:
+        return torch.tensor(numbers, device=DEVICE)
+
+    dots = torch.empty(1, 3, dtype=torch.float64, device=DEVICE)
+    where = (ints(size), ints(0), ints(start))
+    kinds = {"CHUNK": 2048, "BLOCK": 1024, "num_warps": 4, "ALIGNED": True}
+    moclip_triton.chunk_dots[(1,)](
+        ints(grad.data_ptr(), m.data_ptr()), *where, dots, tl.bfloat16, tl.bfloat16, **kinds
+    )
+    expected = torch.stack([(a.double() * b.double()).sum() for a, b in
+                            ((g, g), (g, m_part), (m_part, m_part))])  # fmt: skip
+    torch.testing.assert_close(dots[0], expected)
+    moclip_triton.chunk_update[(1,)](
+        ints(w.data_ptr(), grad.data_ptr(), m.data_ptr(), v.data_ptr()), *where, ints(0), ints(7),
+        dots, dots, torch.ones(2, device=DEVICE), 0.1, 0.01, 1.0, 0.5,
+        *[tl.bfloat16] * 3, HAS_P=False, HAS_Q=False, SEES_CAPPED=False, IS_CAUTIOUS=False, **kinds,
+    )  # fmt: skip
+    m_new = torch.lerp(m_part.float(), g.float(), 0.1)
+    v_new = torch.lerp(v_part.float(), g.float().square(), 0.01)
+    w_new = w_part.float() - 0.5 * torch.atan2(m_new, v_new.sqrt())
+    torch.testing.assert_close(w[start:], w_new.bfloat16(), rtol=1e-2, atol=1e-4)
+    places = torch.arange(start, size, device=DEVICE)
+    bits = (places * GOLDEN + 7) & 0xFFFFFFFF
+    bits = ((bits ^ (bits >> 16)) * FIRST) & 0xFFFFFFFF
+    bits = ((bits ^ (bits >> 13)) * SECOND) & 0xFFFFFFFF
+    bits ^= bits >> 16
+    for ours, exact, r in ((m, m_new, bits & 0xFFFF), (v, v_new, bits >> 16)):
+        assert (ours[start:] != round_to_bf16(exact, r)).sum() <= rest // 200
 
 
 def test_a_copy_of_an_optimizer_has_tables_of_its_own():
