@@ -179,7 +179,7 @@ def run(arguments: argparse.Namespace, work: Path) -> dict[str, Any]:
         "kills": kills,
         "exit_code": left["code"],
         "resources_restored": left["before"] == left["after"],
-        **audit(next(output.glob("faults-*"))),
+        **audit(next(output.glob("*faults-*"))),
         "placement_groups_left": left["groups"],
         "processes_left": len(alive),
     }
@@ -187,7 +187,7 @@ def run(arguments: argparse.Namespace, work: Path) -> dict[str, Any]:
 
 def count_starts(output: Path) -> int:
     """How often a trial has been started."""
-    paths = output.glob("faults-*/trials/*/processes.jsonl")
+    paths = output.glob("*faults-*/trials/*/processes.jsonl")
     return sum(path.read_text().count("\n") for path in paths)
 
 

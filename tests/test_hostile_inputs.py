@@ -7,8 +7,10 @@ Ports are in tests/test_security.py; models with code of their own in tests/test
 import json
 import os
 import pickle
+import shutil
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -17,10 +19,14 @@ import yaml
 from lrmc_ray.config import RunSettings
 from lrmc_ray.console import run_command
 from lrmc_ray.errors import ConfigError, DataError, LrmcError
+from lrmc_ray.evaluate.allowed_python import allow_python, check_allowed
 from lrmc_ray.evaluate.command import check_named_tasks, scores_directory
+from lrmc_ray.evaluate.command import main as evaluate_command
 from lrmc_ray.evaluate.no_code import keep_code_out
 from lrmc_ray.evaluate.task_files import check_tasks, task_fingerprints
-from lrmc_ray.files.origin import origin_of
+from lrmc_ray.export.blend_command import main as blend
+from lrmc_ray.export.command import main as export
+from lrmc_ray.files.origin import origin_of, write_origin
 from lrmc_ray.files.study import read_study
 from lrmc_ray.outputs.inventory import Sizes, inventory
 from lrmc_ray.outputs.ls_command import main as ls
@@ -28,9 +34,12 @@ from lrmc_ray.outputs.prunable import prunable, remove
 from lrmc_ray.outputs.prune_command import main as prune
 from lrmc_ray.record import hub
 from lrmc_ray.record.inspect_command import main as inspect
+from lrmc_ray.report.command import main as report
 from lrmc_ray.report.mlflow import register_model
-from lrmc_ray.report.mlflow_mirror import in_one_line, public
+from lrmc_ray.report.mlflow_command import main as mlflow_sync
+from lrmc_ray.report.mlflow_mirror import check_kept_within, in_one_line, public
 from lrmc_ray.report.mlflow_sync import sync
+from tests.support.study_with_models import make_study_with_models
 from tests.support.synthetic_study import make_study
 
 ROOT = Path(__file__).parents[1]
@@ -148,32 +157,129 @@ def settings_of(*tasks: Path) -> RunSettings:
     return RunSettings.model_validate({"evaluate": {"domain_tasks": names}})
 
 
-def test_python_that_only_a_models_directory_names_is_refused(tmp_path, canary):
+@pytest.fixture
+def cache(tmp_path, monkeypatch):
+    """A cache in which nothing is, and that of a user to whom nobody has shown anything."""
+    monkeypatch.setenv("LRMC_CACHE", str(tmp_path / "cache"))
+
+
+def tasks_of(settings: RunSettings) -> list[str]:
+    return list(settings.evaluate.domain_tasks)
+
+
+def test_python_that_only_a_models_directory_names_is_refused(tmp_path, canary, cache):
     model = tmp_path / "downloaded" / "model"
     task = task_with_python(model, canary)
     settings = settings_of(task)
-    origin = origin_of(settings, tmp_path / "runs")
-    with pytest.raises(ConfigError, match=r"Python must be run at your own wish, .*lrmc\.json"):
-        check_named_tasks(model, origin, settings, settings_of())
-    check_named_tasks(model, origin, settings, settings)  # the user has named it, too
-    check_named_tasks(model, origin, settings_of(), settings_of(task))  # or another one
-    own = tmp_path / "runs" / "training" / "x" / "model"
-    check_named_tasks(own, origin, settings, settings_of())
+
+    def refused():
+        return pytest.raises(ConfigError, match=r"must be run at your own wish, .*lrmc\.json")
+
+    with refused():
+        check_named_tasks(model, settings, settings_of())
+    check_named_tasks(model, settings, settings)  # the user has named it, too
+    check_named_tasks(model, settings_of(), settings_of(task))  # or another one
+    other = task_with_python(tmp_path / "other", canary)
+    (tmp_path / "other" / "items.jsonl").write_text('{"question": "a", "answer": "c"}\n')
+    allow_python(tasks_of(settings_of(other)))
+    with refused():
+        check_named_tasks(model, settings, settings_of())
+    copy = task_with_python(tmp_path / "own", canary)
+    allow_python(tasks_of(settings_of(copy)))  # the same files, named by a command of the user's
+    check_named_tasks(model, settings, settings_of())
+    (model / "utils.py").write_text("def check(doc, results): return {}\n")
+    with refused():
+        check_named_tasks(model, settings, settings_of())
     plain = tmp_path / "plain.yaml"
     plain.write_text(task.read_text().replace("process_results: !function utils.check\n", ""))
-    for name in ("items.jsonl",):
-        (tmp_path / name).write_text((model / name).read_text())
-    check_named_tasks(model, origin, settings_of(plain), settings_of())
+    (tmp_path / "items.jsonl").write_text((model / "items.jsonl").read_text())
+    check_named_tasks(model, settings_of(plain), settings_of())
 
 
-@pytest.mark.parametrize("output", ["/", "downloaded", "downloaded/model"])
-@pytest.mark.parametrize("study", [None, "", ".", "..", "model", "../downloaded", "/"])
-def test_no_name_of_a_study_or_an_output_makes_a_model_ones_own(tmp_path, canary, output, study):
-    model = tmp_path / "downloaded" / "model"
+@pytest.mark.parametrize(
+    "directory", ["runs/training/x/model", "runs/demo-0123456789ab/best_model"]
+)
+def test_no_name_of_a_study_or_an_output_makes_a_model_ones_own(
+    tmp_path, canary, cache, directory, monkeypatch
+):
+    """What a model says of the place at which it was made is what its maker wrote."""
+    monkeypatch.chdir(tmp_path)
+    model = Path(directory)
     task = task_with_python(model, canary)
-    origin = origin_of(settings_of(task), tmp_path / output, study=study)
+    (model / "config.json").write_text("{}")
+    study = make_study(Path("runs") / "demo-0123456789ab")
+    for output, name in (("runs", study.name), (str(tmp_path / "runs"), study.name), (".", None)):
+        origin = origin_of(settings_of(task), Path("runs"), study=name)
+        write_origin(model, origin.model_copy(update={"output": output}))
+        assert run_command(evaluate_command, ["--tuned", str(model)]) == 2
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "process_results: !function utils.check",
+        "process_results: !<!function> utils.check",
+        "process_results: !function 'a b.check'",
+        "process_results: !function os.path.join",
+        "metadata: {x: [!function utils.check]}",
+        "include: other.inc",
+        "include: [none.inc, other.inc]",
+        "{aliased: &x !function utils.check, process_results: *x}",
+    ],
+)
+def test_python_is_seen_however_a_task_names_it(tmp_path, canary, cache, line):
+    task = task_with_python(tmp_path, canary)
+    (tmp_path / "a b.py").write_text((tmp_path / "utils.py").read_text())
+    (tmp_path / "other.inc").write_text("{x: !function utils.check}")
+    (tmp_path / "none.inc").write_text("{x: 1}")
+    task.write_text(
+        task.read_text().replace("process_results: !function utils.check", line)
+        if not line.startswith("{")
+        else line
+    )
     with pytest.raises(ConfigError, match="at your own wish"):
-        check_named_tasks(model, origin, settings_of(task), settings_of())
+        check_allowed([str(task)], named_by=tmp_path / "settings.json", remedy="name it")
+    allow_python([str(task)])
+    check_allowed([str(task)], named_by=tmp_path / "settings.json", remedy="name it")
+
+
+def stranger_with_python(folder: Path, base: Path, canary: Path) -> Path:
+    """A study that is whole, and whose tasks name Python."""
+    study = make_study_with_models(folder / "runs" / "demo-0123456789ab", base)
+    task = task_with_python(study, canary)
+    settings = json.loads((study / "settings.json").read_text())
+    settings["evaluate"]["domain_tasks"] = [str(task)]
+    (study / "settings.json").write_text(json.dumps(settings))
+    return study
+
+
+STUDY_COMMANDS = {
+    "blend": (blend, []),
+    "export": (export, ["--to", "exported"]),
+    "export a blend": (export, ["--blend", "0.5", "--to", "exported"]),
+    "report": (report, []),
+    "mlflow-sync": (mlflow_sync, []),
+    "ls": (ls, ["--size"]),
+    "prune": (prune, ["--yes", "--unfinished"]),
+}
+
+
+@pytest.mark.parametrize("name", STUDY_COMMANDS)
+def test_no_command_runs_what_a_strangers_study_names(
+    tmp_path, canary, cache, name, capsys, monkeypatch, tiny_model
+):
+    monkeypatch.chdir(tmp_path)
+    study = stranger_with_python(tmp_path, tiny_model, canary)
+    command, options = STUDY_COMMANDS[name]
+    where = study.parent if name in ("ls", "prune") else study
+    code = run_command(command, [str(where), *options])
+    said = capsys.readouterr().err
+    assert "Traceback" not in said
+    if name == "blend":
+        assert code == 2
+        assert "settings.json alone; look at it, and add --allow-python" in " ".join(said.split())
+    else:
+        assert code == 0, said
 
 
 def test_scores_are_not_written_where_a_models_directory_points(tmp_path):
@@ -241,6 +347,55 @@ def test_a_study_sends_no_file_of_others_to_a_server(tmp_path, path):
     with pytest.raises(DataError, match=r"artifacts must lie in its directory, .* is .*secret;"):
         sync(study, f"sqlite:///{tmp_path}/mlflow.db")
     assert not (tmp_path / "mlflow.db").exists()
+
+
+@pytest.mark.parametrize(
+    ("place", "database", "is_within"),
+    [
+        ("file:///OUT/mlartifacts/7", "/OUT/mlflow.db", True),
+        ("/OUT/mlartifacts/7", "/OUT/mlflow.db", True),
+        ("file:///OUT/a%20b/7", "/OUT/mlflow.db", True),
+        ("file:///home/ann/.config", "/OUT/mlflow.db", False),
+        ("/home/ann/.config", "/OUT/mlflow.db", False),
+        ("home/ann", "/OUT/mlflow.db", False),
+        ("file:///OUT/../ann", "/OUT/mlflow.db", False),
+        ("file:///OUT/%2e%2e/ann", "/OUT/mlflow.db", False),
+        ("file:///OUT/link/ann", "/OUT/mlflow.db", False),
+        ("s3://bucket/OUT", "/OUT/mlflow.db", False),
+        ("file:///home/ann/.config", "/OUT/study/../mlflow.db", False),
+        ("file:///home/ann", "/home/ann/mlflow.db", True),  # a database that the user named
+    ],
+)
+def test_files_go_where_the_output_is_or_where_the_user_said(tmp_path, place, database, is_within):
+    (tmp_path / "study").mkdir()
+    (tmp_path / "link").symlink_to("/home")
+    place, database = (text.replace("/OUT", str(tmp_path)) for text in (place, database))
+    check = partial(check_kept_within, place, f"sqlite:///{database}", tmp_path / "study")
+    if is_within:
+        check()
+        return
+    with pytest.raises(DataError, match=r"must keep a study's files in .*; remove that database"):
+        check()
+
+
+def test_a_database_that_came_with_a_study_sends_no_file_elsewhere(tmp_path, capsys):
+    """Its artifacts would be written wherever its maker said, under names that he chose."""
+    from mlflow import MlflowClient
+
+    outside = tmp_path / "outside"
+    study = make_study(tmp_path / "runs" / "demo-0123456789ab")
+    values = json.loads((study / "study.json").read_text())
+    values["trials"] = values["trials"][:1]
+    values["artifacts"] = [{"path": "study.json", "folder": "config"}]
+    (study / "study.json").write_text(json.dumps(values))
+    client = MlflowClient(f"sqlite:///{study.parent}/mlflow.db")
+    client.create_experiment("lrmc_ray", artifact_location=outside.as_uri())
+    assert run_command(mlflow_sync, [str(study)]) == 4
+    assert "MLflow must keep a study's files in" in capsys.readouterr().err
+    assert not outside.exists()
+    alone = Path(shutil.copytree(study, tmp_path / "own" / study.name))
+    assert run_command(mlflow_sync, [str(alone)]) == 0
+    assert list((tmp_path / "own" / "mlartifacts").rglob("config/study.json"))
 
 
 @pytest.mark.parametrize("name", ["study.json", "compare.json", "manifest.json"])

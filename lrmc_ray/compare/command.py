@@ -31,6 +31,7 @@ def main(argv: Sequence[str]) -> int:
     from lrmc_ray.compare.description import COMPARISON_FILE, Description
     from lrmc_ray.compare.explain import explain
     from lrmc_ray.compare.run import Comparing
+    from lrmc_ray.evaluate.allowed_python import allow_python
     from lrmc_ray.record.prepare import look, prepare
     from lrmc_ray.train.checks import check_training
     from lrmc_ray.tune.provenance import contents
@@ -63,6 +64,7 @@ def main(argv: Sequence[str]) -> int:
     if is_new:
         check_training(space.model, trains)
         prepare(run_settings, arguments.output)
+        allow_python([*space.evaluate.domain_tasks, *space.evaluate.general_tasks])
     with lock_directory(comparing.directory):
         description.open(retry_failed=arguments.retry_failed)
         if arguments.explain:

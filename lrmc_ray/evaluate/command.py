@@ -14,7 +14,6 @@ from lrmc_ray.console import progress, setup_logging
 from lrmc_ray.errors import ConfigError
 from lrmc_ray.files.origin import ORIGIN_FILE, Origin, check_tuned, read_origin
 from lrmc_ray.files.place import place_of
-from lrmc_ray.files.study import STUDY_FILE
 from lrmc_ray.models import local_directory
 from lrmc_ray.tasks.registry import expand
 
@@ -41,15 +40,16 @@ def main(argv: Sequence[str]) -> int:
         tuned = [settings.model]
     place.check()
 
+    from lrmc_ray.evaluate.allowed_python import allow_python
     from lrmc_ray.evaluate.run import evaluate
     from lrmc_ray.evaluate.show import items_text, show_changes, show_scores
     from lrmc_ray.evaluate.task_files import check_tasks
 
+    said = settings_from(arguments, None)
     if origin is not None:
-        check_named_tasks(
-            Path(arguments.tuned[0]), origin, settings, settings_from(arguments, None)
-        )
+        check_named_tasks(Path(arguments.tuned[0]), settings, said)
     check_tasks(expand([*settings.evaluate.domain_tasks, *settings.evaluate.general_tasks]), "test")
+    allow_python([*said.evaluate.domain_tasks, *said.evaluate.general_tasks])
     models = [local_directory(model) for model in (base, *tuned)]
     scored: list[Path] = []
     with (
@@ -82,50 +82,25 @@ def main(argv: Sequence[str]) -> int:
     return 0
 
 
-def check_named_tasks(
-    model: Path, origin: Origin, settings: RunSettings, said: RunSettings
-) -> None:
+def check_named_tasks(model: Path, settings: RunSettings, said: RunSettings) -> None:
     """Refuse Python that only a model's directory asks for: it may come from anybody.
-
-    A model that still lies in the search or the training that made it is one's own.
 
     Args:
         model: the tuned model's directory.
-        origin: what that says.
         settings: those of the command, the model's where nothing else was said.
         said: those without what the model says.
 
     Raises:
-        ConfigError: a task file that runs Python was named by the model alone.
+        ConfigError: a task file that runs Python was named by the model alone, and no command of
+            this user has named the same before.
     """
-    from lrmc_ray.evaluate.task_files import own_files
+    from lrmc_ray.evaluate.allowed_python import check_allowed
 
-    if _is_where_it_was_made(model, origin):
-        return
     for group in ("domain_tasks", "general_tasks"):
         names = getattr(settings.evaluate, group)
-        if names == getattr(said.evaluate, group):
-            continue
-        for name in names:
-            if any(path.suffix == ".py" for path in own_files([name]).values()):
-                raise ConfigError(
-                    f"Python must be run at your own wish, and {name}, which runs some, is named "
-                    f"by {model / ORIGIN_FILE} alone; look at it, and name it with "
-                    f"--{group.replace('_', '-')}"
-                )
-
-
-def _is_where_it_was_made(model: Path, origin: Origin) -> bool:
-    output = Path(origin.output)
-    if origin.study is None:
-        return model.resolve().is_relative_to(output.resolve() / "training")
-    study = output / origin.study
-    is_name = Path(origin.study).name == origin.study
-    return (
-        is_name
-        and (study / STUDY_FILE).is_file()
-        and model.resolve().is_relative_to(study.resolve())
-    )
+        if names != getattr(said.evaluate, group):
+            flag = f"--{group.replace('_', '-')}"
+            check_allowed(names, named_by=model / ORIGIN_FILE, remedy=f"name it with {flag}")
 
 
 def scores_directory(origin: Origin | None) -> Path:

@@ -32,24 +32,7 @@ def read_task_file(path: Path) -> tuple[dict[str, Any], list[Path]]:
     Raises:
         ConfigError: one is no YAML, no mapping, or does not exist.
     """
-    import yaml
-
-    class Loader(yaml.SafeLoader):
-        pass
-
-    def function(loader: yaml.SafeLoader, node: yaml.ScalarNode) -> _Function:
-        return _Function(loader.construct_scalar(node))
-
-    Loader.add_constructor("!function", function)
-    try:
-        own = Loader(path.read_text(encoding="utf-8")).get_single_data()
-    except (OSError, ValueError, yaml.YAMLError) as error:
-        told = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
-        raise ConfigError(f"lm-eval refuses the task {path}: {told}; correct the file") from error
-    if not isinstance(own, dict):
-        raise ConfigError(
-            f"lm-eval refuses the task {path}: it is no mapping; correct the task file"
-        )
+    own, _ = _parsed(path)
     included = own.pop("include", None) or []
     merged: dict[str, Any] = {}
     files = [path]
@@ -62,6 +45,46 @@ def read_task_file(path: Path) -> tuple[dict[str, Any], list[Path]]:
         merged |= values
         files += read
     return {**merged, **own}, files
+
+
+def named_functions(path: Path) -> list[str]:
+    """What stands behind ``!function`` in a task file and in what it includes, overridden or not.
+
+    Raises:
+        ConfigError: a file is no YAML, no mapping, or does not exist.
+    """
+    _, files = read_task_file(path)
+    return [function for file in files for function in _parsed(file)[1]]
+
+
+def _parsed(path: Path) -> tuple[dict[str, Any], list[_Function]]:
+    """One file as it stands, and what stands behind each ``!function`` of it.
+
+    Raises:
+        ConfigError: it is no YAML, no mapping, or does not exist.
+    """
+    import yaml
+
+    class Loader(yaml.SafeLoader):
+        pass
+
+    functions: list[_Function] = []
+
+    def function(loader: yaml.SafeLoader, node: yaml.ScalarNode) -> _Function:
+        functions.append(_Function(loader.construct_scalar(node)))
+        return functions[-1]
+
+    Loader.add_constructor("!function", function)
+    try:
+        own = Loader(path.read_text(encoding="utf-8")).get_single_data()
+    except (OSError, ValueError, yaml.YAMLError) as error:
+        told = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+        raise ConfigError(f"lm-eval refuses the task {path}: {told}; correct the file") from error
+    if not isinstance(own, dict):
+        raise ConfigError(
+            f"lm-eval refuses the task {path}: it is no mapping; correct the task file"
+        )
+    return own, functions
 
 
 def sections(config: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
@@ -230,10 +253,7 @@ def _existing(name: str, folder: Path) -> Iterator[Path]:
 
 def _python_of(task_file: Path) -> Iterator[Path]:
     """The Python files behind ``!function``, and what they name, to any depth."""
-    text = task_file.read_text(encoding="utf-8", errors="replace")
-    modules = (
-        spec.rpartition(".")[0] for spec in re.findall(r"!function\s+['\"]?([\w./-]+)", text)
-    )
+    modules = (spec.rpartition(".")[0] for spec in _parsed(task_file)[1])
     waiting = [task_file.parent / f"{module.replace('.', '/')}.py" for module in modules]
     seen: set[Path] = set()
     while waiting:

@@ -178,6 +178,7 @@ class _Watch:
             sign = task.sign()
         except DiskError as error:
             _log.debug("whether scoring gets on is not known: %s", error)
+            beat()  # this process waits for the storage, and does not hang
             return False
         silent = 0.0 if sign is None else self._pauses.look(task.number, sign)
         if not silent:

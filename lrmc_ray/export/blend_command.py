@@ -10,6 +10,7 @@ from lrmc_ray.command_line import CommandParser, pasteable
 from lrmc_ray.console import plain_console, setup_logging
 from lrmc_ray.errors import ConfigError
 from lrmc_ray.files.artifacts import lock_directory
+from lrmc_ray.files.names import SETTINGS_FILE
 from lrmc_ray.files.study import find_study, read_study
 
 
@@ -20,6 +21,7 @@ def main(argv: Sequence[str]) -> int:
     weights = _weights(arguments.at)
     directory = find_study(arguments.study)
 
+    from lrmc_ray.evaluate.allowed_python import allow_python, check_allowed
     from lrmc_ray.export.curve import curve_trials, measure_curves
     from lrmc_ray.export.trial_model import study_settings
     from lrmc_ray.report.blend_section import curves_table
@@ -29,11 +31,18 @@ def main(argv: Sequence[str]) -> int:
 
     file = read_study(directory)
     trials = curve_trials(file, arguments.trial)
-    storage = study_settings(directory).resources.storage
+    settings = study_settings(directory)
+    tasks = [*settings.evaluate.domain_tasks, *settings.evaluate.general_tasks]
+    if arguments.allow_python:
+        allow_python(tasks)
+    check_allowed(tasks, named_by=directory / SETTINGS_FILE, remedy="add --allow-python")
     with (
         lock_directory(directory),
         ray_session(
-            arguments.address, log=directory / RAY_LOG, verbose=arguments.verbose, storage=storage
+            arguments.address,
+            log=directory / RAY_LOG,
+            verbose=arguments.verbose,
+            storage=settings.resources.storage,
         ),
     ):
         measure_curves(directory, file, trials, weights)
@@ -103,6 +112,12 @@ def _parser() -> argparse.ArgumentParser:
         default="0.25,0.5,0.75",
         metavar="X,X,...",
         help="how far from the base, 0, to the trial, 1 (default: 0.25,0.5,0.75)",
+    )
+    parser.add_argument(
+        "--allow-python",
+        action="store_true",
+        help="run the Python that the study's task files name; needed where no command of yours "
+        "has named the same tasks",
     )
     parser.add_argument(
         "--address", default="local", help="Ray cluster to join (default: Ray on this machine)"

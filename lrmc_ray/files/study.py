@@ -2,9 +2,11 @@
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Self, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, GetCoreSchemaHandler, ValidationError
+from pydantic_core import CoreSchema
+from pydantic_core.core_schema import no_info_after_validator_function
 
 from lrmc_ray.config.search import Objective
 from lrmc_ray.errors import ConfigError, DataError, IncompleteArtifactError
@@ -19,6 +21,9 @@ Role = Literal["defaults", "yardstick", "search"]
 TrialState = Literal["COMPLETE", "FAIL", "RUNNING", "PRUNED"]
 Number = int | float
 """Stays what it is, so that a file that is read and written again does not change."""
+
+
+Form = TypeVar("Form", bound="StudyFile")
 
 
 class _Part(BaseModel):
@@ -137,6 +142,35 @@ class StudyFile(_Part):
         return next((entry for entry in self.trials if entry.number == number), None)
 
 
+@dataclass(frozen=True, slots=True)
+class TrialLine:
+    """The little of a :class:`TrialEntry` by which trials are counted; all of it was checked."""
+
+    number: int
+    state: TrialState
+    scores: str | None
+    results: dict[str, Any]
+    """Gain and forgetting alone."""
+
+    @classmethod
+    def __get_pydantic_core_schema__(cls, _: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
+        """That of a whole entry, of which one at a time is made."""
+        return no_info_after_validator_function(cls.of, handler.generate_schema(TrialEntry))
+
+    @classmethod
+    def of(cls, entry: TrialEntry) -> Self:
+        """The line of a trial."""
+        names = ("eval/domain_gain", "eval/forgetting")
+        results = {name: entry.results[name] for name in names if name in entry.results}
+        return cls(entry.number, entry.state, entry.scores, results)
+
+
+class StudyOutline(StudyFile):
+    """A study of many trials in little memory, for those who only read it."""
+
+    trials: list[TrialLine] = []  # type: ignore[assignment]  # nothing is put into the list
+
+
 def find_study(directory: Path) -> Path:
     """The study directory in or directly below ``directory``.
 
@@ -170,9 +204,23 @@ def read_study(directory: Path) -> StudyFile:
         IncompleteArtifactError: no search has started there.
         DataError: the file is damaged.
     """
+    return _read(directory, StudyFile)
+
+
+def read_outline(directory: Path) -> StudyOutline:
+    """The same without most of what it says of its trials.
+
+    Raises:
+        IncompleteArtifactError: no search has started there.
+        DataError: the file is damaged.
+    """
+    return _read(directory, StudyOutline)
+
+
+def _read(directory: Path, form: type[Form]) -> Form:
     path = directory / STUDY_FILE
     try:
-        return StudyFile.model_validate_json(path.read_bytes())
+        return form.model_validate_json(path.read_bytes())
     except FileNotFoundError:
         raise IncompleteArtifactError(
             f"{directory} has no {STUDY_FILE}: no search has started there; "

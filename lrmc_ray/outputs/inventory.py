@@ -16,7 +16,7 @@ from lrmc_ray.errors import IncompleteArtifactError, LrmcError
 from lrmc_ray.evaluate.numbers import points
 from lrmc_ray.files.artifacts import MANIFEST, PARTIAL
 from lrmc_ray.files.names import MODEL
-from lrmc_ray.files.study import STUDY_FILE, TRIALS, StudyFile, read_study
+from lrmc_ray.files.study import STUDY_FILE, TRIALS, StudyFile, read_outline
 
 Kind = Literal["search", "comparison", "record", "scores", "training", "unfinished"]
 State = Literal["finished", "running", "unfinished", "damaged"]
@@ -103,7 +103,7 @@ def inventory(output: Path) -> list[Entry]:
 
 def _search(path: Path) -> Entry:
     try:
-        study = read_study(path)
+        study = read_outline(path)
     except LrmcError as error:
         return Entry("search", path, "damaged", str(error).split(";", maxsplit=1)[0])
     done = sum(trial.state != "RUNNING" for trial in study.trials)

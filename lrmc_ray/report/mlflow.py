@@ -21,6 +21,7 @@ from lrmc_ray.files.names import BEST_MODEL
 from lrmc_ray.files.study import STUDY_FILE, Artifact, StudyFile, TrainingFile, read_study
 from lrmc_ray.report.mlflow_mirror import (
     StudyMirror,
+    check_kept_within,
     in_one_line,
     prepare_mlflow,
     public,
@@ -255,6 +256,7 @@ def register_model(study_dir: Path, model: Path, name: str, tracking_uri: str) -
 
     Raises:
         IncompleteArtifactError: there is no study, or it is not in MLflow.
+        DataError: the database of the output directory points elsewhere.
         ResourceError: MLflow cannot be reached or refuses.
     """
     study = read_forwarded(study_dir)
@@ -281,6 +283,7 @@ def register_model(study_dir: Path, model: Path, name: str, tracking_uri: str) -
                 f"`lrmc mlflow-sync {study_dir}` first"
             )
         run_id = parents[0].info.run_id
+        check_kept_within(str(parents[0].info.artifact_uri), tracking_uri, study_dir)
         client.log_artifacts(run_id, str(model), "best_model")
         if not client.search_registered_models(f"name = '{name}'"):
             client.create_registered_model(name)

@@ -18,6 +18,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from urllib.parse import unquote, urlparse
 
 from lrmc_ray.config.base import flatten
 from lrmc_ray.errors import DataError
@@ -127,6 +128,8 @@ class _MirroredRun:
     params: dict[str, str]
     has_datasets: bool
     has_model: bool
+    artifact_uri: str
+    """Where its files are kept."""
     last_steps: dict[str, int]
     """Highest step by metric."""
     offset: int = 0
@@ -309,13 +312,38 @@ class StudyMirror:
     ) -> None:
         path = self._directory / artifact.path
         try:
+            check_kept_within(have.artifact_uri, self._uri, self._directory)
             stat = path.stat()
-        except OSError as error:
+        except (DataError, OSError) as error:
             warn(error)
             return
         if have.artifacts.get(str(path)) != (stat.st_mtime_ns, stat.st_size):
             client.log_artifact(have.run_id, str(path), artifact.folder or None)
             have.artifacts[str(path)] = (stat.st_mtime_ns, stat.st_size)
+
+
+def check_kept_within(artifact_uri: str, tracking_uri: str, study_dir: Path) -> None:
+    """Refuse to copy files to where a database that came with an output directory points.
+
+    Args:
+        artifact_uri: where MLflow keeps a run's files.
+        tracking_uri: of MLflow; a server, or a database elsewhere, is the user's own choice.
+        study_dir: of the study, in the output directory.
+
+    Raises:
+        DataError: they would be written outside of the output directory.
+    """
+    output = study_dir.resolve().parent
+    database = Path(tracking_uri.removeprefix("sqlite:///"))
+    if not tracking_uri.startswith("sqlite:///") or database.resolve().parent != output:
+        return
+    place = urlparse(artifact_uri)
+    folder = Path(unquote(place.path)) if place.scheme in ("", "file") else None
+    if folder is None or not folder.resolve().is_relative_to(output):
+        raise DataError(
+            f"MLflow must keep a study's files in {output}, {database} says {artifact_uri}; remove "
+            f"that database, and run `lrmc mlflow-sync {study_dir}`, which makes a new one"
+        )
 
 
 def _mirrored(client: "MlflowClient", run: "Run") -> _MirroredRun:
@@ -327,6 +355,7 @@ def _mirrored(client: "MlflowClient", run: "Run") -> _MirroredRun:
         params=dict(run.data.params),
         has_datasets=bool(run.inputs and run.inputs.dataset_inputs),
         has_model=bool(run.outputs and run.outputs.model_outputs),
+        artifact_uri=str(run.info.artifact_uri),
         last_steps={
             key: max(point.step for point in client.get_metric_history(run_id, key))
             for key in run.data.metrics

@@ -18,6 +18,7 @@ from lrmc_ray.config.arguments import (
     settings_from,
 )
 from lrmc_ray.console import progress, setup_logging
+from lrmc_ray.evaluate.allowed_python import allow_python
 from lrmc_ray.evaluate.task_files import check_tasks
 from lrmc_ray.files.artifacts import fingerprint, read_manifest
 from lrmc_ray.files.metrics_log import read_new_lines
@@ -120,6 +121,7 @@ def main(argv: Sequence[str]) -> int:
     if arguments.domain_tasks or arguments.general_tasks:  # by which the model is to be scored
         names = expand([*settings.evaluate.domain_tasks, *settings.evaluate.general_tasks])
         check_tasks(names, "test")
+        allow_python(names)
     place_of(storage).check()
     check_settings(settings)
     prepare(settings, arguments.output)  # bad rows are found before Ray starts

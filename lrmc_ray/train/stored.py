@@ -19,7 +19,7 @@ from typing import Any
 
 from lrmc_ray.errors import DataError, DirectoryInUseError, DiskError
 from lrmc_ray.files.artifacts import MANIFEST, json_content, write_json
-from lrmc_ray.files.beats import PROGRESS
+from lrmc_ray.files.beats import PROGRESS, beat
 from lrmc_ray.files.names import CHECKPOINT_NOW, CHECKPOINTS, LEDGER, METRICS, MODEL, RUNG
 from lrmc_ray.files.place import StoredPlace
 from lrmc_ray.files.storage import COMMITTED, Storage, files_below
@@ -305,7 +305,14 @@ class StoredRun:
             if (sign := self.storage.read(f"{self.name}/{PROGRESS}")) is not None:
                 path.with_name(PROGRESS).write_bytes(sign)
 
-        with _repeated(follow, path):
+        def follow_or_wait() -> None:
+            try:
+                follow()
+            except DiskError:
+                beat()  # whether rank 0 gets on is not known: that is no reason to end the run
+                raise
+
+        with _repeated(follow_or_wait, path):
             yield
 
 

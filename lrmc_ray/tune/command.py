@@ -39,10 +39,12 @@ def main(argv: Sequence[str]) -> int:
         explain(settings, arguments.output, as_json=arguments.json)
         return 0
 
+    from lrmc_ray.evaluate.allowed_python import allow_python
     from lrmc_ray.tune.description import study_directory
     from lrmc_ray.tune.run import Search
 
     contents = check_inputs(settings, arguments.output)
+    allow_python([*settings.evaluate.domain_tasks, *settings.evaluate.general_tasks])
     with lock_directory(study_directory(settings, arguments.output, contents)):
         search = Search(
             settings,

@@ -9,7 +9,9 @@ from lrmc_ray.files.study import (
     FoundRange,
     StudyFile,
     TrialEntry,
+    TrialLine,
     find_study,
+    read_outline,
     read_study,
     trial_directory,
     write_study,
@@ -83,8 +85,32 @@ def test_a_file_that_is_read_and_written_again_is_the_same(tmp_path):
 )
 def test_a_damaged_file_is_refused_by_field(tmp_path, change, message):
     (tmp_path / "study.json").write_text(json.dumps(LEAST | change))
-    with pytest.raises(DataError, match=message):
-        read_study(tmp_path)
+    for read in (read_study, read_outline):
+        with pytest.raises(DataError, match=message):
+            read(tmp_path)
+
+
+def test_an_outline_says_of_trials_what_they_are_counted_by(tmp_path):
+    trials = [
+        {"number": 0, "role": "defaults", "state": "FAIL", "cause": "c"},
+        {
+            "number": 1,
+            "role": "search",
+            "state": "COMPLETE",
+            "scores": "trials/0001/scores",
+            "settings": {"lr": 1e-4},
+            "results": {"eval/domain_gain": 0.5, "eval/forgetting": -0.25, "eval/combined": 0.75},
+        },
+    ]
+    settings = {"data": {"train": ["a.jsonl"]}}
+    content = LEAST | {"best": 1, "trials": trials, "settings": settings, "final": {"base": "b"}}
+    (tmp_path / "study.json").write_text(json.dumps(content))
+    outline = read_outline(tmp_path)
+    gain = {"eval/domain_gain": 0.5, "eval/forgetting": -0.25}
+    first = TrialLine(0, "FAIL", None, {})
+    assert outline.trials == [first, TrialLine(1, "COMPLETE", "trials/0001/scores", gain)]
+    whole = read_study(tmp_path).model_dump(exclude={"trials"})
+    assert outline.model_dump(exclude={"trials"}) == whole
 
 
 def test_no_file_is_an_unfinished_input(tmp_path):
