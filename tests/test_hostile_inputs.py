@@ -26,8 +26,10 @@ from lrmc_ray.evaluate.no_code import keep_code_out
 from lrmc_ray.evaluate.task_files import check_tasks, task_fingerprints
 from lrmc_ray.export.blend_command import main as blend
 from lrmc_ray.export.command import main as export
+from lrmc_ray.export.curve import score_blend
+from lrmc_ray.export.trial_model import train_again
 from lrmc_ray.files.origin import origin_of, write_origin
-from lrmc_ray.files.study import read_study
+from lrmc_ray.files.study import TrialEntry, read_study
 from lrmc_ray.outputs.inventory import Sizes, inventory
 from lrmc_ray.outputs.ls_command import main as ls
 from lrmc_ray.outputs.prunable import prunable, remove
@@ -241,6 +243,22 @@ def test_python_is_seen_however_a_task_names_it(tmp_path, canary, cache, line):
         check_allowed([str(task)], named_by=tmp_path / "settings.json", remedy="name it")
     allow_python([str(task)])
     check_allowed([str(task)], named_by=tmp_path / "settings.json", remedy="name it")
+
+
+def test_a_link_in_a_study_leads_no_command_out_of_it(tmp_path, tiny_model):
+    study, outside = tmp_path / "study", tmp_path / "outside"
+    (outside / "model.partial").mkdir(parents=True)
+    (outside / "model.partial" / "kept").touch()
+    (study / "trials").mkdir(parents=True)
+    for link in ("blends", "trials/0001"):
+        (study / link).symlink_to(outside)
+    settings = settings_of()
+    with pytest.raises(DataError, match="a link leads to"):
+        score_blend(settings, study, tiny_model, tiny_model, 0.5, study / "base_scores")
+    entry = TrialEntry(number=1, role="search", state="COMPLETE")
+    with pytest.raises(DataError, match="a link leads to"):
+        train_again(study, entry, settings)
+    assert [path.name for path in outside.rglob("*")] == ["model.partial", "kept"]
 
 
 def stranger_with_python(folder: Path, base: Path, canary: Path) -> Path:

@@ -10,6 +10,7 @@ from lrmc_ray.evaluate.run import evaluate
 from lrmc_ray.export.trial_model import (
     base_scores_of,
     check_base,
+    check_within,
     finished_trial,
     kept_model,
     scored_fingerprint,
@@ -51,7 +52,8 @@ def measure_curves(
         weights: where they are measured, each between 0 and 1.
 
     Raises:
-        DataError: the base, or a trial's model, is not the one that the search scored.
+        DataError: the base, or a trial's model, is not the one that the search scored; a link leads
+            out of the study.
         EvaluationError: scoring failed.
     """
     settings = study_settings(directory)
@@ -68,7 +70,7 @@ def measure_curves(
                 if point is None or not _holds(point, directory, study, tuned):
                     source = kept_model(directory, study, entry)
                     source = source or train_again(directory, entry, settings)
-                    scores = _score(settings, directory, source, base, weight, base_scores)
+                    scores = score_blend(settings, directory, source, base, weight, base_scores)
                     point = BlendPoint(
                         trial=entry.number,
                         weight=weight,
@@ -90,7 +92,7 @@ def _holds(point: BlendPoint, directory: Path, study: StudyFile, tuned: str) -> 
     )
 
 
-def _score(
+def score_blend(
     settings: RunSettings,
     directory: Path,
     source: Path,
@@ -100,6 +102,7 @@ def _score(
 ) -> Path:
     """Make one blend, score it, and remove it."""
     made = directory / BLENDS / f"model{PARTIAL}"
+    check_within(made, directory)
     shutil.rmtree(made, ignore_errors=True)
     made.mkdir(parents=True)
     try:

@@ -149,6 +149,7 @@ def train_again(directory: Path, entry: TrialEntry, settings: RunSettings) -> Pa
         DataError: the record, or the weights, are others than the trial's.
     """
     own = trial_directory(directory, entry.number)
+    check_within(own, directory)
     trained = read_manifest(own / "training", made_by="lrmc tune")
     resources = settings.resources
     if entry.settings.get("reduction") == "fast":  # only then their number matters
@@ -179,6 +180,19 @@ def train_again(directory: Path, entry: TrialEntry, settings: RunSettings) -> Pa
     (again / MODEL).rename(final)
     shutil.rmtree(again)
     return final
+
+
+def check_within(path: Path, directory: Path) -> None:
+    """Refuse to write where a link in a study leads out of it.
+
+    Raises:
+        DataError: names the link's end.
+    """
+    if not path.resolve().is_relative_to(directory.resolve()):
+        raise DataError(
+            f"{path} must lie in {directory}, a link leads to {path.resolve()}; move that "
+            "directory to its place"
+        )
 
 
 def base_scores_of(directory: Path, study: StudyFile) -> Path:
