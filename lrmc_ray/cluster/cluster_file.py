@@ -45,7 +45,7 @@ def load_cluster(path: Path) -> dict[str, Any]:
 
     Raises:
         IncompleteArtifactError: there is no such file.
-        ConfigError: it is not YAML, or no mapping.
+        ConfigError: it is not YAML, no mapping, or a manifest for Kubernetes.
     """
     import yaml
 
@@ -55,6 +55,11 @@ def load_cluster(path: Path) -> dict[str, Any]:
         raise IncompleteArtifactError(f"{path} does not exist; give a cluster file") from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path} is not valid YAML: {error}") from None
+    if isinstance(config, dict) and "apiVersion" in config:
+        raise ConfigError(
+            f"{path} must be a file for `ray up`, got a manifest for Kubernetes; check it with "
+            f"`kubectl apply --dry-run=server -f {path}`"
+        )
     if not isinstance(config, dict) or not isinstance(config.get("provider"), dict):
         raise ConfigError(f"{path} must have a section `provider`; see cluster.yaml")
     return config

@@ -11,7 +11,8 @@ from lrmc_ray.config import ResourceSettings
 from lrmc_ray.errors import ConfigError, IncompleteArtifactError, ResourceError
 
 ROOT = Path(__file__).parents[2]
-FILES = [ROOT / "cluster.yaml", *sorted((ROOT / "clusters").glob("*.yaml"))]
+FOR_KUBECTL = ROOT / "clusters" / "kuberay.yaml"
+FILES = [ROOT / "cluster.yaml", *sorted({*(ROOT / "clusters").glob("*.yaml")} - {FOR_KUBECTL})]
 AWS, GCP, LOCAL = FILES
 CLOUDS = [AWS, GCP]
 
