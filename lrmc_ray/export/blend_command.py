@@ -18,7 +18,7 @@ def main(argv: Sequence[str]) -> int:
     """The command ``lrmc blend``."""
     arguments = _parser().parse_args(argv)
     setup_logging(arguments.verbose)
-    weights = _weights(arguments.at)
+    weights = _weights(arguments.at, by_depth=arguments.by_depth)
     directory = find_study(arguments.study)
 
     from lrmc_ray.evaluate.allowed_python import allow_python, check_allowed
@@ -45,7 +45,7 @@ def main(argv: Sequence[str]) -> int:
             storage=settings.resources.storage,
         ),
     ):
-        measure_curves(directory, file, trials, weights)
+        measure_curves(directory, file, trials, weights, "depth" if arguments.by_depth else "even")
     study = load_study(directory)
     report = write_study_report(study)
     curves = blend_curves(study, [trial.number for trial in trials])
@@ -54,6 +54,7 @@ def main(argv: Sequence[str]) -> int:
             {
                 "trial": curve.trial.entry.number,
                 "weight": place.weight,
+                "by_depth": curve.form == "depth",
                 **place.comparison.metrics(),
             }
             for curve in curves
@@ -65,13 +66,14 @@ def main(argv: Sequence[str]) -> int:
     plain_console().print(curves_table(study, curves))
     print(f"\nReport  {report}")
     trial = curves[0].trial.entry.number
-    command = ("export", directory, "--trial", trial, "--blend", "0.5", "--to", "DIR")
+    depth = ("--by-depth",) if arguments.by_depth else ()
+    command = ("export", directory, "--trial", trial, "--blend", "0.5", *depth, "--to", "DIR")
     print(f"The model of a row: {pasteable('lrmc', *command)}")
     return 0
 
 
-def _weights(text: str) -> list[float]:
-    """Numbers between 0 and 1, ascending.
+def _weights(text: str, *, by_depth: bool) -> list[float]:
+    """Numbers between 0 and 1, ascending; by depth 0 is a blend, too.
 
     Raises:
         ConfigError: one is none.
@@ -80,7 +82,7 @@ def _weights(text: str) -> list[float]:
         weights = sorted({float(part) for part in text.split(",")})
     except ValueError:
         weights = []
-    if not weights or not all(0.0 < weight < 1.0 for weight in weights):
+    if not weights or not all(0.0 < x < 1.0 or (by_depth and x == 0.0) for x in weights):
         raise ConfigError(
             f"--at must be numbers between 0 and 1, got {text}; write them as 0.25,0.5,0.75"
         )
@@ -118,6 +120,11 @@ def _parser() -> argparse.ArgumentParser:
         action="store_true",
         help="run the Python that the study's task files name; needed where no command of yours "
         "has named the same tasks",
+    )
+    parser.add_argument(
+        "--by-depth",
+        action="store_true",
+        help="X for the first layer, growing to 1 for the last (LiNeS)",
     )
     parser.add_argument(
         "--address", default="local", help="Ray cluster to join (default: Ray on this machine)"

@@ -66,8 +66,9 @@ def main(argv: Sequence[str]) -> int:
         print(f"{made.gguf}: {size_text(made.gguf.stat().st_size)}")
     print("Next:")
     print(f"  {pasteable('lrmc', 'chat', made.directory)}")
-    if 0.0 < arguments.blend < 1.0 and not arguments.by_depth:
-        words = ("--trial", made.trial, "--at", f"{arguments.blend:g}")
+    if 0.0 < arguments.blend < 1.0:
+        words = ["--trial", made.trial, "--at", f"{arguments.blend:g}"]
+        words += ["--by-depth"] if arguments.by_depth else []
         print(f"  {pasteable('lrmc', 'blend', study, *words)}")
     return 0
 

@@ -22,6 +22,7 @@ from lrmc_ray.files.artifacts import PARTIAL, is_finished, relative_path
 from lrmc_ray.files.blend import BLENDS, BlendPoint, read_blend, write_blend
 from lrmc_ray.files.fault_points import passed
 from lrmc_ray.files.study import StudyFile, TrialEntry
+from lrmc_ray.method.names import Blend
 from lrmc_ray.models import local_directory
 
 
@@ -38,7 +39,11 @@ def curve_trials(study: StudyFile, numbers: Sequence[int] | None) -> list[TrialE
 
 
 def measure_curves(
-    directory: Path, study: StudyFile, trials: Sequence[TrialEntry], weights: Sequence[float]
+    directory: Path,
+    study: StudyFile,
+    trials: Sequence[TrialEntry],
+    weights: Sequence[float],
+    form: Blend = "even",
 ) -> None:
     """Score every trial's blends on the search's items, and write ``blend.json``.
 
@@ -50,6 +55,7 @@ def measure_curves(
         study: what ``study.json`` says.
         trials: whose curves are wanted.
         weights: where they are measured, each between 0 and 1.
+        form: how a weight is spread over the layers.
 
     Raises:
         DataError: the base, or a trial's model, is not the one that the search scored; a link leads
@@ -66,14 +72,17 @@ def measure_curves(
         for entry in trials:
             tuned = scored_fingerprint(directory, entry)
             for weight in weights:
-                point = known.point(entry.number, weight)
+                point = known.point(entry.number, weight, form)
                 if point is None or not _holds(point, directory, study, tuned):
                     source = kept_model(directory, study, entry)
                     source = source or train_again(directory, entry, settings)
-                    scores = score_blend(settings, directory, source, base, weight, base_scores)
+                    scores = score_blend(
+                        settings, directory, source, base, weight, base_scores, form
+                    )
                     point = BlendPoint(
                         trial=entry.number,
                         weight=weight,
+                        form=form,
                         tuned=tuned,
                         base_scores=str(study.base_scores),
                         scores=relative_path(scores, directory),
@@ -99,6 +108,7 @@ def score_blend(
     base: Path,
     weight: float,
     base_scores: Path,
+    form: Blend = "even",
 ) -> Path:
     """Make one blend, score it, and remove it."""
     made = directory / BLENDS / f"model{PARTIAL}"
@@ -106,7 +116,7 @@ def score_blend(
     shutil.rmtree(made, ignore_errors=True)
     made.mkdir(parents=True)
     try:
-        write_model(source, made, dtype="float32", base=base, blend=weight)
+        write_model(source, made, dtype="float32", base=base, blend=weight, form=form)
         passed("blend.model_written")
         return evaluate(settings, made, directory / BLENDS, split="dev", base=base_scores)
     finally:

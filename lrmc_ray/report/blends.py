@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from lrmc_ray.evaluate.changes import Comparison, compare
 from lrmc_ray.evaluate.items import Scores
 from lrmc_ray.files.blend import BlendPoint, read_blend
+from lrmc_ray.method.names import Blend, choices
 from lrmc_ray.report.study import RESAMPLES, Study, Trial, bootstrap_seed
 
 
@@ -24,6 +25,7 @@ class BlendCurve:
     """Gain and forgetting from the base to one trial's model, on the search's items."""
 
     trial: Trial
+    form: Blend
     places: tuple[BlendPlace, ...]
     """By rising weight, the trial itself last."""
 
@@ -39,11 +41,11 @@ class BlendCurve:
 
 
 def blend_curves(study: Study, trials: Sequence[int] | None = None) -> list[BlendCurve]:
-    """The curves of a study, in the order of the trials.
+    """The measured curves of a study, in the order of the trials; by depth behind even.
 
     Args:
         study: with its trials.
-        trials: numbers of those that are wanted; by default every one with a measured point.
+        trials: numbers of those that are wanted; all by default.
 
     Raises:
         DataError: ``blend.json``, or scores that it names, are damaged.
@@ -52,11 +54,17 @@ def blend_curves(study: Study, trials: Sequence[int] | None = None) -> list[Blen
     file = read_blend(study.directory)
     curves = []
     for trial in study.compared:
-        own = [p for p in file.points if _counts(p, study, trial)]
-        wanted = bool(own) if trials is None else trial.entry.number in trials
-        if wanted:
-            curves.append(_curve(study, trial, own))
+        if trials is None or trial.entry.number in trials:
+            own = [p for p in file.points if _counts(p, study, trial)]
+            found = [_curve(study, trial, form, own) for form in choices(Blend)]
+            curves += [curve for curve in found if len(curve.places) > 1]
     return curves
+
+
+def blend_curve(study: Study, trial: Trial, form: Blend) -> BlendCurve:
+    """One curve, measured or not; raises as :func:`blend_curves` does."""
+    points = [p for p in read_blend(study.directory).points if _counts(p, study, trial)]
+    return _curve(study, trial, form, points)
 
 
 def _counts(point: BlendPoint, study: Study, trial: Trial) -> bool:
@@ -64,7 +72,7 @@ def _counts(point: BlendPoint, study: Study, trial: Trial) -> bool:
     return point.trial == trial.entry.number and point.base_scores == study.file.base_scores
 
 
-def _curve(study: Study, trial: Trial, points: Sequence[BlendPoint]) -> BlendCurve:
+def _curve(study: Study, trial: Trial, form: Blend, points: Sequence[BlendPoint]) -> BlendCurve:
     assert study.file.base_scores is not None, "a study that is loaded has them"
     assert trial.comparison is not None, "only compared trials have a curve"
     assert trial.scores is not None, "only compared trials have a curve"
@@ -77,7 +85,8 @@ def _curve(study: Study, trial: Trial, points: Sequence[BlendPoint]) -> BlendCur
         resamples=RESAMPLES,
     )
     places = []
-    for point in sorted(points, key=lambda point: point.weight):
+    own = [point for point in points if point.form == form]
+    for point in sorted(own, key=lambda point: point.weight):
         scores = Scores.load(study.directory / point.scores)
         places.append(BlendPlace(point.weight, scores, against(scores)))
-    return BlendCurve(trial, (*places, BlendPlace(1.0, trial.scores, trial.comparison)))
+    return BlendCurve(trial, form, (*places, BlendPlace(1.0, trial.scores, trial.comparison)))

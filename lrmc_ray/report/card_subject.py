@@ -7,7 +7,7 @@ from lrmc_ray.errors import IncompleteArtifactError
 from lrmc_ray.evaluate.items import Scores
 from lrmc_ray.evaluate.numbers import points
 from lrmc_ray.files.origin import Origin
-from lrmc_ray.report.blends import BlendPlace, blend_curves
+from lrmc_ray.report.blends import BlendPlace, blend_curve
 from lrmc_ray.report.study import Study, Trial, Verdict
 
 
@@ -55,10 +55,9 @@ class CardSubject:
 
     def unmeasured(self, study: Study) -> str:
         """What stands in place of scores that there are not."""
-        if self.grows_with_depth:
-            return "This blend was not scored; `lrmc evaluate --tuned` does that.\n"
+        depth = " --by-depth" if self.grows_with_depth else ""
         command = f"lrmc blend {study.file.id} --trial {self.trial.entry.number}"
-        text = f"This blend was not scored; `{command} --at {self.blend:g}` does that."
+        text = f"This blend was not scored; `{command} --at {self.blend:g}{depth}` does that."
         if self.nearest:
             parts = [
                 f"{'at 1, the trial,' if place.weight == 1.0 else f'at {place.weight:g}'} gain "
@@ -68,7 +67,7 @@ class CardSubject:
             ]
             text += (
                 f" Measured on the search items, in points of 100, were other blends of the same "
-                f"two models: {'; '.join(parts)}."
+                f"two models{', growing with depth' if depth else ''}: {'; '.join(parts)}."
             )
         return f"{text}\n"
 
@@ -115,9 +114,7 @@ def subject_of(study: Study, origin: Origin | None = None) -> CardSubject:
 
 
 def _blended(study: Study, trial: Trial, origin: Origin, weight: float) -> CardSubject:
-    if origin.blend_form == "depth":
-        return CardSubject(trial, None, origin)
-    (curve,) = blend_curves(study, [trial.entry.number])
+    curve = blend_curve(study, trial, origin.blend_form)
     place = curve.place(weight)
     if place is not None:
         return CardSubject(trial, _on_search_items(study, place), origin)

@@ -130,7 +130,7 @@ def test_a_blend_by_depth_keeps_the_first_layer_near_the_base(shared_study, tiny
     assert (origin.blend, origin.blend_form) == (0.25, "depth")
     card = (tmp_path / "mine" / "README.md").read_text()
     assert "grows from 0.25 in the first layer to 1 in the last" in card
-    assert "This blend was not scored" in card
+    assert "`lrmc blend demo-0123456789ab --trial 3 --at 0.25 --by-depth` does that" in card
 
 
 def test_the_tuned_model_has_no_depth_to_grow_with(shared_study, tmp_path, capsys):
@@ -227,6 +227,19 @@ def test_the_card_of_a_blend_claims_only_what_was_measured(study, tmp_path):
     card = (tmp_path / "measured" / "README.md").read_text()
     assert f"Domain gain {points(half.domain_gain.value)} points of 100" in card
     assert "was not scored" not in card
+
+
+def test_the_card_of_a_blend_by_depth_has_scores_of_such_a_blend(study, tmp_path):
+    add_blend(study, BEST, 0.5, item_rows(BEST, 0.4, 0.006))
+    add_blend(study, BEST, 0.25, item_rows(BEST, 0.3, 0.004), "depth")
+    deep = comparison_of(study, study / "blends/scores/3-0.25-depth")
+    assert exported(study, tmp_path / "measured", "--blend", 0.25, "--by-depth") == 0
+    card = (tmp_path / "measured" / "README.md").read_text()
+    assert f"Domain gain {points(deep.domain_gain.value)} points of 100" in card
+    assert exported(study, tmp_path / "beside", "--blend", 0.5, "--by-depth") == 0
+    card = (tmp_path / "beside" / "README.md").read_text()
+    assert f"growing with depth: at 0.25 gain {points(deep.domain_gain.value)}, forgetting" in card
+    assert "Domain gain" not in card
 
 
 def refused(study, target, *argv, capsys):

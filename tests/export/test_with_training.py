@@ -166,6 +166,22 @@ def test_a_curve_has_the_scores_of_the_models_that_export_makes(study, tmp_path,
     assert "--trial 0 --blend 0.5 --to my_model" in page
 
 
+def test_a_curve_by_depth_has_the_scores_of_a_blend_by_depth(study, tmp_path, capsys):
+    argv = [str(study), "--at", "0.5", "--by-depth", "--json"]
+    assert blend(argv) == 0
+    told = json.loads(capsys.readouterr().out)["points"]
+    (row,) = [row for row in told if row["by_depth"] and row["weight"] < 1.0]
+    point = read_blend(study).point(0, 0.5, "depth")
+    manifest = read_manifest(study / point.scores, made_by="lrmc blend")
+    target = tmp_path / "deep"
+    assert export([str(study), "--to", str(target), "--blend", "0.5", "--by-depth"]) == 0
+    assert manifest["identity"]["model"] == model_fingerprint(target)
+    scored = Scores.load(study / point.scores)
+    base = Scores.load(study / read_study(study).base_scores)
+    compared = compare(base, scored, forgetting_weight=1.0, seed=0)
+    assert row["eval/domain_gain"] == pytest.approx(compared.domain_gain.value, abs=1e-12)
+
+
 def test_going_on_from_a_tuned_model(study, settings, tmp_path):
     """The tuned model is the base of everything that follows, and says where it comes from."""
     first = tmp_path / "first"

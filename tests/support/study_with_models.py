@@ -38,12 +38,15 @@ def name_model(scores: Path, model: Path) -> None:
     write_manifest(scores, {"kind": "scores", "identity": {"model": model_fingerprint(model)}})
 
 
-def add_blend(directory: Path, trial: int, weight: float, rows: list[dict[str, Any]]) -> None:
+def add_blend(
+    directory: Path, trial: int, weight: float, rows: list[dict[str, Any]], form: str = "even"
+) -> None:
     """Let a blend of a trial have these scores, as ``lrmc blend`` leaves them."""
-    folder = f"blends/scores/{trial}-{weight:g}"
+    folder = f"blends/scores/{trial}-{weight:g}" + ("-depth" if form == "depth" else "")
     save_scores(directory / folder, rows, "blend")
     path = directory / "blend.json"
     file = json.loads(path.read_text()) if path.exists() else {"schema": 1, "points": []}
-    point = {"trial": trial, "weight": weight, "tuned": "-", "base_scores": "base_scores"}
+    point = {"trial": trial, "weight": weight, "form": form, "tuned": "-"}
+    point["base_scores"] = "base_scores"
     file["points"].append({**point, "scores": folder})
     path.write_text(json.dumps(file))
