@@ -18,8 +18,9 @@ import tomllib
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
+from benchmarks import drift_and_forgetting
 from lrmc_ray.compare.description import COMPARISON_FILE
 from lrmc_ray.compare.figure import draw_effects, draw_methods, draw_scatter
 from lrmc_ray.compare.report import as_csv, as_markdown
@@ -46,6 +47,9 @@ class Report:
     """Those that are reported; None for all that have run."""
     figures: dict[str, Callable[[ComparisonTable], "Figure"]] = field(default_factory=dict)
     """By the name of their file."""
+    pooled: tuple[str, str] | None = None
+    """Archive and name of a second comparison, with other seeds of the same: its methods are
+    reported, on the seeds of both."""
 
 
 REPORTS = (
@@ -63,6 +67,7 @@ REPORTS = (
     Report("prompt_k512", "compare_prompt_k", "prompt_k512"),
 )  # fmt: skip
 TRANSFER = "transfer"
+DRIFT = "drift"
 
 
 def unpack(archive: str, directory: Path) -> None:
@@ -82,20 +87,62 @@ def load(report: Report, directory: Path) -> ComparisonTable:
     comparison = comparison_directory(directory, report.comparison)
     path = comparison / COMPARISON_FILE
     description = json.loads(path.read_text(encoding="utf-8"))
+    if report.pooled is not None:
+        other = comparison_directory(directory, report.pooled[1])
+        description = pool(description, other)
     if report.seeds is not None:
         description["seeds"] = list(report.seeds)
     # The labels are no part of the results: they came later, and say only what is in colour.
     methods = tomllib.loads(SPACE.read_text(encoding="utf-8"))["methods"]
     for method in description["methods"]:
-        method["label"] = methods[method["name"]].get("label", "")
+        method["label"] = methods.get(method["name"], {}).get("label", "")
     path.write_text(json.dumps(description), encoding="utf-8")
     return load_table(comparison)
 
 
-def as_page(markdown: str, archive: str) -> str:
+def pool(description: dict[str, Any], other: Path) -> dict[str, Any]:
+    """What two comparisons of the same say of the methods of the second, which has other seeds.
+
+    Args:
+        description: of the first, whose base scores are taken and whose directory it is for.
+        other: directory of the second, beside that of the first.
+    """
+    added = json.loads((other / COMPARISON_FILE).read_text(encoding="utf-8"))
+    names = {method["name"] for method in added["methods"]}
+    in_both = names & {method["name"] for method in description["methods"]}
+    seeds = [*description["seeds"], *added["seeds"]]
+    runs = [run for run in description["runs"] if run["method"] in names]
+    here = f"../{other.name}"
+    for run in added["runs"]:
+        run["directory"] = f"{here}/{run['directory']}"
+        if "scores" in run:
+            run["scores"] = f"{here}/{run['scores']}"
+        for blend in run.get("blends", ()):
+            blend["scores"] = f"{here}/{blend['scores']}"
+        if run["split"] == "test" or run["method"] not in in_both:
+            runs.append(run)  # of the others the first comparison has chosen the learning rate
+    effects = [
+        {**effect, "pairs": [pair for pair in effect["pairs"] if names >= set(pair)]}
+        for effect in description["effects"]
+    ]
+    return {
+        **description,
+        "methods": [
+            {**method, "seeds": seeds} if method["name"] in in_both else method
+            for method in added["methods"]
+        ],
+        "chosen": added["chosen"],
+        "runs": runs,
+        "seeds": seeds,
+        "effects": [effect for effect in effects if effect["pairs"]],
+    }
+
+
+def as_page(markdown: str, *archives: str) -> str:
     """The table with a line that says where it is from."""
     title, _, rest = markdown.partition("\n")
-    return f"{title}\n\nWritten by `{COMMAND}` from `{archive}.tar.xz`.\n{rest}"
+    names = " and ".join(f"`{archive}.tar.xz`" for archive in archives)
+    return f"{title}\n\nWritten by `{COMMAND}` from {names}.\n{rest}"
 
 
 def transfer_table(directory: Path) -> str:
@@ -113,7 +160,7 @@ def transfer_table(directory: Path) -> str:
 
 def main(argv: list[str] | None = None) -> int:
     """Write what is asked for."""
-    names = [*(report.name for report in REPORTS), TRANSFER]
+    names = [*(report.name for report in REPORTS), TRANSFER, DRIFT]
     parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
     parser.add_argument("names", nargs="*", metavar="NAME", help=f"of {', '.join(names)}")
     parser.add_argument("--output", type=Path, help="write tables and figures there instead")
@@ -125,10 +172,12 @@ def main(argv: list[str] | None = None) -> int:
     for report in REPORTS:
         if report.name in (arguments.names or names):
             with tempfile.TemporaryDirectory() as directory:
-                unpack(report.archive, Path(directory))
+                archives = [report.archive, *([report.pooled[0]] if report.pooled else [])]
+                for archive in archives:
+                    unpack(archive, Path(directory))
                 table = load(report, Path(directory))
             path = tables / f"compare_{report.name}.md"
-            path.write_text(as_page(as_markdown(table), report.archive), encoding="utf-8")
+            path.write_text(as_page(as_markdown(table), *archives), encoding="utf-8")
             print(path)
             path = path.with_suffix(".csv")
             path.write_text(as_csv(table), encoding="utf-8")
@@ -141,6 +190,15 @@ def main(argv: list[str] | None = None) -> int:
             unpack(TRANSFER, Path(directory))
             path = tables / f"{TRANSFER}.md"
             path.write_text(as_page(transfer_table(Path(directory)), TRANSFER), encoding="utf-8")
+        print(path)
+    if DRIFT in (arguments.names or names):
+        archives = ["compare_nl2sql", "compare_ct_radio"]
+        with tempfile.TemporaryDirectory() as directory:
+            for archive in archives:
+                unpack(archive, Path(directory))
+            found = [comparison_directory(Path(directory), name) for name in ("compare", "ct")]
+            path = tables / f"{DRIFT}.md"
+            path.write_text(as_page(drift_and_forgetting.table(*found), *archives), "utf-8")
         print(path)
     return 0
 

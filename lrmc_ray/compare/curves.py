@@ -59,7 +59,7 @@ def curve_rows(
     rows = []
     for name, by_seed in curves.items():
         places = dict.fromkeys(place for curve in by_seed.values() for place in curve)
-        for place in places:
+        for place in sorted(places, key=lambda place: place == WHOLE):
             own = {seed: curve[place] for seed, curve in by_seed.items() if place in curve}
             is_on_it = name == reader.description["reference"] and place.form == "even"
             rows.append(

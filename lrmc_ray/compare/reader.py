@@ -84,6 +84,13 @@ class ComparisonReader:
             resamples=RESAMPLES,
         )
 
+    def forgetting(self, entry: Mapping[str, Any]) -> float:
+        """Of a run, on all general items: those that choose, and those that are reported."""
+        base = Scores.load(self.directory / self.description["base_scores"][entry["split"]])
+        tuned = Scores.load(self.directory / entry["scores"])
+        compared = compare(base, tuned, forgetting_weight=1.0, seed=0, resamples=2)
+        return compared.forgetting.value
+
     def comparisons(self, method: str, lr: float | None, split: Split) -> dict[int, Comparison]:
         """By seed, of the runs that are scored."""
         if lr is None:

@@ -91,6 +91,8 @@ class SearchPoint:
     """Over items."""
     forgetting: Interval
     combined: Interval
+    forgetting_of_all: float
+    """On all general items, those that are reported as well."""
     kl_domain: float | None
     kl_general: float | None
     is_chosen: bool
@@ -198,15 +200,16 @@ def load_table(directory: Path) -> ComparisonTable:
 def _search_points(reader: ComparisonReader) -> tuple[SearchPoint, ...]:
     description = reader.description
     seed, chosen = description["seeds"][0], description.get("chosen", {})
-    found: list[tuple[str, float, Comparison]] = []
+    found: list[tuple[str, float, Comparison, float]] = []
     for method in description["methods"]:
         for lr in sorted(method["learning_rates"]):
             entry = reader.entry(method["name"], lr, seed, "dev")
             if entry is not None and entry["state"] == "COMPLETE":
-                found.append((method["name"], lr, reader.compared(entry)))
+                compared = reader.compared(entry)
+                found.append((method["name"], lr, compared, reader.forgetting(entry)))
     reference = [
         (c.domain_gain.value, c.forgetting.value)
-        for name, _, c in found
+        for name, _, c, _ in found
         if name == description["reference"]
     ]
     return tuple(
@@ -216,6 +219,7 @@ def _search_points(reader: ComparisonReader) -> tuple[SearchPoint, ...]:
             domain_gain=compared.domain_gain,
             forgetting=compared.forgetting,
             combined=compared.combined,
+            forgetting_of_all=of_all,
             kl_domain=_dev_drift(reader, name, lr, seed, "domain"),
             kl_general=_dev_drift(reader, name, lr, seed, "general"),
             is_chosen=chosen.get(name) == lr,
@@ -223,7 +227,7 @@ def _search_points(reader: ComparisonReader) -> tuple[SearchPoint, ...]:
                 compared.domain_gain.value, compared.forgetting.value, reference
             ),
         )
-        for name, lr, compared in found
+        for name, lr, compared, of_all in found
     )
 
 
@@ -239,7 +243,8 @@ def forgetting_predictors(points_: Sequence[SearchPoint]) -> tuple[Predictor, ..
     """Whether drift, which needs no general task, says how much a model has forgotten.
 
     That KL on the new task predicts forgetting is the claim of Shenfeld et al. (2025, "RL's
-    Razor"); the gain is the rival explanation: who learns more forgets more.
+    Razor"); the gain is the rival explanation: who learns more forgets more. The forgetting is that
+    on all general items: no choice rests on it, and half of them are too few to rank it by.
     """
     found = []
     values: dict[str, list[float | None]] = {
@@ -251,7 +256,7 @@ def forgetting_predictors(points_: Sequence[SearchPoint]) -> tuple[Predictor, ..
         known = [(v, point) for v, point in zip(column, points_, strict=True) if v is not None]
         correlation = rank_correlation(
             [value for value, _ in known],
-            [point.forgetting.value for _, point in known],
+            [point.forgetting_of_all for _, point in known],
             [point.method for _, point in known],
         )
         if correlation is not None:

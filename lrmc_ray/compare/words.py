@@ -69,7 +69,8 @@ def sentences(table: ComparisonTable) -> list[str]:
         ranked = "; ".join(f"{p.name} {p.correlation}" for p in table.predictors)
         said.append(
             f"What ranks the forgetting of {table.predictors[0].points} models, all methods and "
-            f"learning rates on the first seed (Spearman, intervals over methods): {ranked}."
+            f"learning rates on the first seed, on all general items (Spearman, intervals over "
+            f"methods): {ranked}."
         )
     failed = [row for row in table.rows if any("failed" in problem for problem in row.problems)]
     if failed:

@@ -3,11 +3,12 @@
 import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import get_args
 
 from lrmc_ray.evaluate.changes import Comparison, compare
 from lrmc_ray.evaluate.items import Scores
 from lrmc_ray.files.blend import BlendPoint, read_blend
-from lrmc_ray.method.names import Blend, choices
+from lrmc_ray.method.names import Blend
 from lrmc_ray.report.study import RESAMPLES, Study, Trial, bootstrap_seed
 
 
@@ -53,10 +54,11 @@ def blend_curves(study: Study, trials: Sequence[int] | None = None) -> list[Blen
     """
     file = read_blend(study.directory)
     curves = []
+    forms: tuple[Blend, ...] = get_args(Blend)
     for trial in study.compared:
         if trials is None or trial.entry.number in trials:
             own = [p for p in file.points if _counts(p, study, trial)]
-            found = [_curve(study, trial, form, own) for form in choices(Blend)]
+            found = [_curve(study, trial, form, own) for form in forms]
             curves += [curve for curve in found if len(curve.places) > 1]
     return curves
 

@@ -411,6 +411,16 @@ def test_learning_rates_are_shown_on_the_items_that_chose(finished, table):
     expected = compare(base, tuned, forgetting_weight=1.0, seed=0)
     assert own[0].domain_gain == expected.domain_gain
     assert own[0].forgetting == expected.forgetting
+    whole = [
+        Scores.load(path)
+        for path in (
+            finished.output / "scores" / "dev",
+            finished.description.run_directory(Job("lrmc", 1e-5, 0, "dev")) / "scores" / "dev",
+        )
+    ]
+    of_all = compare(*whole, forgetting_weight=1.0, seed=0).forgetting.value
+    assert own[0].forgetting_of_all == pytest.approx(of_all, abs=1e-12)
+    assert of_all != pytest.approx(expected.forgetting.value, abs=1e-4)
     best = max(own, key=lambda point: point.combined.value)
     assert best.is_chosen
     plain = [p for p in table.points if p.method == "sft"]
@@ -419,9 +429,11 @@ def test_learning_rates_are_shown_on_the_items_that_chose(finished, table):
 
 def test_what_ranks_forgetting_over_methods_and_learning_rates():
     def point(method, forgetting, kl_domain, kl_general, gain=0.1):
-        same = Interval(forgetting, forgetting, forgetting)
+        other = Interval(-forgetting, -forgetting, -forgetting)  # of the half that chooses
         gained = Interval(gain, gain, gain)
-        return SearchPoint(method, 1e-5, gained, same, same, kl_domain, kl_general, False, None)
+        return SearchPoint(
+            method, 1e-5, gained, other, other, forgetting, kl_domain, kl_general, False, None
+        )
 
     levels = (0.01, 0.03, 0.02)
     made = [
