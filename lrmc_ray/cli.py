@@ -13,7 +13,7 @@ from lrmc_ray.console import run_command
 
 STAGES = {
     "record": "Stage 0: record the candidate tokens of the training data",
-    "plan": "what recording, or a search on a cluster, would cost",
+    "plan": "what recording, training or a search on a cluster would take",
     "inspect": "look into a record, or verify every file of it",
     "train": "Stage 1: fine-tune on the recorded candidates with MoClip",
     "evaluate": "score a model: domain gain and forgetting against its base",

@@ -120,8 +120,25 @@ def local_directory(settings: ModelSettings) -> Path:
     elif Path(settings.name).is_dir():
         directory = Path(settings.name).resolve()
     else:
-        directory = _download(settings)
+        directory = _download(settings, [f"*{WEIGHT_SUFFIX}", "*.json", *TOKENIZER_FILES])
     check_files(settings.name, directory)
+    return directory
+
+
+def config_directory(settings: ModelSettings) -> Path:
+    """The directory that holds the model's ``config.json``, be there weights or not.
+
+    Raises:
+        IncompleteArtifactError: it is no directory and the Hub does not have it or is out of reach.
+        DataError: the directory lacks it.
+    """
+    if settings.name in (DEMO, GEMMA):
+        return local_directory(settings)
+    if not Path(settings.name).is_dir():
+        return _download(settings, ["config.json"])
+    directory = Path(settings.name).resolve()
+    if not (directory / "config.json").is_file():
+        raise DataError(f"model {settings.name} has no config.json; put the model's own there")
     return directory
 
 
@@ -153,7 +170,7 @@ def check_name(name: str) -> None:
         )
 
 
-def _download(settings: ModelSettings) -> Path:
+def _download(settings: ModelSettings, patterns: Sequence[str]) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
@@ -164,7 +181,7 @@ def _download(settings: ModelSettings) -> Path:
             snapshot_download(
                 settings.name,
                 revision=settings.revision,
-                allow_patterns=[f"*{WEIGHT_SUFFIX}", "*.json", *TOKENIZER_FILES],
+                allow_patterns=list(patterns),
             )
         )
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
@@ -328,9 +345,21 @@ def empty_model(directory: Path) -> Any:
     """
     import torch
 
+    with torch.device("meta"):
+        return unweighted_model(directory)
+
+
+def unweighted_model(directory: Path) -> Any:
+    """The float32 model of a ``config.json``, with weights that nobody has set to anything.
+
+    Raises:
+        DataError: transformers does not know it, or not without code of its own.
+    """
+    import torch
+
     config = load_config(directory)
-    with _reading("causal LM", directory), torch.device("meta"):
-        return _class_of(directory).from_config(config)
+    with _reading("causal LM", directory):
+        return _class_of(directory).from_config(config, dtype=torch.float32)
 
 
 def load_model(directory: Path, *, dtype: "torch.dtype | None" = None) -> Any:

@@ -1,7 +1,7 @@
 """The command-line arguments that several commands share, and the settings that they ask for."""
 
 import argparse
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -196,13 +196,21 @@ _METAVARS = {"integer": "N", "number": "X", "array": "LIST", "object": "TABLE"}
 """Of a flag, by the type of its setting; others are NAME."""
 
 
-def add_setting_flags(parser: argparse.ArgumentParser) -> None:
+def add_setting_flags(
+    parser: argparse.ArgumentParser, names: Collection[str] = tuple(TrainSettings.model_fields)
+) -> None:
     """A flag for every setting of ``train``: ``--lora-rank 8`` is ``train.lora_rank=8``.
 
     One that is true or false has two, ``--packing`` and ``--no-packing``.
+
+    Args:
+        parser: gets them.
+        names: the settings that have one; by default all.
     """
     group = parser.add_argument_group("settings of train, each the same as train.NAME=VALUE")
     for name, field in TrainSettings.model_json_schema()["properties"].items():
+        if name not in names:
+            continue
         flag = f"--{name.replace('_', '-')}"
         text = f"{_help_text(field)} Default: {default_text(field.get('default'))}."
         options: dict[str, Any] = {"dest": f"train.{name}", "default": None}

@@ -152,7 +152,7 @@ class Recomputation:
         reasons = []
         for way in self._ways:
             try:
-                _enable(self.model, way)
+                recomputes_layers(self.model, way)
                 found = self._gradients(layout, parameters)
             except (RuntimeError, ValueError, TypeError, AssertionError) as error:
                 reasons.append(f"{way}: {_first_line(error)}")
@@ -196,7 +196,17 @@ class Recomputation:
         )
 
 
-def _enable(model: Any, way: Way) -> None:
+def way_for(
+    model: Any, which: Literal["auto", False, "selective", "full"], tokens: int
+) -> Way | None:
+    """What is tried first in a micro-batch of ``tokens``, before any proof; None keeps all."""
+    can = model.supports_gradient_checkpointing
+    if not can or not which or (which == "auto" and tokens < MANY_TOKENS):
+        return None
+    return "selective" if which == "auto" else which
+
+
+def recomputes_layers(model: Any, way: Way) -> None:
     """Have every layer compute activations again."""
     options: dict[str, Any] = {"use_reentrant": False}
     if way == "selective":

@@ -8,6 +8,10 @@ again; the real model sees a random sample of them. Ray is not needed.
     lrmc plan --cluster cluster.yaml resources.gpus_per_worker=1 --gpu-tflops 60
 
 How many trials of a search fit side by side on that cluster, and the hours that the search takes.
+
+    lrmc plan --memory --model Qwen/Qwen3-4B --max-length 2048 --lora-rank 16
+
+The memory that a training worker takes, from the model's ``config.json`` alone.
 """
 
 import argparse
@@ -30,6 +34,8 @@ from lrmc_ray.config import RunSettings
 from lrmc_ray.config.arguments import (
     add_record_arguments,
     add_run_arguments,
+    add_setting_flags,
+    flag_overrides,
     settings_from,
     without_aliases,
 )
@@ -42,6 +48,7 @@ from lrmc_ray.record.examples import SORT_WINDOW, read_examples
 from lrmc_ray.record.names import EXAMPLES, PLAN
 from lrmc_ray.record.prepare import Preparation, prepare
 from lrmc_ray.tune.forecast import divide, forecast
+from lrmc_ray.tune.plan_memory import has_no_weights, plan_memory, show_memory
 
 if TYPE_CHECKING:
     from lrmc_ray.method.microbatch import Sample
@@ -54,6 +61,12 @@ ACTORS = (1, 2, 4, 8, 16, 32, 64)
 
 UNCAPPED_CANDIDATES = 2**24
 """Candidates without a cap, at least as many as one sample's, that exist at a time."""
+
+OF_MEMORY = (
+    *("precision", "state_dtype", "lora_rank", "gradient_checkpointing"),
+    *("batch_size", "micro_batches"),
+)
+"""Settings of ``train`` that have a flag here, since the memory of training depends on them."""
 
 SAMPLE_TOKENS = 4096
 """Enough for K, bytes and speed within some ten percent."""
@@ -308,7 +321,15 @@ def main(argv: Sequence[str]) -> int:
     parser = _parser()
     arguments = parser.parse_intermixed_args(argv)
     setup_logging(arguments.verbose, quiet=arguments.quiet)
+    arguments.overrides += flag_overrides(arguments)
     settings = settings_from(arguments)
+    if arguments.memory or has_no_weights(settings.model):
+        needed = plan_memory(settings)
+        if arguments.json:
+            print(json.dumps(needed))
+        else:
+            show_memory(needed)
+        return 0
     if arguments.cluster is not None or arguments.slots is not None:
         planned = plan_search(
             settings, arguments.output, _slots_of(arguments, settings), arguments.gpu_tflops
@@ -361,6 +382,13 @@ def _parser() -> CommandParser:
     )
     parser.add_argument(
         "--seed", type=int, default=0, metavar="N", help="of the choice of samples (default: 0)"
+    )
+    add_setting_flags(parser, OF_MEMORY)
+    parser.add_argument(
+        "--memory",
+        action="store_true",
+        help="plan the memory of a training worker instead, from the model's config.json alone; "
+        "the same where a directory has no weights",
     )
     parser.add_argument(
         "--cluster",

@@ -1,0 +1,83 @@
+"""``lrmc plan --memory``: from config.json alone."""
+
+import json
+
+import pytest
+
+from benchmarks.tiny_models import make_config
+from lrmc_ray.config import TrainSettings
+from lrmc_ray.console import run_command
+from lrmc_ray.train.memory import training_memory
+from lrmc_ray.tune.plan import main
+from lrmc_ray.tune.plan_memory import CARDS_GB, USABLE, show_memory
+
+SIZES = {"hidden_size": 64, "intermediate_size": 160, "num_hidden_layers": 2}
+QWEN3_4B = {
+    "hidden_size": 2560,
+    "intermediate_size": 9728,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+    "head_dim": 128,
+    "vocab_size": 151_936,
+    "tie_word_embeddings": True,
+}
+"""Its published shapes; a layer is as the others."""
+
+
+@pytest.fixture
+def directory(tmp_path):
+    make_config("llama", **SIZES).save_pretrained(tmp_path / "model")
+    return tmp_path / "model"
+
+
+def test_a_directory_with_a_configuration_alone_is_planned(directory, tmp_path, capsys):
+    flags = ["--max-length", "64", "--precision", "bf16", "--lora-rank", "4", "--output", "none"]
+    assert run_command(main, ["--model", str(directory), *flags, "--json"]) == 0
+    planned = json.loads(capsys.readouterr().out)
+    assert (planned["length"], planned["precision"]) == (64, "bf16")
+    first, *others = planned["ways"]
+    assert 0 < first["trained"] < first["parameters"]
+    assert [way["settings"] for way in others] == [
+        {"micro_batches": 8, "gradient_checkpointing": "full"}
+    ]
+    assert others[0]["total"] < first["total"]
+    assert first["fits_gb"] == list(CARDS_GB)
+    assert not (tmp_path / "none").exists()
+
+
+def test_the_text_names_every_term_and_what_takes_less(directory, capsys):
+    assert run_command(main, ["--model", str(directory), "--max-length", "64"]) == 0
+    text = capsys.readouterr().out
+    for word in ("weights", "gradients", "moments", "activations", "loss", "at most"):
+        assert word in text
+    for way in ("as asked", "train.state_dtype=bf16", "train.lora_rank=16"):
+        assert way in text
+    assert "2 x 64 tokens, train.precision=fp32" in text
+
+
+def test_without_its_configuration_a_directory_is_refused(tmp_path, capsys):
+    assert run_command(main, ["--memory", "--model", str(tmp_path)]) == 4
+    assert "has no config.json" in capsys.readouterr().err
+
+
+def test_a_layer_of_the_real_sizes(tmp_path):
+    """Of Qwen3-4B: parameters by hand, memory by the terms, in no memory at all."""
+    for layers in (1, 2):
+        config = make_config("qwen3", **QWEN3_4B, num_hidden_layers=layers)
+        config.save_pretrained(tmp_path / f"{layers}")
+    rows = [training_memory(tmp_path / str(n), TrainSettings(), length=1024) for n in (1, 2)]
+    layer = 2560 * (32 + 2 * 8) * 128 + 32 * 128 * 2560 + 3 * 2560 * 9728 + 2 * 2560 + 2 * 128
+    assert rows[1].parameters - rows[0].parameters == layer
+    assert rows[0].parameters == layer + 151_936 * 2560 + 2560
+    whole = rows[0].parameters + 35 * layer
+    assert whole == 4_022_468_096  # as published
+    assert rows[0].moments == 8 * rows[0].parameters
+
+
+def test_what_fits_nowhere_is_said(capsys):
+    row = {"parameters": 1, "trained": 1, "total": 10**12, "fits_gb": [], "settings": {}}
+    terms = ("weights", "gradients", "moments", "copies", "activations", "loss", "step")
+    planned = {"ways": [row | dict.fromkeys(terms, 1)], "rows_of_micro_batch": 1}
+    show_memory(planned | {"length": 8, "precision": "fp32"})
+    assert "Nothing fits" in capsys.readouterr().out
+    assert 0.8 <= USABLE < 1
