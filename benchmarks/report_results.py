@@ -65,6 +65,10 @@ REPORTS = (
     Report("code", "compare_code", "code"),
     Report("prompt_k4", "compare_prompt_k", "prompt_k4"),
     Report("prompt_k512", "compare_prompt_k", "prompt_k512"),
+    Report("nl2sql_fresh_seeds", "compare_nl2sql_fresh", "fresh"),
+    Report(
+        "nl2sql_nine_seeds", "compare_nl2sql", "compare", pooled=("compare_nl2sql_fresh", "fresh")
+    ),
 )  # fmt: skip
 TRANSFER = "transfer"
 DRIFT = "drift"
@@ -131,7 +135,7 @@ def pool(description: dict[str, Any], other: Path) -> dict[str, Any]:
             {**method, "seeds": seeds} if method["name"] in in_both else method
             for method in added["methods"]
         ],
-        "chosen": added["chosen"],
+        "chosen": {**added["chosen"], **{name: description["chosen"][name] for name in in_both}},
         "runs": runs,
         "seeds": seeds,
         "effects": [effect for effect in effects if effect["pairs"]],

@@ -58,7 +58,7 @@ def sentences(table: ComparisonTable) -> list[str]:
     edge = []
     for row in scored:
         tried = sorted(point.lr for point in table.points if point.method == row.name)
-        if row.lr in (tried[0], tried[-1]) and len(tried) > 1:
+        if len(tried) > 1 and row.lr in (tried[0], tried[-1]):
             edge.append(f"{row.title} ({'lowest' if row.lr == tried[0] else 'highest'})")
     if edge:
         said.append(
