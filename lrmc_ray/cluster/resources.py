@@ -180,6 +180,12 @@ def can_hold_cores(count: int) -> bool:
     return len(alive) == 1 and alive[0]["Resources"].get("CPU", 0) >= count
 
 
+def fits_here(resources: ResourceSettings) -> bool:
+    """Whether this process can work in place of a worker: cores of its node are all it takes."""
+    needs = (resources.gpus_per_worker, resources.custom, resources.labels)
+    return not any(needs) and can_hold_cores(resources.cpus_per_worker)
+
+
 @contextlib.contextmanager
 def held_cores(count: int) -> Iterator[None]:
     """Cores of this node for work in this very process, waited for until they are free."""

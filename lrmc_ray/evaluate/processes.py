@@ -5,7 +5,7 @@ from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
-from lrmc_ray.cluster.resources import can_hold_cores, held_cores
+from lrmc_ray.cluster.resources import held_cores
 from lrmc_ray.config import ResourceSettings
 from lrmc_ray.errors import EvaluationError, LrmcError
 from lrmc_ray.evaluate.harness import score
@@ -35,12 +35,6 @@ class ScoredModel:
         else:
             with self.place.lend(self.directory, name=self.stored_as) as sent:
                 yield sent
-
-
-def fits_here(resources: ResourceSettings) -> bool:
-    """Whether this process can score in place of a Ray task: cores are all that it takes."""
-    needs = (resources.gpus_per_worker, resources.custom, resources.labels)
-    return not any(needs) and can_hold_cores(resources.cpus_per_worker)
 
 
 def score_here(

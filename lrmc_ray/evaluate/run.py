@@ -20,14 +20,14 @@ import pyarrow.parquet as pq
 
 from lrmc_ray.chat.answers import RENDERING
 from lrmc_ray.cluster.checks import check_files_shared, check_model_shared
-from lrmc_ray.cluster.resources import worker_slots
+from lrmc_ray.cluster.resources import fits_here, worker_slots
 from lrmc_ray.config import RunSettings
 from lrmc_ray.errors import DataError
 from lrmc_ray.evaluate.changes import receipt
 from lrmc_ray.evaluate.drift import BaseTexts, drift_metrics, read_base_texts, write_base_texts
 from lrmc_ray.evaluate.items import Scores
 from lrmc_ray.evaluate.names import MADE_BY, RECEIPT, SCORING
-from lrmc_ray.evaluate.processes import ScoredModel, fits_here, score_here, score_in_tasks
+from lrmc_ray.evaluate.processes import ScoredModel, score_here, score_in_tasks
 from lrmc_ray.evaluate.questions import read_questions, write_questions
 from lrmc_ray.evaluate.request import Group, KeptApart, ScoreRequest, Split
 from lrmc_ray.evaluate.task_files import (

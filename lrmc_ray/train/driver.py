@@ -41,7 +41,9 @@ from lrmc_ray.train.run_files import RunFiles, run_files
 from lrmc_ray.train.workers import (
     collective_backend,
     release_reservation,
+    train_here,
     training_worker,
+    trains_here,
     worker_range,
 )
 
@@ -82,6 +84,7 @@ def train(
     *,
     rung: "Rung | None" = None,
     stored_as: str | None = None,
+    here: bool = False,
 ) -> Path:
     """Train and leave the model in ``directory / "model"``; returns ``directory``.
 
@@ -96,6 +99,9 @@ def train(
         rung: where a trial is scored on the way. A run that ends there leaves no model, and its
             manifest says ``pruned``. A run that diverged has none either, and says ``diverged``.
         stored_as: name of the run in the storage; by default one that says what it is made with.
+        here: train in this process, which has imported half of what it takes, where one worker is
+            all there is and Ray can hold its cores for it. If it dies, so does the caller; a worker
+            would be replaced. The model is the same.
 
     Raises:
         TrainingError: the workers failed; the message has the cause.
@@ -120,7 +126,8 @@ def train(
         start = time.monotonic()
         job = TrainingJob(_with_workers(settings), record, model_directory, rung)
         with files.shown():
-            outcome = run_workers(job, files)
+            in_place = here and trains_here(job.settings.resources)
+            outcome = (run_here if in_place else run_workers)(job, files)
         files.fetch()
         manifest = {
             "kind": "training",
@@ -247,12 +254,51 @@ def run_workers(job: TrainingJob, files: RunFiles) -> dict[str, Any]:
             failures = failures + 1 if newest == reached else 1
             reached = newest
             if not is_worker_loss(cause) or failures > MAX_WORKER_FAILURES:
-                raise TrainingError(
-                    f"training in {files.directory} failed: {cause_text(cause)}"
-                ) from error
+                raise _failure(files, cause) from error
             _log.warning("a worker was lost (%s); going on from the checkpoint", cause_text(cause))
         finally:
             files.clear_ray()
+
+
+def run_here(job: TrainingJob, files: RunFiles) -> dict[str, Any]:
+    """The run in this process, see :func:`lrmc_ray.train.workers.train_here`.
+
+    Args:
+        job: what is done.
+        files: of the run.
+
+    Returns:
+        What goes into the manifest.
+
+    Raises:
+        TrainingError: the loop failed.
+        LrmcError: the loop refused something.
+    """
+    files.forget_wishes()
+    try:
+        return train_here(_loop_config(job, files))
+    except LrmcError:
+        raise
+    except Exception as error:
+        raise _failure(files, error) from error
+
+
+def _failure(files: RunFiles, cause: BaseException) -> TrainingError:
+    return TrainingError(f"training in {files.directory} failed: {cause_text(cause)}")
+
+
+def _loop_config(job: TrainingJob, files: RunFiles) -> dict[str, Any]:
+    """What a worker is told."""
+    return {
+        "train": job.settings.train.model_dump(mode="json"),
+        "record": str(job.record.resolve()),
+        "model": send_model(files.place, job.model_directory),
+        "files": files.for_workers(),
+        "threads": job.settings.resources.cpus_per_worker,
+        "rung": job.rung,
+        "work": str(files.directory.resolve()),
+        "may_be_preempted": watches_preemption(),
+    }
 
 
 def make_trainer(job: TrainingJob, files: RunFiles) -> Any:
@@ -269,16 +315,7 @@ def make_trainer(job: TrainingJob, files: RunFiles) -> Any:
     resources = job.settings.resources
     return _trainer_class()(
         training_worker,
-        train_loop_config={
-            "train": job.settings.train.model_dump(mode="json"),
-            "record": str(job.record.resolve()),
-            "model": send_model(files.place, job.model_directory),
-            "files": files.for_workers(),
-            "threads": resources.cpus_per_worker,
-            "rung": job.rung,
-            "work": str(files.directory.resolve()),
-            "may_be_preempted": watches_preemption(),
-        },
+        train_loop_config=_loop_config(job, files),
         torch_config=TorchConfig(backend=collective_backend(resources)),
         scaling_config=ScalingConfig(
             num_workers=worker_range(job.settings),

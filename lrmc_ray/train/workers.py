@@ -1,11 +1,13 @@
 """What one training worker runs, and how many of them there may be."""
 
+import gc
 import logging
+from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lrmc_ray.cluster.resources import worker_slots
+from lrmc_ray.cluster.resources import fits_here, held_cores, worker_slots
 from lrmc_ray.cluster.stacks import listening
 from lrmc_ray.config import ResourceSettings, RunSettings, TrainSettings, validate
 from lrmc_ray.files.beats import PROGRESS, beating, file_writer
@@ -13,6 +15,8 @@ from lrmc_ray.record.stored import record_here
 from lrmc_ray.train.run_files import RunFiles
 
 if TYPE_CHECKING:
+    import torch
+
     from lrmc_ray.method.workers import WorkerGroup
 
 _log = logging.getLogger(__name__)
@@ -76,39 +80,92 @@ def training_worker(config: dict[str, Any]) -> dict[str, Any]:
         config: what :func:`lrmc_ray.train.driver.make_trainer` gives Ray for its workers.
     """
     import ray.train
-    import torch
+    import ray.train.torch
 
     from lrmc_ray.method.workers import WorkerGroup
 
-    torch.set_num_threads(config["threads"])
     context = ray.train.get_context()
     files: RunFiles = config["files"]()
     is_writer = context.get_world_rank() == 0
     if is_writer:
-        _note_reservation(files)
         files.directory.mkdir(parents=True, exist_ok=True)
-    sign = beating(file_writer(files.directory / PROGRESS)) if is_writer else nullcontext()
-    with listening(config["work"]), sign:
-        return _run(config, files, WorkerGroup(context.get_world_rank(), context.get_world_size()))
+        _note_reservation(files)
+    with listening(config["work"]):
+        return _run(
+            config,
+            files,
+            WorkerGroup(context.get_world_rank(), context.get_world_size()),
+            device=ray.train.torch.get_device(),
+            is_preempted=_is_preempted if config["may_be_preempted"] else lambda: False,
+        )
 
 
-def _run(config: dict[str, Any], files: RunFiles, group: "WorkerGroup") -> dict[str, Any]:
+def trains_here(resources: ResourceSettings) -> bool:
+    """Whether this process can train in place of a run's only worker.
+
+    Args:
+        resources: of the run, ``workers`` being how many fit.
+    """
+    is_alone = resources.workers is not None and resources.workers[1] == 1
+    return is_alone and resources.storage is None and fits_here(resources)
+
+
+def train_here(config: dict[str, Any]) -> dict[str, Any]:
+    """The loop of a run's only worker, in this process: none has to start and to import it all.
+
+    If this process dies, so does its caller. Ray gives its cores to nobody else meanwhile.
+
+    Args:
+        config: as of :func:`training_worker`.
+    """
+    import torch
+
+    from lrmc_ray.method.fast.allocator import give_back_memory
+    from lrmc_ray.method.workers import WorkerGroup
+
+    files: RunFiles = config["files"]()
+    files.directory.mkdir(parents=True, exist_ok=True)
+    try:
+        with held_cores(config["threads"]):
+            return _run(
+                config,
+                files,
+                WorkerGroup(),
+                device=torch.device("cpu"),
+                is_preempted=lambda: False,
+            )
+    finally:
+        gc.collect()  # a model is full of circles
+        give_back_memory()
+
+
+def _run(
+    config: dict[str, Any],
+    files: RunFiles,
+    group: "WorkerGroup",
+    *,
+    device: "torch.device",
+    is_preempted: Callable[[], bool],
+) -> dict[str, Any]:
     """Load everything on this node, and train."""
-    import ray.train.torch
+    import torch
 
     from lrmc_ray.train.loop import TrainingRun
 
-    run = TrainingRun(
-        validate(TrainSettings, config["train"], "train"),
-        record=record_here(files.place, Path(config["record"])),
-        model_directory=files.place.here(config["model"]),
-        files=files,
-        group=group,
-        device=ray.train.torch.get_device(),
-        is_preempted=_is_preempted if config["may_be_preempted"] else lambda: False,
-        rung=config["rung"],
-    )
-    return run.run()
+    torch.set_num_threads(config["threads"])
+    is_writer = group.rank == 0
+    with beating(file_writer(files.directory / PROGRESS)) if is_writer else nullcontext():
+        run = TrainingRun(
+            validate(TrainSettings, config["train"], "train"),
+            record=record_here(files.place, Path(config["record"])),
+            model_directory=files.place.here(config["model"]),
+            files=files,
+            group=group,
+            device=device,
+            is_preempted=is_preempted,
+            rung=config["rung"],
+        )
+        return run.run()
 
 
 def _is_preempted() -> bool:

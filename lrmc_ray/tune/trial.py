@@ -183,7 +183,9 @@ def train_and_score(
         ObjectiveError: a score is not finite.
     """
     stored_run = f"{stored_as}/training"
-    training = train(settings, record, directory / "training", rung=rung, stored_as=stored_run)
+    training = train(
+        settings, record, directory / "training", rung=rung, stored_as=stored_run, here=True
+    )
     trained = read_manifest(training, made_by=TRAIN)
     own = settings.train.model_dump(mode="json")
     cost = _training_cost(trained, settings.resources.cpus_per_worker)

@@ -9,7 +9,7 @@ import pytest
 import torch
 from rich.console import Console
 
-from lrmc_ray.cluster.resources import can_hold_cores, held_cores
+from lrmc_ray.cluster.resources import can_hold_cores, fits_here, held_cores
 from lrmc_ray.cluster.session import ray_session, release_orphaned_groups
 from lrmc_ray.config import ResourceSettings, load_settings
 from lrmc_ray.errors import ConfigError, DataError, EvaluationError
@@ -18,7 +18,6 @@ from lrmc_ray.evaluate.drift import DRIFT_POSITIONS, mean_kl
 from lrmc_ray.evaluate.harness import score
 from lrmc_ray.evaluate.items import Scores
 from lrmc_ray.evaluate.names import DRIFT_LOGPROBS, DRIFT_TEXTS, MADE_BY, RECEIPT
-from lrmc_ray.evaluate.processes import fits_here
 from lrmc_ray.evaluate.request import ScoreRequest
 from lrmc_ray.evaluate.run import evaluate
 from lrmc_ray.evaluate.task_files import task_fingerprints, task_manager
@@ -190,7 +189,7 @@ def test_scoring_that_fails_hangs_or_dies_in_a_trial_gives_its_cores_back(
     ],
 )
 def test_only_cores_of_a_single_machine_are_held_in_a_trial(resources, expected, monkeypatch):
-    monkeypatch.setattr("lrmc_ray.evaluate.processes.can_hold_cores", lambda count: count <= 2)
+    monkeypatch.setattr("lrmc_ray.cluster.resources.can_hold_cores", lambda count: count <= 2)
     assert fits_here(ResourceSettings.model_validate(resources)) == expected
 
 

@@ -27,3 +27,13 @@ def keep_freed_memory() -> bool:
             mallopt(_M_TRIM_THRESHOLD, _FREE)
         )
     return False
+
+
+def give_back_memory() -> bool:
+    """Give the memory of freed blocks back to the kernel; False where there is no glibc."""
+    if not sys.platform.startswith("linux"):
+        return False
+    with contextlib.suppress(OSError, AttributeError):
+        ctypes.CDLL(None).malloc_trim(0)
+        return True
+    return False
