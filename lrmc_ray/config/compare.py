@@ -99,6 +99,15 @@ class CompareSpace(RunSettings):
         for name, values in self._lists().items():
             if len(set(values)) != len(values):
                 raise ValueError(f"{name} must differ from one another, got {list(values)}")
+        precisions = {
+            self.train.precision,
+            *(m.train.get("precision") for m in self.methods.values()),
+        }
+        if "auto" in precisions:
+            raise ValueError(
+                "train.precision must be fp32 or bf16 in a comparison, got auto: methods differ in "
+                "what they say alone; choose one"
+            )
         for name, method in self.methods.items():
             for key in ("lr", "seed"):
                 if key in method.train:

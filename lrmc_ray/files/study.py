@@ -41,6 +41,14 @@ class FoundRange:
     reason: str
 
 
+@dataclass(frozen=True)
+class FoundPrecision:
+    """What ``train.precision = "auto"`` came to, and why."""
+
+    precision: Literal["fp32", "bf16"]
+    reason: str
+
+
 class TrainingFile(_Part):
     """A file of training data."""
 
@@ -105,6 +113,8 @@ class StudyFile(_Part):
     """The searched settings, with automatic ranges once they are found."""
     ranges: dict[str, FoundRange] | None = None
     """Ranges that were found automatically."""
+    precision: FoundPrecision | None = None
+    """What ``train.precision = "auto"`` came to, for all trials."""
     settings: dict[str, Any] = {}
     """All others, by section."""
     versions: dict[str, str] = {}

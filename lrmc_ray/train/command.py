@@ -30,6 +30,7 @@ from lrmc_ray.record.run import record
 from lrmc_ray.tasks.registry import expand
 from lrmc_ray.train.checks import check_settings
 from lrmc_ray.train.driver import MADE_BY, check_converged, run_identity, train, with_steps
+from lrmc_ray.train.precision import with_precision
 
 
 @contextmanager
@@ -132,7 +133,7 @@ def main(argv: Sequence[str]) -> int:
         storage=storage,
     ):
         recorded = record(settings, arguments.output)
-        settings = with_steps(settings, recorded)
+        settings = with_precision(with_steps(settings, recorded), recorded)
         identity = run_identity(settings, recorded)
         directory = arguments.output / "training" / fingerprint(identity)
         with _shown_progress(directory, settings.train.steps):

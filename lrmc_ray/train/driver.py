@@ -37,6 +37,7 @@ from lrmc_ray.record.identity import check_fits
 from lrmc_ray.train.divergence import Divergence
 from lrmc_ray.train.failures import cause_text, is_worker_loss, telling_cause
 from lrmc_ray.train.ledger import audit_ledger
+from lrmc_ray.train.precision import with_precision
 from lrmc_ray.train.run_files import RunFiles, run_files
 from lrmc_ray.train.workers import (
     collective_backend,
@@ -112,7 +113,7 @@ def train(
     """
     model_directory = local_directory(settings.model)
     check_fits(record, settings, model_directory)
-    settings = with_steps(settings, record)
+    settings = with_precision(with_steps(settings, record), record)
     identity = run_identity(settings, record)
     with lock_directory(directory):
         claim(directory, identity)

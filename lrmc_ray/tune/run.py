@@ -28,6 +28,7 @@ from lrmc_ray.files.place import place_of
 from lrmc_ray.models import local_directory
 from lrmc_ray.record.run import record
 from lrmc_ray.report.mlflow import StudyTracker
+from lrmc_ray.train.precision import find_precision, taking
 from lrmc_ray.tune import finish
 from lrmc_ray.tune.description import Description, study_directory, study_fingerprint
 from lrmc_ray.tune.forecast import forecast
@@ -167,9 +168,20 @@ class Search:
         study.stage_seconds["base_evaluation"] = scored["seconds"]
         study.base_scores = relative_path(base, self.directory)
         check_unchanged(self.contents, self.settings)
+        self._find_precision(recorded)
         self._find_ranges(recorded)
         self.description.write()
         return recorded, base
+
+    def _find_precision(self, recorded: Path) -> None:
+        """Replace an automatic precision by what it comes to here, once per study."""
+        if self.settings.train.precision != "auto":
+            return
+        study = self.description.file
+        if study.precision is None:
+            study.precision = find_precision(self.settings, recorded)
+        self.settings = taking(self.settings, study.precision)
+        self.description.settings = self.settings
 
     def _find_ranges(self, recorded: Path) -> None:
         """Replace automatic ranges by what the record and a short run say, once per study."""

@@ -417,6 +417,11 @@ def error_of(**changes) -> str:
         ({"compare": {"learning_rates": [1e-5, 1e-5]}}, ["compare.learning_rates must differ"]),
         ({"compare": {"learning_rates": []}}, ["compare.learning_rates"]),
         ({"compare": {"learning_rates": [2.0]}}, ["less than 1"]),
+        ({"train": {"precision": "auto"}}, ["train.precision must be fp32 or bf16", "got auto"]),
+        (
+            {"methods": {"sft": {"title": "t", "train": {"precision": "auto"}}}},
+            ["train.precision must be fp32 or bf16"],
+        ),
         ({"compare": {"reference": "plain"}}, ["reference must name one", "sft", "got 'plain'"]),
         ({"evaluate": {"limit": 3}}, ["evaluate.limit must be at least 4", "got 3"]),
         ({"methods": {}}, ["methods"]),

@@ -183,7 +183,7 @@ RULES = {
     "train.batch_size": whole(1),
     "train.micro_batches": whole(1),
     "train.max_grad_norm": optional(positive),
-    "train.precision": precision,
+    "train.precision": one_of("fp32", "bf16", "auto"),
     "train.state_dtype": precision,
     "train.reduction": one_of("strict", "fast"),
     "train.seed": seed,

@@ -6,7 +6,7 @@ import sys
 import pytest
 
 from lrmc_ray.cluster.session import ray_session
-from lrmc_ray.config import ResourceSettings, RunSettings
+from lrmc_ray.config import ModelSettings, ResourceSettings, RunSettings
 from lrmc_ray.errors import DataError, TrainingError
 from lrmc_ray.files.names import CHECKPOINT_NOW
 from lrmc_ray.train import driver as driver_module
@@ -25,23 +25,24 @@ def test_a_trial_trains_to_the_bits_of_a_worker_and_gives_its_core_back(
     class Trial:
         """An actor, as Ray Tune's trials are."""
 
-        def train(self, settings, model, record, directory):
+        def train(self, settings, record, directory):
             from lrmc_ray.train import driver
 
             driver.check_fits = lambda *_: None  # the record was not made by its own stage
-            driver.local_directory = lambda _: model
             driver.train(settings, record, directory, here=True)
             return "lrmc_ray.train.loop" in sys.modules, "ray.train.torch" in sys.modules
 
         def free_cores(self):
             return ray.available_resources().get("CPU", 0.0)
 
-    settings = RunSettings(train=settings_of(micro_batches=1))
+    settings = RunSettings(
+        model=ModelSettings(name=str(tiny_model)), train=settings_of(micro_batches=1)
+    )
     resources = settings.resources.model_copy(update={"workers": (1, 1)})
     settings = settings.model_copy(update={"resources": resources})
     with ray_session("local", log=tmp_path / "ray.log", num_cpus=2):
         trial = ray.remote(num_cpus=0)(Trial).remote()
-        run = trial.train.remote(settings, tiny_model, recorded, tmp_path / "here")
+        run = trial.train.remote(settings, recorded, tmp_path / "here")
         assert ray.get(run) == (True, False)  # the loop ran in the actor, and Ray Train nowhere
         assert ray.get(trial.free_cores.remote()) == 2
     run_alone(settings.train, record=recorded, model=tiny_model, directory=tmp_path / "alone").run()
