@@ -23,6 +23,7 @@ from lrmc_ray.compare.description import RUNS, Description
 from lrmc_ray.compare.execute import execute
 from lrmc_ray.compare.jobs import Job, num_jobs, open_jobs
 from lrmc_ray.compare.report import write_report
+from lrmc_ray.config import ResourceSettings
 from lrmc_ray.console import progress
 from lrmc_ray.errors import DiskError
 from lrmc_ray.evaluate.names import MADE_BY as EVALUATE
@@ -45,6 +46,12 @@ from lrmc_ray.tune.result import failure_cause
 _log = logging.getLogger(__name__)
 
 POLL_SECONDS = 1.0
+
+
+def recording_cores(resources: ResourceSettings, slots: int) -> int:
+    """Cores that Stage 0 holds: of as many actors as fit, ``slots``, and as may be."""
+    most = resources.actors[1] if resources.actors else slots
+    return min(slots, most) * resources.cpus_per_worker
 
 
 class Comparing:
@@ -108,7 +115,7 @@ class Comparing:
         }
         seconds = values["stage_seconds"]
         seconds["record"] = manifest["seconds"]
-        seconds["record_cores"] = slots * settings.resources.cpus_per_worker
+        seconds["record_cores"] = recording_cores(settings.resources, slots)
         splits: tuple[Split, ...] = get_args(Split)
         with progress("Scoring the base model", total=len(splits), unit="splits") as bar:
             for split in splits:

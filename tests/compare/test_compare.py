@@ -28,8 +28,15 @@ from lrmc_ray.compare.jobs import (
     open_jobs,
     reported_jobs,
 )
-from lrmc_ray.compare.run import Comparing
-from lrmc_ray.config import RunSettings, TrainSettings, find_space, read_toml, validate
+from lrmc_ray.compare.run import Comparing, recording_cores
+from lrmc_ray.config import (
+    ResourceSettings,
+    RunSettings,
+    TrainSettings,
+    find_space,
+    read_toml,
+    validate,
+)
 from lrmc_ray.config.compare import CompareSpace
 from lrmc_ray.console import run_command
 from lrmc_ray.errors import ConfigError
@@ -679,3 +686,11 @@ def test_killed_and_started_again_it_ends_as_one_that_was_left_alone(tmp_path, t
         assert {run["state"] for run in runs} == {"COMPLETE"}
         results.append([(run["method"], run["lr"], run["seed"], run["results"]) for run in runs])
     assert results[0] == results[1]
+
+
+@pytest.mark.parametrize(
+    ("resources", "cores"),
+    [({}, 4), ({"cpus_per_worker": 2}, 8), ({"actors": (1, 3)}, 3), ({"actors": (1, 9)}, 4)],
+)
+def test_recording_costs_the_cores_that_its_actors_hold(resources, cores):
+    assert recording_cores(ResourceSettings(**resources), 4) == cores
