@@ -23,19 +23,23 @@ def starts(monkeypatch):
 
     made: list[dict[str, Any]] = []
     errors: list[Exception] = []
+    left: list[Exception] = []
 
     def start(**options):
+        assert not left, "what the start before left has not been ended"
         made.append(options)
         if errors:
-            raise errors.pop(0)
+            left.append(errors.pop(0))
+            raise left[0]
 
     monkeypatch.setattr(ray, "init", start)
+    monkeypatch.setattr(ray, "shutdown", left.clear)
     monkeypatch.setattr(ray, "is_initialized", lambda: False)
     return made, errors
 
 
 @pytest.mark.parametrize("late", LATE, ids=["head", "node"])
-def test_a_start_that_takes_too_long_is_made_once_more(starts, tmp_path, late):
+def test_a_start_that_takes_too_long_is_made_once_more(starts, tmp_path, late, caplog):
     made, errors = starts
     errors.append(late)
     with ray_session(log=tmp_path / "ray.log", num_cpus=1):
@@ -43,6 +47,7 @@ def test_a_start_that_takes_too_long_is_made_once_more(starts, tmp_path, late):
     assert len(made) == 2
     assert made[0] == made[1]
     assert made[0]["num_cpus"] == 1
+    assert "Ray's processes were not there in time; it is started once more" in caplog.text
 
 
 def test_one_that_takes_too_long_twice_is_one_error(starts, tmp_path):
