@@ -10,8 +10,8 @@ r"""Memory that a training worker takes, from the ``config.json`` of a model alo
 - **activations**: the most that is alive over weights and gradients in the forward and backward
   pass of one micro-batch, whose rows all have the greatest length. Both passes are run, on tensors
   that have a shape and no memory (:mod:`lrmc_ray.train.live_bytes`), with the settings' adapters,
-  precision and recomputation. So it holds for whatever the model's code does, and needs no formula
-  by type; no value is computed.
+  precision (of ``auto`` the larger) and recomputation. So it holds for whatever the model's code
+  does, and needs no formula by type; no value is computed.
 - **loss**: hidden states of all positions, their candidates and their logits of the sampled tail,
   see :func:`loss_bytes`. A vocabulary's logits are made in blocks.
 - **step**: on a GPU, what MoClip makes beside the largest tensor.
@@ -98,7 +98,11 @@ def training_memory(
         parameters = sum({id(p): p.numel() for p in model.parameters()}.values())
         head = model.get_output_embeddings().weight
         gradients, weights = 4 * sum(elements), live.now
-        activations = _passes(live, trainable, train, rows, length)
+        shorter = train.precision != "fp32"
+        activations = _passes(live, trainable, train, rows, length, in_bf16=shorter)
+        if train.precision == "auto":
+            whole = _passes(live, trainable, train, rows, length, in_bf16=False)
+            activations = max(activations, whole)
         is_trained = any(p is head for p in trainable.parameters.values())
         vocabulary_size, width = head.shape
     apart = 0
@@ -135,7 +139,13 @@ def loss_bytes(train: TrainSettings, positions: int, width: int, vocabulary_size
 
 
 def _passes(
-    live: LiveBytes, trainable: TrainableModel, train: TrainSettings, rows: int, length: int
+    live: LiveBytes,
+    trainable: TrainableModel,
+    train: TrainSettings,
+    rows: int,
+    length: int,
+    *,
+    in_bf16: bool,
 ) -> int:
     """The most that is alive in both passes of a micro-batch that finds gradients there."""
     model = trainable.model
@@ -148,7 +158,7 @@ def _passes(
     before = live.now
     ids_BT = torch.ones(rows, length, dtype=torch.long)
     try:
-        with torch.autocast("cpu", torch.bfloat16, enabled=train.precision == "bf16"):
+        with torch.autocast("cpu", torch.bfloat16, enabled=in_bf16):
             hidden_BTD = body_of(model)(input_ids=ids_BT, use_cache=False).last_hidden_state
         hidden_BTD.backward(torch.ones_like(hidden_BTD))
     except (RuntimeError, TypeError, ValueError, AttributeError, NotImplementedError) as error:

@@ -162,6 +162,9 @@ def test_bf16_keeps_less_of_longer_samples_and_copies_of_weights(directory):
     where = directory(**LLAMA)
     kept = kept_bytes(make("llama", **LLAMA), autocast=True)
     assert kept <= forecast(where, precision="bf16").activations <= 1.25 * kept
+    plain = forecast(where).activations
+    short = forecast(where, precision="bf16").activations
+    assert forecast(where, precision="auto").activations == max(plain, short)
     one, two = (
         forecast(where, length=length, gradient_checkpointing=False).activations
         for length in (512, 1024)
