@@ -240,18 +240,18 @@ def _by_kernels(
     return fused_loss(hidden_ND, head, candidates, tail=shared, is_anchor=is_anchor)
 
 
-_SHARED: MutableMapping[Tensor, tuple[object, SharedTail]] = WeakTensorKeyDictionary()
+_SHARED: MutableMapping[Tensor, tuple[Tensor, object, SharedTail]] = WeakTensorKeyDictionary()
 """Of tails whose tokens are there: losses and micro-batches of a step have one tail."""
 
 
 def _shared(tail: Tail, num_rows: int) -> SharedTail:
     ids_R, logweights_R = tail
-    key = num_rows, id(logweights_R), ids_R._version, logweights_R._version
+    key = num_rows, ids_R._version, logweights_R._version
     found = _SHARED.get(ids_R)
-    if found is None or found[0] != key:
-        found = key, share_tail(ids_R, logweights_R, num_rows)
+    if found is None or found[0] is not logweights_R or found[1] != key:
+        found = logweights_R, key, share_tail(ids_R, logweights_R, num_rows)
         _SHARED[ids_R] = found
-    return found[1]
+    return found[2]
 
 
 def _tail_logsumexp(

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from lrmc_ray.method.candidate_sets import CandidateSets, row_offsets
-from lrmc_ray.method.fast import fused_loss, loss_plan, triton_support
+from lrmc_ray.method.fast import fused_loss, loss_launch, loss_plan, triton_support
 from lrmc_ray.method.head import OutputHead
 from lrmc_ray.method.restricted_loss import (
     Tail,
@@ -338,6 +338,41 @@ def test_a_tile_has_every_candidate_once_and_halves_the_rows(seed, monkeypatch):
             assert set(sets.token_ids[found].tolist()) == part
     blocks = [[t, c] for t, (a, b) in enumerate(itertools.pairwise(bounds)) for c in range(a, b, 8)]
     assert tiles.blocks_B2.tolist() == blocks
+
+
+@pytest.mark.parametrize("is_anchor", [False, True], ids=["restricted", "anchor"])
+def test_factors_in_half_precision_are_multiplied_as_they_are_on_a_gpu(is_anchor, monkeypatch):
+    """Forward in float16, which the interpreter can; by itself it takes float32 for every type."""
+    by_way("tiles", monkeypatch)
+    monkeypatch.setattr(loss_launch, "is_interpreted", lambda: False)
+    assert not loss_launch.tail_tile(HALF, HALF)["WIDE"]
+    assert not loss_launch.dense_tile(HALF, HALF)["WIDE"]
+    assert loss_launch.tail_tile(HALF, is_gradient=True)["WIDE"]
+    assert not loss_launch.tail_tile(BRAIN, is_gradient=True)["WIDE"]
+    check((HALF,) * 3, sets_of(SHARED), TAILS["drawn twice"], is_anchor=is_anchor, d=70)
+
+
+@triton.jit
+def _multiply(left, right, target):
+    places = tl.arange(0, 16)[:, None] * 16 + tl.arange(0, 16)[None, :]
+    total = tl.load(target + places)
+    factors = tl.load(left + places), tl.load(right + places)
+    tl.store(target + places, product(factors[0], factors[1], total, False, tl.float16))
+
+
+from lrmc_ray.method.fast.tail_triton import product  # noqa: E402  after the check for Triton
+
+
+def test_a_derivative_goes_in_as_two_numbers_of_half_precision():
+    """22 bits of it are kept, where one number would keep 11."""
+    generator = rng(2)
+    left, total = (torch.randn(16, 16, generator=generator) for _ in range(2))
+    right = torch.randn(16, 16, generator=generator).half()
+    truth = total.double() + left.double() @ right.double()
+    target = total.clone().to(DEVICE)
+    _multiply[(1,)](left.to(DEVICE), right.to(DEVICE), target)
+    assert error(target, truth) < 1e-6
+    assert error(total + left.half().float() @ right.float(), truth) > 5e-5
 
 
 def test_what_lies_apart_in_memory_is_read_right():
