@@ -676,6 +676,11 @@ def save_model(model: Any, tokenizer_directory: Path, directory: Path) -> None:
     mode = (directory / "config.json").stat().st_mode
     for path in directory.glob("*.safetensors"):
         path.chmod(mode)
+    copy_tokenizer(tokenizer_directory, directory)
+
+
+def copy_tokenizer(source: Path, directory: Path) -> None:
+    """Put a copy of the tokenizer in ``source`` beside a model."""
     for name in (*TOKENIZER_FILES, *_PROCESSOR_FILES):
-        if (tokenizer_directory / name).is_file():
-            shutil.copyfile(tokenizer_directory / name, directory / name)
+        if (source / name).is_file():
+            shutil.copyfile(source / name, directory / name)

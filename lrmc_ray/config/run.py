@@ -69,7 +69,23 @@ class RunSettings(Settings):
                 "train.anchor_weight > 0 needs recorded prompt positions, got "
                 "record.prompt_k_max = 0; set it to 64, or train.anchor_weight to 0"
             )
+        parallel = self.parameters.get("parallel")
+        if "shard" in (self.train.parallel, *((parallel and parallel.choices) or ())):
+            self._check_sharded()
         return self
+
+    def _check_sharded(self) -> None:
+        if self.resources.storage is not None:
+            raise ValueError(
+                "resources.storage must be left out with train.parallel = 'shard', got "
+                f"{self.resources.storage}: workers save and load their shards in one directory "
+                "that all of them see; use a shared file system"
+            )
+        if self.search.early_stopping != "none":
+            raise ValueError(
+                "search.early_stopping must be 'none' with train.parallel = 'shard', got "
+                f"{self.search.early_stopping!r}: no worker has the whole model to score on the way"
+            )
 
     def _check_condition(self, name: str, searched: ParameterRange) -> None:
         for key, value in searched.when.items():

@@ -13,6 +13,7 @@ from lrmc_ray.method.names import (
     Clip,
     Loss,
     OptimizerName,
+    Parallel,
     Reduction,
     Schedule,
     SecondMoment,
@@ -123,6 +124,10 @@ class TrainSettings(Settings):
     for each trained weight in place of 8."""
     reduction: Reduction = "strict"
     """``strict``: bit-identical for every number of workers; ``fast``: one all-reduce."""
+    parallel: Parallel = "replicate"
+    """``replicate``: every worker holds the whole model; ``shard``: its part of every weight, with
+    the gradient and the moments of that part, for models that do not fit one device. The result is
+    the same up to rounding."""
     seed: int = Field(0, ge=0, lt=2**32)
     """Order of the samples, dropout and sampled tails."""
     checkpoint_every: int = Field(10, ge=1)
@@ -168,6 +173,12 @@ class TrainSettings(Settings):
             raise ValueError(
                 f"state_dtype must be 'fp32' with optimizer = {self.optimizer!r}, got "
                 f"{self.state_dtype!r}; 'moclip' and 'adam_atan2' keep bf16 moments"
+            )
+        if self.parallel == "shard" and self.reduction == "strict":
+            raise ValueError(
+                "reduction must be 'fast' with parallel = 'shard', got 'strict': to add the "
+                "gradients of micro-batches in a fixed order every worker would have to hold them "
+                "whole; set train.reduction to 'fast', or train.parallel to 'replicate'"
             )
         if self.freeze and self.lora_rank:
             raise ValueError(

@@ -27,6 +27,7 @@ from lrmc_ray.method.restricted_loss import (
     restricted_cross_entropy,
     soft_cross_entropy,
 )
+from lrmc_ray.method.shards import ShardedModel
 from lrmc_ray.method.shared_prefix import SplitForward
 from lrmc_ray.method.vocabulary_rows import HeadRows
 
@@ -71,6 +72,8 @@ class LanguageModel:
     """The same in two parts, for ``StepOptions.share_prefix_up_to``."""
     rows: HeadRows | None = None
     """Where some rows of the head are trained in place of all: the losses are taken from them."""
+    shards: ShardedModel | None = None
+    """Where its weights are in shards. The weight of ``head`` has a shape and no content then."""
 
     @torch.no_grad()
     def frozen_logits(self, batch: MicroBatch) -> Callable[[slice], Tensor]:

@@ -20,7 +20,7 @@ from lrmc_ray.method.candidate_sets import CandidateSets, row_logsumexp
 from lrmc_ray.method.head import OutputHead, head_logits
 from lrmc_ray.method.losses import LanguageModel
 from lrmc_ray.method.microbatch import Activity, MicroBatch, Sample, collate
-from lrmc_ray.method.workers import WorkerGroup
+from lrmc_ray.method.workers import WorkerGroup, waves
 
 BATCH_TOKENS = 2048
 """Padded tokens of one forward pass over held-out samples."""
@@ -65,10 +65,15 @@ def held_out_nll(
     """
     device = model.head.weight_VD.device
     sums_X = torch.zeros(len(batches), dtype=torch.float64, device=device)
-    for index in range(group.rank, len(batches), group.world_size):
+    for wave in waves(range(len(batches)), group.world_size):
+        if group.rank >= len(wave):
+            if model.shards is not None:
+                model.shards.run_idle(model.forward)
+            continue
+        index = wave[group.rank]
         batch = batches[index].to(device)
         where = batch.supervised
-        if not len(where.row_N):
+        if not len(where.row_N) and model.shards is None:
             continue
         with torch.autocast(device.type, dtype=autocast, enabled=autocast is not None):
             hidden_BTD = model.forward(batch)

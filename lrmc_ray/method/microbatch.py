@@ -22,7 +22,7 @@ from lrmc_ray.method.fast.packing import lay_out
 from lrmc_ray.method.layout import Layout
 from lrmc_ray.method.subsets import CandidateSets, cut
 
-_NO_CANDIDATES = CandidateSets(
+NO_CANDIDATES = CandidateSets(
     offsets=torch.zeros(1, dtype=torch.int64),
     token_ids=torch.zeros(0, dtype=torch.int32),
     logprobs=torch.zeros(0, dtype=torch.float16),
@@ -223,7 +223,7 @@ def collate(
 
 def _loss_positions(chosen: Sequence[tuple[Sample, Tensor]], layout: Layout) -> LossPositions:
     none = torch.zeros(0, dtype=torch.int64)
-    rows, columns, candidates, weights = [none], [none], [_NO_CANDIDATES], [none.double()]
+    rows, columns, candidates, weights = [none], [none], [NO_CANDIDATES], [none.double()]
     for (sample, chosen_P), row, columns_T in zip(chosen, layout.rows, layout.columns, strict=True):
         index = chosen_P.nonzero()[:, 0]
         rows.append(torch.full_like(index, row))

@@ -114,6 +114,8 @@ class MoClip(MomentOptimizer):
             once, on every shard, before any weight moves. The parameters are the local shards.
         state_dtype: ``torch.bfloat16`` keeps both moments in half of the memory, rounded at random
             (``stochastic_rounding``); None in that of the parameter, at least float32.
+        first_elements: For sharded parameters, in their order: place of the first element of each
+            in its whole tensor, so that bf16 moments are rounded as those of the whole are.
 
     Raises:
         ValueError: A value is out of range.
@@ -133,11 +135,13 @@ class MoClip(MomentOptimizer):
         *,
         reduce_dots: Callable[[Tensor], object] | None = None,
         state_dtype: torch.dtype | None = None,
+        first_elements: Sequence[int] = (),
     ) -> None:
         if state_dtype not in (None, torch.bfloat16):
             raise ValueError(f"state_dtype must be torch.bfloat16 or None, got {state_dtype}")
         self.reduce_dots = reduce_dots
         self.state_dtype = state_dtype
+        self.first_elements = first_elements
         self._angles = AngleCounts()
         defaults = {
             "lr": lr,
@@ -197,6 +201,7 @@ class MoClip(MomentOptimizer):
         kept = {
             "reduce_dots": self.reduce_dots,
             "state_dtype": self.state_dtype,
+            "first_elements": self.first_elements,
             "_angles": AngleCounts(),
         }
         return {**super().__getstate__(), **kept}

@@ -6,7 +6,7 @@ bf16 with stochastic rounding.
 """
 
 import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -21,6 +21,8 @@ class MomentOptimizer(Optimizer):
 
     state_dtype: torch.dtype | None = None
     """Of new moments: bf16, or None for that of the parameter and at least float32."""
+    first_elements: Sequence[int] = ()
+    """For shards: place of each parameter's first element in its whole tensor."""
 
     def take_step(self) -> None:
         """Move all parameters that have a gradient; each of them has its state."""
@@ -33,7 +35,8 @@ class MomentOptimizer(Optimizer):
             keys = []
             for param in group["params"]:
                 step = self.state[param]["step"].tolist() if param in self.state else 0
-                keys.append(rounding_key(place, int(step)))
+                first = self.first_elements[place] if self.first_elements else 0
+                keys.append(rounding_key(place, int(step), first))
                 place += 1
             yield keys
 

@@ -19,6 +19,8 @@ Loss = Literal[
 ordinary fine-tuning, the others baselines."""
 NEED_BASE: frozenset[Loss] = frozenset({"frozen_tail", "kl_to_base"})
 """Losses that compare with the logits of the base model, which is held beside the trained one."""
+ON_CANDIDATES: frozenset[Loss] = frozenset({"restricted", "soft"})
+"""Losses that read the logits of candidates and of the sampled tail alone."""
 OptimizerName = Literal["moclip", "adamw", "adam_atan2", "c_adamw", "mofo", "magma"]
 """``moclip`` is the paper's, ``adam_atan2`` the same without the cap, the others baselines."""
 Clip = Literal["scale", "cautious", "momentum", "project", "rotate", "none"]
@@ -31,6 +33,8 @@ Schedule = Literal["constant", "linear", "cosine"]
 """The learning rate after the warm-up."""
 Reduction = Literal["strict", "fast"]
 """How workers add their gradients; :mod:`lrmc_ray.method.training_loop` says what each is for."""
+Parallel = Literal["replicate", "shard"]
+"""Whether every worker holds the whole model, or its shard; see :mod:`lrmc_ray.method.shards`."""
 LossReduction = Literal["sum", "mean", "none"]
 """What becomes of the losses of the positions."""
 Backend = Literal["auto", "kernel", "sparse", "gather", "dense"]

@@ -4,7 +4,7 @@ And the learning rate of their steps.
 """
 
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -25,6 +25,7 @@ def make_optimizer(
     weight_decay: float = 0.0,
     mofo_share: float = 0.15,
     seed: int = 0,
+    reduce_sums: Callable[[Tensor], object] | None = None,
     **moclip_options: Any,
 ) -> torch.optim.Optimizer:
     """The optimizer called ``name``.
@@ -40,6 +41,7 @@ def make_optimizer(
         weight_decay: Decoupled, per unit of ``lr``.
         mofo_share: Share of each tensor that ``"mofo"`` moves in a step.
         seed: Of what ``"magma"`` draws.
+        reduce_sums: For sharded parameters: sums a tensor over the shards, in place.
         **moclip_options: Further arguments of ``FastMoClip``; the others have no use for them.
 
     Raises:
@@ -53,7 +55,12 @@ def make_optimizer(
         )
     if name == "c_adamw":
         return MaskedAdamW(
-            params, lr, mask="cautious", betas=adamw_betas, weight_decay=weight_decay
+            params,
+            lr,
+            mask="cautious",
+            betas=adamw_betas,
+            weight_decay=weight_decay,
+            reduce_sums=reduce_sums,
         )
     if name == "mofo":
         return MaskedAdamW(
@@ -63,13 +70,26 @@ def make_optimizer(
             betas=adamw_betas,
             weight_decay=weight_decay,
             share=mofo_share,
+            reduce_sums=reduce_sums,
         )
     if name == "magma":
-        return Magma(params, lr, betas=adamw_betas, weight_decay=weight_decay, seed=seed)
+        return Magma(
+            params,
+            lr,
+            betas=adamw_betas,
+            weight_decay=weight_decay,
+            seed=seed,
+            reduce_sums=reduce_sums,
+        )
     if name == "adam_atan2":
         moclip_options = {**moclip_options, "clip": "none"}
     return FastMoClip(
-        params, lr, betas=betas or (0.9, 0.99), weight_decay=weight_decay, **moclip_options
+        params,
+        lr,
+        betas=betas or (0.9, 0.99),
+        weight_decay=weight_decay,
+        reduce_dots=reduce_sums,
+        **moclip_options,
     )
 
 

@@ -21,14 +21,16 @@ GOLDEN, FIRST, SECOND = 0x9E3779B1, 0x85EBCA6B, 0xC2B2AE35
 """Of the hash."""
 
 
-def rounding_key(place: int, step: int) -> int:
+def rounding_key(place: int, step: int, first: int = 0) -> int:
     """32 bits that belong to one tensor in one step.
 
     Args:
         place: of the tensor among all.
         step: of the optimizer.
+        first: place of its first element in the whole, where it is a shard of it.
     """
-    return _mixed(_mixed(place * GOLDEN & _MASK) + step & _MASK)
+    # An element's hash begins with its place times GOLDEN plus the key.
+    return _mixed(_mixed(place * GOLDEN & _MASK) + step & _MASK) + first * GOLDEN & _MASK
 
 
 def random_bits(shape: torch.Size, key: int, device: torch.device) -> Tensor:

@@ -10,6 +10,9 @@ to the W workers, each with its own random seed. Those without an active positio
 - ``strict``: the gradients of the micro-batches are added in the order 0 .. M-1 on every worker.
   Floating-point addition is not associative, so only a fixed order gives the same bits for every W.
 - ``fast``: each worker adds its own, then one all-reduce; equal up to rounding.
+
+With a model in shards (``shards``) every backward pass adds up the gradients of all workers, so all
+of them make their passes together, and it is always ``fast``.
 """
 
 import math
@@ -25,9 +28,11 @@ from torch import Tensor, nn
 from lrmc_ray.method.head import OutputHead
 from lrmc_ray.method.losses import LanguageModel, LossSettings, loss_sums
 from lrmc_ray.method.microbatch import Activity, MicroBatch, Sample, divide
-from lrmc_ray.method.names import Reduction
+from lrmc_ray.method.names import ON_CANDIDATES, Reduction
+from lrmc_ray.method.shards import ShardedModel
 from lrmc_ray.method.shared_prefix import SharedPrefix, share_prefix
 from lrmc_ray.method.step_result import Gradients, StepResult, summarize
+from lrmc_ray.method.vocabulary_rows import HeadRows
 from lrmc_ray.method.workers import WorkerGroup, add_in_order, sum_gradients, waves
 
 _Prepared = TypeVar("_Prepared")
@@ -69,6 +74,9 @@ class StepOptions:
     probe: Callable[[int, Tensor, MicroBatch], None] | None = None
     """Called with the step and the hidden states of the first micro-batch that has an active
     supervised position, on the worker that computes it."""
+    probes_at: Callable[[int], bool] = lambda step: False
+    """Whether ``probe`` looks at all rows of the head at a step, which are gathered then where they
+    are in shards."""
     balance_loss: Callable[[MicroBatch], Tensor | None] | None = None
     """A loss of the forward pass over a micro-batch, a mean over its tokens: that of
     the routers of a mixture of experts. Micro-batches count by their tokens."""
@@ -118,16 +126,16 @@ def compute_gradients(
         group: This worker and the others.
         step: Optimizer step, from 0; seeds dropout and the sampled tail.
     """
+    if model.shards is not None:
+        return _gradients_in_shards(
+            model, model.shards, micro_batches, loss, options, group, step=step
+        )
     head = model.rows.head if model.rows else model.head
     device = head.weight_VD.device
-    num_supervised = max(1, sum(batch.num_supervised for batch in micro_batches))
-    num_prompt = max(1, sum(batch.num_prompt for batch in micro_batches))
-    tail = loss.tail_of_step(step, head)
-    tail = model.rows.tail(tail) if tail and model.rows else tail
+    one = _Pass(model, model.rows, head, micro_batches, loss, options, step)
     total: dict[Tensor, Tensor] = {}
     sums_M2 = torch.zeros(len(micro_batches), 2, dtype=torch.float64, device=device)
-    busy = [index for index, batch in enumerate(micro_batches) if len(batch.input_ids_BT)]
-    probed = next((i for i, batch in enumerate(micro_batches) if len(batch.supervised.row_N)), None)
+    busy = _busy(micro_batches)
     for parameter in parameters:
         parameter.grad = None
     prefix = _run_prefix(model, micro_batches, loss, options, step)
@@ -136,25 +144,97 @@ def compute_gradients(
     for wave in waves(busy, group.world_size):
         if group.rank < len(wave):
             index = wave[group.rank]
-            batch = micro_batches[index].to(device)
-            torch.manual_seed(micro_batch_seed(loss.seed, step, index))
-            with torch.autocast(device.type, options.autocast, options.autocast is not None):
-                hidden_BTD = (prefix.hidden_states if prefix else model.forward)(batch)
-                base_logits = options.base.frozen_logits(batch) if options.base else None
-            if options.probe is not None and index == probed:
-                options.probe(step, hidden_BTD.detach(), batch)
-            if model.rows:
-                batch = model.rows.batch(batch)
-            main, anchor = loss_sums(hidden_BTD, head, batch, loss, tail, base_logits)
-            mean = main / num_supervised + loss.anchor_weight * anchor / num_prompt
-            (mean + _balance_loss(options, batch, micro_batches, index)).backward()  # type: ignore[no-untyped-call]
-            sums_M2[index] = torch.stack([main, anchor]).detach()
+            sums_M2[index] = one.run(index, prefix.hidden_states if prefix else model.forward)
         add_in_order(total, [*ordered, *leaves], group, sources=len(wave))
     if prefix:
         _end_prefix(prefix, total, ordered, group, options)
     _leave_gradients(parameters, total)
     if options.reduction == "fast":
         sum_gradients(parameters, group)
+    return _summed(sums_M2, micro_batches, group)
+
+
+def _gradients_in_shards(
+    model: LanguageModel,
+    shards: ShardedModel,
+    micro_batches: list[MicroBatch],
+    loss: LossSettings,
+    options: StepOptions,
+    group: WorkerGroup,
+    *,
+    step: int,
+) -> Gradients:
+    """The same, each worker with the gradient of its own rows; arguments as there."""
+    shards.clear_gradients()
+    tail = loss.tail_of_step(step, model.head)
+    whole_head = loss.loss not in ON_CANDIDATES or options.probes_at(step)
+    sums_M2 = torch.zeros(len(micro_batches), 2, dtype=torch.float64, device=shards.device)
+    with shards.vocabulary.of_step(micro_batches, tail, whole_head=whole_head) as rows:
+        one = _Pass(model, rows, rows.head, micro_batches, loss, options, step)
+        for wave in waves(_busy(micro_batches), group.world_size):
+            if group.rank < len(wave):
+                index = wave[group.rank]
+                sums_M2[index] = one.run(index, model.forward)
+            else:
+                one.run_idle(shards)
+        shards.take_gradients()
+    return _summed(sums_M2, micro_batches, group)
+
+
+class _Pass:
+    """Forward and backward through one micro-batch of a step."""
+
+    def __init__(
+        self,
+        model: LanguageModel,
+        rows: HeadRows | None,
+        head: OutputHead,
+        micro_batches: Sequence[MicroBatch],
+        loss: LossSettings,
+        options: StepOptions,
+        step: int,
+    ) -> None:
+        self._model, self._rows, self._head = model, rows, head
+        self._micro_batches, self._loss, self._options = micro_batches, loss, options
+        self._step = step
+        self._num_supervised = max(1, sum(batch.num_supervised for batch in micro_batches))
+        self._num_prompt = max(1, sum(batch.num_prompt for batch in micro_batches))
+        tail = loss.tail_of_step(step, head)
+        self._tail = rows.tail(tail) if tail and rows else tail
+        found = (i for i, batch in enumerate(micro_batches) if len(batch.supervised.row_N))
+        self._probed = next(found, None)
+
+    def run(self, index: int, forward: Callable[[MicroBatch], Tensor]) -> Tensor:
+        """Add to the gradients; returns the sums of loss and anchor, [2]."""
+        device = self._head.weight_VD.device
+        loss, options = self._loss, self._options
+        batch = self._micro_batches[index].to(device)
+        torch.manual_seed(micro_batch_seed(loss.seed, self._step, index))
+        with torch.autocast(device.type, options.autocast, options.autocast is not None):
+            hidden_BTD = forward(batch)
+            base_logits = options.base.frozen_logits(batch) if options.base else None
+        if options.probe is not None and index == self._probed:
+            options.probe(self._step, hidden_BTD.detach(), batch)
+        if self._rows:
+            batch = self._rows.batch(batch)
+        main, anchor = loss_sums(hidden_BTD, self._head, batch, loss, self._tail, base_logits)
+        mean = main / self._num_supervised + loss.anchor_weight * anchor / self._num_prompt
+        (mean + _balance_loss(options, batch, self._micro_batches, index)).backward()  # type: ignore[no-untyped-call]
+        return torch.stack([main, anchor]).detach()
+
+    def run_idle(self, shards: ShardedModel) -> None:
+        """Take part in the passes of the other workers."""
+        device, options = shards.device, self._options
+        with torch.autocast(device.type, options.autocast, options.autocast is not None):
+            shards.run_idle(self._model.forward)
+
+
+def _busy(micro_batches: Sequence[MicroBatch]) -> list[int]:
+    """Those with a token."""
+    return [index for index, batch in enumerate(micro_batches) if len(batch.input_ids_BT)]
+
+
+def _summed(sums_M2: Tensor, micro_batches: list[MicroBatch], group: WorkerGroup) -> Gradients:
     group.sum_(sums_M2)  # each row is zero on all workers but one, so this is exact
     loss_sum, anchor_sum = sums_M2.sum(dim=0).tolist()
     return Gradients(loss_sum, anchor_sum, micro_batches)
@@ -272,7 +352,8 @@ def train(
         )
         if options.penalize is not None:
             options.penalize()
-        grad_norm = clip_gradients(parameters, options.max_grad_norm)
+        over = group if model.shards is not None else None
+        grad_norm = clip_gradients(parameters, options.max_grad_norm, over)
         lr = lr_of_step(step)
         if math.isfinite(grad_norm) and math.isfinite(gradients.loss_sum):
             bad_steps = 0
@@ -310,9 +391,22 @@ def _one_ahead(
             yield prepared.result()
 
 
-def clip_gradients(parameters: Sequence[nn.Parameter], max_norm: float | None) -> float:
-    """The norm of all gradients together, which are then scaled down to ``max_norm``."""
-    norm = nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+def clip_gradients(
+    parameters: Sequence[nn.Parameter], max_norm: float | None, shards: WorkerGroup | None = None
+) -> float:
+    """The norm of all gradients together, which are then scaled down to ``max_norm``.
+
+    Args:
+        parameters: Those with the gradients.
+        max_norm: None leaves them.
+        shards: The workers that hold the other rows of the parameters, where there are some.
+    """
+    gradients = [p.grad for p in parameters if p.grad is not None]
+    norm = nn.utils.get_total_norm(gradients)
+    if shards is not None:
+        squares = torch.stack([gradient.double().square().sum() for gradient in gradients]).sum()
+        shards.sum_(squares)
+        norm = squares.sqrt().to(norm.dtype)
     if max_norm is not None:
         nn.utils.clip_grads_with_norm_(parameters, max_norm, norm)
     return float(norm)

@@ -17,7 +17,7 @@ products in that of float64, the norm for clipping in that of float32.)
 
 import dataclasses
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -130,10 +130,21 @@ def distinct_padded(token_ids_BT: Tensor) -> tuple[Tensor, Tensor]:
     return tokens_X, index_X.view_as(token_ids_BT)
 
 
+class Rows(Protocol):
+    """Some rows of a weight [V, D], in the order of their tokens."""
+
+    @property
+    def rows_XD(self) -> Tensor:  # noqa: N802
+        """The rows, a leaf."""
+
+    def places(self, token_ids: Tensor) -> Tensor:
+        """Where the rows of tokens are, in their dtype."""
+
+
 class HeadRows:
     """An output head of trained rows alone, and the batches of a step as it takes them."""
 
-    def __init__(self, head: OutputHead, rows: TrainedRows) -> None:
+    def __init__(self, head: OutputHead, rows: Rows) -> None:
         """Take the rows in place of the weight of ``head``, which has no bias."""
         assert head.bias_V is None
         self._rows = rows

@@ -11,7 +11,7 @@ import copy
 import fnmatch
 import re
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -153,15 +153,23 @@ class Adapters:
         found = torch.autograd.grad(projected, trained, allow_unused=True)
         return sum(float(gradient.norm()) for gradient in found if gradient is not None)
 
-    def save(self, directory: Path) -> None:
-        """Write the adapters by themselves, as PEFT loads them onto the base model."""
+    def save(self, directory: Path, whole: Mapping[str, Tensor] | None = None) -> None:
+        """Write the adapters by themselves, as PEFT loads them onto the base model.
+
+        Args:
+            directory: where to.
+            whole: their weights by the model's names, where the model holds shards of them.
+        """
         from peft import get_peft_model_state_dict
         from safetensors.torch import save_file
 
         directory.mkdir(parents=True, exist_ok=True)
+        known = None
+        if whole is not None:
+            known = {f"base_model.model.{_BODY}.{name}": tensor for name, tensor in whole.items()}
         state = {
             name.replace(f"base_model.model.{_BODY}.", "base_model.model.", 1): tensor.contiguous()
-            for name, tensor in get_peft_model_state_dict(self._peft).items()
+            for name, tensor in get_peft_model_state_dict(self._peft, state_dict=known).items()
         }
         save_file(state, directory / "adapter_model.safetensors", metadata={"format": "pt"})
         config = copy.deepcopy(self._peft.peft_config["default"])

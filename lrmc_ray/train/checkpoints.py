@@ -9,7 +9,7 @@ import logging
 import os
 import pickle
 import shutil
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,10 @@ from lrmc_ray.files.artifacts import PARTIAL, file_digest, read_manifest, write_
 _log = logging.getLogger(__name__)
 
 STATE = "state.pt"
+SHARDS = "shards"
+"""Beside it where the model is in shards: what ``torch.distributed.checkpoint`` writes."""
+METADATA = ".metadata"
+"""What it reads first, a pickle: never before its digest is that of the manifest."""
 
 
 def save_checkpoint(
@@ -34,24 +38,52 @@ def save_checkpoint(
     Then all but the ``keep`` newest and those of the steps ``also`` are removed, and with them
     what saves that were killed have left.
     """
+    partial = begin_checkpoint(directory, step)
+    finish_checkpoint(partial, step, state, keep=keep, also=also)
+    return checkpoint_path(directory, step)
+
+
+def begin_checkpoint(directory: Path, step: int) -> Path:
+    """A fresh directory for the checkpoint behind ``step`` steps, which is none yet."""
+    _remove_partial(directory)
+    partial = partial_path(directory, step)
+    partial.mkdir(parents=True)
+    return partial
+
+
+def finish_checkpoint(
+    partial: Path,
+    step: int,
+    state: dict[str, Any],
+    *,
+    shards: Mapping[str, str] | None = None,
+    keep: int = 2,
+    also: Collection[int] = (),
+) -> None:
+    """Write ``state`` and the manifest, and make a checkpoint of ``partial``; see above.
+
+    Args:
+        partial: what :func:`begin_checkpoint` returned.
+        step: steps done.
+        state: as above.
+        shards: files below ``partial`` that workers have written, with their SHA-256.
+        keep: as above.
+        also: as above.
+    """
     import torch
 
-    final = checkpoint_path(directory, step)
-    _remove_partial(directory)
-    partial = final.with_name(final.name + PARTIAL)
-    partial.mkdir(parents=True)
+    directory, final = partial.parent, checkpoint_path(partial.parent, step)
     with (partial / STATE).open("wb") as file:
         torch.save(state, file)
         file.flush()
         os.fsync(file.fileno())
-    write_manifest(partial, _manifest(partial / STATE, step))
+    write_manifest(partial, {**_manifest(partial / STATE, step), **_of_shards(shards)})
     shutil.rmtree(final, ignore_errors=True)
     os.replace(partial, final)
     kept = {checkpoint_path(directory, other) for other in also}
     for old in list_checkpoints(directory)[:-keep]:
         if old not in kept:
             shutil.rmtree(old, ignore_errors=True)
-    return final
 
 
 def discard_after(directory: Path, step: int) -> None:
@@ -76,6 +108,12 @@ def checkpoint_path(directory: Path, step: int) -> Path:
     return directory / f"step_{step:08d}"
 
 
+def partial_path(directory: Path, step: int) -> Path:
+    """Where that checkpoint is while it is written."""
+    path = checkpoint_path(directory, step)
+    return path.with_name(path.name + PARTIAL)
+
+
 def step_of(path: Path) -> int:
     """Steps done at the checkpoint ``path``."""
     return int(path.name.removeprefix("step_"))
@@ -83,6 +121,10 @@ def step_of(path: Path) -> int:
 
 def _manifest(state: Path, step: int) -> dict[str, Any]:
     return {"kind": "checkpoint", "step": step, "sha256": file_digest(state)}
+
+
+def _of_shards(shards: Mapping[str, str] | None) -> dict[str, Any]:
+    return {} if shards is None else {"shards": dict(shards)}
 
 
 def list_checkpoints(directory: Path) -> list[Path]:
@@ -110,8 +152,13 @@ def load_newest(directory: Path) -> dict[str, Any] | None:
     return None
 
 
-def load_checkpoint(directory: Path, step: int) -> dict[str, Any]:
-    """The state of the checkpoint behind ``step`` steps.
+def load_checkpoint(directory: Path, step: int, *, is_verified: bool = False) -> dict[str, Any]:
+    """The state of the checkpoint behind ``step`` steps, all of whose files are as written.
+
+    Args:
+        directory: of the checkpoints.
+        step: steps done.
+        is_verified: rank 0 has just read all shards; they are not read again.
 
     Raises:
         DataError: it is missing, or not what was written.
@@ -121,8 +168,16 @@ def load_checkpoint(directory: Path, step: int) -> dict[str, Any]:
     path = checkpoint_path(directory, step)
     try:
         manifest = read_manifest(path, made_by="python -m lrmc_ray.train")
-        if manifest != _manifest(path / STATE, step):
+        shards = manifest.get("shards")
+        if not isinstance(shards, dict | None):
+            raise DataError(f"{path} has a manifest that was not written here")
+        if manifest != {**_manifest(path / STATE, step), **_of_shards(shards)}:
             raise DataError(f"{path / STATE} is not what was written")
+        for name, digest in (shards or {}).items():
+            if is_verified and not name.endswith(METADATA):
+                continue
+            if file_digest(path / name) != digest:
+                raise DataError(f"{path / name} is not what was written")
         state: dict[str, Any] = torch.load(
             path / STATE, map_location="cpu", weights_only=True, mmap=True
         )

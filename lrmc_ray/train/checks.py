@@ -12,7 +12,7 @@ from lrmc_ray.models import empty_model, load_model, local_directory
 
 _log = logging.getLogger(__name__)
 
-_SEARCHED = ("gradient_checkpointing", "router_loss", "lora_rank", "lora_targets")
+_SEARCHED = ("gradient_checkpointing", "router_loss", "lora_rank", "lora_targets", "parallel")
 """Settings of ``train`` that some models cannot fulfil."""
 _MEMORY_SHARE = 0.6
 """Of the free memory, what the weights of a model that is tried out may take."""
@@ -53,12 +53,15 @@ def check_training(model: ModelSettings, trials: Iterable[TrainSettings]) -> Non
     # They need torch, and these settings are rare.
     from lrmc_ray.train.recompute import Recomputation
     from lrmc_ray.train.routers import Routers
+    from lrmc_ray.train.sharding import check_shardable
 
     directory = local_directory(model)
     empty = empty_model(directory)
     for train in asked:
         Recomputation(empty, train.gradient_checkpointing)
         Routers(empty, train.router_loss)
+        if train.parallel == "shard":
+            check_shardable(empty)
     tried = [train for train in asked if train.lora_rank or _names_a_way(train)]
     if tried and not _fits_in_memory(empty):
         _log.info(
@@ -70,7 +73,8 @@ def check_training(model: ModelSettings, trials: Iterable[TrainSettings]) -> Non
 
 
 def _asks(train: TrainSettings) -> bool:
-    return bool(train.lora_rank or train.router_loss or _names_a_way(train))
+    is_sharded = train.parallel == "shard"
+    return bool(train.lora_rank or train.router_loss or is_sharded or _names_a_way(train))
 
 
 def _names_a_way(train: TrainSettings) -> bool:
@@ -83,6 +87,7 @@ def _asked(train: TrainSettings) -> tuple[Any, ...]:
         train.gradient_checkpointing,
         train.router_loss > 0,
         train.lora_targets if train.lora_rank else None,
+        train.parallel,
     )
 
 
@@ -94,6 +99,7 @@ def _fits_in_memory(empty: Any) -> bool:
 def _try_out(directory: Path, train: TrainSettings) -> None:
     """Load the model as training does, and run a few tokens through it."""
     from lrmc_ray.train.recompute import Recomputation
+    from lrmc_ray.train.sharding import check_shardable
     from lrmc_ray.train.trainable import TrainableModel
 
     trainable = TrainableModel(load_model(directory), train)
@@ -101,3 +107,5 @@ def _try_out(directory: Path, train: TrainSettings) -> None:
         Recomputation(trainable.model, train.gradient_checkpointing).try_out()
     if trainable.adapters is not None:
         trainable.adapters.try_out()
+    if train.parallel == "shard":
+        check_shardable(trainable.model)

@@ -1,8 +1,10 @@
 """What one worker trains and by which rules: the weights, their optimizer, the loss."""
 
+import contextlib
+import dataclasses
 import math
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,14 +16,28 @@ from lrmc_ray.files.artifacts import PARTIAL
 from lrmc_ray.files.names import ADAPTER
 from lrmc_ray.method.baselines.l2_sp import StartingPoint
 from lrmc_ray.method.fast.allocator import keep_freed_memory
+from lrmc_ray.method.head import OutputHead
 from lrmc_ray.method.losses import LanguageModel, LossSettings
 from lrmc_ray.method.microbatch import MicroBatch
+from lrmc_ray.method.moclip import MoClip
 from lrmc_ray.method.names import NEED_BASE
 from lrmc_ray.method.optimizers import make_optimizer
-from lrmc_ray.models import attention_cost, batch_hidden_states, head_of, load_model, save_model
+from lrmc_ray.method.shards import Shard
+from lrmc_ray.method.workers import WorkerGroup
+from lrmc_ray.models import (
+    attention_cost,
+    batch_hidden_states,
+    copy_tokenizer,
+    head_of,
+    load_model,
+    save_model,
+)
 from lrmc_ray.train.recompute import Recomputation
 from lrmc_ray.train.routers import Routers
 from lrmc_ray.train.samples import TrainingSamples
+from lrmc_ray.train.sharded_export import gathered, write_model
+from lrmc_ray.train.sharded_state import ShardedState
+from lrmc_ray.train.sharding import Sharding, shard_model
 from lrmc_ray.train.split_forward import SplitModel, can_split, may_share
 from lrmc_ray.train.trainable import TrainableModel
 from lrmc_ray.train.vocabulary import Vocabulary
@@ -36,6 +52,7 @@ class Learner:
         model_directory: Path,
         device: torch.device,
         samples: TrainingSamples | None = None,
+        group: WorkerGroup | None = None,
     ) -> None:
         """Load the base model.
 
@@ -45,6 +62,7 @@ class Learner:
             device: where to compute.
             samples: of the run, where the rows of the vocabulary that it does not touch may be left
                 out of training; None trains all.
+            group: this worker and the others, who call this together; needed for shards.
 
         Raises:
             ConfigError: a setting fits nothing in the model.
@@ -57,6 +75,11 @@ class Learner:
         self.model = self.trainable.model
         self.recomputation = Recomputation(self.model, settings.gradient_checkpointing)
         self.head = head_of(self.model)
+        self.attention_cost = attention_cost(self.model) if settings.packing else math.inf
+        self.sharding: Sharding | None = None
+        if settings.parallel == "shard":
+            self._shard(group or WorkerGroup(), device)
+            samples = None
         self.loss = LossSettings(
             loss=settings.loss,
             tail_samples=settings.tail_samples,
@@ -67,13 +90,22 @@ class Learner:
         self.vocabulary = Vocabulary(
             self.model,
             self.head,
-            self.trainable.parameters,
+            {} if self.sharding else self.trainable.parameters,
             settings,
             self.loss.activity,
             samples,
         )
         parameters = list(self.trainable.parameters.values())
-        self.optimizer = _optimizer(settings, parameters)
+        self.optimizer = _optimizer(settings, parameters, self._over_shards())
+        if self.sharding is not None and isinstance(self.optimizer, MoClip):
+            self.optimizer.first_elements = [
+                s.first_element for s in self._trained_shards().values()
+            ]
+        self.sharded_state: ShardedState | None = None
+        if self.sharding is not None:
+            self.sharded_state = ShardedState(
+                self._trained_shards(), self.optimizer, self.sharding.model.mesh, self.group
+            )
         # Before a checkpoint is loaded: these are the base's weights.
         self.penalty = None
         if settings.l2_sp_weight:
@@ -81,7 +113,6 @@ class Learner:
         self.base = _frozen_base(settings, model_directory, device)
         self.autocast = torch.bfloat16 if settings.precision == "bf16" else None
         self.routers = Routers(self.model, settings.router_loss)
-        self.attention_cost = attention_cost(self.model) if settings.packing else math.inf
         self.split = SplitModel(self.model, self.recomputation.keep)
         self.share_prefix_up_to = self.recomputation.most_kept if self._may_share() else 0.0
 
@@ -92,14 +123,51 @@ class Learner:
     @property
     def language_model(self) -> LanguageModel:
         """The model that is trained, as measurements take it."""
-        return LanguageModel(self.hidden_states, self.head)
+        shards = self.sharding and self.sharding.model
+        return LanguageModel(self.hidden_states, self.head, shards=shards)
 
     @property
     def trained_model(self) -> LanguageModel:
         """The same as the training loop takes it."""
-        return LanguageModel(self.hidden_states, self.head, self.split, self.vocabulary.head_rows)
+        rows, shards = self.vocabulary.head_rows, self.sharding and self.sharding.model
+        return LanguageModel(self.hidden_states, self.head, self.split, rows, shards)
+
+    @contextlib.contextmanager
+    def whole_head(self) -> Iterator[OutputHead]:
+        """The output head with all of its rows; of one in shards all workers enter together."""
+        if self.sharding is None:
+            yield self.head
+            return
+        with self.sharding.model.vocabulary.whole() as head:
+            yield head
+
+    def head_now(self) -> OutputHead:
+        """The output head, of one in shards with the rows that are gathered at the moment."""
+        if self.sharding is None:
+            return self.head
+        rows_XD = self.sharding.model.vocabulary.output.rows_XD
+        return dataclasses.replace(self.head, weight_VD=rows_XD)
+
+    def _shard(self, group: WorkerGroup, device: torch.device) -> None:
+        """Leave this worker's rows of the model in place of all."""
+        self.recomputation.try_out()  # later, a worker alone could not prove it
+        self.group = group
+        self.sharding = shard_model(self.model, self.head, group, device)
+        self.head = self.sharding.head
+        trained = self.trainable.parameters
+        for name in trained:
+            trained[name] = self.sharding.shards[name].own
+
+    def _over_shards(self) -> Callable[[Tensor], object] | None:
+        return None if self.sharding is None else self.group.sum_
+
+    def _trained_shards(self) -> dict[str, Shard]:
+        assert self.sharding is not None
+        return {name: self.sharding.shards[name] for name in self.trainable.parameters}
 
     def _may_share(self) -> bool:
+        if self.sharding is not None:
+            return False  # the beginning would have a pass of its own, and layers gather in turn
         may = may_share(
             self.settings,
             on_cpu=self.head.weight_VD.is_cpu,
@@ -108,7 +176,9 @@ class Learner:
         return may and math.isfinite(self.attention_cost) and can_split(self.model)
 
     def state(self) -> dict[str, Any]:
-        """What a checkpoint keeps."""
+        """What a checkpoint keeps; with shards, what is not in their own files."""
+        if self.sharded_state is not None:
+            return {"sharded": self.sharded_state.rest()}
         return {
             "model": self.trainable.state(),
             "optimizer": self.optimizer.state_dict(),
@@ -116,7 +186,7 @@ class Learner:
         }
 
     def load(self, state: Mapping[str, Any]) -> None:
-        """Go on from what :meth:`state` returned."""
+        """Go on from what :meth:`state` returned; shards are read beside it."""
         vocabulary = state.get("vocabulary", {})
         self.vocabulary.check(vocabulary)
         self.trainable.load(state["model"])
@@ -135,21 +205,43 @@ class Learner:
         loses most of a small update.
         """
         unfinished = directory.with_name(directory.name + PARTIAL)
-        shutil.rmtree(unfinished, ignore_errors=True)
+        is_writer = self.sharding is None or self.group.rank == 0
+        if is_writer:
+            shutil.rmtree(unfinished, ignore_errors=True)
+        if self.sharding is not None:
+            self._write_shards(self.sharding, unfinished)
+        else:
+            if self.trainable.adapters is not None:
+                self.trainable.adapters.save(unfinished / ADAPTER)
+            save_model(self.trainable.merged(), self.model_directory, unfinished)
+        if is_writer:
+            shutil.rmtree(directory, ignore_errors=True)
+            unfinished.rename(directory)
+
+    def _write_shards(self, sharding: Sharding, directory: Path) -> None:
+        """All workers write the model together; see ``sharded_export``."""
         if self.trainable.adapters is not None:
-            self.trainable.adapters.save(unfinished / ADAPTER)
-        save_model(self.trainable.merged(), self.model_directory, unfinished)
-        shutil.rmtree(directory, ignore_errors=True)
-        unfinished.rename(directory)
+            whole = {n: gathered(s, self.group) for n, s in self._trained_shards().items()}
+            if self.group.rank == 0:
+                found = {name: tensor for name, tensor in whole.items() if tensor is not None}
+                self.trainable.adapters.save(directory / ADAPTER, found)
+        write_model(self.model, sharding.shards, sharding.units, self.group, directory)
+        if self.group.rank == 0:
+            copy_tokenizer(self.model_directory, directory)
 
 
-def _optimizer(settings: TrainSettings, parameters: Sequence[Tensor]) -> torch.optim.Optimizer:
+def _optimizer(
+    settings: TrainSettings,
+    parameters: Sequence[Tensor],
+    reduce_sums: Callable[[Tensor], object] | None,
+) -> torch.optim.Optimizer:
     return make_optimizer(
         settings.optimizer,
         parameters,
         lr=settings.lr,
         betas=settings.betas,
         weight_decay=settings.weight_decay,
+        reduce_sums=reduce_sums,
         **_optimizer_options(settings),
     )
 

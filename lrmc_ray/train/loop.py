@@ -1,8 +1,9 @@
 """One worker's share of Stage 1: the order of a run, from loading the model to saving it.
 
 :class:`TrainingRun` knows of the other workers (``WorkerGroup``) but not of Ray. All workers hold
-the same state at every step. Rank 0 writes: ``metrics.jsonl``, ``ledger.jsonl``, checkpoints and
-the model. What a step is made of, and what happens beside the steps, is elsewhere in this room:
+the same state at every step, or shards of it. Rank 0 writes: ``metrics.jsonl``, ``ledger.jsonl``,
+checkpoints and the model; with shards all write their part of a checkpoint. What a step is made
+of, and what happens beside the steps, is elsewhere in this room:
 
     learner         the model that is trained, its optimizer and loss
     refresh         recording candidates again with the current model
@@ -80,13 +81,13 @@ class TrainingRun:
         self._is_preempted = is_preempted
         records = Records(record)
         self.samples = TrainingSamples(records, settings)
-        self.learner = Learner(settings, model_directory, device, self.samples)
+        self.learner = Learner(settings, model_directory, device, self.samples, group)
         beat_with(self.learner.model)
         k_max = records.manifest["identity"]["k_max"]
         self.fresh = FreshCandidates(settings, self.samples, self.learner, k_max=k_max, group=group)
         held_out = [self.samples.in_full(index) for index in self.samples.held_out]
         self.held_out = HeldOut(settings, held_out, self.learner, group=group)
-        self.probe = Probe(settings, self.learner.head, group=group, device=device)
+        self.probe = Probe(settings, self.learner.head_now, group=group, device=device)
         self.checkpoints = Checkpoints(
             settings, files, record=records.directory.name, group=group, device=device
         )
@@ -118,7 +119,8 @@ class TrainingRun:
             result = self._train()
             costs = self.costs.total(self.group)
             divergence = None if self.is_pruned else self.losses.divergence()
-            if is_writer and not self.is_pruned and divergence is None:
+            writes = is_writer or self.learner.sharding is not None
+            if writes and not self.is_pruned and divergence is None:
                 self._save_model()
         (self.files.end if is_writer else self.files.leave)()
         return {
@@ -146,11 +148,10 @@ class TrainingRun:
                 is_preempted = self._is_preempted()
                 if log is not None:
                     log.write(result, metrics)
-                    is_last = done == self.settings.steps or self.is_pruned
-                    is_best = self.held_out.best_step == done
-                    if not is_last and (is_best or self.checkpoints.is_due(done, is_preempted)):
+                if self._is_to_be_saved(done, is_preempted):
+                    if log is not None:
                         log.sync()
-                        self._save_checkpoint(done)
+                    self._save_checkpoint(done)
                 if self.is_pruned:
                     break
                 last = time.monotonic()
@@ -194,6 +195,7 @@ class TrainingRun:
                 max_bad_steps=settings.max_bad_steps,
                 base=learner.base,
                 probe=self.probe.measure,
+                probes_at=self.probe.is_due,
                 balance_loss=learner.routers.loss,
                 penalize=learner.penalty.add_gradient if learner.penalty else None,
                 after_update=learner.vocabulary.after_update,
@@ -241,6 +243,17 @@ class TrainingRun:
 
     # Checkpoints and the model
 
+    def _is_to_be_saved(self, done: int, is_preempted: bool) -> bool:
+        """Whether this worker saves a checkpoint behind step ``done``; rank 0 says when it is time.
+
+        It saves alone, or with shards all of them together.
+        """
+        is_time = False
+        if self.group.rank == 0 and done < self.settings.steps and not self.is_pruned:
+            is_best = self.held_out.best_step == done
+            is_time = is_best or self.checkpoints.is_due(done, is_preempted)
+        return is_time if self.learner.sharding is None else self.checkpoints.agree(is_time)
+
     def _save_checkpoint(self, done: int) -> None:
         state = {
             **self.learner.state(),
@@ -251,7 +264,9 @@ class TrainingRun:
             "fresh": self.fresh.state(),
             **self.costs.state(self.group.world_size),
         }
-        self.checkpoints.save(done, state, best=self.held_out.best_step)
+        self.checkpoints.save(
+            done, state, best=self.held_out.best_step, shards=self.learner.sharded_state
+        )
 
     def _resume(self) -> None:
         """Go on from the newest good checkpoint, if there is one."""
@@ -259,7 +274,11 @@ class TrainingRun:
         if state is None:
             return
         self.first_step = state["step"]
-        self.learner.load(state)
+        if self.learner.sharded_state is None:
+            self.learner.load(state)
+        else:
+            path = self.checkpoints.path(state["step"])
+            self.learner.sharded_state.read(path, state["sharded"])
         self.counts.totals = state["totals"]
         self.bad_steps = state["bad_steps"]
         self.losses.load(state["losses"])
@@ -270,5 +289,9 @@ class TrainingRun:
     def _save_model(self) -> None:
         best = self.held_out.best_step
         if self.settings.export == "best" and best is not None and best < self.settings.steps:
-            self.learner.load_weights(self.checkpoints.weights(best))
+            if self.learner.sharded_state is None:
+                self.learner.load_weights(self.checkpoints.weights(best))
+            else:
+                self.checkpoints.check(best)
+                self.learner.sharded_state.read_weights(self.checkpoints.path(best))
         self.learner.save(self.directory / MODEL)

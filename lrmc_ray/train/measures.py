@@ -1,11 +1,12 @@
 """What a run measures of itself: counts, metrics of a step, held-out loss, and the machine."""
 
 import contextlib
+import dataclasses
 import logging
 import math
 import resource
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
@@ -103,7 +104,7 @@ class Probe:
     def __init__(
         self,
         settings: TrainSettings,
-        head: OutputHead,
+        head: Callable[[], OutputHead],
         *,
         group: WorkerGroup,
         device: torch.device,
@@ -112,7 +113,7 @@ class Probe:
 
         Args:
             settings: of the run.
-            head: of the model that is trained.
+            head: gives that of the model that is trained, whole at steps that are due.
             group: this worker and the others.
             device: where tensors are that workers exchange.
         """
@@ -122,18 +123,19 @@ class Probe:
         self._device = device
         self._own = (0.0, 0.0, 0)
 
-    def _is_due(self, step: int) -> bool:
+    def is_due(self, step: int) -> bool:
+        """Whether it is time to measure at ``step``."""
         every = self._settings.probe_every
         return bool(every) and step % every == 0
 
     def measure(self, step: int, hidden_BTD: Tensor, batch: MicroBatch) -> None:
         """Measure at ``step`` on this worker, which has the positions in ``batch``."""
-        if not self._is_due(step):
+        if not self.is_due(step):
             return
         where = batch.supervised
         self._own = outside_mass(
             hidden_BTD[where.row_N, where.column_N],
-            self._head,
+            self._head(),
             where.candidates,
             num_positions=self._settings.probe_positions,
             seed=step,
@@ -141,7 +143,7 @@ class Probe:
 
     def shared(self, step: int) -> dict[str, float]:
         """The metric of what was measured at ``step``, on whichever worker; all ask together."""
-        if not self._is_due(step):
+        if not self.is_due(step):
             return {}
         shared = torch.tensor(self._own, dtype=torch.float64, device=self._device)
         self._own = (0.0, 0.0, 0)
@@ -200,9 +202,9 @@ class HeldOut:
             return {}
         learner = self._learner
         learner.model.eval()
-        nll = held_out_nll(
-            learner.language_model, self.batches, self._group, autocast=learner.autocast
-        )
+        with learner.whole_head() as head:
+            model = dataclasses.replace(learner.language_model, head=head)
+            nll = held_out_nll(model, self.batches, self._group, autocast=learner.autocast)
         learner.model.train()
         if math.isfinite(nll) and nll < self.best.get("held_out_nll", math.inf):
             self.best = {"held_out_nll": nll, "step": done}

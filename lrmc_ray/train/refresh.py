@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from lrmc_ray.config import TrainSettings
-from lrmc_ray.method.head import head_logits
+from lrmc_ray.method.head import OutputHead, head_logits
 from lrmc_ray.method.microbatch import Sample, collate, deal
 from lrmc_ray.method.subsets import CandidateSets, select_candidates
 from lrmc_ray.method.workers import WorkerGroup, waves
@@ -94,11 +94,16 @@ class FreshCandidates:
             parts = deal(samples, self._settings.micro_batches, self._learner.loss.activity)
             jobs += [(step, part, [samples[i] for i in part]) for part in parts]
         own: dict[tuple[int, int], CandidateSets] = {}
-        for wave in waves(range(len(jobs)), self._group.world_size):
-            if self._group.rank < len(wave):
-                step, part, samples = jobs[wave[self._group.rank]]
-                for place, candidates in zip(part, self._record_again(samples), strict=True):
-                    own[step, place] = candidates
+        sharding = self._learner.sharding
+        with self._learner.whole_head() as head:
+            for wave in waves(range(len(jobs)), self._group.world_size):
+                if self._group.rank < len(wave):
+                    step, part, samples = jobs[wave[self._group.rank]]
+                    fresh = self._record_again(samples, head)
+                    for place, candidates in zip(part, fresh, strict=True):
+                        own[step, place] = candidates
+                elif sharding is not None:
+                    sharding.model.run_idle(self._learner.hidden_states)
         self._learner.model.train()
         together: dict[tuple[int, int], CandidateSets] = {}
         for theirs in self._group.gather(own):
@@ -107,9 +112,9 @@ class FreshCandidates:
             places = range(self._settings.batch_size)
             self._fresh[step] = [together[step, place] for place in places]
 
-    def _record_again(self, samples: list[Sample]) -> list[CandidateSets]:
+    def _record_again(self, samples: list[Sample], head: OutputHead) -> list[CandidateSets]:
         """Candidates of the supervised positions of ``samples``, which are computed together."""
-        head, autocast = self._learner.head, self._learner.autocast
+        autocast = self._learner.autocast
         device = head.weight_VD.device
         batch = collate(samples, self._learner.loss.activity, trim=False).to(device)
         with torch.autocast(device.type, dtype=autocast, enabled=autocast is not None):

@@ -1,14 +1,15 @@
 """When a run saves a checkpoint, what it goes on from, and who may write.
 
-Rank 0 saves; all workers hold the same state, so what it saves is everybody's. A run never starts
-again from step 0 where there were checkpoints.
+Rank 0 saves; all workers hold the same state, so what it saves is everybody's. Of a model in shards
+every worker saves its own, and rank 0 makes a checkpoint of them. A run never starts again from
+step 0 where there were checkpoints.
 """
 
 import contextlib
 import fcntl
 import math
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +19,18 @@ from lrmc_ray.config import TrainSettings
 from lrmc_ray.errors import DataError, DirectoryInUseError
 from lrmc_ray.files.names import CHECKPOINT_NOW, CHECKPOINTS, LEDGER
 from lrmc_ray.method.workers import WorkerGroup
-from lrmc_ray.train.checkpoints import load_checkpoint, load_newest, save_checkpoint
+from lrmc_ray.train.checkpoints import (
+    begin_checkpoint,
+    checkpoint_path,
+    finish_checkpoint,
+    load_checkpoint,
+    load_newest,
+    partial_path,
+    save_checkpoint,
+)
 from lrmc_ray.train.ledger import read_ledger
 from lrmc_ray.train.run_files import RunFiles
+from lrmc_ray.train.sharded_state import ShardedState
 
 WRITER_SECONDS = 120.0
 """How long rank 0 waits for one of an earlier attempt to end."""
@@ -83,6 +93,7 @@ class Checkpoints:
             "seed": settings.seed,
             "batch_size": settings.batch_size,
             "micro_batches": settings.micro_batches,
+            "parallel": settings.parallel,
             "record": record,
         }
         self._asked = files.directory / CHECKPOINT_NOW
@@ -96,26 +107,49 @@ class Checkpoints:
         pause = self._save_seconds / NOTICE_SHARE
         return is_preempted and time.monotonic() - self._saved_at > pause
 
-    def save(self, step: int, state: Mapping[str, Any], *, best: int | None) -> None:
-        """Save ``state`` as the checkpoint behind ``step`` steps; rank 0 alone.
+    def agree(self, is_time: bool) -> bool:
+        """What rank 0 says; all workers ask together."""
+        said = torch.tensor([int(is_time)], device=self._device)
+        self._group.broadcast_(said, source=0)
+        return bool(said)
+
+    def path(self, step: int) -> Path:
+        """Where the checkpoint behind ``step`` steps is."""
+        return checkpoint_path(self._directory, step)
+
+    def save(
+        self,
+        step: int,
+        state: dict[str, Any],
+        *,
+        best: int | None,
+        shards: ShardedState | None = None,
+    ) -> None:
+        """Save ``state`` as the checkpoint behind ``step`` steps; rank 0 alone, or all with shards.
 
         Args:
             step: steps done.
             state: of the run; it gets back what it gives.
             best: step of the best model so far, whose checkpoint stays; None if there is none.
+            shards: weights and moments that all workers write together.
 
         Raises:
             DirectoryInUseError: another rank 0 has taken over.
         """
         start = time.monotonic()
         keep, also = self._settings.keep_checkpoints, [] if best is None else [best]
-        save_checkpoint(
-            self._directory,
-            step,
-            {"step": step, "claims": self._claims, **state},
-            keep=keep,
-            also=also,
-        )
+        state = {"step": step, "claims": self._claims, **state}
+        if shards is None:
+            save_checkpoint(self._directory, step, state, keep=keep, also=also)
+        else:
+            partial = partial_path(self._directory, step)
+            if self._group.rank == 0:
+                begin_checkpoint(self._directory, step)
+            self._group.gather(None)  # none writes before the directory is there
+            digests = shards.write(partial)
+            if self._group.rank != 0:
+                return
+            finish_checkpoint(partial, step, state, shards=digests, keep=keep, also=also)
         self._files.push(step, keep=keep, also=also)
         self._saved_at = time.monotonic()
         self._save_seconds = self._saved_at - start
@@ -136,7 +170,7 @@ class Checkpoints:
         step = int(chosen)
         if self._group.rank != 0 and step:
             self._files.pull(step)
-            state = load_checkpoint(self._directory, step)
+            state = load_checkpoint(self._directory, step, is_verified=True)
         if state is not None and state["claims"] != self._claims:
             raise DataError(
                 f"the checkpoint behind step {step} in {self._directory} is that of another "
@@ -153,6 +187,14 @@ class Checkpoints:
         self._files.pull(step)
         weights: dict[str, Any] = load_checkpoint(self._directory, step)["model"]
         return weights
+
+    def check(self, step: int) -> None:
+        """Read the checkpoint behind ``step`` once more; rank 0 all of it.
+
+        Raises:
+            DataError: it is missing, or not what was written.
+        """
+        load_checkpoint(self._directory, step, is_verified=self._group.rank != 0)
 
     def _newest_of_rank_0(self) -> dict[str, Any] | None:
         self._files.begin()

@@ -17,6 +17,7 @@ from lrmc_ray.config import TrainSettings
 from lrmc_ray.errors import DataError
 from lrmc_ray.method.head import OutputHead
 from lrmc_ray.method.microbatch import Activity
+from lrmc_ray.method.names import ON_CANDIDATES
 from lrmc_ray.method.restricted_loss import draw_tail
 from lrmc_ray.method.vocabulary_rows import EmbeddingLookup, HeadRows, TrainedRows, tokens_of
 from lrmc_ray.train.samples import TrainingSamples
@@ -132,7 +133,7 @@ def _leaves_others_alone(settings: TrainSettings) -> bool:
 
 
 def _is_restricted(settings: TrainSettings) -> bool:
-    return settings.loss in ("restricted", "soft")
+    return settings.loss in ON_CANDIDATES
 
 
 class _Weight(NamedTuple):

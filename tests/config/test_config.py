@@ -186,6 +186,7 @@ RULES = {
     "train.precision": one_of("fp32", "bf16", "auto"),
     "train.state_dtype": precision,
     "train.reduction": one_of("strict", "fast"),
+    "train.parallel": one_of("replicate", "shard"),
     "train.seed": seed,
     "train.checkpoint_every": whole(1),
     "train.probe_every": whole(0),
@@ -342,6 +343,10 @@ def as_trial(name, value):
     ("override", "parts"),
     [
         ("train.tau=1.5", ["train.tau", "less than or equal to 1", "got 1.5", "Probability"]),
+        (
+            "train.parallel=shard",
+            ["train", "reduction must be 'fast'", "got 'strict'", "or train.parallel"],
+        ),
         ("train.export=best", ["train", "evaluate_every must be at least 1", "got 0"]),
         ("train.domain_weights.law=-1", ["train.domain_weights.law", "greater", "got -1"]),
         ("train.tau=0", ["train.tau", "greater than 0", "got 0"]),

@@ -93,6 +93,26 @@ def test_a_fault_of_every_kind_leaves_the_same_model():
 
 @pytest.mark.slow
 @pytest.mark.ray
+@pytest.mark.timeout(1500)
+def test_runs_in_shards_go_on_behind_a_lost_worker_and_a_damaged_checkpoint():
+    result = subprocess.run(
+        [
+            *(sys.executable, "benchmarks/faults_train.py", "--parallel", "shard"),
+            *("--kills", "3", "--kinds", "worker,driver,checkpoint", "--seed", "1"),
+        ],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-3000:]
+    scores = json.loads(result.stdout.splitlines()[-1])
+    assert (scores["faults"], scores["recovered"]) == (3, 3)
+    assert scores["samples_missing"] == scores["samples_duplicated"] == 0
+
+
+@pytest.mark.slow
+@pytest.mark.ray
 @pytest.mark.timeout(900)
 def test_with_all_checkpoints_damaged_the_command_ends_with_4(tmp_path):
     from tests.support.tiny import make_data, make_model

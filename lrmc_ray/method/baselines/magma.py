@@ -39,6 +39,8 @@ class Magma(Optimizer):
         temperature: T, above 0.
         kept_share: Probability that a block moves, in (0, 1].
         seed: Of what is drawn.
+        reduce_sums: For sharded parameters. Sums a tensor over the shards, in place; called equally
+            often on every shard. The parameters are the local shards.
 
     Raises:
         ValueError: A value is out of range.
@@ -55,6 +57,7 @@ class Magma(Optimizer):
         temperature: float = 2.0,
         kept_share: float = 0.5,
         seed: int = 0,
+        reduce_sums: Callable[[Tensor], object] | None = None,
     ) -> None:
         if not 0.0 < kept_share <= 1.0:
             raise ValueError(f"kept_share must be in (0, 1], got {kept_share}")
@@ -73,6 +76,11 @@ class Magma(Optimizer):
             "num_steps": 0,
         }
         super().__init__(params, defaults)
+        self._reduce_sums = reduce_sums
+
+    def __getstate__(self) -> dict[str, Any]:
+        # torch would drop it from a deep copy or a pickle.
+        return {**super().__getstate__(), "_reduce_sums": self._reduce_sums}
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
@@ -101,7 +109,7 @@ class Magma(Optimizer):
         beta1, beta2 = group["betas"]
         momentum = state["exp_avg"].lerp_(grad, 1 - beta1)
         second = state["exp_avg_sq"].mul_(beta2).addcmul_(grad, grad, value=1 - beta2)
-        aligned = torch.sigmoid(_cosine(momentum, grad) / group["temperature"])
+        aligned = torch.sigmoid(_cosine(momentum, grad, self._reduce_sums) / group["temperature"])
         alignment = state["alignment"].lerp_(aligned, 1 - _SMOOTHING)
         param.mul_(1 - group["lr"] * group["weight_decay"])
         if is_kept:
@@ -117,7 +125,15 @@ def _drawn(count: int, seed: int, group: int, step: int) -> list[float]:
     return draws
 
 
-def _cosine(first: Tensor, second: Tensor) -> Tensor:
+def _cosine(
+    first: Tensor, second: Tensor, reduce_sums: Callable[[Tensor], object] | None
+) -> Tensor:
     """The cosine of the angle between two tensors; 0 where one of them is zero."""
+    if reduce_sums is not None:
+        x, y = first.double(), second.double()
+        sums = torch.stack([(x * x).sum(), (x * y).sum(), (y * y).sum()])
+        reduce_sums(sums)
+        length = (sums[0] * sums[2]).sqrt()
+        return torch.where(length > 0, sums[1] / length, 0.0).to(first.dtype)
     length = torch.linalg.vector_norm(first) * torch.linalg.vector_norm(second)
     return torch.where(length > 0, (first * second).sum() / length, 0.0)

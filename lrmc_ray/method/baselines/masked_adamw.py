@@ -37,6 +37,8 @@ class MaskedAdamW(Optimizer):
         eps: Added to the root of the second moment.
         weight_decay: Decoupled, per unit of ``lr``.
         share: Share of each tensor's elements that ``"momentum"`` moves, in (0, 1].
+        reduce_sums: For sharded parameters. Sums a tensor over the shards, in place; called equally
+            often on every shard. The parameters are the local shards.
 
     Raises:
         ValueError: A value is out of range.
@@ -52,6 +54,7 @@ class MaskedAdamW(Optimizer):
         eps: float = 1e-8,
         weight_decay: float = 0.0,
         share: float = 0.15,
+        reduce_sums: Callable[[Tensor], object] | None = None,
     ) -> None:
         check_choice("mask", mask, Mask)
         if not 0.0 < share <= 1.0:
@@ -67,6 +70,11 @@ class MaskedAdamW(Optimizer):
             "share": share,
         }
         super().__init__(params, defaults)
+        self._reduce_sums = reduce_sums
+
+    def __getstate__(self) -> dict[str, Any]:
+        # torch would drop it from a deep copy or a pickle.
+        return {**super().__getstate__(), "_reduce_sums": self._reduce_sums}
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
@@ -95,23 +103,53 @@ class MaskedAdamW(Optimizer):
         root = (second.sqrt() / (1 - beta2**step) ** 0.5).add_(group["eps"])
         param.mul_(1 - group["lr"] * group["weight_decay"])
         if group["mask"] == "cautious":
-            moved = _agreeing(momentum, grad)
+            moved = _agreeing(momentum, grad, self._reduce_sums)
         else:
-            moved = _largest(momentum, group["share"])
+            moved = _largest(momentum, group["share"], self._reduce_sums)
         param.addcdiv_(moved, root, value=-group["lr"] / (1 - beta1**step))
 
 
-def _agreeing(momentum: Tensor, grad: Tensor) -> Tensor:
+def _agreeing(
+    momentum: Tensor, grad: Tensor, reduce_sums: Callable[[Tensor], object] | None
+) -> Tensor:
     """``momentum`` where it has the gradient's sign, scaled up for what is left out."""
     is_kept = (momentum * grad > 0).to(momentum.dtype)
-    return momentum * is_kept.div_(is_kept.mean().clamp_(min=_LEAST_MEAN))
+    if reduce_sums is None:
+        return momentum * is_kept.div_(is_kept.mean().clamp_(min=_LEAST_MEAN))
+    counts = torch.stack([is_kept.double().sum(), is_kept.new_tensor(is_kept.numel()).double()])
+    reduce_sums(counts)
+    mean = (counts[0] / counts[1]).to(is_kept.dtype)
+    return momentum * is_kept.div_(mean.clamp_(min=_LEAST_MEAN))
 
 
-def _largest(momentum: Tensor, share: float) -> Tensor:
+def _largest(
+    momentum: Tensor, share: float, reduce_sums: Callable[[Tensor], object] | None
+) -> Tensor:
     """``momentum`` where it is among the largest ``share`` of its tensor, 0 elsewhere."""
     if momentum.dim() < 2:
         return momentum
     size = momentum.abs()
+    if reduce_sums is not None:
+        return torch.where(size >= _threshold(size, share, reduce_sums), momentum, 0.0)
     num_kept = max(1, int(share * size.numel()))
     threshold = size.flatten().kthvalue(size.numel() - num_kept + 1).values
     return torch.where(size >= threshold, momentum, 0.0)
+
+
+def _threshold(size: Tensor, share: float, reduce_sums: Callable[[Tensor], object]) -> Tensor:
+    """The smallest of the largest ``share`` of all elements of ``size``, here and elsewhere.
+
+    Numbers that are not negative are in the order of their bits. So the threshold is found bit by
+    bit: the largest number that enough elements reach.
+    """
+    whole, width = {torch.float32: (torch.int32, 31), torch.float64: (torch.int64, 63)}[size.dtype]
+    bits = size.contiguous().view(whole)
+    total = torch.tensor([float(bits.numel())], dtype=torch.float64, device=size.device)
+    reduce_sums(total)
+    num_kept = max(1, int(share * float(total)))
+    found = 0
+    for place in reversed(range(width)):
+        count = (bits >= (found | 1 << place)).sum(dtype=torch.float64)[None]
+        reduce_sums(count)
+        found |= (float(count) >= num_kept) << place
+    return torch.tensor([found], dtype=whole, device=size.device).view(size.dtype)

@@ -1,0 +1,137 @@
+"""A model in shards (FSDP2): of every weight, each worker holds some rows, with their moments.
+
+``torch.distributed.fsdp.fully_shard`` has each layer gather its weights before it computes, and
+hand back the sum of all workers' gradients, to each worker the part of its own rows. It divides
+dimension 0 as ``torch.chunk`` does; a worker may be left without any rows of a small tensor.
+
+The optimizer does not see any of this: it takes the local rows as ordinary tensors
+(:attr:`Shard.own`), which share memory with what FSDP gathers. What it has to know of whole tensors
+it gets by sums over the workers, see ``reduce_dots`` of MoClip.
+
+Embedding and output head are in ``sharded_rows``, since a step needs a part of them alone.
+"""
+
+import math
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch._C._distributed_c10d import HashStore
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
+
+from lrmc_ray.method.microbatch import NO_CANDIDATES, Activity, MicroBatch, Sample, collate
+from lrmc_ray.method.sharded_rows import IDLE_TOKEN, ShardedVocabulary, bounds_of
+from lrmc_ray.method.workers import WorkerGroup
+
+
+@dataclass(frozen=True)
+class Shard:
+    """What one worker holds of a parameter."""
+
+    own: nn.Parameter
+    """The rows that are here, maybe none."""
+    shape: torch.Size
+    """Of the whole."""
+    first: int
+    """Number of the first row that is here."""
+
+    @property
+    def first_element(self) -> int:
+        """Place of the first element that is here, among those of the whole."""
+        return self.first * math.prod(self.shape[1:])
+
+
+def mesh_of(group: WorkerGroup, device: torch.device) -> DeviceMesh:
+    """All workers in a row. A worker alone makes the process group that FSDP wants."""
+    if not dist.is_initialized():
+        if group.world_size > 1:
+            raise RuntimeError("several workers need torch.distributed.init_process_group first")
+        dist.init_process_group("gloo", store=HashStore(), rank=0, world_size=1)
+    return init_device_mesh(device.type, (group.world_size,))
+
+
+class ShardedModel:
+    """The weights of a model, in shards."""
+
+    def __init__(
+        self,
+        body: nn.Module,
+        layers: Iterable[nn.Module],
+        vocabulary: ShardedVocabulary,
+        group: WorkerGroup,
+        *,
+        device: torch.device,
+        ignored: Iterable[nn.Parameter] = (),
+    ) -> None:
+        """Shard ``body`` in place.
+
+        Args:
+            body: what is called for hidden states.
+            layers: parts of it that gather their weights by themselves, one after the other.
+            vocabulary: embedding and output head.
+            group: this worker and the others.
+            device: where everything is.
+            ignored: parameters that stay as they are, such as those that stand in the model in
+                place of what ``vocabulary`` holds.
+        """
+        self.vocabulary = vocabulary
+        self.device = device
+        self.mesh = mesh_of(group, device)
+        self._group = group
+        self._idle = _idle_batch().to(device)
+        self._whole: list[tuple[DTensor, Shard]] = []
+        ignored = set(ignored)
+        units = [fully_shard(layer, mesh=self.mesh, ignored_params=ignored) for layer in layers]
+        units.append(fully_shard(body, mesh=self.mesh, ignored_params=ignored))
+        for unit in units:
+            # A sum, since losses are divided by the numbers of the global batch. gloo has no mean.
+            unit.set_gradient_divide_factor(1.0)
+            unit.set_force_sum_reduction_for_comms(True)
+            # One worker may have no gradient where others do: of an expert, or if it is idle.
+            unit.set_reduce_scatter_unused_params(True)
+
+    def shard_of(self, whole: Tensor) -> Shard:
+        """This worker's rows of a parameter of the body, in the memory that FSDP gathers from."""
+        assert isinstance(whole, DTensor)
+        own = nn.Parameter(whole.to_local().detach(), whole.requires_grad)
+        first = bounds_of(whole.shape[0], self._group.world_size)[self._group.rank]
+        shard = Shard(own, whole.shape, first)
+        self._whole.append((whole, shard))
+        return shard
+
+    def run_idle(self, forward: Callable[[MicroBatch], Tensor]) -> None:
+        """Take part in a pass of the others, with one token whose gradient is zero."""
+        hidden_BTD = forward(self._idle)
+        if hidden_BTD.requires_grad:
+            (hidden_BTD.sum() * 0.0).backward()  # type: ignore[no-untyped-call]
+
+    def clear_gradients(self) -> None:
+        """Forget the gradients of the step before."""
+        for whole, shard in self._whole:
+            whole.grad = shard.own.grad = None
+        for rows in self.vocabulary.weights:
+            rows.own_XD.grad = None
+
+    def take_gradients(self) -> None:
+        """Give every shard the gradient that FSDP left, and the vocabulary its own; together."""
+        self.vocabulary.reduce()
+        for whole, shard in self._whole:
+            if whole.grad is not None:
+                assert isinstance(whole.grad, DTensor)
+                shard.own.grad = whole.grad.to_local()
+
+
+def _idle_batch() -> MicroBatch:
+    """One token, without a loss."""
+    sample = Sample(
+        sample_id="",
+        input_ids_T=IDLE_TOKEN,
+        positions_P=torch.zeros(0, dtype=torch.int64),
+        is_supervised_P=torch.zeros(0, dtype=torch.bool),
+        candidates=NO_CANDIDATES,
+    )
+    return collate([sample], Activity(supervised=1, prompt=1), trim=False)

@@ -1,0 +1,230 @@
+"""What one of W workers does in the tests of sharded training: short runs of tiny models."""
+
+import contextlib
+import dataclasses
+import multiprocessing
+from dataclasses import dataclass, field
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.multiprocessing
+from torch import Tensor
+
+from benchmarks.tiny_models import make
+from lrmc_ray.method import sharded_rows
+from lrmc_ray.method.baselines.l2_sp import StartingPoint
+from lrmc_ray.method.losses import LanguageModel, LossSettings
+from lrmc_ray.method.moclip import MoClip
+from lrmc_ray.method.names import NEED_BASE
+from lrmc_ray.method.optimizers import make_optimizer
+from lrmc_ray.method.step_result import StepResult
+from lrmc_ray.method.training_loop import StepOptions, train
+from lrmc_ray.method.workers import WorkerGroup
+from lrmc_ray.models import batch_hidden_states, head_of
+from lrmc_ray.train.sharding import shard_model
+from tests.support.all_double import AllDouble
+from tests.support.plain_training import VOCABULARY, random_samples
+
+WORLD_SIZES = (2, 3)
+STEPS = 3
+MICRO_BATCHES = 3
+LR = 1e-2
+OURS = LossSettings("restricted", tail_samples=32, anchor_weight=0.5, seed=0)
+PAPER = LossSettings("restricted", tail_samples=0, anchor_weight=0.0, seed=0)
+
+
+@dataclass(frozen=True)
+class Case:
+    """One short run."""
+
+    model: str = "llama"
+    tied: bool = True
+    loss: LossSettings = OURS
+    dtype: torch.dtype = torch.float64
+    optimizer: str = "moclip"
+    options: dict[str, Any] = field(default_factory=dict)
+    """Of the optimizer."""
+    l2_sp_weight: float = 0.0
+    max_grad_norm: float | None = 1.0
+    frozen: tuple[str, ...] = ()
+    """Beginnings of the names of parameters that are not trained."""
+    num_samples: int = 7
+    """Of a batch; 2 leave the third worker without a micro-batch."""
+    by_rows: bool = False
+    """However many rows of the vocabulary a step touches, no others are gathered."""
+
+
+READINGS = {
+    f"{clip}, {angle}": Case(options={"clip": clip, "angle": angle, "delta_max": 40.0})
+    for clip, angle in [
+        ("cautious", "global"),
+        ("scale", "tensor"),
+        ("momentum", "global"),
+        ("project", "tensor"),
+        ("rotate", "global"),
+        ("none", "tensor"),
+    ]
+}
+MODELS = {
+    "llama": Case(),
+    "qwen3": Case("qwen3", tied=False),
+    "gemma3": Case("gemma3_text"),
+    "mixture": Case("qwen3_moe", tied=False),
+}
+SINGLE = {
+    f"{name} in float32": dataclasses.replace(case, dtype=torch.float32)
+    for name, case in MODELS.items()
+}
+CASES = {
+    **MODELS,
+    **SINGLE,
+    **READINGS,
+    "capped second moment": Case(options={"second_moment": "capped", "delta_max": 40.0}),
+    "bf16 moments": Case(dtype=torch.float32, options={"state_dtype": torch.bfloat16}),
+    "adamw": Case(optimizer="adamw"),
+    "adam_atan2": Case(optimizer="adam_atan2"),
+    "c_adamw": Case(optimizer="c_adamw"),
+    "mofo": Case(optimizer="mofo", options={"mofo_share": 0.3}),
+    "mofo in float32": Case(optimizer="mofo", dtype=torch.float32),
+    "magma": Case(optimizer="magma"),
+    "l2_sp": Case(l2_sp_weight=0.5),
+    "no clipping": Case(max_grad_norm=None),
+    "paper, by rows": Case("qwen3", tied=False, loss=PAPER, by_rows=True),
+    "tied, by rows": Case(by_rows=True),
+    "idle worker": Case("qwen3_moe", tied=False, num_samples=2, by_rows=True),
+    "full": Case(loss=dataclasses.replace(OURS, loss="full")),
+    "soft": Case(loss=dataclasses.replace(PAPER, loss="soft")),
+    "asft": Case(loss=dataclasses.replace(PAPER, loss="asft")),
+    "frozen_tail": Case(loss=dataclasses.replace(PAPER, loss="frozen_tail")),
+    "frozen vocabulary": Case("qwen3", tied=False, frozen=("model.embed", "lm_head")),
+    "frozen layer": Case(frozen=("model.layers.0",)),
+}
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a worker saw."""
+
+    parameters: dict[str, Tensor]
+    """Whole, by name."""
+    results: list[StepResult]
+    angle_deg: float
+    """Mean angle of MoClip over all steps."""
+    num_own: int
+    """Elements of the parameters that this worker holds."""
+
+
+def run(case: Case, group: WorkerGroup, *, shard: bool) -> Outcome:
+    """One worker's part in a run; in float64 all of it is."""
+    with AllDouble() if case.dtype == torch.float64 else contextlib.nullcontext():
+        return _run(case, group, shard=shard)
+
+
+def _run(case: Case, group: WorkerGroup, *, shard: bool) -> Outcome:
+    sharded_rows.LARGEST_SHARE = 1.0 if case.by_rows else 0.6
+    model = make(case.model, vocab_size=VOCABULARY, tie_word_embeddings=case.tied)
+    model = model.to(case.dtype).train()
+    if case.dtype == torch.float64:
+        model.config._experts_implementation = "eager"  # grouped products are of short types alone
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(not (case.frozen and name.startswith(case.frozen)))
+    head = head_of(model)
+    parameters: dict[str, Any] = dict(model.named_parameters())
+    shards = None
+    first_elements: list[int] = []
+    if shard:
+        sharding = shard_model(model, head, group, torch.device("cpu"))
+        shards, head = sharding.model, sharding.head
+        assert sharding.shards.keys() == parameters.keys()
+        parameters = {name: sharding.shards[name].own for name in parameters}
+        first_elements = [
+            held.first_element for held in map(sharding.shards.__getitem__, parameters)
+        ]
+    trained = [parameter for parameter in parameters.values() if parameter.requires_grad]
+    penalty = StartingPoint(trained, case.l2_sp_weight)
+    optimizer = make_optimizer(
+        case.optimizer,
+        trained,
+        lr=LR,
+        weight_decay=0.1,
+        reduce_sums=group.sum_ if shard else None,
+        **case.options,
+    )
+    if isinstance(optimizer, MoClip):
+        optimizer.first_elements = first_elements
+    results = list(
+        train(
+            LanguageModel(lambda batch: batch_hidden_states(model, batch), head, shards=shards),
+            optimizer,
+            lambda step: random_samples(case.num_samples, seed=step),
+            case.loss,
+            StepOptions(
+                num_micro_batches=MICRO_BATCHES,
+                reduction="fast",
+                max_grad_norm=case.max_grad_norm,
+                penalize=penalty.add_gradient if case.l2_sp_weight else None,
+                base=_base(case) if case.loss.loss in NEED_BASE else None,
+            ),
+            group,
+            steps=range(STEPS),
+            lr_of_step=lambda step: LR,
+        )
+    )
+    angles = optimizer.angle_statistics() if isinstance(optimizer, MoClip) else None
+    whole = {
+        name: torch.cat(group.gather(parameter.detach())) if shard else parameter.detach()
+        for name, parameter in parameters.items()
+    }
+    num_own = sum(parameter.numel() for parameter in parameters.values())
+    return Outcome(whole, results, angles.mean_deg if angles else 0.0, num_own)
+
+
+def start_of(case: Case) -> list[Tensor]:
+    """The parameters before the first step."""
+    model = make(case.model, vocab_size=VOCABULARY, tie_word_embeddings=case.tied)
+    return [parameter.detach() for parameter in model.parameters()]
+
+
+def _base(case: Case) -> LanguageModel:
+    base = make(case.model, seed=1, vocab_size=VOCABULARY, tie_word_embeddings=case.tied)
+    base = base.to(case.dtype).requires_grad_(False)
+    return LanguageModel(lambda batch: batch_hidden_states(base, batch), head_of(base))
+
+
+def worker(rank: int, directory: Path) -> None:
+    """Run all cases in every group that ``rank`` belongs to; see ``outcomes``."""
+    torch.set_num_threads(1)
+    for world_size in WORLD_SIZES:
+        if rank >= world_size:
+            continue
+        dist.init_process_group(
+            "gloo",
+            init_method=f"file://{directory}/group-of-{world_size}",
+            rank=rank,
+            world_size=world_size,
+            timeout=timedelta(minutes=10),
+        )
+        group = WorkerGroup(rank, world_size)
+        found = {name: run(case, group, shard=True) for name, case in CASES.items()}
+        found["llama again"] = run(SINGLE["llama in float32"], group, shard=True)
+        dist.destroy_process_group()
+        torch.save(found, directory / f"{world_size}-{rank}.pt")
+
+
+def outcomes(directory: Path) -> dict[int, list[dict[str, Outcome]]]:
+    """Of every world size, of every rank, of every case."""
+    # The server imports torch and transformers once, then forks every worker.
+    multiprocessing.get_context("forkserver").set_forkserver_preload([__name__])
+    torch.multiprocessing.start_processes(
+        worker, (directory,), nprocs=max(WORLD_SIZES), start_method="forkserver"
+    )
+    return {
+        world_size: [
+            torch.load(directory / f"{world_size}-{rank}.pt", weights_only=False)
+            for rank in range(world_size)
+        ]
+        for world_size in WORLD_SIZES
+    }
