@@ -226,7 +226,7 @@ class _Lookup:
 
 
 def _distinct(token_ids: Sequence[Tensor]) -> Tensor:
-    distinct: Tensor = torch.cat([ids.flatten().long() for ids in token_ids]).unique()
+    distinct: Tensor = torch.unique(torch.cat([ids.flatten().long() for ids in token_ids]))
     return distinct
 
 

@@ -50,6 +50,7 @@ def damage(directory: Path, step: int) -> None:
 def worker(rank: int, directory: Path, record: Path, model: Path) -> None:
     """The part of worker ``rank`` in all runs."""
     torch.set_num_threads(1)
+    attempts = 0
 
     def attempt(name: str, world_size: int, dies_behind: int | None = None) -> None:
         """One attempt of the run ``name``."""
@@ -80,7 +81,6 @@ def worker(rank: int, directory: Path, record: Path, model: Path) -> None:
             assert dies_behind is None
         dist.destroy_process_group()
 
-    attempts = 0
     attempt("whole run", 2)
     sharded_export.FILE_BYTES = 100_000
     attempt("goes on with more", 2, dies_behind=4)

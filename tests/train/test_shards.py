@@ -15,8 +15,7 @@ from tests.train.sharded_workers import CASES, MODELS, STEPS, run
 pytestmark = pytest.mark.timeout(900)
 
 TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-4}
-"""Of a weight after 3 steps of lr 0.01. An elementwise arctangent of moments near zero turns a
-difference in their last bits into one of a step's size, in float32."""
+"""Of a weight after 3 steps of lr 0.01."""
 
 
 @pytest.fixture(scope="module")
