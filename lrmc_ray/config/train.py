@@ -180,6 +180,11 @@ class TrainSettings(Settings):
                 "gradients of micro-batches in a fixed order every worker would have to hold them "
                 "whole; set train.reduction to 'fast', or train.parallel to 'replicate'"
             )
+        if self.parallel == "shard" and self.precision == "auto":
+            raise ValueError(
+                "precision must be 'fp32' or 'bf16' with parallel = 'shard', got 'auto', which "
+                "tries the first batch on the whole model; name one"
+            )
         if self.freeze and self.lora_rank:
             raise ValueError(
                 "freeze must be empty with adapters, which leave all weights as they are, got "

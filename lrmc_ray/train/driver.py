@@ -127,7 +127,9 @@ def train(
         start = time.monotonic()
         job = TrainingJob(_with_workers(settings), record, model_directory, rung)
         with files.shown():
-            in_place = here and trains_here(job.settings.resources)
+            # Shards need a process group, which would stay in this process.
+            may_be_here = here and settings.train.parallel == "replicate"
+            in_place = may_be_here and trains_here(job.settings.resources)
             outcome = (run_here if in_place else run_workers)(job, files)
         files.fetch()
         manifest = {

@@ -347,6 +347,10 @@ def as_trial(name, value):
             "train.parallel=shard",
             ["train", "reduction must be 'fast'", "got 'strict'", "or train.parallel"],
         ),
+        (
+            "train={parallel='shard', reduction='fast', precision='auto'}",
+            ["train", "precision must be 'fp32' or 'bf16'", "got 'auto'", "name one"],
+        ),
         ("train.export=best", ["train", "evaluate_every must be at least 1", "got 0"]),
         ("train.domain_weights.law=-1", ["train.domain_weights.law", "greater", "got -1"]),
         ("train.tau=0", ["train.tau", "greater than 0", "got 0"]),
