@@ -12,7 +12,10 @@ The easy way down is to raise all logits of S together: the frozen sum does not 
 left is the restricted loss. The outside mass that is measured on the way (``subset/rho``) shows it.
 
 This is this project's. The number is not in the record, which has the base's probabilities but not
-the scale of its logits. So the base model is held beside and run on every micro-batch.
+the scale of its logits. So the base model is held beside and run on every micro-batch. The scale
+alone would not do: log-probabilities are stored rounded down, which makes the outside mass larger,
+on average over the rounding by 5 % at the median position of the demo's record (SmolLM2-135M, tau
+0.99, 10,865 positions) and by more than a tenth at one position in seven.
 """
 
 from __future__ import annotations

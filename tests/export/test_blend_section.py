@@ -139,7 +139,7 @@ def test_the_best_trial_and_plain_fine_tuning_are_measured_by_default(made):
     assert [trial.number for trial in curve_trials(study, [2, 2])] == [2]
 
 
-@pytest.mark.parametrize("at", ["0,1", "half", "0.5,1", "", "nan"])
+@pytest.mark.parametrize("at", ["0", "0,1", "half", "0.5,1", "", "nan"])
 def test_weights_are_between_the_two_models(made, capsys, at):
     assert run_command(main, [str(made), "--at", at]) == 2
     said = capsys.readouterr().err
