@@ -1,7 +1,5 @@
 """Training with the model in shards, against training with the whole model on one worker."""
 
-import math
-
 import pytest
 import torch
 from torch import nn
@@ -45,7 +43,8 @@ def test_shards_give_what_the_whole_model_gives(outcomes, alone, name):
     for ranks in outcomes.values():
         for found in (rank[name] for rank in ranks):
             assert difference(found, expected) < tolerance
-            assert math.isclose(found.angle_deg, expected.angle_deg, abs_tol=1e3 * tolerance)
+            angle = pytest.approx(expected.angle_deg, abs=1e3 * tolerance, nan_ok=True)
+            assert found.angle_deg == angle
             for ours, theirs in zip(found.results, expected.results, strict=True):
                 assert ours.loss == pytest.approx(theirs.loss, rel=tolerance)
                 assert ours.anchor == pytest.approx(theirs.anchor, rel=tolerance, abs=tolerance)
@@ -70,7 +69,8 @@ def test_each_worker_holds_its_part_alone(outcomes, alone, name):
     for world_size, ranks in outcomes.items():
         held = [rank[name].num_own for rank in ranks]
         assert sum(held) == whole
-        assert max(held) < 1.1 * whole / world_size
+        # Of four experts, two of three workers hold two, and the third holds none.
+        assert max(held) < (1.6 if name == "mixture" else 1.1) * whole / world_size
 
 
 @pytest.mark.parametrize("name", [name for name in CASES if "none" not in name])
