@@ -174,6 +174,10 @@ class TrialQueue:
         )
         return self._ask("search", self._distributions, {})
 
+    def again(self, number: int) -> None:
+        """Hand out a trial once more, before all others: its process was lost."""
+        self._waiting.insert(0, self.trial(number))
+
     def complete(self, number: int, results: Mapping[str, float]) -> None:
         """Tell the study a trial's objective, and how far beyond the budget it is."""
         search = self._settings.search
@@ -254,6 +258,8 @@ class StudySearcher(Searcher):  # type: ignore[misc]  # Ray's types are skipped
     def suggest(self, trial_id: str) -> dict[str, Any] | str | None:
         """The settings of the next trial."""
         trial = self._queue.next()
+        if trial is None and self._numbers:
+            return None  # one that runs may be handed out again
         if trial is None:
             finished: str = Searcher.FINISHED
             return finished

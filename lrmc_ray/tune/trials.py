@@ -20,10 +20,12 @@ from lrmc_ray.files.place import place_of
 from lrmc_ray.files.storage import Storage
 from lrmc_ray.files.study import TRIALS, TrialEntry, trial_directory
 from lrmc_ray.report.mlflow import StudyTracker
+from lrmc_ray.train.workers import trains_here
 from lrmc_ray.tune.choice import remove_models
 from lrmc_ray.tune.description import Description
 from lrmc_ray.tune.forecast import divide
 from lrmc_ray.tune.limits import RunWatch, time_limit
+from lrmc_ray.tune.losses import LostProcesses
 from lrmc_ray.tune.processes import DIED, death_cause, end_leftovers, kill_run
 from lrmc_ray.tune.queue import StudySearcher, TrialQueue
 from lrmc_ray.tune.result import FAILURE, failure_cause
@@ -60,6 +62,7 @@ class Trials:
         self.place = place_of(settings.resources.storage)
         self.full: DiskError | None = None
         """Why no further trial is begun."""
+        self.lost = LostProcesses(trains_in_place=False)
         self.removed: set[int] = set()
         """Trials whose models have been removed here."""
         self.running = RunWatch(
@@ -113,6 +116,7 @@ class Trials:
         concurrent, workers = divide(slots, self.settings.resources, self.settings.search.trials)
         resources = self.settings.resources.model_copy(update={"workers": workers})
         settings = self.settings.model_copy(update={"resources": resources})
+        self.lost = LostProcesses(trains_in_place=trains_here(resources))
         with_settings = tune.with_parameters(
             trainable,
             settings=settings.model_dump(mode="json"),
@@ -176,6 +180,9 @@ class Trials:
                 # The trial stays open, and goes on with the next command.
                 self.full = full
                 self.queue.stop()
+                return
+            if told == DIED and self.lost.goes_on(directory):
+                self.queue.again(number)
                 return
             self.queue.fail(number, told)
         with self.description.lock:

@@ -185,6 +185,8 @@ def test_the_searcher_says_when_it_is_finished(tmp_path):
     searcher = StudySearcher(queue, lambda *change: None)
     searcher.suggest("a")
     searcher.suggest("b")
+    searcher.on_trial_complete("a", results())
+    searcher.on_trial_complete("b", results())
     assert searcher.suggest("c") == Searcher.FINISHED
 
 
@@ -338,3 +340,26 @@ def test_a_condition_on_a_fixed_setting_holds_always(tmp_path):
     )
     trials = drain(TrialQueue(open_study(tmp_path / "s.db", "s"), settings))
     assert ["delta_max" in trial.params for trial in trials] == [True, False, True]
+
+
+def test_a_trial_that_lost_its_process_comes_before_all_others(tmp_path):
+    queue = TrialQueue(open_study(tmp_path / "study.db", "s"), make_settings(trials=2))
+    changes = []
+
+    def on_change(number, result, cause):
+        changes.append((number, cause))
+        if cause is not None:
+            queue.again(number)
+
+    searcher = StudySearcher(queue, on_change)
+    configs = [searcher.suggest("a"), searcher.suggest("b")]
+    assert searcher.suggest("c") is None  # Tune asks again: one of these may be handed out anew
+    searcher.on_trial_complete("b", results(0.3))
+    searcher.on_trial_complete("a", error=True)
+    assert searcher.suggest("d") == configs[0]
+    assert searcher.suggest("e") is None
+    searcher.on_trial_complete("d", results(0.2))
+    assert searcher.suggest("f") == Searcher.FINISHED
+    assert queue.is_finished
+    assert {trial.state for trial in queue.ready_trials()} == {TrialState.COMPLETE}
+    assert [number for number, _ in changes] == [0, 1, 1, 0, 0, 0]
