@@ -37,10 +37,8 @@ from lrmc_ray.files.place import place_of
 from lrmc_ray.models import local_directory
 from lrmc_ray.record.names import MADE_BY as RECORD
 from lrmc_ray.record.run import record
-from lrmc_ray.train.workers import trains_here
 from lrmc_ray.tune.forecast import divide, forecast
 from lrmc_ray.tune.limits import RunWatch, time_limit
-from lrmc_ray.tune.losses import LostProcesses
 from lrmc_ray.tune.processes import DIED, end_leftovers
 from lrmc_ray.tune.provenance import check_unchanged
 from lrmc_ray.tune.result import failure_cause
@@ -72,7 +70,6 @@ class Comparing:
         self.output = description.directory.parent
         self.place = place_of(self.space.resources.storage)
         self.tasks: dict[Path, Any] = {}
-        self.lost = LostProcesses(trains_in_place=False)
         """The task that runs in a directory, which one job at a time uses."""
 
     @property
@@ -148,8 +145,6 @@ class Comparing:
             self.space.resources,
             num_jobs(self.space, self.methods),
         )
-        resources = self.space.resources.model_copy(update={"workers": workers})
-        self.lost = LostProcesses(trains_in_place=trains_here(resources))
         # A process of its own for each, which only waits for its workers.
         start = ray.remote(num_cpus=0, resources={TRIAL_SLOT: 1}, max_retries=0, max_calls=1)(
             execute
@@ -179,8 +174,8 @@ class Comparing:
                         passed("compare.run_ended", str(job))
                         self._settle(job, reference)
                         passed("compare.run_settled", str(job))
-                        if (outcome := self.description.outcomes.get(job)) is not None:
-                            bar.advance(note=f"{job}: {outcome.state.lower()}")
+                        state = self.description.outcomes[job].state
+                        bar.advance(note=f"{job}: {state.lower()}")
                     watch.look(self.time_limit())
                     release_orphaned_groups()
             except (KeyboardInterrupt, SystemExit):
@@ -235,7 +230,7 @@ class Comparing:
             self.place.clear(self.description.stored_name())
 
     def _settle(self, job: Job, reference: Any) -> None:
-        """Write down how ``job`` ended; nothing, if it is to be begun again."""
+        """Write down how ``job`` ended."""
         import ray
 
         try:
@@ -247,8 +242,6 @@ class Comparing:
                 cause = repr(error.cause) if told else DIED
             if (full := full_disk(self.description.run_directory(job), cause)) is not None:
                 raise full from None  # the run goes on with the next command
-            if cause == DIED and self.lost.goes_on(self.description.run_directory(job)):
-                return
             self.description.fail(job, cause)
             _log.warning("%s failed: %s", job, cause)
         else:

@@ -20,7 +20,6 @@ from lrmc_ray.files.place import place_of
 from lrmc_ray.files.storage import Storage
 from lrmc_ray.files.study import TRIALS, TrialEntry, trial_directory
 from lrmc_ray.report.mlflow import StudyTracker
-from lrmc_ray.train.workers import trains_here
 from lrmc_ray.tune.choice import remove_models
 from lrmc_ray.tune.description import Description
 from lrmc_ray.tune.forecast import divide
@@ -62,7 +61,7 @@ class Trials:
         self.place = place_of(settings.resources.storage)
         self.full: DiskError | None = None
         """Why no further trial is begun."""
-        self.lost = LostProcesses(trains_in_place=False)
+        self.lost = LostProcesses()
         self.removed: set[int] = set()
         """Trials whose models have been removed here."""
         self.running = RunWatch(
@@ -116,7 +115,6 @@ class Trials:
         concurrent, workers = divide(slots, self.settings.resources, self.settings.search.trials)
         resources = self.settings.resources.model_copy(update={"workers": workers})
         settings = self.settings.model_copy(update={"resources": resources})
-        self.lost = LostProcesses(trains_in_place=trains_here(resources))
         with_settings = tune.with_parameters(
             trainable,
             settings=settings.model_dump(mode="json"),
@@ -181,7 +179,8 @@ class Trials:
                 self.full = full
                 self.queue.stop()
                 return
-            if told == DIED and self.lost.goes_on(directory):
+            is_here = self.settings.resources.storage is None
+            if told == DIED and is_here and self.lost.goes_on(directory):
                 self.queue.again(number)
                 return
             self.queue.fail(number, told)

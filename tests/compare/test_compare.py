@@ -193,7 +193,6 @@ def begin(tmp_path, monkeypatch):
         comparing.ray = ray
         monkeypatch.setitem(sys.modules, "ray", ray)
         monkeypatch.setattr(run_module, "worker_slots", lambda resources: 2)
-        monkeypatch.setattr(run_module, "trains_here", lambda resources: True)
         monkeypatch.setattr(run_module, "release_orphaned_groups", lambda: 0)
         monkeypatch.setattr(run_module, "forecast", lambda *_, **__: None)
         monkeypatch.setattr(limits, "finish_steps", lambda *_: None)

@@ -235,7 +235,6 @@ def install(patch: pytest.MonkeyPatch, fake: FakeSearch) -> FakeSearch:
     patch.setattr(f"{finish}.write_model_card", lambda *_: None)
     patch.setattr(f"{trials}.tune", _tune(fake))
     patch.setattr(f"{trials}.end_leftovers", lambda _: None)
-    patch.setattr(f"{trials}.trains_here", lambda _: True)
     patch.setattr(f"{trials}.release_orphaned_groups", lambda: 0)
     patch.setattr("lrmc_ray.tune.watch.POLL_SECONDS", 0.02)
     patch.setattr("lrmc_ray.tune.trial.write_process", _note_process)

@@ -1,4 +1,4 @@
-"""A run whose process dies in the middle of its training goes on from its checkpoint."""
+"""A trial whose process dies in the middle of its training goes on from its checkpoint."""
 
 import json
 import os
@@ -12,6 +12,7 @@ import pytest
 
 from lrmc_ray.files.artifacts import write_manifest
 from lrmc_ray.files.names import CHECKPOINTS, MODEL
+from lrmc_ray.train.run_files import LocalRun
 from lrmc_ray.tune.losses import MAX_LOSSES, LostProcesses
 from lrmc_ray.tune.processes import PROCESSES
 from tests.support.tiny import make_data
@@ -24,20 +25,26 @@ def checkpoint(run, step):
 
 
 def test_only_the_middle_of_a_training_goes_on(tmp_path):
-    lost = LostProcesses(trains_in_place=True)
-    assert not lost.goes_on(tmp_path)  # it has not begun to train
-    checkpoint(tmp_path, 3)
-    assert lost.goes_on(tmp_path)
-    assert not LostProcesses(trains_in_place=False).goes_on(tmp_path)
-    write_manifest(tmp_path / "training", {"kind": "training"})
-    assert not lost.goes_on(tmp_path)  # it was being scored
+    lost = LostProcesses()
+    run = tmp_path / "0000"
+    assert not lost.goes_on(run)  # it has not begun to train
+    checkpoint(run, 3)
+    assert lost.goes_on(run)
+    write_manifest(run / "training", {"kind": "training"})
+    assert not lost.goes_on(run)  # it was being scored
+
+
+def test_where_workers_train_the_end_of_the_trial_is_final(tmp_path):
+    checkpoint(tmp_path / "0000", 3)
+    LocalRun(tmp_path / "0000" / "training").note_reservation("group")
+    assert not LostProcesses().goes_on(tmp_path / "0000")
 
 
 def test_losses_are_counted_anew_with_every_checkpoint_and_for_every_run(tmp_path):
     first, other = tmp_path / "0000", tmp_path / "0001"
     (first / "training").mkdir(parents=True)
     (other / "training").mkdir(parents=True)
-    lost = LostProcesses(trains_in_place=True)
+    lost = LostProcesses()
     assert [lost.goes_on(first) for _ in range(MAX_LOSSES)] == [True] * MAX_LOSSES
     checkpoint(first, 2)
     assert [lost.goes_on(first) for _ in range(MAX_LOSSES)] == [True] * MAX_LOSSES
@@ -49,13 +56,13 @@ def test_losses_are_counted_anew_with_every_checkpoint_and_for_every_run(tmp_pat
 
 def test_it_is_said_where_it_goes_on(tmp_path, caplog):
     (tmp_path / "0007" / "training").mkdir(parents=True)
-    lost = LostProcesses(trains_in_place=True)
+    lost = LostProcesses()
     lost.goes_on(tmp_path / "0007")
     checkpoint(tmp_path / "0007", 12)
     lost.goes_on(tmp_path / "0007")
     assert [record.getMessage() for record in caplog.records] == [
-        "the process of 0007 died in training; it goes on from its beginning",
-        "the process of 0007 died in training; it goes on from its checkpoint of step 12",
+        "the process of trial 7 died in training; it goes on from its beginning",
+        "the process of trial 7 died in training; it goes on from its checkpoint of step 12",
     ]
 
 
