@@ -41,6 +41,7 @@ from lrmc_ray.report.mlflow import register_model
 from lrmc_ray.report.mlflow_command import main as mlflow_sync
 from lrmc_ray.report.mlflow_mirror import check_kept_within, in_one_line, public
 from lrmc_ray.report.mlflow_sync import sync
+from lrmc_ray.train.sharded_state import check_metadata
 from tests.support.study_with_models import make_study_with_models
 from tests.support.synthetic_study import make_study
 
@@ -63,6 +64,17 @@ class Planted:
 
     def __reduce__(self):
         return (Path.touch, (self.path,))
+
+
+# Checkpoints
+
+
+def test_metadata_of_shards_run_no_code(tmp_path, canary):
+    """torch reads them by pickle; those of a real run are read in tests/train."""
+    path = tmp_path / ".metadata"
+    path.write_bytes(pickle.dumps({"state_dict_metadata": Planted(canary)}))
+    with pytest.raises(DataError, match=r"sizes and places of tensors alone, got pathlib.*touch"):
+        check_metadata(path)
 
 
 # Tasks

@@ -7,6 +7,7 @@ as the number of steps, is in the checkpoint's ``state.pt``.
 
 import contextlib
 import os
+import pickle
 import warnings
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -21,10 +22,28 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor import Shard as ByRows
 
+from lrmc_ray.errors import DataError
 from lrmc_ray.files.artifacts import file_digest
 from lrmc_ray.method.shards import Shard
 from lrmc_ray.method.workers import WorkerGroup
 from lrmc_ray.train.checkpoints import METADATA, SHARDS
+
+_KNOWN = {
+    "torch.distributed.checkpoint.metadata": {
+        "ChunkStorageMetadata",
+        "Metadata",
+        "MetadataIndex",
+        "StorageMeta",
+        "TensorProperties",
+        "TensorStorageMetadata",
+        "_MEM_FORMAT_ENCODING",
+    },
+    "torch.distributed.checkpoint.filesystem": {"_StorageInfo"},
+    "torch.serialization": {"_get_layout"},
+    "torch": {"Size", "bfloat16", "float16", "float32", "float64"},
+    "pathlib": {"Path", "PosixPath"},
+}
+"""What the metadata of these checkpoints are made of, by module."""
 
 
 class ShardedState:
@@ -125,6 +144,7 @@ class ShardedState:
             tensors[f"model/{name}"] = self._whole(shard.own.detach(), shard)
             for key, value in moments.get(name, {}).items():
                 tensors[f"{key}/{name}"] = self._whole(value, shard)
+        check_metadata(checkpoint / SHARDS / METADATA)
         with _quiet():
             load(tensors, storage_reader=FileSystemReader(checkpoint / SHARDS))
 
@@ -134,6 +154,29 @@ class ShardedState:
         return DTensor.from_local(
             own, self._mesh, [ByRows(0)], run_check=False, shape=shard.shape, stride=stride
         )
+
+
+def check_metadata(path: Path) -> None:
+    """Refuse metadata that hold anything but sizes and places: torch reads them by pickle.
+
+    Raises:
+        DataError: something in it would run code.
+    """
+    try:
+        with path.open("rb") as file:
+            _Metadata(file).load()
+    except pickle.UnpicklingError as error:
+        raise DataError(
+            f"{path} must hold sizes and places of tensors alone, {error}; it was not written by "
+            "this program: remove that checkpoint"
+        ) from None
+
+
+class _Metadata(pickle.Unpickler):
+    def find_class(self, module_name: str, global_name: str) -> Any:
+        if global_name not in _KNOWN.get(module_name, ()):
+            raise pickle.UnpicklingError(f"got {module_name}.{global_name}")
+        return super().find_class(module_name, global_name)
 
 
 def _is_moment(value: Any, shard: Shard) -> bool:
