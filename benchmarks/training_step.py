@@ -18,6 +18,7 @@ are in it.
     anchored         the same with the anchor on prompt positions
     tail             the same with the sampled tail of 1,024
     default          as `python -m lrmc_ray.train`: the same in --micro-batches, which are 4
+    ..., compiled    with train.compile_layers
     ..., selective   with train.gradient_checkpointing = "selective"
     ..., layers      with train.gradient_checkpointing = "full"
 
@@ -54,6 +55,7 @@ RECOMPUTE: dict[str, Literal["selective", "full"]] = {
 }
 VARIANTS = (
     *("trainer", "sft", "full, padded", "full", "restricted", "anchored", "tail", "default"),
+    "default, compiled",
     *RECOMPUTE,
 )
 LR = 1e-5
@@ -139,10 +141,12 @@ def run_ours(args: argparse.Namespace, samples: Sequence[Any], name: str) -> lis
     from lrmc_ray.method.workers import WorkerGroup
     from lrmc_ray.model_borders import longest_packed
     from lrmc_ray.models import attention_cost, head_of, load_model, local_directory
+    from lrmc_ray.train.compiled import LENGTHS, compile_layers
     from lrmc_ray.train.recompute import Recomputation
     from lrmc_ray.train.split_forward import SplitModel, can_split
 
     is_full = name.startswith("full")
+    compiles, name = name.endswith(", compiled"), name.removesuffix(", compiled")
     loss = LossSettings(
         "full" if is_full else "restricted",
         1024 if name in ("tail", "default") else 0,
@@ -151,6 +155,8 @@ def run_ours(args: argparse.Namespace, samples: Sequence[Any], name: str) -> lis
     )
     model = load_model(local_directory(ModelSettings(name=args.model))).to(args.device).train()
     recomputation = Recomputation(model, RECOMPUTE.get(name, False))
+    if compiles:
+        compile_layers(model)
     split = SplitModel(model, recomputation.keep)
     keep_freed_memory()
     head = head_of(model)
@@ -162,7 +168,8 @@ def run_ours(args: argparse.Namespace, samples: Sequence[Any], name: str) -> lis
     if rows is not None or args.device == "cpu":
         EmbeddingLookup(model.get_input_embeddings(), rows)
     parts = args.micro_batches if name == "default" else 1
-    shares = parts > 1 and args.device == "cpu" and args.precision == "fp32" and can_split(model)
+    shares = parts > 1 and args.device == "cpu" and args.precision == "fp32" and not compiles
+    shares = shares and can_split(model)
     steps = train(
         LanguageModel(recomputation.forward, head, split, HeadRows(head, rows) if rows else None),
         make_optimizer("adamw" if is_full else "moclip", parameters.values(), lr=LR),
@@ -174,6 +181,7 @@ def run_ours(args: argparse.Namespace, samples: Sequence[Any], name: str) -> lis
             attention_cost=math.inf if name == "full, padded" else attention_cost(model),
             pack_up_to=longest_packed(model.config),
             share_prefix_up_to=recomputation.most_kept if shares else 0,
+            lengths=LENGTHS if compiles else 1,
             plans_losses=args.device == "cuda",
             prepares_ahead=args.device == "cuda",
             after_update=(lambda lr: rows.write_back()) if rows else None,

@@ -16,6 +16,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from lrmc_ray.method.fast.packing import lay_out
@@ -134,6 +135,22 @@ class MicroBatch:
             self._mapped(Tensor.pin_memory),
             supervised=supervised.pin_memory(),
             anchored=anchored.pin_memory(),
+        )
+
+    def filled_up(self, multiple: int) -> "MicroBatch":
+        """The same with padding behind its rows, up to a multiple of so many tokens."""
+        length = self.input_ids_BT.shape[1]
+        more = -length % multiple
+        position_ids_BT, is_visible_TT = self.position_ids_BT, self.is_visible_TT
+        if is_visible_TT is not None:
+            is_visible_TT = F.pad(is_visible_TT, (0, more, 0, more))
+            is_visible_TT[length:, length:].fill_diagonal_(True)  # itself alone
+        return dataclasses.replace(
+            self,
+            input_ids_BT=F.pad(self.input_ids_BT, (0, more)),
+            position_ids_BT=None if position_ids_BT is None else F.pad(position_ids_BT, (0, more)),
+            is_visible_TT=is_visible_TT,
+            is_token_BT=F.pad(self.is_token_BT, (0, more)),
         )
 
     def _mapped(self, move: Callable[[Tensor], Tensor]) -> "MicroBatch":

@@ -58,6 +58,9 @@ class StepOptions:
     """Tokens of the longest packed micro-batch of which the beginning that all samples of the step
     share is computed apart, once; see ``shared_prefix``. 0 where the model cannot, and with a
     ``base`` or a ``balance_loss``, which see a micro-batch whole."""
+    lengths: int = 1
+    """Rows of a micro-batch are filled up with padding to a multiple of so many tokens, so that
+    shapes repeat. Not where a beginning is computed apart."""
     plans_losses: bool = False
     """Sort the candidates for the kernels of a GPU while batches are made, and put batches into
     pinned memory; see ``fast.loss_plan``. Without it the host waits for the GPU at every loss."""
@@ -97,6 +100,8 @@ class StepOptions:
         )
         if self.share_prefix_up_to and math.isfinite(self.attention_cost):
             batches = share_prefix(batches, self.share_prefix_up_to, self.pack_up_to)
+        if self.lengths > 1:
+            batches = [batch.filled_up(self.lengths) for batch in batches]
         return [batch.planned() for batch in batches] if self.plans_losses else batches
 
 

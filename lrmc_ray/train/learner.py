@@ -32,6 +32,7 @@ from lrmc_ray.models import (
     load_model,
     save_model,
 )
+from lrmc_ray.train.compiled import compile_layers
 from lrmc_ray.train.recompute import Recomputation
 from lrmc_ray.train.routers import Routers
 from lrmc_ray.train.samples import TrainingSamples
@@ -73,7 +74,10 @@ class Learner:
         self.model_directory = model_directory
         self.trainable = TrainableModel(load_model(model_directory).to(device), settings)
         self.model = self.trainable.model
-        self.recomputation = Recomputation(self.model, settings.gradient_checkpointing)
+        compiles = settings.compile_layers
+        self.recomputation = Recomputation(
+            self.model, False if compiles else settings.gradient_checkpointing
+        )
         self.head = head_of(self.model)
         self.attention_cost = attention_cost(self.model) if settings.packing else math.inf
         self.sharding: Sharding | None = None
@@ -113,6 +117,8 @@ class Learner:
         self.base = _frozen_base(settings, model_directory, device)
         self.autocast = torch.bfloat16 if settings.precision == "bf16" else None
         self.routers = Routers(self.model, settings.router_loss)
+        if compiles:
+            compile_layers(self.model)
         self.split = SplitModel(self.model, self.recomputation.keep)
         self.share_prefix_up_to = self.recomputation.most_kept if self._may_share() else 0.0
 

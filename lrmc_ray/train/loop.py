@@ -34,6 +34,7 @@ from lrmc_ray.method.workers import WorkerGroup
 from lrmc_ray.model_borders import longest_packed
 from lrmc_ray.models import dropped_parts
 from lrmc_ray.record.reader import Records
+from lrmc_ray.train.compiled import LENGTHS
 from lrmc_ray.train.divergence import LossWatch
 from lrmc_ray.train.early_stopping import EarlyStopping, Rung
 from lrmc_ray.train.learner import Learner
@@ -189,6 +190,7 @@ class TrainingRun:
                 attention_cost=learner.attention_cost,
                 pack_up_to=longest_packed(learner.model.config),
                 share_prefix_up_to=learner.share_prefix_up_to,
+                lengths=LENGTHS if settings.compile_layers else 1,
                 plans_losses=uses_kernels,
                 prepares_ahead=uses_kernels and not settings.refresh_every,
                 max_grad_norm=settings.max_grad_norm,

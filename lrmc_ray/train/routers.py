@@ -26,7 +26,7 @@ class Routers:
             ConfigError: there is a weight, and no router that transformers knows as one.
         """
         self.weight = weight
-        found = _routers(model)
+        found = routers_of(model)
         config = model.config.get_text_config()
         self._top_k = int(getattr(config, "num_experts_per_tok", None) or 1)
         self._logits: list[Tensor] = []
@@ -114,7 +114,7 @@ class Routers:
         self._counts = counts
 
 
-def _routers(model: Any) -> list[tuple[nn.Module, int]]:
+def routers_of(model: Any) -> list[tuple[nn.Module, int]]:
     """The modules whose outputs transformers calls router logits, and where in the output."""
     recorders = []
     for part in model.modules():

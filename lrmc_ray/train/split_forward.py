@@ -71,13 +71,15 @@ def may_share(settings: TrainSettings, *, on_cpu: bool, is_mixture: bool) -> boo
     """Whether a beginning that all samples of a step share may have a pass of its own.
 
     On a GPU one more pass costs more calls than it spares work. What the base and routers say, they
-    say of a whole micro-batch, and half precision would round the sum of its gradients. The model
+    say of a whole micro-batch, and half precision would round the sum of its gradients. Lengths of
+    both parts would not repeat, as compiled layers want them to. The model
     must be one that can be packed, and pass :func:`can_split`.
     """
     return (
         settings.micro_batches > 1
         and on_cpu
         and settings.precision != "bf16"
+        and not settings.compile_layers
         and settings.loss not in NEED_BASE
         and not is_mixture
     )

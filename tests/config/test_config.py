@@ -173,6 +173,7 @@ RULES = {
     "train.lora_alpha": whole(1),
     "train.lora_targets": patterns,
     "train.packing": lambda value: type(value) is bool,
+    "train.compile_layers": lambda value: type(value) is bool,
     # 0 is taken for false.
     "train.gradient_checkpointing": lambda value: value in ("auto", False, "selective", "full"),
     "train.keep_checkpoints": whole(1),
