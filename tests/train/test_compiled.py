@@ -64,6 +64,7 @@ def check(**options) -> None:
         assert float((our - their).norm()) < 1e-4 * float(their.norm())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("attention_cost", [math.inf, 0.001], ids=["padded", "packed"])
 def test_compiled_layers_take_the_same_steps(attention_cost, monkeypatch):
     """Through the compiler's front, which needs no other compiler."""
