@@ -18,6 +18,7 @@ from lrmc_ray.models import batch_hidden_states, head_of
 from lrmc_ray.train import compiled
 from lrmc_ray.train.compiled import LENGTHS, compile_layers
 from tests.support.plain_training import random_samples, tiny_llama
+from tests.support.training import model_of, run_alone, settings_of
 
 torch.set_num_threads(1)
 
@@ -126,3 +127,22 @@ def test_padding_that_fills_up_changes_nothing(attention_cost):
         plain, ours = (batch_hidden_states(model, x) for x in (batch, filled))
     torch.testing.assert_close(ours[:, :length], plain)
     assert ours.isfinite().all()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("changes", [{}, {"lora_rank": 2}], ids=["weights", "adapters"])
+def test_a_run_with_compiled_layers_ends_in_the_same_model(
+    changes, tiny_model, recorded, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(compiled, "BACKEND", "aot_eager")
+    torch._dynamo.reset()
+    found = []
+    for compiles in (False, True):
+        directory = tmp_path / f"{compiles}"
+        settings = settings_of(compile_layers=compiles, steps=3, **changes)
+        run_alone(settings, record=recorded, model=tiny_model, directory=directory).run()
+        found.append(model_of(directory))
+    plain, ours = found
+    assert plain.keys() == ours.keys()
+    for name, weight in plain.items():
+        assert float((ours[name] - weight).norm()) <= 1e-3 * float(weight.norm()), name
