@@ -74,6 +74,7 @@ def test_compiled_layers_take_the_same_steps(attention_cost, monkeypatch):
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1200)
 @pytest.mark.skipif(shutil.which("g++") is None, reason="needs a C++ compiler")
 @pytest.mark.parametrize("attention_cost", [math.inf, 0.001], ids=["padded", "packed"])
 def test_layers_compiled_to_machine_code_take_the_same_steps(attention_cost):
