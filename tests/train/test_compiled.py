@@ -109,6 +109,8 @@ def test_layers_that_give_other_states_are_refused(monkeypatch):
 def test_settings_that_do_not_go_together_are_refused():
     with pytest.raises(ValueError, match="gradient_checkpointing must be 'auto' or false with"):
         TrainSettings(compile_layers=True, gradient_checkpointing="selective")
+    with pytest.raises(ValueError, match="compile_layers must be false with parallel = 'shard'"):
+        TrainSettings(compile_layers=True, parallel="shard", reduction="fast")
     assert not TrainSettings().compile_layers
     assert TrainSettings(compile_layers=True, gradient_checkpointing=False).compile_layers
 
