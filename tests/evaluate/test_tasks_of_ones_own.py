@@ -597,10 +597,12 @@ for _ in range(2):  # the second process-wide choice does not remember the first
 """
 
 
-def test_a_task_is_read_where_the_home_cannot_be_written():
+@pytest.mark.parametrize("can_write", [False, True])
+def test_a_task_is_read_where_the_home_cannot_be_written(can_write, tmp_path):
+    home = tmp_path if can_write else "/dev/null/huggingface"
     done = subprocess.run(
         [sys.executable, "-c", WITHOUT_A_HOME],
-        env={**os.environ, "HF_HOME": "/dev/null/huggingface"},
+        env={**os.environ, "HF_HOME": str(home)},
         cwd=Path(__file__).parents[2],
         capture_output=True,
         text=True,
@@ -609,4 +611,5 @@ def test_a_task_is_read_where_the_home_cannot_be_written():
     assert done.returncode == 0, done.stderr
     lines = done.stdout.splitlines()
     assert len(lines) == 2
-    assert all(line.endswith(" True") and not line.startswith("0 ") for line in lines)
+    is_elsewhere = f" {not can_write}"
+    assert all(line.endswith(is_elsewhere) and not line.startswith("0 ") for line in lines)
