@@ -6,6 +6,7 @@ import logging
 import os
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 from lrmc_ray.config import ResourceSettings
 from lrmc_ray.errors import ResourceError
@@ -164,6 +165,21 @@ def _say_unused(gpus: float) -> None:
         "0.5 lets two share one",
         gpus,
     )
+
+
+def task_options(resources: ResourceSettings) -> dict[str, Any]:
+    """Options of a Ray task that has what a training worker has, and is started again twice."""
+    from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
+
+    return {
+        "num_cpus": resources.cpus_per_worker,
+        "num_gpus": resources.gpus_per_worker,
+        "resources": dict(resources.custom),
+        "label_selector": dict(resources.labels) or None,
+        "max_retries": 2,
+        # A trial's own placement group has no CPUs to give.
+        "scheduling_strategy": PlacementGroupSchedulingStrategy(placement_group=None),
+    }
 
 
 def can_hold_cores(count: int) -> bool:

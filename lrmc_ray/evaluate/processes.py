@@ -5,7 +5,7 @@ from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
-from lrmc_ray.cluster.resources import held_cores
+from lrmc_ray.cluster.resources import held_cores, task_options
 from lrmc_ray.config import ResourceSettings
 from lrmc_ray.errors import EvaluationError, LrmcError
 from lrmc_ray.evaluate.harness import score
@@ -79,17 +79,8 @@ def score_in_tasks(
         EvaluationError: scoring failed or hangs; the message has the cause.
     """
     import ray
-    from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
-    remote = ray.remote(score_part).options(
-        num_cpus=resources.cpus_per_worker,
-        num_gpus=resources.gpus_per_worker,
-        resources=dict(resources.custom),
-        label_selector=dict(resources.labels) or None,
-        max_retries=2,
-        # A trial's own placement group has no CPUs to give.
-        scheduling_strategy=PlacementGroupSchedulingStrategy(placement_group=None),
-    )
+    remote = ray.remote(score_part).options(**task_options(resources))
     threads = resources.cpus_per_worker
     work = str(directory.resolve())
     tasks = [Watched(work, number, model.place) for number in range(len(requests))]

@@ -16,7 +16,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
+from lrmc_ray.cluster.resources import task_options
 from lrmc_ray.config import RunSettings, TrainSettings
+from lrmc_ray.errors import LrmcError, TrainingError
 from lrmc_ray.files.place import Place, place_of
 from lrmc_ray.files.study import FoundPrecision
 from lrmc_ray.models import local_directory, send_model
@@ -68,26 +70,35 @@ def taking(settings: RunSettings, found: FoundPrecision) -> RunSettings:
 
 
 def find_precision(settings: RunSettings, record: Path) -> FoundPrecision:
-    """What ``auto`` comes to, found by a Ray task with the resources of a training worker."""
+    """What ``auto`` comes to, found by a Ray task with the resources of a training worker.
+
+    Raises:
+        TrainingError: the task failed; the message has the cause.
+        LrmcError: training would refuse the same.
+    """
     import ray
-    from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
     resources, place = settings.resources, place_of(settings.resources.storage)
-    remote = ray.remote(_try_out).options(
-        num_cpus=resources.cpus_per_worker,
-        num_gpus=resources.gpus_per_worker,
-        resources=dict(resources.custom),
-        label_selector=dict(resources.labels) or None,
-        max_retries=2,
-        # A trial's own placement group has no CPUs to give.
-        scheduling_strategy=PlacementGroupSchedulingStrategy(placement_group=None),
-    )
+    remote = ray.remote(_try_out).options(**task_options(resources))
     sent = send_model(place, local_directory(settings.model))
     path = str(record.resolve())
     task = remote.remote(settings.train, path, sent, place, resources.cpus_per_worker)
-    found: FoundPrecision = ray.get(task)
+    try:
+        found: FoundPrecision = ray.get(task)
+    except ray.exceptions.RayTaskError as error:
+        if isinstance(error.cause, LrmcError):
+            raise error.cause from None
+        raise _failure(error.cause) from error
+    except ray.exceptions.RayError as error:
+        raise _failure(error) from error
     _log.info("train.precision = %s: %s", found.precision, found.reason)
     return found
+
+
+def _failure(cause: object) -> TrainingError:
+    return TrainingError(
+        f"trying bf16 on the first batch failed: {cause!r}; set train.precision to fp32 or bf16"
+    )
 
 
 def _try_out(

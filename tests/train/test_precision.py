@@ -6,7 +6,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from lrmc_ray.config import RunSettings
+from lrmc_ray.cluster.session import ray_session
+from lrmc_ray.config import ModelSettings, RunSettings
+from lrmc_ray.errors import LrmcError
 from lrmc_ray.files.study import FoundPrecision
 from lrmc_ray.models import load_model
 from lrmc_ray.record.reader import Records
@@ -17,6 +19,7 @@ from lrmc_ray.train.precision import (
     Distances,
     computes_bf16,
     distances,
+    find_precision,
     judge,
     with_precision,
 )
@@ -134,6 +137,21 @@ def test_nothing_is_tried_where_it_would_be_slower(is_native, monkeypatch, tmp_p
     monkeypatch.setattr(precision_module, "record_here", lambda _, record: record)
     found = precision_module._try_out(settings_of(), "r", "m", Here(), 1)
     assert (found.precision, bool(tried)) == (("bf16", True) if is_native else ("fp32", False))
+
+
+@pytest.mark.ray
+def test_a_worker_tries_it_and_what_it_refuses_is_one_error(recorded, tiny_model, tmp_path):
+    settings = RunSettings(
+        model=ModelSettings(name=str(tiny_model)), train=settings_of(precision="auto")
+    )
+    with ray_session("local", log=tmp_path / "ray.log", num_cpus=2):
+        found = find_precision(settings, recorded)
+        with pytest.raises(LrmcError, match="gone"):
+            find_precision(settings, tmp_path / "gone")
+    if computes_bf16(CPU):
+        assert found == judge(distances(settings.train, recorded, tiny_model, device=CPU))
+    else:
+        assert found.reason == "this processor does not compute in bf16 by itself"
 
 
 def test_what_is_said_by_name_is_taken_without_a_trial(tmp_path):
