@@ -6,6 +6,7 @@ model is made from what is installed. Code from a model's repository is never ru
 """
 
 import contextlib
+import functools
 import hashlib
 import inspect
 import json
@@ -13,6 +14,7 @@ import re
 import shutil
 import sys
 from collections.abc import Iterator, Mapping, Sequence
+from contextvars import ContextVar
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -498,9 +500,38 @@ def hidden_states(model: Any, input_ids_BT: "Tensor") -> "Tensor":
     Sequences are padded on the right: in a causal model nothing before the padding sees it, so no
     mask is needed.
     """
-    output = body_of(model)(input_ids=input_ids_BT, use_cache=False)
+    with one_sequence_a_row():
+        output = body_of(model)(input_ids=input_ids_BT, use_cache=False)
     hidden: Tensor = output.last_hidden_state
     return hidden
+
+
+@contextlib.contextmanager
+def one_sequence_a_row() -> Iterator[None]:
+    """Spare transformers the look at positions for sequences packed in a row: a GPU waits for it.
+
+    Without a mask every row is one sequence here, of which that look finds nothing.
+    """
+    _let_the_look_be_spared()
+    before = _is_one_a_row.set(True)
+    try:
+        yield
+    finally:
+        _is_one_a_row.reset(before)
+
+
+_is_one_a_row: ContextVar[bool] = ContextVar("is_one_a_row", default=False)
+
+
+@functools.cache
+def _let_the_look_be_spared() -> None:
+    """Once in a process, and for threads apart; nothing where transformers has no such look."""
+    from transformers import masking_utils
+
+    name = "find_packed_sequence_indices"
+    look = getattr(masking_utils, name, None)
+    if look is not None:
+        setattr(masking_utils, name, lambda *x, **y: None if _is_one_a_row.get() else look(*x, **y))
 
 
 def _padded_hidden_states(

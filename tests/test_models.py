@@ -32,6 +32,7 @@ from lrmc_ray.models import (
     vocabulary_size,
 )
 from tests.support.chat_templates import tokenizer_for
+from tests.support.operators import NoHostSync
 
 SIZES = {
     "vocab_size": 128,
@@ -499,3 +500,21 @@ def test_the_padding_token_keeps_its_embedding(tmp_path):
     loaded = load_model(tmp_path)
     assert torch.equal(loaded.lm_head.weight, model.lm_head.weight)
     assert loaded.model.embed_tokens.weight is loaded.lm_head.weight
+
+
+def test_padded_rows_run_without_waiting_and_as_transformers_runs_them(tiny_model):
+    """Transformers' look at positions for packed sequences is spared here, and here alone."""
+    model = load_model(tiny_model).eval()
+    ids_BT = torch.randint(3, 500, (3, 17), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        with NoHostSync():
+            found_BTD = hidden_states(model, ids_BT)
+        expected_BTD = model.model(input_ids=ids_BT, use_cache=False).last_hidden_state
+        assert torch.equal(found_BTD, expected_BTD)
+        # Positions that begin anew are two sequences to others, as before.
+        positions_BT = torch.cat([torch.arange(9), torch.arange(8)])[None]
+        packed_BTD = model.model(
+            input_ids=ids_BT[:1], position_ids=positions_BT, use_cache=False
+        ).last_hidden_state
+        alone_BTD = hidden_states(model, ids_BT[:1, 9:])
+    torch.testing.assert_close(packed_BTD[:, 9:], alone_BTD)

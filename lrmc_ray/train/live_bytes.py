@@ -16,6 +16,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
+from lrmc_ray.models import one_sequence_a_row
+
 
 class LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Counts the storages of all tensors that operators return while it is entered.
@@ -78,15 +80,9 @@ def _grouped_product(one: Tensor, other: Tensor, ends: Tensor | None = None, **_
 @contextlib.contextmanager
 def counting() -> Iterator[LiveBytes]:
     """Fake tensors in place of all that are made, counted."""
-    from transformers import masking_utils
-
     live = LiveBytes()
-    # Transformers looks at the positions of tokens for sequences that are packed. Without values it
-    # would make a mask that training does not have, and copies of keys and values for it.
-    unpacked = mock.patch.object(
-        masking_utils, "find_packed_sequence_indices", return_value=None, create=True
-    )
     # PEFT moves layers to the device where they are already. Fake ones cannot be moved.
     unmoved = mock.patch.object(nn.Module, "to", lambda module, *_, **__: module)
-    with unpacked, unmoved, FakeTensorMode(), live:
+    # Without values the look for packed sequences would make a mask that training does not have.
+    with one_sequence_a_row(), unmoved, FakeTensorMode(), live:
         yield live
