@@ -750,6 +750,9 @@ def test_metrics_of_a_step(start, tmp_path):
         assert (tensor - padded[name]).norm() < 1e-3 * padded[name].norm(), name
 
 
+UNCAPPED = ["restricted_atan2", "lrmc_90"]
+
+
 @pytest.mark.slow
 def test_every_method_of_the_shipped_comparison_trains(tiny_model, tmp_path):
     """Two steps of each, so that none is found broken after hours."""
@@ -779,5 +782,7 @@ def test_every_method_of_the_shipped_comparison_trains(tiny_model, tmp_path):
         assert math.isfinite(run.run()["final_loss"]), name
         weights = b"".join(v.numpy().tobytes() for v in model_of(folder).values())
         models.setdefault(weights, []).append(name)
-    # An untrained model is never sure, so all of its positions are active.
-    assert [names for names in models.values() if len(names) > 1] == [["sft", "active_only"]]
+    # An untrained model is never sure, so all of its positions are active. Where no angle of these
+    # steps is above 90 degrees, MoClip with that cap is Adam-atan2.
+    alike = [names for names in models.values() if len(names) > 1]
+    assert alike in ([["sft", "active_only"]], [["sft", "active_only"], UNCAPPED])
