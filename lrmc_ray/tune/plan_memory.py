@@ -1,11 +1,13 @@
 """The memory that training a model takes, and the settings with which it fits a GPU."""
 
+import textwrap
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from lrmc_ray.config import ModelSettings, RunSettings, TrainSettings, trial_settings
-from lrmc_ray.console import progress
+from lrmc_ray.console import plain_console, progress
+from lrmc_ray.errors import ConfigError
 from lrmc_ray.models import WEIGHT_SUFFIX, config_directory
 
 CARDS_GB = (24, 48, 80, 141)
@@ -31,6 +33,12 @@ def plan_memory(settings: RunSettings) -> dict[str, Any]:
     """
     from lrmc_ray.train.memory import training_memory
 
+    if settings.train.parallel == "shard":
+        raise ConfigError(
+            "train.parallel must be 'replicate' for a forecast of memory, got 'shard': that of "
+            "shards is not known yet; leave it out, and divide weights, gradients and moments by "
+            "the number of workers"
+        )
     directory = config_directory(settings.model)
     workers = settings.resources.workers[1] if settings.resources.workers else 1
     ways = list(_ways(settings.train))
@@ -90,12 +98,13 @@ _TERMS = {
 def show_memory(planned: Mapping[str, Any]) -> None:
     """The plan as text on stdout."""
     first = planned["ways"][0]
-    print(
+    _print_wrapped(
         f"{first['parameters'] / 1e9:.3g} billion parameters, of which "
         f"{first['trained'] / 1e9:.3g} billion are trained. A worker, with micro-batches of "
-        f"{planned['rows_of_micro_batch']} x {planned['length']} tokens, "
-        f"train.precision={planned['precision']}:\n"
+        f"{planned['rows_of_micro_batch']} x {planned['length']} tokens and "
+        f"train.precision={planned['precision']}:"
     )
+    print()
     for name, meaning in _TERMS.items():
         if first[name]:
             print(f"{name:>14}{first[name] / 1e9:>9.2f} GB  {meaning}")
@@ -104,9 +113,18 @@ def show_memory(planned: Mapping[str, Any]) -> None:
     for row in planned["ways"]:
         named = " ".join(f"train.{name}={value}" for name, value in row["settings"].items())
         fits = "".join(f"{'1' if card in row['fits_gb'] else '-':>8}" for card in CARDS_GB)
-        print(f"{row['total'] / 1e9:>9.1f} GB{fits}   {named or 'as asked'}")
-    print(
-        "\n1: each worker has one such GPU. -: it does not fit; every worker holds the whole model."
+        print(f"{row['total'] / 1e9:>9.1f} GB{fits}")
+        _print_wrapped(named or "as asked", indent=" " * 13)
+    print()
+    _print_wrapped(
+        "1: each worker has one such GPU. -: it does not fit. Every worker holds the whole model; "
+        "train.parallel=shard divides weights, gradients and moments by the number of workers."
     )
     if not any(row["fits_gb"] for row in planned["ways"]):
-        print("Nothing fits: take a smaller model, or a smaller --max-length.")
+        print("Nothing fits: take shards, a smaller model, or a smaller --max-length.")
+
+
+def _print_wrapped(text: str, indent: str = "") -> None:
+    width = plain_console().width
+    lines = textwrap.wrap(text, width, initial_indent=indent, subsequent_indent=indent)
+    print("\n".join(lines))

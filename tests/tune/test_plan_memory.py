@@ -45,14 +45,22 @@ def test_a_directory_with_a_configuration_alone_is_planned(directory, tmp_path, 
     assert not (tmp_path / "none").exists()
 
 
-def test_the_text_names_every_term_and_what_takes_less(directory, capsys):
+def test_the_text_names_every_term_and_what_takes_less(directory, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
     assert run_command(main, ["--model", str(directory), "--max-length", "64"]) == 0
     text = capsys.readouterr().out
     for word in ("weights", "gradients", "moments", "activations", "loss", "at most"):
         assert word in text
     for way in ("as asked", "train.state_dtype=bf16", "train.lora_rank=16"):
         assert way in text
-    assert "2 x 64 tokens, train.precision=fp32" in text
+    assert "2 x 64 tokens and train.precision=fp32" in " ".join(text.split())
+    assert max(map(len, text.splitlines())) <= 80
+
+
+def test_shards_are_not_forecast(directory, capsys):
+    flags = ["train.parallel=shard", "train.reduction=fast", "--memory"]
+    assert run_command(main, ["--model", str(directory), *flags]) == 2
+    assert "must be 'replicate' for a forecast of memory, got 'shard'" in capsys.readouterr().err
 
 
 def test_without_its_configuration_a_directory_is_refused(tmp_path, capsys):
