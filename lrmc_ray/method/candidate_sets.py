@@ -207,3 +207,15 @@ def row_logsumexp(values_E: Tensor, candidates: CandidateSets) -> Tensor:
     shifted_E = values_E - highest_N[candidates.row_ids]
     sums_N = torch.segment_reduce(shifted_E.exp(), "sum", offsets=candidates.offsets)
     return sums_N.log() + highest_N
+
+
+def row_gold(values_E: Tensor, candidates: CandidateSets) -> Tensor:
+    """[N], of ``values_E`` that of each row's gold token; the host waits for no GPU."""
+    if values_E.is_cuda:
+        return _row_gold_by_sums(values_E, candidates)
+    return values_E[candidates.is_gold]
+
+
+def _row_gold_by_sums(values_E: Tensor, candidates: CandidateSets) -> Tensor:
+    alone_E = torch.where(candidates.is_gold, values_E, 0.0)
+    return torch.segment_reduce(alone_E, "sum", offsets=candidates.offsets)

@@ -26,7 +26,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from lrmc_ray.method.candidate_sets import CandidateSets, row_logsumexp
+from lrmc_ray.method.candidate_sets import CandidateSets, row_gold, row_logsumexp
 from lrmc_ray.method.fast.candidate_logits import candidate_logits
 from lrmc_ray.method.head import OutputHead
 
@@ -74,4 +74,4 @@ def frozen_tail_cross_entropy(
     logits_E = candidate_logits(hidden_ND, head, candidates)
     inside_N = row_logsumexp(logits_E, candidates)
     normalizer_N = torch.logaddexp(inside_N, outside_N.to(inside_N.dtype))
-    return (normalizer_N - logits_E[candidates.is_gold]).sum()
+    return (normalizer_N - row_gold(logits_E, candidates)).sum()

@@ -41,7 +41,7 @@ import torch
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from lrmc_ray.method.candidate_sets import CandidateSets, row_logsumexp
+from lrmc_ray.method.candidate_sets import CandidateSets, row_gold, row_logsumexp
 from lrmc_ray.method.fast.backend_choice import logits_backend, prefers_kernel
 from lrmc_ray.method.fast.candidate_logits import candidate_logits, loss_size, token_logits
 from lrmc_ray.method.fast.chunk_table import to_device
@@ -101,7 +101,7 @@ def restricted_cross_entropy(
         if tail is not None:
             tail_N = _tail_logsumexp(hidden_ND, head, candidates, tail)
             normalizer_N = torch.logaddexp(normalizer_N, tail_N)
-        loss_N = normalizer_N - logits_E[candidates.is_gold]
+        loss_N = normalizer_N - row_gold(logits_E, candidates)
     if reduction == "none":
         return loss_N
     return loss_N.mean() if reduction == "mean" else loss_N.sum()

@@ -28,10 +28,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
-from torch.autograd.graph import get_gradient_edge
 
 from lrmc_ray.method.candidate_sets import CandidateSets
 from lrmc_ray.method.fast.backend_choice import LossSize, logits_backend
+from lrmc_ray.method.fast.dense_product import is_taken_on, picked_products
+from lrmc_ray.method.fast.weight_gradient import gradient_target
 from lrmc_ray.method.head import OutputHead, head_logits
 from lrmc_ray.method.names import LogitsBackend, check_choice
 
@@ -59,7 +60,8 @@ def candidate_logits(
         candidates: N candidate sets, on the same device.
         backend: ``"sparse"``: the operator of this module. ``"gather"``: the same by a gathered
             [E, D] copy of the weight, the plain reference. ``"dense"``: all [N, V] logits, then
-            the candidates' are picked out. ``"auto"``: see ``backend_choice``.
+            the candidates' are picked out; on a GPU see ``dense_product``. ``"auto"``: see
+            ``backend_choice``.
 
     Returns:
         [E], float32 (float64 if an input is float64), in the order of ``candidates.token_ids``.
@@ -78,7 +80,11 @@ def candidate_logits(
         backend = logits_backend(hidden_ND.device.type, size)
     dtype = _compute_dtype(hidden_ND, head.weight_VD)
     logits_E: Tensor
-    if backend == "dense":
+    if backend == "dense" and is_taken_on(hidden_ND.device):
+        logits_E = picked_products(
+            hidden_ND, head.weight_VD, candidates.row_ids, candidates.token_ids
+        )
+    elif backend == "dense":
         # Bias, scale and bound come below, as for the others: to the candidates alone.
         products_NV = head_logits(hidden_ND, OutputHead(head.weight_VD), dtype=dtype)
         logits_E = products_NV[candidates.row_ids, candidates.token_ids]
@@ -143,27 +149,6 @@ def _in_dtype(weight_VD: Tensor, token_ids: Tensor, dtype: torch.dtype) -> tuple
         return weight_VD, token_ids
     occurring, columns = torch.unique(token_ids, return_inverse=True)
     return weight_VD[occurring].to(dtype), columns.int()
-
-
-def gradient_target(weight_VD: Tensor) -> tuple[Tensor | None, Tensor | None]:
-    """Where to add rows of the weight's gradient, and what backward has to return for it.
-
-    Both None where the gradient is not wanted; returned None where it goes to ``weight.grad``.
-    """
-    hooks = weight_VD._backward_hooks or weight_VD._post_accumulate_grad_hooks
-    if weight_VD.is_leaf and not hooks:
-        try:
-            # Does this very backward pass accumulate into the leaf?
-            if not torch._C._will_engine_execute_node(get_gradient_edge(weight_VD).node):
-                return None, None
-        except RuntimeError:
-            pass  # torch.autograd.grad wants the gradient returned
-        else:
-            if weight_VD.grad is None:
-                weight_VD.grad = torch.zeros_like(weight_VD)
-            return weight_VD.grad, None
-    gradient_VD = torch.zeros_like(weight_VD)
-    return gradient_VD, gradient_VD
 
 
 class _SampledProduct(torch.autograd.Function):

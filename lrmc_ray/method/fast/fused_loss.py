@@ -17,7 +17,6 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from lrmc_ray.method.candidate_sets import CandidateSets
-from lrmc_ray.method.fast.candidate_logits import gradient_target
 from lrmc_ray.method.fast.loss_launch import (
     LossTask,
     SharedTail,
@@ -34,6 +33,7 @@ from lrmc_ray.method.fast.triton_support import (
     is_interpreted,
     works_on_gpu,
 )
+from lrmc_ray.method.fast.weight_gradient import gradient_target
 from lrmc_ray.method.head import OutputHead
 
 _TYPES = (torch.float32, torch.bfloat16, torch.float16)
