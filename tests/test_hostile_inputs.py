@@ -39,7 +39,8 @@ from lrmc_ray.record.inspect_command import main as inspect
 from lrmc_ray.report.command import main as report
 from lrmc_ray.report.mlflow import register_model
 from lrmc_ray.report.mlflow_command import main as mlflow_sync
-from lrmc_ray.report.mlflow_mirror import check_kept_within, in_one_line, public
+from lrmc_ray.report.mlflow_mirror import in_one_line, public
+from lrmc_ray.report.mlflow_place import check_kept_within
 from lrmc_ray.report.mlflow_sync import sync
 from lrmc_ray.train.sharded_state import check_metadata
 from tests.support.study_with_models import make_study_with_models

@@ -8,6 +8,7 @@ or by ``mlflow_sync.sync``. Both bring MLflow up to a
 """
 
 import logging
+import sqlite3
 import threading
 import time
 from collections.abc import Mapping, Sequence
@@ -21,12 +22,12 @@ from lrmc_ray.files.names import BEST_MODEL
 from lrmc_ray.files.study import STUDY_FILE, Artifact, StudyFile, TrainingFile, read_study
 from lrmc_ray.report.mlflow_mirror import (
     StudyMirror,
-    check_kept_within,
     in_one_line,
     prepare_mlflow,
     public,
     root_cause,
 )
+from lrmc_ray.report.mlflow_place import check_kept_within, follow_a_move
 from lrmc_ray.report.mlflow_shown import NOTE_TAG, STUDY_TAG, TRIAL_TAG, ShownRun, ShownStudy
 
 EXPERIMENT = "lrmc_ray"
@@ -266,6 +267,7 @@ def register_model(study_dir: Path, model: Path, name: str, tracking_uri: str) -
 
     wanted = {STUDY_TAG: study.id, TRIAL_TAG: str(study.best)}
     try:
+        follow_a_move(tracking_uri, study.experiment or EXPERIMENT, study_dir)
         client = MlflowClient(tracking_uri)
         for version in client.search_model_versions(f"name = '{name}'"):
             if wanted.items() <= dict(version.tags).items():
@@ -289,7 +291,7 @@ def register_model(study_dir: Path, model: Path, name: str, tracking_uri: str) -
             client.create_registered_model(name)
         source = f"{parents[0].info.artifact_uri.rstrip('/')}/best_model"
         version = client.create_model_version(name, source, run_id, tags=wanted)
-    except (MlflowException, OSError) as error:
+    except (MlflowException, OSError, sqlite3.Error) as error:
         raise ResourceError(
             f"MLflow at {public(tracking_uri)} must take the model {name}, but "
             f"{in_one_line(root_cause(error))}; start it, or choose another name"

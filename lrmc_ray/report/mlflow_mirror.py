@@ -18,13 +18,18 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
-from urllib.parse import unquote, urlparse
 
 from lrmc_ray.config.base import flatten
 from lrmc_ray.errors import DataError
 from lrmc_ray.files.metrics_log import StepMetrics, last_of_each_step, read_new_lines
 from lrmc_ray.files.names import BEST_MODEL
 from lrmc_ray.files.study import Artifact, TrainingFile
+from lrmc_ray.report.mlflow_place import (
+    artifacts_beside,
+    check_kept_within,
+    database_of,
+    follow_a_move,
+)
 from lrmc_ray.report.mlflow_shown import (
     NOTE_TAG,
     ROLE_TAG,
@@ -127,7 +132,8 @@ class _MirroredRun:
     tags: dict[str, str]
     params: dict[str, str]
     has_datasets: bool
-    has_model: bool
+    model_id: str | None
+    """What MLflow calls the best model."""
     artifact_uri: str
     """Where its files are kept."""
     last_steps: dict[str, int]
@@ -173,6 +179,7 @@ class StudyMirror:
             prepare_mlflow()
             from mlflow import MlflowClient
 
+            follow_a_move(self._uri, self._experiment, self._directory)
             self._client = MlflowClient(self._uri)
             self._experiment_id = self._find_experiment(self._client)
             self._load_runs(self._client, study.id)
@@ -197,10 +204,8 @@ class StudyMirror:
         found = client.get_experiment_by_name(self._experiment)
         if found is not None:
             return str(found.experiment_id)
-        location = None
-        if self._uri.startswith("sqlite:///"):
-            database = Path(self._uri.removeprefix("sqlite:///"))
-            location = (database.absolute().parent / "mlartifacts").as_uri()
+        database = database_of(self._uri)
+        location = None if database is None else artifacts_beside(database)
         return client.create_experiment(self._experiment, artifact_location=location)
 
     def _save_view(self, client: "MlflowClient", study_id: str, study_name: str) -> None:
@@ -270,7 +275,7 @@ class StudyMirror:
         if number is None:
             for artifact in study.artifacts:
                 self._send_artifact(client, have, artifact, warn)
-            if study.model is not None and status == "FINISHED" and not have.has_model:
+            if study.model is not None and status == "FINISHED":
                 self._name_model(client, have, study.model)
         _set_status(client, have, status, wanted.ended)
         have.finished_as = wanted if number is not None and status in ENDED_STATUSES else None
@@ -280,6 +285,10 @@ class StudyMirror:
         """Tell MLflow of the best model and where it is. Its gigabytes are not copied."""
         from mlflow.entities import LoggedModelOutput
 
+        if have.model_id is not None:
+            if client.get_logged_model(have.model_id).tags.get(DIRECTORY_TAG) != directory:
+                client.set_logged_model_tags(have.model_id, {DIRECTORY_TAG: directory})
+            return
         model = client.create_logged_model(
             self._experiment_id,
             name=BEST_MODEL,
@@ -289,7 +298,7 @@ class StudyMirror:
         )
         client.finalize_logged_model(model.model_id, "READY")
         client.log_outputs(have.run_id, [LoggedModelOutput(model.model_id, 0)])
-        have.has_model = True
+        have.model_id = str(model.model_id)
 
     def _read_new_lines(
         self, have: _MirroredRun, metrics_file: str | None, warn: _Warn
@@ -322,39 +331,16 @@ class StudyMirror:
             have.artifacts[str(path)] = (stat.st_mtime_ns, stat.st_size)
 
 
-def check_kept_within(artifact_uri: str, tracking_uri: str, study_dir: Path) -> None:
-    """Refuse to copy files to where a database that came with an output directory points.
-
-    Args:
-        artifact_uri: where MLflow keeps a run's files.
-        tracking_uri: of MLflow; a server, or a database elsewhere, is the user's own choice.
-        study_dir: of the study, in the output directory.
-
-    Raises:
-        DataError: they would be written outside of the output directory.
-    """
-    output = study_dir.resolve().parent
-    database = Path(tracking_uri.removeprefix("sqlite:///"))
-    if not tracking_uri.startswith("sqlite:///") or database.resolve().parent != output:
-        return
-    place = urlparse(artifact_uri)
-    folder = Path(unquote(place.path)) if place.scheme in ("", "file") else None
-    if folder is None or not folder.resolve().is_relative_to(output):
-        raise DataError(
-            f"MLflow must keep a study's files in {output}, {database} says {artifact_uri}; remove "
-            f"that database, and run `lrmc mlflow-sync {study_dir}`, which makes a new one"
-        )
-
-
 def _mirrored(client: "MlflowClient", run: "Run") -> _MirroredRun:
     run_id = str(run.info.run_id)
+    has_model = run.outputs and run.outputs.model_outputs
     return _MirroredRun(
         run_id=run_id,
         status=str(run.info.status),
         tags=dict(run.data.tags),
         params=dict(run.data.params),
         has_datasets=bool(run.inputs and run.inputs.dataset_inputs),
-        has_model=bool(run.outputs and run.outputs.model_outputs),
+        model_id=run.outputs.model_outputs[0].model_id if has_model else None,
         artifact_uri=str(run.info.artifact_uri),
         last_steps={
             key: max(point.step for point in client.get_metric_history(run_id, key))

@@ -1,5 +1,6 @@
 """Brings MLflow up to a study that is on disk: the command ``lrmc mlflow-sync``."""
 
+import sqlite3
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -51,7 +52,7 @@ def sync(study_dir: Path, tracking_uri: str, experiment: str | None = None) -> F
     problems: list[Exception] = []
     try:
         mirror.update(_described(shown(study), study_dir), warn=problems.append)
-    except (MlflowException, OSError) as error:  # requests' errors are OSErrors
+    except (MlflowException, OSError, sqlite3.Error) as error:  # requests' errors are OSErrors
         raise ResourceError(
             f"MLflow at {public(tracking_uri)} must answer, but {in_one_line(root_cause(error))}; "
             "start it, or give another --tracking-uri, and run this again"
