@@ -11,6 +11,7 @@ from lrmc_ray.config.arguments import add_run_arguments, read_settings
 from lrmc_ray.config.compare import CompareSpace
 from lrmc_ray.console import plain_console, setup_logging
 from lrmc_ray.errors import ConfigError, IncompleteArtifactError
+from lrmc_ray.files.allowed_addresses import allow_addresses
 from lrmc_ray.files.artifacts import lock_directory
 
 if TYPE_CHECKING:
@@ -32,6 +33,7 @@ def main(argv: Sequence[str]) -> int:
     from lrmc_ray.compare.explain import explain
     from lrmc_ray.compare.run import Comparing
     from lrmc_ray.evaluate.allowed_python import allow_python
+    from lrmc_ray.evaluate.task_sources import remote_data
     from lrmc_ray.record.prepare import look, prepare
     from lrmc_ray.train.checks import check_training
     from lrmc_ray.tune.provenance import contents
@@ -64,7 +66,9 @@ def main(argv: Sequence[str]) -> int:
     if is_new:
         check_training(space.model, trains)
         prepare(run_settings, arguments.output)
-        allow_python([*space.evaluate.domain_tasks, *space.evaluate.general_tasks])
+        tasks = [*space.evaluate.domain_tasks, *space.evaluate.general_tasks]
+        allow_python(tasks)
+        allow_addresses(space.resources.storage, *remote_data(tasks))
     with lock_directory(comparing.directory):
         description.open(retry_failed=arguments.retry_failed)
         if arguments.explain:

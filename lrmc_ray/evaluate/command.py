@@ -12,6 +12,7 @@ from lrmc_ray.config import ModelSettings, RunSettings
 from lrmc_ray.config.arguments import add_run_arguments, settings_from
 from lrmc_ray.console import progress, setup_logging
 from lrmc_ray.errors import ConfigError
+from lrmc_ray.files.allowed_addresses import allow_addresses, check_addresses
 from lrmc_ray.files.origin import ORIGIN_FILE, Origin, check_tuned, read_origin
 from lrmc_ray.files.place import place_of
 from lrmc_ray.models import local_directory
@@ -44,12 +45,15 @@ def main(argv: Sequence[str]) -> int:
     from lrmc_ray.evaluate.run import evaluate
     from lrmc_ray.evaluate.show import items_text, show_changes, show_scores
     from lrmc_ray.evaluate.task_files import check_tasks
+    from lrmc_ray.evaluate.task_sources import remote_data
 
     said = settings_from(arguments, None)
     if origin is not None:
         check_named_tasks(Path(arguments.tuned[0]), settings, said)
     check_tasks(expand([*settings.evaluate.domain_tasks, *settings.evaluate.general_tasks]), "test")
-    allow_python([*said.evaluate.domain_tasks, *said.evaluate.general_tasks])
+    named = [*said.evaluate.domain_tasks, *said.evaluate.general_tasks]
+    allow_python(named)
+    allow_addresses(said.resources.storage, *remote_data(named))
     models = [local_directory(model) for model in (base, *tuned)]
     scored: list[Path] = []
     with (
@@ -83,7 +87,7 @@ def main(argv: Sequence[str]) -> int:
 
 
 def check_named_tasks(model: Path, settings: RunSettings, said: RunSettings) -> None:
-    """Refuse Python that only a model's directory asks for: it may come from anybody.
+    """Refuse Python and addresses that only a model's directory names: it may come from anybody.
 
     Args:
         model: the tuned model's directory.
@@ -91,16 +95,19 @@ def check_named_tasks(model: Path, settings: RunSettings, said: RunSettings) -> 
         said: those without what the model says.
 
     Raises:
-        ConfigError: a task file that runs Python was named by the model alone, and no command of
-            this user has named the same before.
+        ConfigError: a task file that runs Python, or whose data are behind a URL, was named by the
+            model alone, and no command of this user has named the same before.
     """
     from lrmc_ray.evaluate.allowed_python import check_allowed
+    from lrmc_ray.evaluate.task_sources import remote_data
 
     for group in ("domain_tasks", "general_tasks"):
         names = getattr(settings.evaluate, group)
         if names != getattr(said.evaluate, group):
             flag = f"--{group.replace('_', '-')}"
-            check_allowed(names, named_by=model / ORIGIN_FILE, remedy=f"name it with {flag}")
+            remedy = f"name the task with {flag}"
+            check_allowed(names, named_by=model / ORIGIN_FILE, remedy=remedy)
+            check_addresses(*remote_data(names), named_by=model / ORIGIN_FILE, remedy=remedy)
 
 
 def scores_directory(origin: Origin | None) -> Path:

@@ -6,7 +6,7 @@ lm-eval looks. So a node that has the task file finds the same data, whatever fo
 
 import ast
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -131,6 +131,23 @@ def data_files(config: Mapping[str, Any], folder: Path) -> dict[str, list[Path |
         split: [file for pattern in patterns for file in _files_of(config, pattern, parts, folder)]
         for split, patterns in wanted.items()
     }
+
+
+def remote_data(names: Iterable[str]) -> list[str]:
+    """What the task files among ``names`` have their data from beyond this machine and the Hub.
+
+    Raises:
+        ConfigError: a task file cannot be read, or data do not exist.
+    """
+    return [
+        file
+        for name in names
+        if Path(name).is_file()
+        for section in sections(read_task_file(Path(name))[0])
+        for files in data_files(section, Path(name).parent).values()
+        for file in files
+        if isinstance(file, str)
+    ]
 
 
 def is_of_hub(config: Mapping[str, Any], folder: Path) -> bool:

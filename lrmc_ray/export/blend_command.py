@@ -9,6 +9,8 @@ from lrmc_ray.cluster.session import RAY_LOG, ray_session
 from lrmc_ray.command_line import CommandParser, pasteable
 from lrmc_ray.console import plain_console, setup_logging
 from lrmc_ray.errors import ConfigError
+from lrmc_ray.export.allowing import add_allow_network
+from lrmc_ray.files.allowed_addresses import allow_addresses, check_addresses
 from lrmc_ray.files.artifacts import lock_directory
 from lrmc_ray.files.names import SETTINGS_FILE
 from lrmc_ray.files.study import find_study, read_study
@@ -22,6 +24,7 @@ def main(argv: Sequence[str]) -> int:
     directory = find_study(arguments.study)
 
     from lrmc_ray.evaluate.allowed_python import allow_python, check_allowed
+    from lrmc_ray.evaluate.task_sources import remote_data
     from lrmc_ray.export.curve import curve_trials, measure_curves
     from lrmc_ray.export.trial_model import study_settings
     from lrmc_ray.report.blend_section import curves_table
@@ -35,14 +38,19 @@ def main(argv: Sequence[str]) -> int:
     tasks = [*settings.evaluate.domain_tasks, *settings.evaluate.general_tasks]
     if arguments.allow_python:
         allow_python(tasks)
-    check_allowed(tasks, named_by=directory / SETTINGS_FILE, remedy="add --allow-python")
+    storage, named_by = settings.resources.storage, directory / SETTINGS_FILE
+    addresses = [storage, *remote_data(tasks)]
+    if arguments.allow_network:
+        allow_addresses(*addresses)
+    check_allowed(tasks, named_by=named_by, remedy="add --allow-python")
+    check_addresses(*addresses, named_by=named_by, remedy="add --allow-network")
     with (
         lock_directory(directory),
         ray_session(
             arguments.address,
             log=directory / RAY_LOG,
             verbose=arguments.verbose,
-            storage=settings.resources.storage,
+            storage=storage,
         ),
     ):
         measure_curves(directory, file, trials, weights, "depth" if arguments.by_depth else "even")
@@ -121,6 +129,7 @@ def _parser() -> argparse.ArgumentParser:
         help="run the Python that the study's task files name; needed where no command of yours "
         "has named the same tasks",
     )
+    add_allow_network(parser)
     parser.add_argument(
         "--by-depth",
         action="store_true",

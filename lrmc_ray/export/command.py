@@ -8,6 +8,7 @@ from pathlib import Path
 from lrmc_ray.command_line import CommandParser, pasteable
 from lrmc_ray.console import setup_logging
 from lrmc_ray.errors import ConfigError
+from lrmc_ray.export.allowing import add_allow_network
 from lrmc_ray.files.sizes import size_text
 from lrmc_ray.files.study import find_study
 
@@ -37,6 +38,7 @@ def main(argv: Sequence[str]) -> int:
             blend=arguments.blend,
             form="depth" if arguments.by_depth else "even",
             with_gguf=arguments.gguf,
+            allow_network=arguments.allow_network,
             address=arguments.address,
             verbose=arguments.verbose,
         )
@@ -114,6 +116,7 @@ def _parser() -> argparse.ArgumentParser:
         action="store_true",
         help="also write a GGUF file, by the converter of llama.cpp on the PATH or in $LLAMA_CPP",
     )
+    add_allow_network(parser)
     parser.add_argument(
         "--address",
         default="local",

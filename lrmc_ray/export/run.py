@@ -22,6 +22,7 @@ from lrmc_ray.export.weights import (
     size_of_directory,
     write_model,
 )
+from lrmc_ray.files.allowed_addresses import allow_addresses
 from lrmc_ray.files.fault_points import passed
 from lrmc_ray.files.origin import origin_of, write_origin
 from lrmc_ray.files.study import StudyFile, read_study
@@ -47,6 +48,8 @@ class ExportRequest:
     form: Blend = "even"
     """How that is spread over the layers."""
     with_gguf: bool = False
+    allow_network: bool = False
+    """Contact the storage that the study names, should the trial have to be trained again."""
     address: str = "local"
     """Of Ray, should the trial have to be trained again."""
     verbose: bool = False
@@ -84,6 +87,8 @@ def export(request: ExportRequest) -> Exported:
     if request.blend != 1.0:
         base = local_directory(settings.model)
         check_base(base, base_scores_of(request.study, study))
+    if request.allow_network:
+        allow_addresses(settings.resources.storage)
     source = trial_model(
         request.study, study, entry, address=request.address, verbose=request.verbose
     )

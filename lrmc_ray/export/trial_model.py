@@ -9,6 +9,7 @@ from lrmc_ray.cluster.session import RAY_LOG, ray_session
 from lrmc_ray.config import RunSettings, TrainSettings, validate
 from lrmc_ray.console import format_seconds
 from lrmc_ray.errors import ConfigError, DataError, IncompleteArtifactError
+from lrmc_ray.files.allowed_addresses import check_addresses
 from lrmc_ray.files.artifacts import lock_directory, read_manifest
 from lrmc_ray.files.names import BEST_MODEL, MODEL, SETTINGS_FILE
 from lrmc_ray.files.study import StudyFile, TrialEntry, trial_directory
@@ -114,6 +115,7 @@ def trial_model(
         verbose: show the workers' output.
 
     Raises:
+        ConfigError: the study names a storage that no command of this user has named.
         DataError: training again gave other weights than those that were scored.
         DirectoryInUseError: the search is running.
     """
@@ -122,6 +124,7 @@ def trial_model(
         return kept
     settings = study_settings(directory)
     storage = settings.resources.storage
+    check_addresses(storage, named_by=directory / SETTINGS_FILE, remedy="add --allow-network")
     seconds = float(entry.cost.get("train_seconds", 0.0))
     _log.info(
         "the model of trial %d was not kept; training it again, which took %s",

@@ -13,6 +13,7 @@ from lrmc_ray.config.arguments import (
     without_aliases,
 )
 from lrmc_ray.console import setup_logging
+from lrmc_ray.files.allowed_addresses import allow_addresses
 from lrmc_ray.files.artifacts import is_finished, read_manifest
 from lrmc_ray.files.place import place_of
 from lrmc_ray.record.names import MADE_BY
@@ -34,6 +35,7 @@ def main(argv: Sequence[str]) -> int:
     check_beforehand(settings, arguments.output, address=arguments.address, tasks=False)
     place = place_of(uri)
     place.check()
+    allow_addresses(uri)
 
     from lrmc_ray.record.describe import print_summary
     from lrmc_ray.record.prepare import prepare

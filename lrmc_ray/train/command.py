@@ -20,6 +20,8 @@ from lrmc_ray.config.arguments import (
 from lrmc_ray.console import progress, setup_logging
 from lrmc_ray.evaluate.allowed_python import allow_python
 from lrmc_ray.evaluate.task_files import check_tasks
+from lrmc_ray.evaluate.task_sources import remote_data
+from lrmc_ray.files.allowed_addresses import allow_addresses
 from lrmc_ray.files.artifacts import fingerprint, read_manifest
 from lrmc_ray.files.metrics_log import read_new_lines
 from lrmc_ray.files.names import METRICS, MODEL
@@ -123,7 +125,9 @@ def main(argv: Sequence[str]) -> int:
         names = expand([*settings.evaluate.domain_tasks, *settings.evaluate.general_tasks])
         check_tasks(names, "test")
         allow_python(names)
+        allow_addresses(*remote_data(names))
     place_of(storage).check()
+    allow_addresses(storage)
     check_settings(settings)
     prepare(settings, arguments.output)  # bad rows are found before Ray starts
     with ray_session(

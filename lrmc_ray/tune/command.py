@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from lrmc_ray.command_line import CommandParser, pasteable
 from lrmc_ray.config.arguments import add_run_arguments, settings_from
 from lrmc_ray.console import plain_console, setup_logging
+from lrmc_ray.files.allowed_addresses import allow_addresses
 from lrmc_ray.files.artifacts import lock_directory
 from lrmc_ray.files.names import BEST_MODEL
 from lrmc_ray.files.study import trial_directory
@@ -40,11 +41,14 @@ def main(argv: Sequence[str]) -> int:
         return 0
 
     from lrmc_ray.evaluate.allowed_python import allow_python
+    from lrmc_ray.evaluate.task_sources import remote_data
     from lrmc_ray.tune.description import study_directory
     from lrmc_ray.tune.run import Search
 
     contents = check_inputs(settings, arguments.output)
-    allow_python([*settings.evaluate.domain_tasks, *settings.evaluate.general_tasks])
+    tasks = [*settings.evaluate.domain_tasks, *settings.evaluate.general_tasks]
+    allow_python(tasks)
+    allow_addresses(settings.resources.storage, *remote_data(tasks))
     with lock_directory(study_directory(settings, arguments.output, contents)):
         search = Search(
             settings,
