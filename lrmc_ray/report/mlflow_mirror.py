@@ -333,14 +333,14 @@ class StudyMirror:
 
 def _mirrored(client: "MlflowClient", run: "Run") -> _MirroredRun:
     run_id = str(run.info.run_id)
-    has_model = run.outputs and run.outputs.model_outputs
+    models = run.outputs.model_outputs if run.outputs else []
     return _MirroredRun(
         run_id=run_id,
         status=str(run.info.status),
         tags=dict(run.data.tags),
         params=dict(run.data.params),
         has_datasets=bool(run.inputs and run.inputs.dataset_inputs),
-        model_id=run.outputs.model_outputs[0].model_id if has_model else None,
+        model_id=str(models[0].model_id) if models else None,
         artifact_uri=str(run.info.artifact_uri),
         last_steps={
             key: max(point.step for point in client.get_metric_history(run_id, key))
