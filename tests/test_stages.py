@@ -24,7 +24,7 @@ from lrmc_ray.models import load_model, load_tokenizer
 from lrmc_ray.record.reader import Records
 from lrmc_ray.record.run import record
 from lrmc_ray.train.driver import train
-from lrmc_ray.train.samples import samples_of_step
+from lrmc_ray.train.sample_order import samples_of_step
 from tests.support.tiny import make_data
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(600)]

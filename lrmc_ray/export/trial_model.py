@@ -14,10 +14,12 @@ from lrmc_ray.files.artifacts import lock_directory, read_manifest
 from lrmc_ray.files.names import BEST_MODEL, MODEL, SETTINGS_FILE
 from lrmc_ray.files.study import StudyFile, TrialEntry, trial_directory
 from lrmc_ray.models import model_fingerprint
+from lrmc_ray.record.prepare import record_name
 from lrmc_ray.record.run import record
 from lrmc_ray.train.driver import MADE_BY as TRAIN
 from lrmc_ray.train.driver import check_converged, train
 from lrmc_ray.tune.choice import model_of
+from lrmc_ray.tune.used import samples_of_search
 
 _log = logging.getLogger(__name__)
 
@@ -154,6 +156,7 @@ def train_again(directory: Path, entry: TrialEntry, settings: RunSettings) -> Pa
     own = trial_directory(directory, entry.number)
     check_within(own, directory)
     trained = read_manifest(own / "training", made_by="lrmc tune")
+    used = samples_of_search(settings)
     resources = settings.resources
     if entry.settings.get("reduction") == "fast":  # only then their number matters
         workers = (trained["world_size"], trained["world_size"])
@@ -164,7 +167,9 @@ def train_again(directory: Path, entry: TrialEntry, settings: RunSettings) -> Pa
             "resources": resources,
         }
     )
-    recorded = record(settings, directory.parent)
+    if used is not None and record_name(settings) == trained["identity"]["record"]:
+        used = None  # there was a record of all samples
+    recorded = record(settings, directory.parent, used)
     if recorded.name != trained["identity"]["record"]:
         raise DataError(
             f"trial {entry.number} was trained on the record {trained['identity']['record']}, data "

@@ -159,8 +159,9 @@ class Recorder:
         passed("record.shard_started", shard["name"])
         with self._recording.examples(self._examples_sha256) as examples:
             rows = read_examples(examples, shard["start"], shard["stop"])
+        samples = self._recorder.record(rows, shard.get("only"))
         with self._recording.new_part(str(shard["name"])) as path:
-            write_part(path, self._recorder.record(rows), self._provenance)
+            write_part(path, samples, self._provenance)
             part = describe(path, tokenizer_size=self._tokenizer_size)
             self._recording.keep_part(path, part)
         return part

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from lrmc_ray.method.fast.packing import lay_out
 from lrmc_ray.method.head import head_logits
-from lrmc_ray.method.microbatch import Sample
+from lrmc_ray.method.microbatch import NO_CANDIDATES, Sample
 from lrmc_ray.method.subsets import CandidateSets, select_candidates
 from lrmc_ray.model_borders import longest_packed
 from lrmc_ray.models import attention_cost, batch_hidden_states, head_of, load_model
@@ -57,9 +57,23 @@ class CandidateRecorder:
         self._tau, self._k_min, self._k_max = tau, k_min, k_max
         self._prompt_k_max = prompt_k_max
 
-    def record(self, rows: Sequence[Mapping[str, Any]]) -> list[Sample]:
-        """Every row (``sample_id``, ``domain``, ``input_ids``, ``is_target``) with its sets."""
-        return [sample for batch in batches(rows) for sample in self._forward(batch)]
+    def record(
+        self, rows: Sequence[Mapping[str, Any]], only: Sequence[int] | None = None
+    ) -> list[Sample]:
+        """Every row (``sample_id``, ``domain``, ``input_ids``, ``is_target``) with its sets.
+
+        Args:
+            rows: the rows.
+            only: places of those that the model sees; others have no positions. None for all.
+        """
+        seen = rows if only is None else [rows[place] for place in only]
+        samples = [sample for batch in batches(seen) for sample in self._forward(batch)]
+        if only is None:
+            return samples
+        at = dict(zip(only, samples, strict=True))
+        return [
+            at[place] if place in at else _without_positions(row) for place, row in enumerate(rows)
+        ]
 
     def _forward(self, rows: Sequence[Mapping[str, Any]]) -> list[Sample]:
         """Candidate sets of one batch.
@@ -122,6 +136,19 @@ class CandidateRecorder:
                 )
             ]
         )
+
+
+def _without_positions(row: Mapping[str, Any]) -> Sample:
+    """The tokens of a row, and no candidates."""
+    none = torch.zeros(0, dtype=torch.int64)
+    return Sample(
+        sample_id=row["sample_id"],
+        input_ids_T=torch.tensor(row["input_ids"], dtype=torch.int64),
+        positions_P=none,
+        is_supervised_P=none.bool(),
+        candidates=NO_CANDIDATES,
+        domain=row["domain"],
+    )
 
 
 def batches(rows: Sequence[Mapping[str, Any]]) -> Iterator[list[Mapping[str, Any]]]:

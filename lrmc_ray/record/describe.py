@@ -24,6 +24,11 @@ def print_summary(summary: Mapping[str, Any], *, k_max: int | None = None) -> No
         summary: see :func:`summarize`.
         k_max: most candidates of a learned position, where it is known.
     """
+    if "recorded_samples" in summary:
+        print(
+            f"Of {summary['recorded_samples']:,} samples, all that its search uses, there are "
+            "candidates; the others have none."
+        )
     left_out = [
         f"{summary[name]:,} {name}"
         for name in ("dropped", "truncated", "rejected")
@@ -210,6 +215,7 @@ def summarize(plan: Mapping[str, Any], parts: Sequence[Mapping[str, Any]]) -> di
 
     return {
         "samples": plan["samples"],
+        **({"recorded_samples": plan["recorded_samples"]} if "recorded_samples" in plan else {}),
         "tokens": plan["tokens"],
         "dropped": plan["dropped"],
         "truncated": plan["truncated"],

@@ -1,5 +1,6 @@
 """The tokenized examples between preparing and recording: written in windows, read by range."""
 
+import sys
 from array import array
 from pathlib import Path
 from types import TracebackType
@@ -82,6 +83,14 @@ def read_examples(source: Any, start: int, stop: int) -> list[dict[str, Any]]:
         start - groups[0] * SORT_WINDOW, stop - start
     ).to_pylist()
     return rows
+
+
+def read_domains(examples: Path) -> list[str]:
+    """The domain of every example, in their order."""
+    with pq.ParquetFile(examples, page_checksum_verification=True) as file:
+        batches = file.iter_batches(columns=["domain"])
+        # Few, so one copy of each.
+        return [sys.intern(name) for batch in batches for name in batch["domain"].to_pylist()]
 
 
 def write_index(examples: Path, path: Path) -> None:

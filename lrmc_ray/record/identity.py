@@ -70,6 +70,9 @@ def identify(
 _SIZES = ("tau", "k_min", "k_max", "prompt_k_max")
 """Fields that say how much of the same thing is recorded."""
 
+SAMPLES = "samples"
+"""The field that says of which samples, in a record that is not of all; see ``record.used``."""
+
 
 def why_again(final: Path, identity: Mapping[str, Any]) -> str | None:
     """Why the same data are about to be recorded once more, in one line; None if they are not.
@@ -83,7 +86,13 @@ def why_again(final: Path, identity: Mapping[str, Any]) -> str | None:
             other = read_manifest(path.parent, made_by=MADE_BY).get("identity", {})
         except DataError:
             continue  # a damaged one is named where it is used
-        differ = [name for name in identity if other.get(name) != identity[name]]
+        differ = [name for name in _IDENTITY if other.get(name) != identity[name]]
+        if path.parent != final and not differ and other and other.get(SAMPLES) is not None:
+            return (
+                f"{path.parent} has the same data and model, but candidates of the samples of one "
+                "search alone, so they are recorded once more: a record is not extended; "
+                "`lrmc record` with the same settings records all of them once"
+            )
         if path.parent != final and differ and set(differ) <= set(_SIZES):
             sizes = [f"{name} {identity[name]} (there {other.get(name)})" for name in differ]
             return (

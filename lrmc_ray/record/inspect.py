@@ -18,6 +18,7 @@ from lrmc_ray.files.artifacts import MANIFEST, PARTIAL, is_finished
 from lrmc_ray.method.microbatch import Sample
 from lrmc_ray.models import load_tokenizer, local_directory, tokenizer_fingerprint
 from lrmc_ray.record.describe import print_summary
+from lrmc_ray.record.identity import SAMPLES
 from lrmc_ray.record.names import MADE_BY
 from lrmc_ray.record.reader import Records
 
@@ -190,8 +191,17 @@ def shown_samples(records: Records, number: int, model: str | None) -> Iterator[
             raise
         tokenizer = None
         print(f"token ids in place of text: {error}", file=sys.stderr)
-    for index in spread_evenly(len(records), number):
-        yield describe_sample(records[index], tokenizer)
+    yield from (describe_sample(sample, tokenizer) for sample in _spread(records, number))
+
+
+def _spread(records: Records, number: int) -> Iterator[Sample]:
+    """``number`` recorded samples, evenly spread."""
+    if records.manifest["identity"].get(SAMPLES) is None:
+        yield from (records[index] for index in spread_evenly(len(records), number))
+        return
+    has_positions = [i for i in range(len(records)) if len(records[i].positions_P)]
+    for place in spread_evenly(len(has_positions), number):
+        yield records[has_positions[place]]
 
 
 def show_record(result: Mapping[str, Any], *, with_prompts: bool = False) -> None:

@@ -28,12 +28,13 @@ from lrmc_ray.files.fault_points import passed
 from lrmc_ray.files.place import Place, place_of
 from lrmc_ray.models import differing_text, load_tokenizer, local_directory, vocabulary_size
 from lrmc_ray.record.encode import EncodingSummary, encode_rows
-from lrmc_ray.record.examples import ExamplesWriter
-from lrmc_ray.record.identity import identify, why_again
+from lrmc_ray.record.examples import ExamplesWriter, read_domains
+from lrmc_ray.record.identity import SAMPLES, identify, why_again
 from lrmc_ray.record.names import EXAMPLES, MADE_BY, PLAN, REJECTS
 from lrmc_ray.record.recording import Recording, recording_of
 from lrmc_ray.record.rows import Rejects, first_rows, read_rows
 from lrmc_ray.record.sources import Source, training_sources, unread_files
+from lrmc_ray.record.used import UsedSamples, shards_with
 
 _log = logging.getLogger(__name__)
 
@@ -50,6 +51,9 @@ MAX_NAMED = 5
 LOOKED_AT = 1000
 """Rows of each file that are read to explain a run."""
 
+UNRECORDED = 16
+"""Tokens that are only written count as one that is recorded, where shards are cut."""
+
 SHARDS = 64
 """Shards between these bounds; a small data set has fewer, a large one more."""
 
@@ -63,6 +67,8 @@ class Preparation:
     model_directory: Path
     sources: Sequence[Source]
     final: Path
+    used: UsedSamples | None = None
+    """Which samples are recorded; None for all."""
 
     @property
     def partial(self) -> Path:
@@ -89,8 +95,14 @@ class Preparation:
         }
 
 
-def prepare(settings: RunSettings, output: Path) -> Preparation:
+def prepare(settings: RunSettings, output: Path, used: UsedSamples | None = None) -> Preparation:
     """Read, check and tokenize the training data, unless that has been done; needs no Ray.
+
+    Args:
+        settings: of the run.
+        output: holds the records.
+        used: the samples that are enough. A record of all serves as well, if it is there and one of
+            these is not. None for all.
 
     Raises:
         DataError: training data that cannot be used.
@@ -99,17 +111,22 @@ def prepare(settings: RunSettings, output: Path) -> Preparation:
     sources = training_sources(settings)
     model_directory = local_directory(settings.model)
     identity, sources = identify(settings, model_directory, sources)
-    prepared = Preparation(
-        settings, identity, model_directory, sources, output / "records" / fingerprint(identity)
-    )
-    if not is_finished(prepared.final):
-        prepared.recording.show_finished(prepared.final)
+    prepared = _prepared(settings, identity, model_directory, sources, output)
+    if used is not None:
+        identity = {**identity, SAMPLES: used.recipe}
+        of_used = _prepared(settings, identity, model_directory, sources, output)
+        # A study goes on with the record that it began with, whatever is recorded later.
+        if is_finished(of_used.final) or not is_finished(prepared.final):
+            prepared = dataclasses.replace(of_used, used=used)
     if is_finished(prepared.final):
         _check_rejected(
             read_manifest(prepared.final, made_by=MADE_BY)["rejects"], settings, prepared.final
         )
         return prepared
-    if not prepared.partial.exists() and (why := why_again(prepared.final, identity)) is not None:
+    if (
+        not prepared.partial.exists()
+        and (why := why_again(prepared.final, prepared.identity)) is not None
+    ):
         _log.warning("%s", why)
     made = [prepared.partial, prepared.partial.parent, output]
     made = [directory for directory in made if not directory.exists()]
@@ -121,6 +138,33 @@ def prepare(settings: RunSettings, output: Path) -> Preparation:
                 if prepared.partial in made and not (prepared.partial / REJECTS).exists():
                     _remove(made)
                 raise
+    return prepared
+
+
+def record_name(settings: RunSettings, used: UsedSamples | None = None) -> str:
+    """The name of the directory of a record, be it there or not; arguments as of :func:`prepare`.
+
+    Raises:
+        IncompleteArtifactError: the model or the training data do not exist.
+    """
+    directory = local_directory(settings.model)
+    identity, _ = identify(settings, directory, training_sources(settings))
+    return fingerprint(identity if used is None else {**identity, SAMPLES: used.recipe})
+
+
+def _prepared(
+    settings: RunSettings,
+    identity: Mapping[str, Any],
+    model_directory: Path,
+    sources: Sequence[Source],
+    output: Path,
+) -> Preparation:
+    """The record of ``identity``, shown here where it is finished elsewhere."""
+    prepared = Preparation(
+        settings, identity, model_directory, sources, output / "records" / fingerprint(identity)
+    )
+    if not is_finished(prepared.final):
+        prepared.recording.show_finished(prepared.final)
     return prepared
 
 
@@ -246,8 +290,18 @@ def tokenize(prepared: Preparation) -> dict[str, Any]:
         "vocabulary_size": num_logits,
         "tokenizer_size": len(tokenizer),
         "examples_sha256": file_digest(path),
-        "shards": cut_into_shards(writer.lengths),
+        **_shards(prepared, path, writer.lengths),
     }
+
+
+def _shards(prepared: Preparation, examples: Path, lengths: Sequence[int]) -> dict[str, Any]:
+    """The shards, and how many samples are recorded where that is not all."""
+    if prepared.used is None:
+        return {"shards": cut_into_shards(lengths)}
+    indices = prepared.used.choose(read_domains(examples))
+    costs = [n if i in indices else n // UNRECORDED for i, n in enumerate(lengths)]
+    shards = shards_with(cut_into_shards(costs), indices)
+    return {"shards": shards, "recorded_samples": len(indices)}
 
 
 @contextlib.contextmanager

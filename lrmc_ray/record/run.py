@@ -30,22 +30,28 @@ from lrmc_ray.record.examples import write_index
 from lrmc_ray.record.names import EXAMPLES, INDEX
 from lrmc_ray.record.prepare import Preparation, prepare, read_or_make_plan
 from lrmc_ray.record.recording import Part, Recording
+from lrmc_ray.record.used import UsedSamples
 
 _log = logging.getLogger(__name__)
 
 
-def record(settings: RunSettings, output: Path) -> Path:
+def record(settings: RunSettings, output: Path, used: UsedSamples | None = None) -> Path:
     """The finished record of ``settings``, made now unless it is there already.
 
     Needs a running Ray session. Calls with the same model, data and record settings find the same
     directory; a call that was interrupted goes on with the shards that are missing.
+
+    Args:
+        settings: of the run.
+        output: holds the records.
+        used: the samples that are enough, see :func:`lrmc_ray.record.prepare.prepare`.
 
     Raises:
         DataError: training data that cannot be used.
         IncompleteArtifactError: the model or the training data do not exist.
         ResourceError: not one actor fits into the cluster.
     """
-    prepared = prepare(settings, output)
+    prepared = prepare(settings, output, used)
     final = prepared.final
     if is_finished(final):
         _log.info("the record %s is there already", final)

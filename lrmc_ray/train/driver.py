@@ -39,6 +39,7 @@ from lrmc_ray.train.failures import cause_text, is_worker_loss, telling_cause
 from lrmc_ray.train.ledger import audit_ledger
 from lrmc_ray.train.precision import with_precision
 from lrmc_ray.train.run_files import RunFiles, run_files
+from lrmc_ray.train.used import check_used
 from lrmc_ray.train.workers import (
     collective_backend,
     release_reservation,
@@ -113,7 +114,9 @@ def train(
     """
     model_directory = local_directory(settings.model)
     check_fits(record, settings, model_directory)
-    settings = with_precision(with_steps(settings, record), record)
+    settings = with_steps(settings, record)
+    check_used(record, settings.train)
+    settings = with_precision(settings, record)
     identity = run_identity(settings, record)
     with lock_directory(directory):
         claim(directory, identity)

@@ -21,14 +21,14 @@ from lrmc_ray.files.study import STUDY_FILE, StudyFile, read_study
 from lrmc_ray.record.identity import identify
 from lrmc_ray.record.sources import training_files, training_sources
 from lrmc_ray.train.driver import with_steps
+from lrmc_ray.tune.row_counts import count_tokens
+from lrmc_ray.tune.used import recorded_samples
 
 CORE_FLOPS = 7e10
 """Of float32 per second and core: SmolLM2-135M in the demo on an AMD EPYC core with AVX2."""
 
 STEP_SECONDS = 8.4e-9
 """Of MoClip per parameter and step on such a core, which memory limits."""
-
-CHARACTERS_PER_TOKEN = 4.0
 
 ITEMS_PER_TASK = 200
 """Of a task without ``evaluate.limit``; real tasks have between tens and thousands."""
@@ -264,7 +264,11 @@ def _estimated(settings: RunSettings, slots: int, gpu_flops: float | None) -> _P
         train_core_seconds=6.0 * parameters * trained / per_second * cores,
         optimizer_seconds=0.0 if gpus else train.steps * parameters * STEP_SECONDS / cores,
         evaluate_seconds=evaluate,
-        record_seconds=2.0 * parameters * samples * counts.alone / (per_second * slots),
+        record_seconds=2.0
+        * parameters
+        * recorded_samples(settings, samples)
+        * counts.alone
+        / (per_second * slots),
         base_seconds=evaluate / min(slots, tasks),
         basis=(
             f"rough estimate: {parameters / 1e6:.0f}M parameters, about {counts.alone:.0f} "
@@ -297,23 +301,3 @@ def count_parameters(directory: Path) -> int:
                     f"{path} has no safetensors header ({error}); save the model again"
                 ) from None
     return total
-
-
-def count_tokens(files: list[Path], max_length: int) -> tuple[int, float]:
-    """Samples, and about how many tokens they have together."""
-    samples, tokens = 0, 0.0
-    for path in files:
-        if path.suffix == ".parquet":
-            import pyarrow.parquet as pq
-
-            metadata = pq.read_metadata(path)
-            groups = [metadata.row_group(index) for index in range(metadata.num_row_groups)]
-            samples += metadata.num_rows
-            tokens += sum(group.total_byte_size for group in groups) / CHARACTERS_PER_TOKEN
-            continue
-        with path.open("rb") as file:
-            for line in file:
-                if line.strip():
-                    samples += 1
-                    tokens += min(float(max_length), len(line) / CHARACTERS_PER_TOKEN)
-    return max(1, samples), tokens

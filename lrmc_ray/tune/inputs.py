@@ -11,6 +11,7 @@ from lrmc_ray.record.sources import training_files
 from lrmc_ray.tasks.registry import expand
 from lrmc_ray.train.checks import check_settings
 from lrmc_ray.tune.provenance import contents
+from lrmc_ray.tune.used import samples_of_search
 
 
 def check_quickly(settings: RunSettings, output: Path, address: str) -> None:
@@ -49,5 +50,5 @@ def check_inputs(settings: RunSettings, output: Path) -> dict[str, str]:
     """
     place_of(settings.resources.storage).check()
     check_settings(settings)
-    prepare(settings, output)
+    prepare(settings, output, samples_of_search(settings))
     return contents(settings)

@@ -34,6 +34,7 @@ from lrmc_ray.tune.description import Description, study_directory, study_finger
 from lrmc_ray.tune.forecast import forecast
 from lrmc_ray.tune.provenance import check_unchanged
 from lrmc_ray.tune.suggest import automatic, suggest, with_ranges
+from lrmc_ray.tune.used import samples_of_search
 
 if TYPE_CHECKING:
     from lrmc_ray.tune.queue import TrialQueue
@@ -150,7 +151,7 @@ class Search:
     def prepare(self) -> tuple[Path, Path]:
         """The record and the base model's scores, made if they are not there."""
         study = self.description.file
-        recorded = record(self.settings, self.output)
+        recorded = record(self.settings, self.output, samples_of_search(self.settings))
         manifest = read_manifest(recorded, made_by="python -m lrmc_ray.record")
         study.record = manifest["summary"]
         study.stage_seconds["record"] = manifest["seconds"]

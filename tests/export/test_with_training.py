@@ -28,6 +28,7 @@ from lrmc_ray.models import load_model, model_fingerprint, save_model
 from lrmc_ray.record.run import record
 from lrmc_ray.tune.choice import model_of
 from lrmc_ray.tune.trial import train_and_score
+from lrmc_ray.tune.used import samples_of_search
 from tests.support.tiny import make_data
 
 pytestmark = [pytest.mark.slow, pytest.mark.ray, pytest.mark.timeout(600)]
@@ -60,7 +61,7 @@ def settings(tiny_model, tmp_path_factory):
     folder = tmp_path_factory.mktemp("again")
     values = {
         "model.name": str(tiny_model),
-        "data.train": str(make_data(folder / "train.jsonl", num_rows=12)),
+        "data.train": str(make_data(folder / "train.jsonl", num_rows=48)),
         "evaluate.domain_tasks": [write_task(folder, "own")],
         "evaluate.general_tasks": [write_task(folder, "other")],
     }
@@ -69,17 +70,20 @@ def settings(tiny_model, tmp_path_factory):
     return load_settings(None, [*(f"{k}={json.dumps(v)}" for k, v in values.items()), *fixed])
 
 
-@pytest.fixture(scope="module")
-def study(settings, tmp_path_factory, tiny_model):
+@pytest.fixture(scope="module", params=["samples of the search", "all"])
+def study(request, settings, tmp_path_factory, tiny_model):
     """A finished search of one trial, whose model is there."""
+    used = None if request.param == "all" else samples_of_search(settings)
     output = tmp_path_factory.mktemp("again_runs")
     directory = output / "search-1"
     own = trial_directory(directory, 0)
     own.mkdir(parents=True)
     with ray_session("local", log=output / "ray.log"):
-        recorded = record(settings, output)
+        recorded = record(settings, output, used)
         base = evaluate(settings, tiny_model, output, split="dev")
         result = train_and_score(settings, own, recorded, base, stored_as="x")
+    identity = read_manifest(recorded, made_by="x")["identity"]
+    assert ("samples" in identity) == (request.param != "all")
     sections = settings.model_dump(mode="json")
     write_json(directory / "settings.json", sections)
     entry = TrialEntry(

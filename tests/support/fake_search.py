@@ -116,7 +116,7 @@ def _evaluate(_: Any, model: Path, output: Path, *, split: str, **__: Any) -> Pa
     )
 
 
-def _record(_: Any, output: Path) -> Path:
+def _record(_: Any, output: Path, _used: Any) -> Path:
     final = output / "records" / "0123456789ab"
     if not is_finished(final):
         final.mkdir(parents=True, exist_ok=True)
@@ -227,6 +227,7 @@ def install(patch: pytest.MonkeyPatch, fake: FakeSearch) -> FakeSearch:
     patch.setattr(f"{run}.worker_slots", lambda *_: 2)
     patch.setattr(f"{run}.forecast", lambda *_, **__: None)
     patch.setattr(f"{run}.check_unchanged", lambda *_: None)
+    patch.setattr(f"{run}.samples_of_search", lambda _: None)
     patch.setattr(f"{run}.record", _record)
     patch.setattr(f"{run}.StudyTracker", lambda *_, **__: contextlib.nullcontext(_Tracker()))
     for module in (run, finish):

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 
 from lrmc_ray.errors import DataError
 from lrmc_ray.train.ledger import Ledger, audit_ledger, committed, read_ledger
-from lrmc_ray.train.samples import samples_of_step
+from lrmc_ray.train.sample_order import samples_of_step
 
 
 def write(path, *, attempts, num_samples=10, batch_size=4, change=lambda attempt, step, ids: ids):

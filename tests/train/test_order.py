@@ -4,7 +4,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
 
-from lrmc_ray.train.samples import epoch_order, samples_of_step
+from lrmc_ray.train.sample_order import epoch_order, samples_of_step
 
 quick = settings(deadline=None, max_examples=100, derandomize=True)
 seeds = st.integers(0, 2**32 - 1)

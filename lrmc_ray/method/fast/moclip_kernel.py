@@ -267,8 +267,10 @@ def _moved(
     m += first_rate * (capped - m)
     v += second_rate * (seen * seen - v)
     angle = arctan2_nonnegative(first_scale * m, np.sqrt(second_scale * v))
-    # The product of g and m could be too small for float32, and would have no sign then.
-    if is_cautious and ((g > 0 and m < 0) or (g < 0 and m > 0)):
+    # The product of g and m could be too small for float32, and would have no sign then. Where m is
+    # 0, so is the angle.
+    along = -g if m < 0 else g
+    if is_cautious and along < 0:
         angle = _ZERO
     return decay * w - step_size * angle, m, v
 
