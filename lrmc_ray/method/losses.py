@@ -52,13 +52,17 @@ class LossSettings:
         anchor = math.inf if self.anchor_weight == 0 else 1 if self.tail_samples else 2
         return Activity(supervised=2 if sees_only_inside else 1, prompt=anchor)
 
-    def tail_of_step(self, step: int, head: OutputHead) -> Tail | None:
-        """The sampled tail of an optimizer step, on the device of ``head``; None without one."""
+    def tail_on_host(self, step: int, head: OutputHead) -> Tail | None:
+        """The sampled tail of an optimizer step, on the CPU; None without one."""
         if not self.tail_samples:
             return None
         num_samples = min(self.tail_samples, head.vocabulary_size)
-        tail = draw_tail(num_samples, head.vocabulary_size, seed=self.seed, step=step)
-        return tail.to(head.weight_VD.device)
+        return draw_tail(num_samples, head.vocabulary_size, seed=self.seed, step=step)
+
+    def tail_of_step(self, step: int, head: OutputHead) -> Tail | None:
+        """The same on the device of ``head``."""
+        tail = self.tail_on_host(step, head)
+        return None if tail is None else tail.to(head.weight_VD.device)
 
 
 @dataclass(frozen=True)

@@ -18,11 +18,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from lrmc_ray.method.fast.candidate_logits import take_rows
+from lrmc_ray.method.fast.chunk_table import to_device
 from lrmc_ray.method.head import OutputHead
 from lrmc_ray.method.microbatch import MicroBatch
 from lrmc_ray.method.restricted_loss import Tail
-from lrmc_ray.method.vocabulary_rows import HeadRows
+from lrmc_ray.method.vocabulary_rows import EmbeddingLookup, HeadRows, checked_places
 from lrmc_ray.method.workers import WorkerGroup
 
 LARGEST_SHARE = 0.6
@@ -64,16 +64,15 @@ class ShardedRows:
         """Have the rows of ``token_ids`` here, None: all. All workers ask together for the same.
 
         Args:
-            token_ids: distinct and ascending, int64.
+            token_ids: distinct and ascending, int64, on the host, which waits for no GPU then.
         """
         device = self.own_XD.device
         if token_ids is None or len(token_ids) > LARGEST_SHARE * self.num_rows:
             self._token_ids_X, self._place_V = None, None
             edges, own = self._bounds, slice(None)
         else:
-            token_ids = token_ids.to(device)
-            bounds = torch.tensor(self._bounds, device=device)
-            edges = torch.searchsorted(token_ids, bounds).tolist()
+            edges = torch.searchsorted(token_ids, torch.tensor(self._bounds)).tolist()
+            token_ids = to_device(token_ids, device)
             first, last = edges[self._group.rank : self._group.rank + 2]
             own = token_ids[first:last] - self.first  # type: ignore[assignment]
             self._token_ids_X = token_ids
@@ -106,13 +105,7 @@ class ShardedRows:
             raise RuntimeError("rows of the vocabulary are read before they are gathered")
         if self._place_V is None:
             return token_ids
-        places = self._place_V[token_ids.long()]
-        if places.is_cuda:
-            torch._assert_async((places >= 0).all())
-        elif places.numel() and int(places.min()) < 0:
-            token = int(token_ids[places < 0][0])
-            raise IndexError(f"the row of token {token} was not gathered")
-        return places.to(token_ids.dtype)
+        return checked_places(self._place_V, token_ids, "the row of token {} was not gathered")
 
     def reduce(self) -> None:
         """Leave the sum of all workers' gradients in ``own_XD.grad``; all ask together."""
@@ -171,7 +164,7 @@ class ShardedVocabulary:
 
         Args:
             micro_batches: all of the step, on the host.
-            tail: the sampled tail.
+            tail: the sampled tail, on the host.
             whole_head: the loss, or something that looks at it, needs the logits of all tokens.
         """
         inputs = _distinct([IDLE_TOKEN, *(batch.input_ids_BT for batch in micro_batches)])
@@ -201,28 +194,13 @@ class ShardedVocabulary:
                 weight.reduce()
 
 
-class _Lookup:
+class _Lookup(EmbeddingLookup):
     """Has an embedding look up rows that are gathered; its own weight is not read."""
 
-    def __init__(self, embedding: nn.Embedding, rows: ShardedRows) -> None:
-        self._rows = rows
-        self._padding = embedding.padding_idx
-        embedding.register_forward_pre_hook(self._begin)
-        embedding.register_forward_hook(self._end, always_call=True)
-
     def _begin(self, embedding: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
-        tokens_X, index_BT = torch.unique(inputs[0], return_inverse=True)
-        self._weight = embedding._parameters["weight"]
-        taken_XD = take_rows(self._rows.rows_XD, self._rows.places(tokens_X))
-        embedding._parameters["weight"] = taken_XD  # type: ignore[assignment]
-        if self._padding is not None:
-            places = (tokens_X == self._padding).nonzero().flatten().tolist()
-            embedding.padding_idx = next(iter(places), None)  # type: ignore[assignment]
-        return (index_BT, *inputs[1:])
-
-    def _end(self, embedding: nn.Module, _inputs: Any, _output: Any) -> None:
-        embedding._parameters["weight"] = self._weight
-        embedding.padding_idx = self._padding  # type: ignore[assignment]
+        # What stands in for the weight has come after this object.
+        self._weight_VD = embedding._parameters["weight"]
+        return self.look_up(embedding, inputs)
 
 
 def _distinct(token_ids: Sequence[Tensor]) -> Tensor:
@@ -235,5 +213,5 @@ def _outputs(micro_batches: Sequence[MicroBatch], tail: Tail | None) -> Tensor:
     sets = [
         where.candidates for batch in micro_batches for where in (batch.supervised, batch.anchored)
     ]
-    found = [part.cpu() for s in sets for part in (s.token_ids, s.gold_ids)]
-    return _distinct([*found, *([] if tail is None else [tail.ids_R.cpu()])])
+    found = [part for s in sets for part in (s.token_ids, s.gold_ids)]
+    return _distinct([*found, *([] if tail is None else [tail.ids_R])])

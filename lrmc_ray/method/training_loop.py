@@ -171,7 +171,7 @@ def _gradients_in_shards(
 ) -> Gradients:
     """The same, each worker with the gradient of its own rows; arguments as there."""
     shards.clear_gradients()
-    tail = loss.tail_of_step(step, model.head)
+    tail = loss.tail_on_host(step, model.head)
     whole_head = loss.loss not in ON_CANDIDATES or options.probes_at(step)
     sums_M2 = torch.zeros(len(micro_batches), 2, dtype=torch.float64, device=shards.device)
     with shards.vocabulary.of_step(micro_batches, tail, whole_head=whole_head) as rows:

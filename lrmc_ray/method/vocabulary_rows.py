@@ -29,6 +29,33 @@ from lrmc_ray.method.microbatch import Activity, LossPositions, MicroBatch, Samp
 from lrmc_ray.method.restricted_loss import Tail
 
 
+class Rows(Protocol):
+    """Some rows of a weight [V, D], in the order of their tokens."""
+
+    @property
+    def rows_XD(self) -> Tensor:  # noqa: N802
+        """The rows, a leaf."""
+
+    def places(self, token_ids: Tensor) -> Tensor:
+        """Where the rows of tokens are, in their dtype."""
+
+
+def checked_places(place_V: Tensor, token_ids: Tensor, missing: str) -> Tensor:
+    """``place_V`` of tokens, in their dtype.
+
+    Raises:
+        IndexError: that of a token is negative; the message is ``missing``, with the token for its
+            braces. On a GPU, for which the host does not wait, an assertion of the device ends the
+            process.
+    """
+    places = place_V[token_ids.long()]
+    if places.device.type != "cpu":
+        torch._assert_async((places >= 0).all())
+    elif places.numel() and int(places.min()) < 0:
+        raise IndexError(missing.format(int(token_ids[places < 0][0])))
+    return places.to(token_ids.dtype)
+
+
 class TrainedRows:
     """Some rows of a weight [V, D], trained in its place."""
 
@@ -52,13 +79,8 @@ class TrainedRows:
             IndexError: a token has none. On a GPU, for which the host does not wait, an assertion
                 of the device ends the process.
         """
-        places = self._place_V[token_ids.long()]
-        if places.is_cuda:
-            torch._assert_async((places >= 0).all())
-        elif places.numel() and int(places.min()) < 0:
-            token = int(token_ids[places < 0][0])
-            raise IndexError(f"token {token} is not among the {len(self.token_ids_X)} trained ones")
-        return places.to(token_ids.dtype)
+        missing = f"token {{}} is not among the {len(self.token_ids_X)} trained ones"
+        return checked_places(self._place_V, token_ids, missing)
 
     @torch.no_grad()
     def write_back(self, decay: float = 1.0) -> None:
@@ -76,7 +98,7 @@ class EmbeddingLookup:
     weight. In evaluation, or where no gradient is computed, it is as it was.
     """
 
-    def __init__(self, embedding: nn.Embedding, rows: TrainedRows | None = None) -> None:
+    def __init__(self, embedding: nn.Embedding, rows: Rows | None = None) -> None:
         """Watch ``embedding``; ``rows`` are trained in place of its weight."""
         self._rows = rows
         self._weight_VD: Any = embedding.weight
@@ -87,10 +109,10 @@ class EmbeddingLookup:
     def distinct(self, token_ids_BT: Tensor) -> tuple[Tensor, Tensor]:
         """The distinct tokens, ascending, and the place of each token among them.
 
-        On a GPU the host does not wait for their number, so they are as many as there are tokens:
-        the last one follows again and again, and nothing has its place there.
+        The host does not wait for a GPU to count them, so there they are as many as there are
+        tokens: the last one follows again and again, and nothing has its place there.
         """
-        if token_ids_BT.is_cuda:
+        if token_ids_BT.device.type != "cpu":
             return distinct_padded(token_ids_BT)
         tokens_X, index_BT = torch.unique(token_ids_BT, return_inverse=True)
         return tokens_X, index_BT
@@ -100,6 +122,10 @@ class EmbeddingLookup:
             return None
         if self._rows is None and not inputs:
             return None  # called with a keyword; it makes its gradient by itself
+        return self.look_up(embedding, inputs)
+
+    def look_up(self, embedding: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
+        """Have ``embedding`` look up the rows of its tokens alone; what it looks up instead."""
         tokens_X, index_BT = self.distinct(inputs[0])
         taken_XD = (
             take_rows(self._weight_VD, tokens_X)
@@ -128,17 +154,6 @@ def distinct_padded(token_ids_BT: Tensor) -> tuple[Tensor, Tensor]:
     tokens_X = sorted_X[-1:].repeat(len(sorted_X)).scatter_(0, place_X, sorted_X)
     index_X = torch.empty_like(place_X).scatter_(0, order_X, place_X)
     return tokens_X, index_X.view_as(token_ids_BT)
-
-
-class Rows(Protocol):
-    """Some rows of a weight [V, D], in the order of their tokens."""
-
-    @property
-    def rows_XD(self) -> Tensor:  # noqa: N802
-        """The rows, a leaf."""
-
-    def places(self, token_ids: Tensor) -> Tensor:
-        """Where the rows of tokens are, in their dtype."""
 
 
 class HeadRows:
