@@ -5,7 +5,8 @@
 #   benchmarks/gpu_round.sh [FOLDER]      # what was printed is kept there, by default gpu_round/
 #   benchmarks/gpu_round.sh --dry-run [FOLDER]
 #
-# liger-kernel and cut-cross-entropy take part where they are installed. The last line is one JSON
+# liger-kernel and cut-cross-entropy, pinned, are installed into FOLDER if a package index can be
+# reached, and take part if their kernels run here. The last line is one JSON
 # object: each row of the table of what is to be reached, with the ratio found, and all figures. A
 # part that fails or takes too long is named in it, the others go on, and the exit code is 1.
 #
@@ -26,6 +27,7 @@ if [ $dry = 0 ] &&
   exit 2
 fi
 mkdir -p "$folder"
+folder=$(cd "$folder" && pwd)
 
 part() { # NAME SECONDS COMMAND...: what it prints goes to FOLDER/NAME.txt
   local name=$1 limit=$(($2 * (1 + 9 * dry))) code=0  # a dry run may share its machine
@@ -58,18 +60,21 @@ fi
 # $sizes and the like are several words.
 # shellcheck disable=SC2086
 {
+  part peers 30 "$python" $bench/fused_losses.py install "$folder/peers"
+  export PYTHONPATH=$PWD:$folder/peers
+  part fused 20 "$python" $bench/fused_losses.py check $device --dtype bfloat16
   part qwen_model 40 "$python" $bench/qwen_on_gpu.py make "$folder/qwen" $make
   part correctness 150 "$python" -m pytest -q $tests -p no:cacheprovider \
     tests/method/test_cuda.py tests/method/fast/test_fused_loss.py \
     tests/method/fast/test_moclip_launch.py tests/method/test_prepared_batches.py
-  part head 80 "$python" $bench/restricted_head.py $device $head
+  part head 70 "$python" $bench/restricted_head.py $device $head
   part head_float32 40 "$python" $bench/restricted_head.py $device $wide
   part moclip 40 "$python" $bench/moclip_step.py $device $moclip
-  part step 70 "$python" $bench/training_step.py $device $step --model "$model" \
+  part step 60 "$python" $bench/training_step.py $device $step --model "$model" \
     --micro-batches 1 --variants trainer default
   part qwen_step 100 "$python" $bench/training_step.py $device --precision bf16 --rounds 1 $qwen \
     --micro-batches 1 --model "$folder/qwen" --variants trainer default
   part qwen_record 50 "$python" $bench/qwen_on_gpu.py record "$folder/qwen" $record
 }
-rm -rf "$folder/qwen"
+rm -rf "$folder/qwen" "$folder/peers"
 exec "$python" $bench/gpu_summary.py "$folder"

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 PARTS = (
+    *("peers", "fused"),
     *("correctness", "head", "head_float32", "moclip", "step"),
     *("qwen_model", "qwen_step", "qwen_record"),
 )

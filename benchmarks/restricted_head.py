@@ -26,6 +26,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from benchmarks.fused_losses import FusedLoss, usable
 from benchmarks.peak_memory import peak_bytes
 from lrmc_ray.method.baselines.vocabulary_loss import full_cross_entropy
 from lrmc_ray.method.fast.triton_support import is_interpreted
@@ -63,7 +64,7 @@ def zipf_candidates(
     )
 
 
-def methods(device: torch.device, vocabulary_size: int) -> dict[str, Method]:
+def methods(device: torch.device, dtype: torch.dtype, vocabulary_size: int) -> dict[str, Method]:
     tail = draw_tail(min(1024, vocabulary_size), vocabulary_size, seed=0, step=0).to(device)
 
     def plain(h: Tensor, w: Tensor, c: CandidateSets) -> Tensor:
@@ -77,8 +78,8 @@ def methods(device: torch.device, vocabulary_size: int) -> dict[str, Method]:
         found["F.linear_cross_entropy"] = lambda h, w, c: F.linear_cross_entropy(
             h, w, c.gold_ids.long(), reduction="sum"
         )
-    if device.type == "cuda":
-        found |= cuda_peers()
+    if device.type == "cuda" or is_interpreted():
+        found |= {name: of_gold(loss) for name, loss in usable(device, dtype).items()}
     found["full_cross_entropy (ours)"] = lambda h, w, c: full_cross_entropy(
         h, OutputHead(w), c.gold_ids
     )
@@ -100,25 +101,9 @@ def methods(device: torch.device, vocabulary_size: int) -> dict[str, Method]:
     return found
 
 
-def cuda_peers() -> dict[str, Method]:
-    """Fused full-vocabulary losses that are installed; both need a GPU."""
-    found: dict[str, Method] = {}
-    try:
-        from liger_kernel.transformers import LigerFusedLinearCrossEntropyLoss
-
-        liger = LigerFusedLinearCrossEntropyLoss(reduction="sum")
-        found["liger-kernel"] = lambda h, w, c: liger(w, h, c.gold_ids.long())
-    except ImportError:
-        print("liger-kernel is not installed")
-    try:
-        from cut_cross_entropy import linear_cross_entropy
-
-        found["cut-cross-entropy"] = lambda h, w, c: linear_cross_entropy(
-            h, w, c.gold_ids.long(), reduction="sum"
-        )
-    except ImportError:
-        print("cut-cross-entropy is not installed")
-    return found
+def of_gold(loss: FusedLoss) -> Method:
+    """A loss over the whole vocabulary as one of the methods."""
+    return lambda h, w, c: loss(h, w, c.gold_ids.long())
 
 
 def bandwidth_bytes_per_second(device: torch.device, clock: Callable[[], float]) -> float:
@@ -175,7 +160,7 @@ def measure(size: str, args: argparse.Namespace) -> dict[str, object]:
 
         return run
 
-    found = methods(device, vocabulary_size)
+    found = methods(device, dtype, vocabulary_size)
     for name, method in found.items():
         if name != BASELINE:
             step(method)()  # warm up; the baseline is left out, it is slow and has no set-up

@@ -35,6 +35,8 @@ def write(folder: Path, name: str, values: object, code: int = 0) -> None:
 def test_rows_have_goals_and_what_was_found(tmp_path):
     sizes = [*gpu_summary.HEAD_GOALS, "16,576,49152,24"]
     results = [{"size": size, "methods": head_methods(1.2, 0.2, 0.6)} for size in sizes]
+    write(tmp_path, "peers", None)
+    write(tmp_path, "fused", {"losses": {}})
     write(tmp_path, "correctness", None)
     write(tmp_path, "head", {"results": results})
     write(tmp_path, "head_float32", {"results": []})

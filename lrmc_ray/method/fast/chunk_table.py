@@ -19,8 +19,8 @@ _ALIGNMENT = 16
 
 
 def to_device(tensor: Tensor, device: torch.device) -> Tensor:
-    """A small tensor of the host on ``device``; the host does not wait for a GPU."""
-    if device.type != "cuda":
+    """A small tensor on ``device``; for one of the host, this does not wait for a GPU."""
+    if device.type != "cuda" or tensor.device.type != "cpu":
         return tensor.to(device)
     return tensor.pin_memory().to(device, non_blocking=True)
 

@@ -287,6 +287,20 @@ def test_elements_beyond_2_to_the_31_are_found():
         assert (ours[start:] != round_to_bf16(exact, r)).sum() <= rest // 200
 
 
+def test_what_is_on_a_gpu_already_is_not_put_into_pinned_memory():
+    """A stand-in for a tensor there: only one of the host can be pinned."""
+
+    class OnGpu:
+        device = torch.device("cuda", 0)
+
+        def to(self, device: torch.device) -> tuple[str, torch.device]:
+            return "moved", device
+
+    other = torch.device("cuda", 1)
+    assert chunk_table.to_device(OnGpu(), other) == ("moved", other)
+    assert chunk_table.to_device(torch.ones(2), torch.device("cpu")).tolist() == [1, 1]
+
+
 def test_a_copy_of_an_optimizer_has_tables_of_its_own():
     param = torch.nn.Parameter(torch.ones(4, device=DEVICE))
     optimizer = FastMoClip([param], lr=0.1)
