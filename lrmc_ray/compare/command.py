@@ -91,8 +91,8 @@ def _check_quickly(
     """Look at whatever can be looked at in seconds; of a report alone at the data's names."""
     from lrmc_ray.cluster.beforehand import check_beforehand, check_model, trains_lora
     from lrmc_ray.evaluate.task_files import check_tasks, task_data
+    from lrmc_ray.evaluate.task_names import asked_tasks
     from lrmc_ray.record.sources import training_files
-    from lrmc_ray.tasks.registry import expand
 
     if arguments.report_only:
         training_files(space)
@@ -101,7 +101,7 @@ def _check_quickly(
     check_beforehand(space, arguments.output, address=arguments.address, lora=lora)
     check_model(space.model)
     training_files(space)
-    names = expand([*space.evaluate.domain_tasks, *space.evaluate.general_tasks])
+    names = asked_tasks(space.evaluate)
     check_tasks(names, "dev")
     task_data(names, "test")
 

@@ -16,7 +16,6 @@ from lrmc_ray.files.allowed_addresses import allow_addresses, check_addresses
 from lrmc_ray.files.origin import ORIGIN_FILE, Origin, check_tuned, read_origin
 from lrmc_ray.files.place import place_of
 from lrmc_ray.models import local_directory
-from lrmc_ray.tasks.registry import expand
 
 _CHOSEN_BY_NOTHING = {"evaluate": {"test_share": 0}}
 """No search has chosen by any item, so that all are asked."""
@@ -45,12 +44,13 @@ def main(argv: Sequence[str]) -> int:
     from lrmc_ray.evaluate.run import evaluate
     from lrmc_ray.evaluate.show import items_text, show_changes, show_scores
     from lrmc_ray.evaluate.task_files import check_tasks
+    from lrmc_ray.evaluate.task_names import asked_tasks
     from lrmc_ray.evaluate.task_sources import remote_data
 
     said = settings_from(arguments, None)
     if origin is not None:
         check_named_tasks(Path(arguments.tuned[0]), settings, said)
-    check_tasks(expand([*settings.evaluate.domain_tasks, *settings.evaluate.general_tasks]), "test")
+    check_tasks(asked_tasks(settings.evaluate), "test")
     named = [*said.evaluate.domain_tasks, *said.evaluate.general_tasks]
     allow_python(named)
     allow_addresses(said.resources.storage, *remote_data(named))

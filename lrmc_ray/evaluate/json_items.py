@@ -133,9 +133,12 @@ def _dataset(items: Sequence[JsonItem]) -> Any:
     for item, row in zip(items, kept, strict=True):
         for name, value in item.row.items():
             if json.dumps(row[name]) != json.dumps(value):
+                remedy = "write it as a text"
+                if isinstance(value, str):
+                    remedy = f"let {name} be a text in every item, no number, list or object"
                 raise DataError(
                     f"{item.place}: the value of {name} cannot be kept as it is: {value!r} becomes "
-                    f"{row[name]!r}; write it as a text"
+                    f"{row[name]!r}; {remedy}"
                 )
     return made
 

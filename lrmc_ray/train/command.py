@@ -20,6 +20,7 @@ from lrmc_ray.config.arguments import (
 from lrmc_ray.console import progress, setup_logging
 from lrmc_ray.evaluate.allowed_python import allow_python
 from lrmc_ray.evaluate.task_files import check_tasks
+from lrmc_ray.evaluate.task_names import asked_tasks
 from lrmc_ray.evaluate.task_sources import remote_data
 from lrmc_ray.files.allowed_addresses import allow_addresses
 from lrmc_ray.files.artifacts import fingerprint, read_manifest
@@ -29,7 +30,6 @@ from lrmc_ray.files.origin import origin_of, write_origin
 from lrmc_ray.files.place import place_of
 from lrmc_ray.record.prepare import prepare
 from lrmc_ray.record.run import record
-from lrmc_ray.tasks.registry import expand
 from lrmc_ray.train.checks import check_settings
 from lrmc_ray.train.driver import MADE_BY, check_converged, run_identity, train, with_steps
 from lrmc_ray.train.precision import with_precision
@@ -122,7 +122,7 @@ def main(argv: Sequence[str]) -> int:
         lora=trains_lora(settings),
     )
     if arguments.domain_tasks or arguments.general_tasks:  # by which the model is to be scored
-        names = expand([*settings.evaluate.domain_tasks, *settings.evaluate.general_tasks])
+        names = asked_tasks(settings.evaluate)
         check_tasks(names, "test")
         allow_python(names)
         allow_addresses(*remote_data(names))

@@ -5,10 +5,10 @@ from pathlib import Path
 from lrmc_ray.cluster.beforehand import check_beforehand, check_model, model_here, trains_lora
 from lrmc_ray.config import RunSettings
 from lrmc_ray.evaluate.task_files import check_tasks, task_data
+from lrmc_ray.evaluate.task_names import asked_tasks
 from lrmc_ray.files.place import place_of
 from lrmc_ray.record.prepare import look, prepare
 from lrmc_ray.record.sources import training_files
-from lrmc_ray.tasks.registry import expand
 from lrmc_ray.train.checks import check_settings
 from lrmc_ray.tune.provenance import contents
 from lrmc_ray.tune.used import samples_of_search
@@ -23,7 +23,7 @@ def check_quickly(settings: RunSettings, output: Path, address: str) -> None:
     check_beforehand(settings, output, address=address, lora=trains_lora(settings))
     check_model(settings.model)
     training_files(settings)
-    names = expand([*settings.evaluate.domain_tasks, *settings.evaluate.general_tasks])
+    names = asked_tasks(settings.evaluate)
     check_tasks(names, "dev")
     task_data(names, "test")
 
