@@ -36,11 +36,23 @@ def on_front(gain_J: ArrayLike, forgetting_J: ArrayLike) -> BoolArray:
     forgetting = np.asarray(forgetting_J, dtype=np.float64)
     if not (np.isfinite(gain).all() and np.isfinite(forgetting).all()):
         raise ValueError("gain and forgetting must be finite; leave failed trials out")
-    front = np.ones(gain.shape, dtype=bool)
-    for own, (own_gain, own_forgetting) in enumerate(zip(gain, forgetting, strict=True)):
-        at_least_as_good = (gain >= own_gain) & (forgetting <= own_forgetting)
-        better = (gain > own_gain) | (forgetting < own_forgetting)
-        front[own] = ~(at_least_as_good & better).any(axis=0)
+    front = np.zeros(gain.shape, dtype=bool)
+    if not gain.size:
+        return front
+    # By forgetting, and of equals the largest gain first: a point is beaten by one before it.
+    order = np.lexsort((-gain, forgetting), axis=0)
+    gain = np.take_along_axis(gain, order, axis=0)
+    forgetting = np.take_along_axis(forgetting, order, axis=0)
+    is_new = np.ones(gain.shape, dtype=bool)
+    is_new[1:] = forgetting[1:] != forgetting[:-1]
+    rows = np.arange(len(gain)).reshape(-1, *[1] * (gain.ndim - 1))
+    begin = np.maximum.accumulate(np.where(is_new, rows, 0), axis=0)
+    before = np.full_like(gain, -np.inf)
+    before[1:] = np.maximum.accumulate(gain, axis=0)[:-1]
+    best_of_equals = np.take_along_axis(gain, begin, axis=0)
+    best_of_less = np.take_along_axis(before, begin, axis=0)
+    is_unbeaten = (gain == best_of_equals) & (gain > best_of_less)
+    np.put_along_axis(front, order, is_unbeaten, axis=0)
     return front
 
 
@@ -83,15 +95,10 @@ def hypervolume(points: Sequence[tuple[float, float]], reference: tuple[float, f
 
     Points that do not beat the reference in both objectives add nothing.
     """
-    reference_gain, reference_forgetting = reference
-    area = 0.0
-    covered_gain = reference_gain
-    for index in pareto_front(points):
-        gain, forgetting = points[index]
-        if gain > covered_gain and forgetting < reference_forgetting:
-            area += (gain - covered_gain) * (reference_forgetting - forgetting)
-            covered_gain = gain
-    return area
+    if not points:
+        return 0.0
+    gain_J, forgetting_J = np.asarray(points, dtype=np.float64).T
+    return float(hypervolume_replicates(gain_J[:, None], forgetting_J[:, None], reference)[-1, 0])
 
 
 def front_probability(gain_JZ: ArrayLike, forgetting_JZ: ArrayLike) -> FloatArray:
@@ -158,13 +165,25 @@ def hypervolume_replicates(
     above_JZ = np.maximum(np.asarray(gain_JZ, dtype=np.float64), least_gain)
     below_JZ = np.minimum(np.asarray(forgetting_JZ, dtype=np.float64), most_forgetting)
     area_JZ = np.empty_like(above_JZ)
-    for count in range(1, len(above_JZ) + 1):
-        order_jZ = np.argsort(below_JZ[:count], axis=0, kind="stable")
-        gain_jZ = np.take_along_axis(above_JZ[:count], order_jZ, axis=0)
-        forgetting_jZ = np.take_along_axis(below_JZ[:count], order_jZ, axis=0)
-        covered_jZ = np.maximum.accumulate(gain_jZ, axis=0)
-        rise_jZ = np.diff(covered_jZ, axis=0, prepend=least_gain)
-        area_JZ[count - 1] = (rise_jZ * (most_forgetting - forgetting_jZ)).sum(axis=0)
+    # Of the trials so far those that add to the area, F at most, by ascending forgetting.
+    gain_FZ, forgetting_FZ = above_JZ[:0], below_JZ[:0]
+    for index in range(len(above_JZ)):
+        gain_fZ = np.concatenate([gain_FZ, above_JZ[index : index + 1]])
+        forgetting_fZ = np.concatenate([forgetting_FZ, below_JZ[index : index + 1]])
+        order_fZ = np.argsort(forgetting_fZ, axis=0, kind="stable")
+        gain_fZ = np.take_along_axis(gain_fZ, order_fZ, axis=0)
+        forgetting_fZ = np.take_along_axis(forgetting_fZ, order_fZ, axis=0)
+        covered_fZ = np.maximum.accumulate(gain_fZ, axis=0)
+        rise_fZ = np.diff(covered_fZ, axis=0, prepend=least_gain)
+        area_JZ[index] = (rise_fZ * (most_forgetting - forgetting_fZ)).sum(axis=0)
+        adds_fZ = rise_fZ > 0
+        most = int(adds_fZ.sum(axis=0).max())
+        kept_FZ = np.argsort(~adds_fZ, axis=0, kind="stable")[:most]
+        adds_FZ = np.take_along_axis(adds_fZ, kept_FZ, axis=0)
+        gain_FZ = np.where(adds_FZ, np.take_along_axis(gain_fZ, kept_FZ, axis=0), least_gain)
+        forgetting_FZ = np.where(
+            adds_FZ, np.take_along_axis(forgetting_fZ, kept_FZ, axis=0), most_forgetting
+        )
     return area_JZ
 
 

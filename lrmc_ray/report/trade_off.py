@@ -9,7 +9,6 @@ from lrmc_ray.evaluate.changes import Comparison
 from lrmc_ray.evaluate.front import (
     HYPERVOLUME_REFERENCE,
     front_probability,
-    hypervolume,
     hypervolume_replicates,
     knee,
     knee_replicates,
@@ -20,6 +19,8 @@ from lrmc_ray.evaluate.statistics import FloatArray, Interval, percentile_interv
 FEWEST_TRIALS = 6
 """Fewer points than this say nothing about a surface."""
 _CELLS = 41
+_NEIGHBORS = 500
+"""Where there are more trials, the surface at a place is that of so many trials around it."""
 _SMOOTHING = 1e-2  # in units of the scores' variance: scores are noisy, the surface is not
 
 
@@ -49,7 +50,12 @@ def surface(x_J: Sequence[float], y_J: Sequence[float], z_J: Sequence[float]) ->
     try:
         hull = Delaunay(unit)
         fit = RBFInterpolator(
-            unit, (values - values.mean()) / scale, kernel="thin_plate_spline", smoothing=_SMOOTHING
+            unit,
+            (values - values.mean()) / scale,
+            # The spline through all points takes the cube of their number.
+            neighbors=_NEIGHBORS if len(unit) > _NEIGHBORS else None,
+            kernel="thin_plate_spline",
+            smoothing=_SMOOTHING,
         )
     except (QhullError, np.linalg.LinAlgError):
         return None
@@ -93,19 +99,21 @@ def trade_off(comparisons: Sequence[Comparison], *, max_forgetting: float) -> Tr
     knee_Z = knee_replicates(gain_JZ, forgetting_JZ)
     columns_Z = np.arange(len(knee_Z))
     area_JZ = hypervolume_replicates(gain_JZ, forgetting_JZ, HYPERVOLUME_REFERENCE)
-    counts = range(1, len(points) + 1)
+    gain_J, forgetting_J = np.asarray(points, dtype=np.float64).T
+    area_J = hypervolume_replicates(gain_J[:, None], forgetting_J[:, None], HYPERVOLUME_REFERENCE)[
+        :, 0
+    ]
+    times_J = np.bincount(knee_Z, minlength=len(points))
     return TradeOff(
         front=tuple(pareto_front(points)),
         front_probability=tuple(map(float, front_probability(gain_JZ, forgetting_JZ))),
         knee=bend,
-        knee_probability=tuple(float(np.mean(knee_Z == t)) for t in range(len(points))),
+        knee_probability=tuple(map(float, times_J / len(knee_Z))),
         knee_gain=percentile_interval(points[bend][0], gain_JZ[knee_Z, columns_Z]),
         knee_forgetting=percentile_interval(points[bend][1], forgetting_JZ[knee_Z, columns_Z]),
         hypervolume=tuple(
-            percentile_interval(
-                hypervolume(points[:count], HYPERVOLUME_REFERENCE), area_JZ[count - 1]
-            )
-            for count in counts
+            percentile_interval(float(area), area_Z)
+            for area, area_Z in zip(area_J, area_JZ, strict=True)
         ),
         budget_probability=tuple(
             float(np.mean(row_Z <= max_forgetting)) for row_Z in forgetting_JZ

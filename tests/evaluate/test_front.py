@@ -1,5 +1,6 @@
 import itertools
 import math
+import time
 
 import numpy as np
 import pytest
@@ -185,3 +186,38 @@ def test_replicates_of_knee_and_hypervolume_equal_one_replicate_at_a_time(seed, 
         # Equal points may be exchanged, and so may equal heights above the line.
         assert points[knee_B[b]] == points[knee(points)]
     assert (np.diff(area_TB, axis=0) >= -1e-12).all()
+
+
+@given(seed=st.integers(0, 2**16), num_trials=st.integers(1, 12), ties=st.booleans())
+@settings(max_examples=60, deadline=None)
+def test_the_area_is_that_of_the_points_counted_on_a_grid(seed, num_trials, ties):
+    """Against a sum over all cells between the coordinates, for every number of trials."""
+    rng = np.random.default_rng(seed)
+    points = rng.normal([0.3, 0.05], [0.3, 0.05], (num_trials, 2)).round(2 if ties else 9)
+    low, high = 0.0, 0.1
+    areas = hypervolume_replicates(points[:, :1], points[:, 1:], (low, high))[:, 0]
+    for count in range(1, num_trials + 1):
+        own = points[:count]
+        gains = np.unique([low, *own[:, 0][own[:, 0] > low]])
+        spent = np.unique([high, *own[:, 1][own[:, 1] < high]])
+        expected = sum(
+            (g_end - g) * (f_end - f)
+            for g, g_end in itertools.pairwise(gains)
+            for f, f_end in itertools.pairwise(spent)
+            if any(gain >= g_end and forgotten <= f for gain, forgotten in own)
+        )
+        assert areas[count - 1] == pytest.approx(expected, abs=1e-12)
+
+
+def test_ten_thousand_trials_take_seconds():
+    """Most lie behind the front; all of them on it is the worst case."""
+    rng = np.random.default_rng(0)
+    gain_TB, forgetting_TB = rng.normal(0.3, 0.1, (2, 10_000, 20))
+    begin = time.process_time()
+    is_on = on_front(gain_TB, forgetting_TB)
+    area_TB = hypervolume_replicates(gain_TB, forgetting_TB, (0.0, 0.1))
+    assert time.process_time() - begin < 20
+    assert 1 <= is_on.sum(axis=0).min() <= is_on.sum(axis=0).max() < 100
+    assert (np.diff(area_TB, axis=0) >= -1e-12).all()
+    line = np.linspace(0.0, 1.0, 10_000)
+    assert on_front(line, line).all()
