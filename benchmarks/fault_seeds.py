@@ -122,6 +122,8 @@ class Record(Stage):
         return load_settings(None, [*values, "train.anchor_weight=0"])
 
     def run(self, folder: Path) -> None:
+        import pytest
+
         from lrmc_ray.record import run as record_run
         from lrmc_ray.record.actors import Recorder, recorder_options
 
@@ -130,8 +132,9 @@ class Record(Stage):
             for shard in shards:
                 yield recorder.record(shard)
 
-        record_run.run_actors = actors_here
-        record_run.record(self.settings(), folder)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(record_run, "run_actors", actors_here)
+            record_run.record(self.settings(), folder)
 
     def damage(self, folder: Path, rng: random.Random) -> str:
         files = sorted(folder.glob("records/*.partial/part-*.parquet"))
@@ -139,8 +142,7 @@ class Record(Stage):
         return flip_a_bit(rng.choice(files), rng) if files else ""
 
     def differences(self, folder: Path, alone: Path, kills: int) -> dict[str, Any]:
-        from faults_record import rows_of
-
+        from benchmarks.faults_record import rows_of
         from lrmc_ray.record.reader import Records
 
         (made,), (other,) = (list(path.glob("records/*")) for path in (folder, alone))
@@ -162,6 +164,8 @@ class Train(Record):
         super().run(self.work)
 
     def run(self, folder: Path) -> None:
+        import pytest
+
         from lrmc_ray.config import ResourceSettings, TrainSettings
         from lrmc_ray.train import driver, workers
 
@@ -173,19 +177,20 @@ class Train(Record):
                 "resources": ResourceSettings.model_validate({"workers": [1, 1]}),
             }
         )
-        driver.worker_range = lambda _: (1, 1)
-        driver.trains_here = lambda _: True
-        workers.held_cores = lambda _: contextlib.nullcontext()
         (record,) = self.work.glob("records/*")
-        driver.train(settings, record, folder / "run", here=True)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(driver, "worker_range", lambda _: (1, 1))
+            patch.setattr(driver, "trains_here", lambda _: True)
+            patch.setattr(workers, "held_cores", lambda _: contextlib.nullcontext())
+            driver.train(settings, record, folder / "run", here=True)
 
     def damage(self, folder: Path, rng: random.Random) -> str:
-        from faults_train import damage_checkpoint
+        from benchmarks.faults_train import damage_checkpoint
 
         return damage_checkpoint(folder / "run", rng)
 
     def differences(self, folder: Path, alone: Path, kills: int) -> dict[str, Any]:
-        from faults_train import largest_difference
+        from benchmarks.faults_train import largest_difference
 
         audit = json.loads((folder / "run" / "manifest.json").read_text())["ledger"]
         names = ("steps_missing", "samples_missing", "samples_duplicated", "replays_that_differ")
