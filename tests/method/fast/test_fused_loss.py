@@ -661,3 +661,21 @@ def test_auto_leaves_the_interpreter_alone(monkeypatch):
     monkeypatch.setattr(fused_loss, "candidate_loss", lambda *args: calls.append(args))
     restricted_cross_entropy(hidden, OutputHead(weight), sets_of([3, 9]))
     assert not calls
+
+
+def test_a_gradient_of_the_bias_is_added_once_to_what_is_there(monkeypatch):
+    """Of a hidden size that several programs share, tokens of one and of several entries."""
+    monkeypatch.setattr(loss_plan, "CHUNK", 2)
+    sets = sets_of([4, 3, 1, 5, 2], 6).planned().to(DEVICE)
+    hidden = torch.ones(5, 130, device=DEVICE)
+    dlogits_E = torch.rand(15, generator=rng(3)).to(DEVICE)
+    upstream_N = torch.tensor([1.0, 2.0, 3.0, 4.0, 5.0], device=DEVICE)
+    bias_V = torch.full((6,), 10.0, device=DEVICE)
+    task = loss_launch.LossTask(OutputHead(hidden, bias_V), sets, None, is_anchor=False)
+    rows = loss_launch.WeightRows(None, bias_V)
+    loss_launch.add_candidates_to_weight(hidden, dlogits_E, upstream_N, task, rows)
+    assert sets.plan.num_partial
+    expected = torch.full((6,), 10.0, dtype=torch.float64)
+    added = (dlogits_E * upstream_N[sets.row_ids]).double().cpu()
+    expected.index_add_(0, sets.token_ids.long().cpu(), added)
+    torch.testing.assert_close(bias_V.double().cpu(), expected)
