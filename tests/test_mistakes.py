@@ -88,7 +88,7 @@ def given(**changes: str) -> list[str]:
     return [part for name, value in flags.items() for part in (f"--{name}", value)]
 
 
-GPU = "resources.gpus_per_worker=64"
+GPU = "resources.gpus_per_worker=1"
 MISTAKES = {
     "a field that no item has": (
         "tune",

@@ -144,7 +144,7 @@ class ResourceSettings(Settings):
     cpus_per_worker: int = Field(1, ge=1)
     """CPU cores, and torch threads, of a worker or an actor."""
     gpus_per_worker: float = Field(0, ge=0)
-    """GPUs of a worker or an actor; a fraction lets several share one."""
+    """GPUs of a worker or an actor, at most 1; a fraction lets several share one."""
     custom: dict[str, Annotated[float, Field(gt=0)]] = Field(default_factory=dict)
     """Custom resources of a worker or an actor, as nodes were started with: ``{nvme = 1}``."""
     labels: dict[str, str] = Field(default_factory=dict)
@@ -166,10 +166,12 @@ class ResourceSettings(Settings):
                 raise ValueError(
                     f"{name} must be [fewest, most] with 1 <= fewest <= most, got {list(limits)}"
                 )
-        if self.gpus_per_worker > 1 and not self.gpus_per_worker.is_integer():
+        if self.gpus_per_worker > 1:
             raise ValueError(
-                "gpus_per_worker must be a whole number or at most 1: only one GPU can be shared, "
-                f"got {self.gpus_per_worker}"
+                "gpus_per_worker must be at most 1, since a worker or an actor uses one GPU, "
+                f"got {self.gpus_per_worker:g}, whose others would be held and not used; train a "
+                "model that one does not hold with train.parallel = 'shard' and more workers, and "
+                "record it with record.precision = 'bf16'"
             )
         if reserved := {"CPU", "GPU", "memory", "lrmc_trial"} & self.custom.keys():
             raise ValueError(

@@ -285,8 +285,8 @@ def test_the_limit_of_the_whole_cluster_counts():
 
 
 def test_what_does_not_fit_is_refused_with_what_to_change():
-    with pytest.raises(ResourceError, match=r"2 GPU each must fit.*at most 1 on a node") as caught:
-        cluster_slots(load_cluster(AWS), ResourceSettings(gpus_per_worker=2))
+    with pytest.raises(ResourceError, match=r"1 GPU each must fit.*at most 1 on a node") as caught:
+        cluster_slots(load_cluster(AWS), ResourceSettings(gpus_per_worker=1, cpus_per_worker=99))
     assert "lower resources.cpus_per_worker or resources.gpus_per_worker" in str(caught.value)
     with pytest.raises(ResourceError, match="0 nodes with zone = a"):
         cluster_slots(load_cluster(AWS), ResourceSettings(labels={"zone": "a"}))

@@ -147,7 +147,7 @@ def test_nodes_that_the_autoscaler_may_start_count(cluster, monkeypatch):
     assert worker_slots(ResourceSettings(gpus_per_worker=1)) == 3
     assert worker_slots(ResourceSettings(gpus_per_worker=0.5)) == 6
     with pytest.raises(ResourceError, match=r"3 GPU \(at most 1 on a node\)"):
-        worker_slots(ResourceSettings(gpus_per_worker=2))
+        worker_slots(ResourceSettings(gpus_per_worker=1, cpus_per_worker=9))
 
 
 def test_gpus_that_nothing_uses_are_named_once(cluster, monkeypatch, caplog):

@@ -222,7 +222,7 @@ RULES = {
     "resources.resize_seconds": number(lambda x: x > 0),
     "resources.hang_seconds": optional(positive),
     "resources.cpus_per_worker": whole(1),
-    "resources.gpus_per_worker": number(lambda x: 0 <= x <= 1 or x == int(x) >= 0),
+    "resources.gpus_per_worker": number(lambda x: 0 <= x <= 1),
     "resources.custom": amounts,
     "resources.labels": labels,
     "resources.storage": optional(
@@ -393,7 +393,8 @@ def as_trial(name, value):
         ("evaluate.general_tasks=[]", ["evaluate.general_tasks must not be empty"]),
         ("resources.workers=[4, 1]", ["workers", "1 <= fewest <= most", "got [4, 1]"]),
         ("resources.actors=[0, 1]", ["actors", "1 <= fewest <= most", "got [0, 1]"]),
-        ("resources.gpus_per_worker=1.5", ["whole number or at most 1", "got 1.5"]),
+        ("resources.gpus_per_worker=1.5", ["gpus_per_worker must be at most 1", "got 1.5"]),
+        ("resources.gpus_per_worker=2", ["at most 1", "got 2", "train.parallel = 'shard'"]),
         ("resources.custom={GPU = 1}", ["custom must not name GPU", "gpus_per_worker"]),
         ("search.name=../other", ["search.name must match", "'../other'"]),
         ("train=3", ["train must be a section of settings, got 3"]),

@@ -222,7 +222,7 @@ def test_what_does_not_fit_on_the_cluster_is_refused(tiny_model, data, tmp_path,
     def refused(*more):
         return planned_search(tiny_model, data, tmp_path, *more, capsys=capsys)
 
-    for override in ("resources.gpus_per_worker=2", "resources.cpus_per_worker=9"):
+    for override in ("resources.custom={nvme = 1}", "resources.cpus_per_worker=9"):
         result = refused("--cluster", CLUSTER, override)
         assert result["code"] == 6, result
         assert "must fit" in result["said"]
