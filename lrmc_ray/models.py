@@ -435,6 +435,33 @@ _SOFT_CAPS = ("final_logit_softcapping", "output_logit_soft_cap", "logits_soft_c
 """Names under which configurations say the bound on the logits."""
 
 
+def described_head(model: Any) -> "OutputHead":
+    """The output head of a model as its configuration has it; :func:`head_of` checks that.
+
+    Raises:
+        DataError: the model has none.
+    """
+    from lrmc_ray.method.head import OutputHead
+
+    config = text_config(model.config)
+    layer = model.get_output_embeddings()
+    if layer is None or not hasattr(layer, "weight"):
+        raise DataError(f"{_described(model)} has no output head; a causal LM is needed")
+    scale = float(getattr(config, "logit_scale", None) or 1.0)
+    scale /= float(getattr(config, "logits_scaling", None) or 1.0)
+    caps = [value for cap in _SOFT_CAPS if (value := getattr(config, cap, None)) is not None]
+    return OutputHead(
+        weight_VD=layer.weight,
+        bias_V=getattr(layer, "bias", None),
+        logit_scale=scale,
+        softcap=float(caps[0]) if caps else None,
+    )
+
+
+def _described(model: Any) -> str:
+    return f"{type(model).__name__} (model_type {model.config.model_type})"
+
+
 def head_of(model: Any) -> "OutputHead":
     """The output head of a causal model, checked against the model's own logits.
 
@@ -444,24 +471,11 @@ def head_of(model: Any) -> "OutputHead":
     """
     import torch
 
-    from lrmc_ray.method.head import OutputHead, head_logits
+    from lrmc_ray.method.head import head_logits
 
-    name = f"{type(model).__name__} (model_type {model.config.model_type})"
-    config = text_config(model.config)
-    layer = model.get_output_embeddings()
-    if layer is None or not hasattr(layer, "weight"):
-        raise DataError(f"{name} has no output head; a causal LM is needed")
+    name, head = _described(model), described_head(model)
     check_causal(model)
-    scale = float(getattr(config, "logit_scale", None) or 1.0)
-    scale /= float(getattr(config, "logits_scaling", None) or 1.0)
-    caps = [value for cap in _SOFT_CAPS if (value := getattr(config, cap, None)) is not None]
-    head = OutputHead(
-        weight_VD=layer.weight,
-        bias_V=getattr(layer, "bias", None),
-        logit_scale=scale,
-        softcap=float(caps[0]) if caps else None,
-    )
-    ids_BT = torch.arange(1, 9, device=layer.weight.device)[None] % layer.weight.shape[0]
+    ids_BT = torch.arange(1, 9, device=head.weight_VD.device)[None] % head.vocabulary_size
     was_training = model.training
     model.eval()  # dropout would make two forward passes differ
     try:
@@ -719,7 +733,8 @@ def may_be_packed(model: Any) -> bool:
 def _has_windows_of_its_own(model: Any) -> bool:
     """Whether the model's code cuts windows by places in the row, whatever mask it is given."""
     borders = attention_borders(model.config)
-    code = sys.modules[type(body_of(model)).__module__]
+    kinds = type(body_of(model)).__mro__  # the first is torch's own where the model is in shards
+    code = sys.modules[next(k.__module__ for k in kinds if not k.__module__.startswith("torch."))]
     return bool(borders.windows or borders.chunks) and not any(hasattr(code, n) for n in _MASKS)
 
 

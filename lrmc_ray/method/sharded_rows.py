@@ -41,8 +41,16 @@ def bounds_of(num_rows: int, world_size: int) -> list[int]:
 class ShardedRows:
     """A weight [V, D] of which this worker holds some rows."""
 
-    def __init__(self, weight_VD: Tensor, group: WorkerGroup) -> None:
-        """Keep the rows of this worker, as a copy; the whole weight may be freed then."""
+    def __init__(
+        self, weight_VD: Tensor, group: WorkerGroup, device: torch.device | None = None
+    ) -> None:
+        """Keep the rows of this worker, as a copy; the whole weight may be freed then.
+
+        Args:
+            weight_VD: the weight; rows of one on the meta device have no values yet.
+            group: this worker and the others.
+            device: where those rows are.
+        """
         self._group = group
         self._bounds = bounds_of(len(weight_VD), group.world_size)
         first, last = self._bounds[group.rank : group.rank + 2]
@@ -50,7 +58,9 @@ class ShardedRows:
         """Number of the first row that is here."""
         self.num_rows = len(weight_VD)
         """V."""
-        self.own_XD = nn.Parameter(weight_VD.detach()[first:last].clone(), weight_VD.requires_grad)
+        own_XD = weight_VD.detach()[first:last]
+        own_XD = torch.empty_like(own_XD, device=device) if own_XD.is_meta else own_XD.clone()
+        self.own_XD = nn.Parameter(own_XD, weight_VD.requires_grad)
         """The rows that are here."""
         self._edges = self._bounds
         self._token_ids_X: Tensor | None = None
@@ -134,20 +144,29 @@ class ShardedRows:
 class ShardedVocabulary:
     """Embedding and output head of a model, both in shards; one weight where they are tied."""
 
-    def __init__(self, embedding: nn.Embedding, head: OutputHead, group: WorkerGroup) -> None:
+    def __init__(
+        self,
+        embedding: nn.Embedding,
+        head: OutputHead,
+        group: WorkerGroup,
+        device: torch.device,
+    ) -> None:
         """Take the weights' rows; the embedding looks them up here from now on.
 
         Args:
             embedding: whose ``weight`` may be replaced by anything afterwards.
             head: the output head, without a bias.
             group: this worker and the others.
+            device: where rows are whose weight is on the meta device.
         """
         assert head.bias_V is None
         self._head = head
         self.is_tied = head.weight_VD is embedding.weight
-        self.embedding = ShardedRows(embedding.weight, group)
+        self.embedding = ShardedRows(embedding.weight, group, device)
         """The embedding's weight."""
-        self.output = self.embedding if self.is_tied else ShardedRows(head.weight_VD, group)
+        self.output = self.embedding
+        if not self.is_tied:
+            self.output = ShardedRows(head.weight_VD, group, device)
         """That of the head."""
         _Lookup(embedding, self.embedding)
 

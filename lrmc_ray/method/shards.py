@@ -12,7 +12,7 @@ Embedding and output head are in ``sharded_rows``, since a step needs a part of 
 """
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -70,7 +70,8 @@ class ShardedModel:
         """Shard ``body`` in place.
 
         Args:
-            body: what is called for hidden states.
+            body: what is called for hidden states. Its parameters may be on the meta device: then
+                no worker ever holds all of it, and the shards have no values yet.
             layers: parts of it that gather their weights by themselves, one after the other.
             vocabulary: embedding and output head.
             group: this worker and the others.
@@ -81,7 +82,7 @@ class ShardedModel:
         self.vocabulary = vocabulary
         self.device = device
         self.mesh = mesh_of(group, device)
-        self._group = group
+        self.group = group
         self._idle = _idle_batch().to(device)
         self._whole: list[tuple[DTensor, Shard]] = []
         ignored = set(ignored)
@@ -93,12 +94,17 @@ class ShardedModel:
             unit.set_force_sum_reduction_for_comms(True)
             # One worker may have no gradient where others do: of an expert, or if it is idle.
             unit.set_reduce_scatter_unused_params(True)
+        # Rows of what is on the meta device have no values yet, and get memory of their own.
+        if any(parameter.is_meta for parameter in body.parameters()):
+            body._apply(  # type: ignore[no-untyped-call]
+                lambda t: torch.empty_like(t, device=device) if t.is_meta else t
+            )
 
     def shard_of(self, whole: Tensor) -> Shard:
         """This worker's rows of a parameter of the body, in the memory that FSDP gathers from."""
         assert isinstance(whole, DTensor)
         own = nn.Parameter(whole.to_local().detach(), whole.requires_grad)
-        first = bounds_of(whole.shape[0], self._group.world_size)[self._group.rank]
+        first = bounds_of(whole.shape[0], self.group.world_size)[self.group.rank]
         shard = Shard(own, whole.shape, first)
         self._whole.append((whole, shard))
         return shard
@@ -108,6 +114,27 @@ class ShardedModel:
         hidden_BTD = forward(self._idle)
         if hidden_BTD.requires_grad:
             (hidden_BTD.sum() * 0.0).backward()  # type: ignore[no-untyped-call]
+
+    def gradients_of(self, value: Tensor, parameters: Sequence[Tensor]) -> list[Tensor | None]:
+        """This worker's rows of the gradients of ``value``, summed over all; they ask together.
+
+        Args:
+            value: a number.
+            parameters: some of the body's.
+        """
+        self.clear_gradients()
+        asked = {id(parameter) for parameter in parameters}
+        hooks = [
+            whole.register_post_accumulate_grad_hook(_forget_gradient)  # type: ignore[no-untyped-call]
+            for whole, _ in self._whole
+            if whole.requires_grad and id(whole) not in asked
+        ]
+        value.backward()  # type: ignore[no-untyped-call]
+        for hook in hooks:
+            hook.remove()
+        found = [p.grad.to_local() if isinstance(p.grad, DTensor) else None for p in parameters]
+        self.clear_gradients()
+        return found
 
     def clear_gradients(self) -> None:
         """Forget the gradients of the step before."""
@@ -123,6 +150,10 @@ class ShardedModel:
             if whole.grad is not None:
                 assert isinstance(whole.grad, DTensor)
                 shard.own.grad = whole.grad.to_local()
+
+
+def _forget_gradient(whole: Tensor) -> None:
+    whole.grad = None
 
 
 def _idle_batch() -> MicroBatch:

@@ -7,6 +7,7 @@ it. So a forward pass in training and one out of it show which layers are called
 """
 
 import collections
+import contextlib
 import copy
 import fnmatch
 import re
@@ -15,6 +16,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 import torch.nn.functional as F
@@ -22,7 +24,7 @@ from torch import Tensor, nn
 
 from lrmc_ray.config import TrainSettings
 from lrmc_ray.errors import ConfigError, TrainingError
-from lrmc_ray.models import body_of
+from lrmc_ray.models import body_of, one_sequence_a_row
 
 _KERNEL_LAYERS = ("x_proj", "dt_proj", "out_proj")
 """Of a Mamba mixer; its kernels on GPUs take their weights, past the layers."""
@@ -54,6 +56,8 @@ class Adapters:
     def __init__(self, model: Any, settings: TrainSettings) -> None:
         """Put them there; every worker draws the same.
 
+        On a model on the meta device they have values, and its weights have none.
+
         Raises:
             ConfigError: PEFT is not installed, or cannot do this with the model, or
                 ``lora_targets`` fits nothing that can have an adapter.
@@ -77,8 +81,12 @@ class Adapters:
             target_parameters=[f"{_BODY}.{name}" for name in places.experts] or None,
         )
         torch.manual_seed(settings.seed)
+        # PEFT moves what it has drawn to where the weights are, and values are lost on meta.
+        stay: contextlib.AbstractContextManager[Any] = contextlib.nullcontext()
+        if next(model.parameters()).is_meta:
+            stay = mock.patch.object(nn.Module, "to", lambda module, *_, **__: module)
         try:
-            with warnings.catch_warnings():
+            with warnings.catch_warnings(), stay:
                 warnings.simplefilter("ignore")
                 # In a shell, since PEFT rewrites the names of layers of some mixtures of experts,
                 # and leaves out their dense and shared layers then.
@@ -280,6 +288,8 @@ def _is_product(layer: Any) -> bool:
     """Whether a linear layer, of whatever class, computes its product and nothing else."""
     if not isinstance(layer, nn.Linear) or type(layer).forward is nn.Linear.forward:
         return True
+    if layer.weight.is_meta:
+        raise NotImplementedError("a product can only be tried with values")
     input_ND = layer.weight.new_ones(2, layer.weight.shape[1])
     try:
         output: Any = layer(input_ND)
@@ -336,7 +346,8 @@ def _hidden(model: Any) -> Tensor:
     device = next(model.parameters()).device
     size = model.config.get_text_config().vocab_size
     ids_BT = torch.arange(1, 1 + _SEEN_TOKENS, device=device)[None] * 7 % size
-    hidden_BTD: Tensor = body_of(model)(input_ids=ids_BT, use_cache=False).last_hidden_state
+    with one_sequence_a_row():
+        hidden_BTD: Tensor = body_of(model)(input_ids=ids_BT, use_cache=False).last_hidden_state
     return hidden_BTD.float()
 
 

@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import logging
 import math
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -9,9 +10,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from lrmc_ray.config import TrainSettings
+from lrmc_ray.errors import ConfigError
 from lrmc_ray.files.artifacts import PARTIAL
 from lrmc_ray.files.names import ADAPTER
 from lrmc_ray.method.baselines.l2_sp import StartingPoint
@@ -28,20 +30,24 @@ from lrmc_ray.models import (
     attention_cost,
     batch_hidden_states,
     copy_tokenizer,
+    described_head,
     head_of,
     load_model,
     save_model,
 )
 from lrmc_ray.train.compiled import compile_layers
-from lrmc_ray.train.recompute import Recomputation
+from lrmc_ray.train.recompute import BrokenOffError, Recomputation
 from lrmc_ray.train.routers import Routers
 from lrmc_ray.train.samples import TrainingSamples
 from lrmc_ray.train.sharded_export import gathered, write_model
+from lrmc_ray.train.sharded_load import NotByRowsError, model_to_fill
 from lrmc_ray.train.sharded_state import ShardedState
-from lrmc_ray.train.sharding import Sharding, shard_model
+from lrmc_ray.train.sharding import Sharding, check_shardable, shard_model
 from lrmc_ray.train.split_forward import SplitModel, can_split, may_share
 from lrmc_ray.train.trainable import TrainableModel
 from lrmc_ray.train.vocabulary import Vocabulary
+
+_log = logging.getLogger(__name__)
 
 
 class Learner:
@@ -69,20 +75,13 @@ class Learner:
             ConfigError: a setting fits nothing in the model.
             DataError: the model cannot be loaded, or its head is not supported.
         """
-        keep_freed_memory()
         self.settings = settings
         self.model_directory = model_directory
-        self.trainable = TrainableModel(load_model(model_directory).to(device), settings)
-        self.model = self.trainable.model
-        compiles = settings.compile_layers
-        self.recomputation = Recomputation(
-            self.model, False if compiles else settings.gradient_checkpointing
-        )
-        self.head = head_of(self.model)
-        self.attention_cost = attention_cost(self.model) if settings.packing else math.inf
+        self.group = group or WorkerGroup()
         self.sharding: Sharding | None = None
-        if settings.parallel == "shard":
-            self._shard(group or WorkerGroup(), device)
+        self._load(device)
+        keep_freed_memory()
+        if self.sharding is not None:
             samples = None
         self.loss = LossSettings(
             loss=settings.loss,
@@ -117,7 +116,7 @@ class Learner:
         self.base = _frozen_base(settings, model_directory, device)
         self.autocast = torch.bfloat16 if settings.precision == "bf16" else None
         self.routers = Routers(self.model, settings.router_loss)
-        if compiles:
+        if settings.compile_layers:
             compile_layers(self.model)
         self.split = SplitModel(self.model, self.recomputation.keep)
         self.share_prefix_up_to = self.recomputation.most_kept if self._may_share() else 0.0
@@ -154,15 +153,70 @@ class Learner:
         rows_XD = self.sharding.model.vocabulary.output.rows_XD
         return dataclasses.replace(self.head, weight_VD=rows_XD)
 
-    def _shard(self, group: WorkerGroup, device: torch.device) -> None:
+    def _load(self, device: torch.device) -> None:
+        """Load the model, and leave this worker's rows of it where it is in shards."""
+        if self.settings.parallel == "shard":
+            try:
+                self._load_by_rows(device)
+                return
+            except (NotByRowsError, BrokenOffError) as reason:
+                self.sharding = None
+                if self.group.rank == 0:
+                    _log.warning("every worker loads the whole model at first: %s", reason)
+        self._take(load_model(self.model_directory).to(device))
+        self.head = head_of(self.model)
+        self.attention_cost = attention_cost(self.model) if self.settings.packing else math.inf
+        if self.settings.parallel == "shard":
+            self.recomputation.try_out()  # later, a worker alone could not prove it
+            self._shard(device)
+
+    def _take(self, model: Any) -> None:
+        """Train ``model``; some of it is on the meta device perhaps."""
+        settings = self.settings
+        self.trainable = TrainableModel(model, settings)
+        self.model = self.trainable.model
+        which = False if settings.compile_layers else settings.gradient_checkpointing
+        self.recomputation = Recomputation(self.model, which)
+
+    def _load_by_rows(self, device: torch.device) -> None:
+        """Read of every weight what this worker holds.
+
+        Raises:
+            NotByRowsError: that cannot be.
+            BrokenOffError: a trial of the model left it unusable.
+        """
+        model, rows = model_to_fill(self.model_directory)
+        check_shardable(model)
+        rows.check_tied(self.group)
+        try:
+            self._take(model)
+        except (RuntimeError, ConfigError) as error:
+            if not self.settings.lora_rank:
+                raise
+            raise NotByRowsError(f"adapters must be tried with its values ({error})") from error
+        drawn = {n: p.detach() for n, p in self.model.named_parameters() if not p.is_meta}
+        rows.make_buffers(device)
+        self.head = described_head(self.model)
+        sharding = self._shard(device)
+        rows.fill(sharding.shards, drawn)
+        with sharding.model.vocabulary.whole() as head:
+            layer = self.model.get_output_embeddings()
+            empty, layer.weight = layer.weight, nn.Parameter(head.weight_VD, requires_grad=False)
+            head_of(self.model)
+            layer.weight = empty
+            self.attention_cost = math.inf
+            if self.settings.packing:
+                self.attention_cost = max(self.group.gather(attention_cost(self.model)))
+            self.recomputation.try_out(sharding.model)
+
+    def _shard(self, device: torch.device) -> Sharding:
         """Leave this worker's rows of the model in place of all."""
-        self.recomputation.try_out()  # later, a worker alone could not prove it
-        self.group = group
-        self.sharding = shard_model(self.model, self.head, group, device)
-        self.head = self.sharding.head
+        sharding = self.sharding = shard_model(self.model, self.head, self.group, device)
+        self.head = sharding.head
         trained = self.trainable.parameters
         for name in trained:
-            trained[name] = self.sharding.shards[name].own
+            trained[name] = sharding.shards[name].own
+        return sharding
 
     def _over_shards(self) -> Callable[[Tensor], object] | None:
         return None if self.sharding is None else self.group.sum_

@@ -34,6 +34,7 @@ from lrmc_ray.errors import ConfigError
 from lrmc_ray.method.fast.packing import lay_out
 from lrmc_ray.method.layout import Layout, pad
 from lrmc_ray.method.microbatch import MicroBatch
+from lrmc_ray.method.shards import ShardedModel
 from lrmc_ray.models import batch_hidden_states
 
 if TYPE_CHECKING:
@@ -62,6 +63,10 @@ TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-3}
 processor they are the same bits; some GPU kernels add up in another order each time."""
 COARSE = 5e-2
 """The same for shorter types."""
+
+
+class BrokenOffError(Exception):
+    """A pass over shards ended half-way; none can follow, as some layers are still gathered."""
 
 
 class Recomputation:
@@ -120,11 +125,16 @@ class Recomputation:
             self._switch(False)
         return batch_hidden_states(self.model, batch)
 
-    def try_out(self) -> None:
+    def try_out(self, shards: ShardedModel | None = None) -> None:
         """Prove it on a few tokens, before any batch is there.
+
+        Args:
+            shards: those of the model, whose workers call this together and have the rows of the
+                tokens gathered.
 
         Raises:
             ConfigError: gradients differ; not for ``auto``.
+            BrokenOffError: a way raised something over shards.
         """
         embeddings = self.model.get_input_embeddings().weight
         generator = torch.Generator().manual_seed(0)
@@ -133,13 +143,13 @@ class Recomputation:
             for length in TRIED_LENGTHS
         ]
         if self._ways:
-            self._prove(pad(sequences).to(embeddings.device))
+            self._prove(pad(sequences).to(embeddings.device), shards)
 
     def _switch(self, on: bool) -> None:
         for module in self._switches:
             module.gradient_checkpointing = on
 
-    def _prove(self, batch: MicroBatch | Layout) -> None:
+    def _prove(self, batch: MicroBatch | Layout, shards: ShardedModel | None = None) -> None:
         """Take the first way that changes no gradient."""
         self._is_proven = True
         layout = _beginning(batch)
@@ -148,16 +158,20 @@ class Recomputation:
             self.way = self._ways[0]
             return
         self._switch(False)
-        expected = self._gradients(layout, parameters)
+        expected = self._gradients(layout, parameters, shards)
         reasons = []
         for way in self._ways:
             try:
                 recomputes_layers(self.model, way)
-                found = self._gradients(layout, parameters)
+                found = self._gradients(layout, parameters, shards)
             except (RuntimeError, ValueError, TypeError, AssertionError) as error:
+                if shards is not None:
+                    raise BrokenOffError(f"{way}: {_first_line(error)}") from error
                 reasons.append(f"{way}: {_first_line(error)}")
                 continue
             difference = _difference(expected, found)
+            if shards is not None:
+                difference = max(shards.group.gather(difference))
             is_short = torch.is_autocast_enabled(layout.input_ids_BT.device.type)
             tolerance = COARSE if is_short else TOLERANCE.get(self.model.dtype, COARSE)
             if difference <= tolerance:
@@ -174,7 +188,9 @@ class Recomputation:
                 "whole layers are computed again" if self.way else "all activations are kept",
             )
 
-    def _gradients(self, layout: Layout, parameters: Sequence[Tensor]) -> list[Tensor | None]:
+    def _gradients(
+        self, layout: Layout, parameters: Sequence[Tensor], shards: ShardedModel | None
+    ) -> list[Tensor | None]:
         """Of some function of the hidden states, with the random numbers of the coming pass."""
         devices = [layout.input_ids_BT.device] if layout.input_ids_BT.is_cuda else []
         with torch.random.fork_rng(devices):
@@ -183,10 +199,13 @@ class Recomputation:
                 -1, 1, hidden_BTD.numel(), dtype=torch.float32, device=hidden_BTD.device
             ).view_as(hidden_BTD)
             value = (hidden_BTD.float() * weights_BTD.sin()).sum()
-            gradients = torch.autograd.grad(value, parameters, allow_unused=True)
+            if shards is not None:
+                gradients = shards.gradients_of(value, parameters)
+            else:
+                gradients = list(torch.autograd.grad(value, parameters, allow_unused=True))
         # A weight's short copy that is kept would not be made again, as the next pass expects.
         torch.clear_autocast_cache()
-        return list(gradients)
+        return gradients
 
     def _refusal(self, reason: str) -> ConfigError:
         return ConfigError(

