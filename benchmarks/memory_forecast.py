@@ -1,9 +1,11 @@
 """Memory of a training worker: forecast from config.json against what a process takes.
 
     python benchmarks/memory_forecast.py [--points llama gemma3] [--heap]
+    python benchmarks/memory_forecast.py --points "shards: llama" "shards: qwen3"
 
 Every point is a model of random weights, saved and trained for two steps in a process of its own:
-its greatest resident memory over that before it had the model. What is imported and compiled is
+its greatest resident memory over that before it had the model; with shards in as many as there are
+workers, of which the one that takes most counts. What is imported and compiled is
 there already, by a tiny model that was trained before the process was forked. The forecast is made
 from the configuration alone. The last line is one JSON object.
 
@@ -54,8 +56,11 @@ class Point:
     length: int
     options: dict[str, Any] = field(default_factory=dict)
     train: dict[str, Any] = field(default_factory=dict)
+    workers: int = 1
+    """More than one hold shards."""
 
 
+_SHARDS = {"parallel": "shard", "reduction": "fast"}
 POINTS = {
     "llama": Point(
         "llama", 512, {"tie_word_embeddings": True}, {"batch_size": 4, "micro_batches": 2}
@@ -97,6 +102,52 @@ POINTS = {
         2048,
         {"tie_word_embeddings": True},
         {"batch_size": 2, "micro_batches": 2, "gradient_checkpointing": "full"},
+    ),
+    "shards: llama": Point(
+        "llama",
+        512,
+        {"tie_word_embeddings": True, "num_hidden_layers": 12},
+        {"batch_size": 4, "micro_batches": 4, **_SHARDS},
+        workers=2,
+    ),
+    "shards: qwen3": Point(
+        "qwen3",
+        512,
+        {"tie_word_embeddings": False, "num_hidden_layers": 12},
+        {
+            "batch_size": 3,
+            "micro_batches": 3,
+            "precision": "bf16",
+            "state_dtype": "bf16",
+            **_SHARDS,
+        },
+        workers=3,
+    ),
+    "shards: gemma3": Point(
+        "gemma3_text",
+        768,
+        {"tie_word_embeddings": True, "sliding_window": 1024, "num_hidden_layers": 8},
+        {"batch_size": 2, "micro_batches": 2, **_SHARDS},
+        workers=2,
+    ),
+    "shards: qwen3_moe": Point(
+        "qwen3_moe",
+        256,
+        {
+            "tie_word_embeddings": False,
+            "num_experts": 8,
+            "num_experts_per_tok": 2,
+            "moe_intermediate_size": 512,
+        },
+        {"batch_size": 2, "micro_batches": 2, **_SHARDS},
+        workers=2,
+    ),
+    "shards: llama, 3": Point(
+        "llama",
+        1024,
+        {"tie_word_embeddings": False, "num_hidden_layers": 16},
+        {"batch_size": 3, "micro_batches": 3, "gradient_checkpointing": "full", **_SHARDS},
+        workers=3,
     ),
 }
 
@@ -140,16 +191,21 @@ def make_samples(number: int, length: int) -> list[Any]:
     return samples
 
 
-def train_two_steps(directory: Path, settings: TrainSettings, samples: list[Any]) -> None:
+def train_two_steps(
+    directory: Path, settings: TrainSettings, samples: list[Any], rank: int = 0, workers: int = 1
+) -> None:
     """Load the model and train it as a worker does, without Ray."""
     from lrmc_ray.method.training_loop import StepOptions, train
     from lrmc_ray.method.workers import WorkerGroup
     from lrmc_ray.train.learner import Learner
 
-    learner = Learner(settings, directory, torch.device("cpu"))
+    group = WorkerGroup(rank, workers)
+    learner = Learner(settings, directory, torch.device("cpu"), group=group)
     options = StepOptions(
         num_micro_batches=settings.micro_batches,
+        reduction=settings.reduction,
         autocast=learner.autocast,
+        probes_at=lambda _: learner.sharding is not None,
         after_update=learner.vocabulary.after_update,
     )
     steps = train(
@@ -158,7 +214,7 @@ def train_two_steps(directory: Path, settings: TrainSettings, samples: list[Any]
         lambda _: samples,
         learner.loss,
         options,
-        WorkerGroup(),
+        group,
         steps=range(STEPS),
         lr_of_step=lambda _: settings.lr,
     )
@@ -194,13 +250,23 @@ def _return_freed_memory() -> None:
             raise RuntimeError("the C library does not take the setting")
 
 
-def _measure(directory: Path, point: Point, has_heap: bool, found: Any) -> None:
+def _measure(directory: Path, point: Point, has_heap: bool, rank: int, found: Any) -> None:
     if not has_heap:
         _return_freed_memory()
     settings = settings_of(point)
     samples = make_samples(settings.batch_size, point.length)
+    if point.workers > 1:
+        torch.distributed.init_process_group(
+            "gloo",
+            init_method=f"file://{directory}/group",
+            rank=rank,
+            world_size=point.workers,
+        )
     found.put(
-        peak_bytes(lambda: train_two_steps(directory, settings, samples), torch.device("cpu"))
+        peak_bytes(
+            lambda: train_two_steps(directory, settings, samples, rank, point.workers),
+            torch.device("cpu"),
+        )
     )
 
 
@@ -212,18 +278,29 @@ def compare(point: Point, *, has_heap: bool) -> dict[str, Any]:
         directory = Path(place)
         config = config_of(point)
         config.save_pretrained(directory)
-        forecast = training_memory(directory, settings_of(point), length=point.length, on_gpu=False)
+        forecast = training_memory(
+            directory,
+            settings_of(point),
+            length=point.length,
+            workers=point.workers,
+            on_gpu=False,
+        )
         processes = multiprocessing.get_context("fork")
         saving = processes.Process(target=save_random, args=(config, directory))
         saving.start()
         saving.join()
         found = processes.SimpleQueue()
-        process = processes.Process(target=_measure, args=(directory, point, has_heap, found))
-        process.start()
-        process.join()
-        if process.exitcode:
-            raise RuntimeError(f"the process ended with {process.exitcode}")
-        measured = found.get()
+        running = [
+            processes.Process(target=_measure, args=(directory, point, has_heap, rank, found))
+            for rank in range(point.workers)
+        ]
+        for process in running:
+            process.start()
+        for process in running:
+            process.join()
+            if process.exitcode:
+                raise RuntimeError(f"a process ended with {process.exitcode}")
+        measured = max(found.get() for _ in running)
     return {**forecast.as_dict(), "measured": measured, "ratio": forecast.total / measured}
 
 
@@ -235,7 +312,16 @@ def main() -> None:
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     warm_up()
-    columns = ("weights", "gradients", "moments", "activations", "loss", "total", "measured")
+    columns = (
+        "weights",
+        "gradients",
+        "moments",
+        "gathered",
+        "activations",
+        "loss",
+        "total",
+        "measured",
+    )
     print(
         f"{'MB':26}" + "".join(f"{column:>12}" for column in columns) + f"{'ratio':>8}", flush=True
     )

@@ -1,6 +1,6 @@
 r"""Memory that a training worker takes, from the ``config.json`` of a model alone.
 
-    total = weights + gradients + moments + copies + max(activations + loss, step)
+    total = weights + gradients + moments + copies + gathered + max(activations + loss, step)
 
 - **weights**: of the model in float32 with its buffers, adapters included.
 - **gradients**: 4 bytes for each trained weight. ``strict`` keeps the output head's apart from the
@@ -16,13 +16,22 @@ r"""Memory that a training worker takes, from the ``config.json`` of a model alo
   see :func:`loss_bytes`. A vocabulary's logits are made in blocks.
 - **step**: on a GPU, what MoClip makes beside the largest tensor.
 
+- **gathered**: with shards, whose first worker has the most rows of every weight. In the backward
+  pass of a layer there are its whole weights and gradients, the weights of the next one on their
+  way, and the gradients of the one before on theirs. The vocabulary's weights are there whole, with
+  their gradients, in a step whose loss or probe looks at all tokens.
+
+With shards weights, gradients and moments are those of the first worker's rows.
+
 Rows of the vocabulary that a run does not touch count as trained, although they may be left out:
 which they are, only the data say. Not counted: what the process and the GPU's driver take by
 themselves, and what lies unused between tensors.
 """
 
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -33,6 +42,7 @@ from lrmc_ray.method.names import NEED_BASE
 from lrmc_ray.models import body_of, unweighted_model
 from lrmc_ray.train.live_bytes import LiveBytes, counting
 from lrmc_ray.train.recompute import recomputes_layers, way_for
+from lrmc_ray.train.sharding import check_shardable, layers_of
 from lrmc_ray.train.trainable import TrainableModel
 
 MEAN_CANDIDATES = 150
@@ -43,6 +53,8 @@ TAIL_LOGITS = 5
 """Float32 numbers of a position and sampled token that exist at a time."""
 STEP_TENSORS = 5
 """Copies of the largest tensor that MoClip's step makes on a GPU (measured there: 4.7)."""
+GATHERED_LAYERS = 4
+"""The weights of a layer and of the next one, the gradients of that layer and of the one before."""
 _OTHER_LOSSES = ("full", "active_only", "dft", "asft", "eaft", "flow", "kl_to_base", "frozen_tail")
 """Those that see all logits."""
 
@@ -59,6 +71,7 @@ class TrainingMemory:
     gradients: int
     moments: int
     copies: int
+    gathered: int
     activations: int
     loss: int
     step: int
@@ -66,7 +79,7 @@ class TrainingMemory:
     @property
     def total(self) -> int:
         """The most that exists at a time."""
-        kept = self.weights + self.gradients + self.moments + self.copies
+        kept = self.weights + self.gradients + self.moments + self.copies + self.gathered
         return kept + max(self.activations + self.loss, self.step)
 
     def as_dict(self) -> dict[str, int]:
@@ -74,52 +87,128 @@ class TrainingMemory:
         return {**asdict(self), "total": self.total}
 
 
+@dataclass(frozen=True)
+class _Weight:
+    """A parameter of the model."""
+
+    rows: int
+    width: int
+    """Elements of a row."""
+    is_trained: bool
+    layer: int | None
+    """Number of its layer, of those that gather by themselves; None: of no layer."""
+    is_vocabulary: bool
+
+    def held(self, workers: int) -> int:
+        """Elements that the first of ``workers`` holds of it in shards."""
+        return -(-self.rows // workers) * self.width
+
+
+class MemoryForecast:
+    """What one worker takes, for whatever number of workers; the passes are run once."""
+
+    def __init__(
+        self, directory: Path, train: TrainSettings, *, length: int, on_gpu: bool = True
+    ) -> None:
+        """Run both passes of a micro-batch in no memory.
+
+        Args:
+            directory: has the ``config.json`` of the model; no weights are needed.
+            train: settings of the run.
+            length: tokens of the longest samples.
+            on_gpu: whether MoClip's step makes copies.
+
+        Raises:
+            DataError: transformers does not know the model, or its passes need the values of
+                tensors.
+            ConfigError: a setting fits nothing in the model, or it cannot be sharded.
+        """
+        self._train = train
+        self._on_gpu = on_gpu
+        rows = -(-train.batch_size // train.micro_batches)
+        with counting() as live:
+            model = unweighted_model(directory)
+            trainable = TrainableModel(model, train)
+            if train.parallel == "shard":
+                check_shardable(model)
+            self._weights = list(_weights_of(model))
+            self._all = live.now
+            head = model.get_output_embeddings().weight
+            self._is_head_trained = any(p is head for p in trainable.parameters.values())
+            self._vocabulary_size, self._width = head.shape
+            shorter = train.precision != "fp32"
+            self._activations = _passes(live, trainable, train, rows, length, in_bf16=shorter)
+            if train.precision == "auto":
+                whole = _passes(live, trainable, train, rows, length, in_bf16=False)
+                self._activations = max(self._activations, whole)
+        self._loss = loss_bytes(train, rows * length, self._width, self._vocabulary_size)
+        self._touched = train.batch_size * length * (1 + MEAN_CANDIDATES) + train.tail_samples
+
+    def of(self, workers: int) -> TrainingMemory:
+        """The memory of the first of ``workers`` that share the batch."""
+        train = self._train
+        parts = workers if train.parallel == "shard" else 1
+        trained = [w for w in self._weights if w.is_trained]
+        held = [weight.held(parts) for weight in trained]
+        parameters = sum(weight.held(1) for weight in self._weights)
+        weights = self._all - 4 * parameters + 4 * sum(w.held(parts) for w in self._weights)
+        gradients, apart = 4 * sum(held), 0
+        if train.reduction == "strict":
+            of_head = 4 * self._vocabulary_size * self._width * self._is_head_trained
+            apart = gradients if workers > 1 else of_head
+        of_state = 2 if train.state_dtype == "bf16" else 4
+        return TrainingMemory(
+            parameters=parameters,
+            trained=sum(weight.held(1) for weight in trained),
+            weights=weights,
+            gradients=gradients + apart,
+            moments=2 * of_state * sum(held),
+            copies=self._all * (train.loss in NEED_BASE) + gradients * bool(train.l2_sp_weight),
+            gathered=self._gathered(workers) if train.parallel == "shard" else 0,
+            activations=self._activations,
+            loss=self._loss,
+            step=4 * STEP_TENSORS * max(held) if self._on_gpu else 0,
+        )
+
+    def _gathered(self, workers: int) -> int:
+        """Weights and gradients of others that a worker holds for a while."""
+        layers: dict[int, int] = {}
+        for weight in self._weights:
+            if weight.layer is not None:
+                layers[weight.layer] = layers.get(weight.layer, 0) + 4 * weight.held(1)
+        most = max(layers.values())
+        vocabulary = 0
+        for weight in (w for w in self._weights if w.is_vocabulary):
+            rows = weight.rows if self._sees_all_tokens() else min(weight.rows, self._touched)
+            vocabulary += 4 * rows * weight.width * (1 + weight.is_trained)
+        return GATHERED_LAYERS * most + most // workers + vocabulary
+
+    def _sees_all_tokens(self) -> bool:
+        return bool(self._train.probe_every) or self._train.loss in _OTHER_LOSSES
+
+
 def training_memory(
     directory: Path, train: TrainSettings, *, length: int, workers: int = 1, on_gpu: bool = True
 ) -> TrainingMemory:
-    """The memory of one worker.
+    """The memory of one worker, see :class:`MemoryForecast`."""
+    return MemoryForecast(directory, train, length=length, on_gpu=on_gpu).of(workers)
 
-    Args:
-        directory: has the ``config.json`` of the model; no weights are needed.
-        train: settings of the run.
-        length: tokens of the longest samples.
-        workers: that share the batch.
-        on_gpu: whether MoClip's step makes copies.
 
-    Raises:
-        DataError: transformers does not know the model, or its passes need the values of tensors.
-        ConfigError: a setting fits nothing in the model.
-    """
-    rows = -(-train.batch_size // train.micro_batches)
-    with counting() as live:
-        model = unweighted_model(directory)
-        trainable = TrainableModel(model, train)
-        elements = [p.numel() for p in trainable.parameters.values()]
-        parameters = sum({id(p): p.numel() for p in model.parameters()}.values())
-        head = model.get_output_embeddings().weight
-        gradients, weights = 4 * sum(elements), live.now
-        shorter = train.precision != "fp32"
-        activations = _passes(live, trainable, train, rows, length, in_bf16=shorter)
-        if train.precision == "auto":
-            whole = _passes(live, trainable, train, rows, length, in_bf16=False)
-            activations = max(activations, whole)
-        is_trained = any(p is head for p in trainable.parameters.values())
-        vocabulary_size, width = head.shape
-    apart = 0
-    if train.reduction == "strict":
-        apart = gradients if workers > 1 else 4 * vocabulary_size * width * is_trained
-    of_state = 2 if train.state_dtype == "bf16" else 4
-    return TrainingMemory(
-        parameters=parameters,
-        trained=sum(elements),
-        weights=weights,
-        gradients=gradients + apart,
-        moments=2 * of_state * sum(elements),
-        copies=weights * (train.loss in NEED_BASE) + gradients * bool(train.l2_sp_weight),
-        activations=activations,
-        loss=loss_bytes(train, rows * length, width, vocabulary_size),
-        step=4 * STEP_TENSORS * max(elements) if on_gpu else 0,
-    )
+def _weights_of(model: Any) -> Iterator[_Weight]:
+    """Every parameter, tied ones once."""
+    layer_of = {id(p): n for n, layer in enumerate(layers_of(model)) for p in layer.parameters()}
+    of_vocabulary = {
+        id(layer.weight) for layer in (model.get_input_embeddings(), model.get_output_embeddings())
+    }
+    for parameter in model.parameters():
+        rows = parameter.shape[0] if parameter.ndim else 1
+        yield _Weight(
+            rows=rows,
+            width=parameter.numel() // max(rows, 1),
+            is_trained=parameter.requires_grad,
+            layer=layer_of.get(id(parameter)),
+            is_vocabulary=id(parameter) in of_vocabulary,
+        )
 
 
 def loss_bytes(train: TrainSettings, positions: int, width: int, vocabulary_size: int) -> int:

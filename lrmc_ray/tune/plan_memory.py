@@ -3,15 +3,20 @@
 import textwrap
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from lrmc_ray.config import ModelSettings, RunSettings, TrainSettings, trial_settings
 from lrmc_ray.console import plain_console, progress
-from lrmc_ray.errors import ConfigError
 from lrmc_ray.models import WEIGHT_SUFFIX, config_directory
+
+if TYPE_CHECKING:
+    from lrmc_ray.train.memory import MemoryForecast
 
 CARDS_GB = (24, 48, 80, 141)
 """Of GPUs: L4 and A10G, L40S and A40, A100 and H100, H200."""
+USUAL_CARD_GB = 80
+MOST_DEVICES = 64
+"""Over which a model is divided here."""
 USABLE = 0.9
 """Of a GPU's memory; the rest goes to its driver and lies unused between tensors."""
 SMALL_RANK = 16
@@ -27,43 +32,57 @@ def has_no_weights(model: ModelSettings) -> bool:
 def plan_memory(settings: RunSettings) -> dict[str, Any]:
     """The memory of a worker as asked for, and with settings that take less.
 
+    With shards it is that of one of ``resources.workers``, or else of as many as it takes on GPUs
+    of ``USUAL_CARD_GB``.
+
     Raises:
         DataError: it cannot be forecast for the model.
-        ConfigError: a setting fits nothing in the model.
+        ConfigError: a setting fits nothing in the model, or it cannot be sharded.
     """
-    from lrmc_ray.train.memory import training_memory
+    from lrmc_ray.train.memory import MemoryForecast
 
-    if settings.train.parallel == "shard":
-        raise ConfigError(
-            "train.parallel must be 'replicate' for a forecast of memory, got 'shard': that of "
-            "shards is not known yet; leave it out, and divide weights, gradients and moments by "
-            "the number of workers"
-        )
     directory = config_directory(settings.model)
-    workers = settings.resources.workers[1] if settings.resources.workers else 1
+    is_sharded = settings.train.parallel == "shard"
+    workers = settings.resources.workers[1] if settings.resources.workers else None
     ways = list(_ways(settings.train))
     rows = []
     with progress("Counting", total=len(ways), unit="ways") as bar:
         for changes in ways:
-            memory = training_memory(
+            forecast = MemoryForecast(
                 directory,
                 trial_settings(settings.train, changes),
                 length=settings.data.max_length,
-                workers=workers,
             )
+            devices = {card: _devices(forecast, card, workers, is_sharded) for card in CARDS_GB}
+            if workers is None:
+                workers = (devices[USUAL_CARD_GB] or MOST_DEVICES) if is_sharded else 1
+            memory = forecast.of(workers)
             fits = [card for card in CARDS_GB if memory.total <= USABLE * card * 1e9]
-            rows.append({"settings": changes, **memory.as_dict(), "fits_gb": fits})
+            row = {"settings": changes, **memory.as_dict(), "fits_gb": fits}
+            rows.append({**row, "devices": {str(card): n for card, n in devices.items()}})
             bar.advance(1)
     train = settings.train
     return {
         "model": settings.model.name,
         "length": settings.data.max_length,
         "workers": workers,
+        "parallel": train.parallel,
         "rows_of_micro_batch": -(-train.batch_size // train.micro_batches),
         "precision": train.precision,
         "reduction": train.reduction,
         "ways": rows,
     }
+
+
+def _devices(
+    forecast: "MemoryForecast", card: int, workers: int | None, is_sharded: bool
+) -> int | None:
+    """How many GPUs of ``card`` gigabytes it takes, one for each worker; None: no number does."""
+    numbers = range(1, MOST_DEVICES + 1) if is_sharded else [workers or 1]
+    for number in numbers:
+        if forecast.of(number).total <= USABLE * card * 1e9:
+            return number if is_sharded else 1
+    return None
 
 
 def _ways(train: TrainSettings) -> Iterator[dict[str, Any]]:
@@ -89,6 +108,7 @@ _TERMS = {
     "gradients": "what is added up, and the part that is kept apart",
     "moments": "two of the optimizer",
     "copies": "the base model or its weights beside",
+    "gathered": "layers and vocabulary, whole for a while",
     "activations": "of one micro-batch, at their most",
     "loss": "hidden states, candidates, logits of the tail",
     "step": "the optimizer's, when activations are gone",
@@ -98,9 +118,11 @@ _TERMS = {
 def show_memory(planned: Mapping[str, Any]) -> None:
     """The plan as text on stdout."""
     first = planned["ways"][0]
+    is_sharded = planned["parallel"] == "shard"
+    worker = f"One of {planned['workers']} workers" if is_sharded else "A worker"
     _print_wrapped(
         f"{first['parameters'] / 1e9:.3g} billion parameters, of which "
-        f"{first['trained'] / 1e9:.3g} billion are trained. A worker, with micro-batches of "
+        f"{first['trained'] / 1e9:.3g} billion are trained. {worker}, with micro-batches of "
         f"{planned['rows_of_micro_batch']} x {planned['length']} tokens and "
         f"train.precision={planned['precision']}:"
     )
@@ -112,16 +134,21 @@ def show_memory(planned: Mapping[str, Any]) -> None:
     print(f"{'GPUs of':>12}" + "".join(f"{card:>5} GB" for card in CARDS_GB))
     for row in planned["ways"]:
         named = " ".join(f"train.{name}={value}" for name, value in row["settings"].items())
-        fits = "".join(f"{'1' if card in row['fits_gb'] else '-':>8}" for card in CARDS_GB)
+        fits = "".join(f"{row['devices'][str(card)] or '-':>8}" for card in CARDS_GB)
         print(f"{row['total'] / 1e9:>9.1f} GB{fits}")
         _print_wrapped(named or "as asked", indent=" " * 13)
     print()
-    _print_wrapped(
-        "1: each worker has one such GPU. -: it does not fit. Every worker holds the whole model; "
-        "train.parallel=shard divides weights, gradients and moments by the number of workers."
-    )
-    if not any(row["fits_gb"] for row in planned["ways"]):
+    _print_wrapped(_EXPLAINED[is_sharded])
+    if not any(any(row["devices"].values()) for row in planned["ways"]):
         print("Nothing fits: take shards, a smaller model, or a smaller --max-length.")
+
+
+_EXPLAINED = (
+    "1: each worker has one such GPU. -: it does not fit. Every worker holds the whole model; "
+    "train.parallel=shard divides weights, gradients and moments by the number of workers.",
+    "How many such GPUs the model is divided over, one for each worker. -: 64 are too few. There "
+    "are never more workers than train.micro_batches.",
+)
 
 
 def _print_wrapped(text: str, indent: str = "") -> None:

@@ -187,3 +187,43 @@ def test_the_loss_takes_what_its_positions_need():
 def test_a_type_that_looks_at_values_is_refused_by_name(directory):
     with pytest.raises(DataError, match="dbrx must be a type whose passes need no values"):
         forecast(directory("dbrx"))
+
+
+@pytest.mark.parametrize("workers", [1, 2, 3, 7])
+@pytest.mark.parametrize("tied", [True, False])
+def test_a_shard_is_of_the_first_workers_rows(directory, workers, tied):
+    """By hand: every weight is divided by rows, the longer parts first."""
+    place = directory("llama", **LLAMA, tie_word_embeddings=tied)
+    found = forecast(place, parallel="shard", reduction="fast", precision="fp32", workers=workers)
+    whole = forecast(place, reduction="fast", precision="fp32", workers=workers)
+
+    def rows(number):
+        return -(-number // workers)
+
+    layer = rows(QUERIES) * WIDTH + rows(WIDTH) * QUERIES
+    layer += rows(BESIDE // 2) * WIDTH * 2 + 2 * rows(INNER) * WIDTH + rows(WIDTH) * INNER
+    layer += 2 * rows(WIDTH)
+    own = LAYERS * layer + rows(WIDTH) + (2 - tied) * rows(VOCABULARY) * WIDTH
+    assert found.gradients == 4 * own
+    assert found.moments == 8 * own
+    buffers = whole.weights - 4 * whole.parameters
+    assert found.weights == 4 * own + buffers
+    of_vocabulary = 2 * (2 - tied) * 4 * VOCABULARY * WIDTH
+    assert found.gathered == 4 * 4 * LAYER + 4 * LAYER // workers + of_vocabulary
+    assert whole.gathered == 0
+    for term in ("parameters", "trained", "copies", "activations", "loss"):
+        assert getattr(found, term) == getattr(whole, term)
+    kept = found.weights + found.gradients + found.moments
+    assert found.total == kept + found.gathered + found.activations + found.loss
+
+
+def test_only_rows_that_a_step_touches_are_gathered_without_a_look_at_all_tokens(directory):
+    place = directory("llama", **{**LLAMA, "vocab_size": 50_000}, tie_word_embeddings=True)
+    shards = {"parallel": "shard", "reduction": "fast", "precision": "fp32", "workers": 2}
+    few = {"batch_size": 1, "tail_samples": 32}
+    found = forecast(place, length=16, probe_every=0, **few, **shards)
+    touched = 16 * 151 + 32
+    assert found.gathered == 4 * 4 * LAYER + 2 * LAYER + 2 * 4 * touched * WIDTH
+    for looks in ({"probe_every": 5}, {"probe_every": 0, "loss": "full"}):
+        everything = forecast(place, length=16, **looks, **few, **shards)
+        assert everything.gathered - found.gathered == 2 * 4 * (50_000 - touched) * WIDTH

@@ -57,10 +57,35 @@ def test_the_text_names_every_term_and_what_takes_less(directory, capsys, monkey
     assert max(map(len, text.splitlines())) <= 80
 
 
-def test_shards_are_not_forecast(directory, capsys):
-    flags = ["train.parallel=shard", "train.reduction=fast", "--memory"]
-    assert run_command(main, ["--model", str(directory), *flags]) == 2
-    assert "must be 'replicate' for a forecast of memory, got 'shard'" in capsys.readouterr().err
+SHARDS = ["--parallel", "shard", "--reduction", "fast", "--precision", "fp32"]
+
+
+def test_shards_are_forecast_for_every_card(directory, capsys, monkeypatch):
+    """The least number of devices whose worker fits, found by asking for each."""
+    monkeypatch.setattr("lrmc_ray.tune.plan_memory.CARDS_GB", (0.0012, 0.0016, 80, 141))
+    flags = ["--model", str(directory), "--max-length", "64", "--memory", *SHARDS]
+    assert run_command(main, [*flags, "--json"]) == 0
+    planned = json.loads(capsys.readouterr().out)
+    first = planned["ways"][0]
+    assert planned["parallel"] == "shard"
+    assert planned["workers"] == first["devices"]["80"] == 1
+    train = TrainSettings(parallel="shard", reduction="fast", precision="fp32")
+    totals = [training_memory(directory, train, length=64, workers=n).total for n in range(1, 65)]
+    assert first["total"] == totals[0]
+    for card, number in first["devices"].items():
+        fitting = [n for n, total in enumerate(totals, 1) if total <= USABLE * float(card) * 1e9]
+        assert number == (fitting[0] if fitting else None)
+    assert run_command(main, [*flags, "resources.workers=[1, 3]"]) == 0
+    text = " ".join(capsys.readouterr().out.split())
+    assert "One of 3 workers" in text
+    assert "layers and vocabulary, whole for a while" in text
+
+
+def test_what_cannot_be_sharded_is_refused_by_name(tmp_path, capsys):
+    rope = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}
+    make_config("llama", **SIZES, rope_parameters=rope).save_pretrained(tmp_path)
+    assert run_command(main, ["--model", str(tmp_path), "--memory", *SHARDS]) == 2
+    assert "must be 'replicate' for a llama model, got 'shard'" in capsys.readouterr().err
 
 
 def test_without_its_configuration_a_directory_is_refused(tmp_path, capsys):
@@ -83,9 +108,11 @@ def test_a_layer_of_the_real_sizes(tmp_path):
 
 
 def test_what_fits_nowhere_is_said(capsys):
-    row = {"parameters": 1, "trained": 1, "total": 10**12, "fits_gb": [], "settings": {}}
-    terms = ("weights", "gradients", "moments", "copies", "activations", "loss", "step")
+    row = {"parameters": 1, "trained": 1, "total": 10**12, "settings": {}}
+    row["devices"] = dict.fromkeys(map(str, CARDS_GB))
+    terms = ("weights", "gradients", "moments", "copies", "gathered", "activations", "loss", "step")
     planned = {"ways": [row | dict.fromkeys(terms, 1)], "rows_of_micro_batch": 1}
+    planned |= {"parallel": "replicate", "workers": 1}
     show_memory(planned | {"length": 8, "precision": "fp32"})
     assert "Nothing fits" in capsys.readouterr().out
     assert 0.8 <= USABLE < 1
