@@ -19,9 +19,12 @@ pytestmark = pytest.mark.timeout(900)
 
 TOLERANCES = {"best": 2e-4, "refreshes": 2e-4}
 """Of a weight after 6 steps of lr 0.001 in float32, where it is not 2e-5."""
-LARGEST, LARGEST_SHARES = 6e-3, {"refreshes": 1e-2}
-"""Beyond it are a few weights whose gradient and momentum are opposed by a hair, or not: in one of
-two runs that differ in the last bits they do not move in a step. 0.1 % of them, in bf16 more."""
+LARGEST = {"best": 0.05}
+"""The same of any weight, where it is not 6e-3; a step of lr 0.1 moves one by up to 0.157."""
+LARGEST_SHARES = {"refreshes": 1e-2}
+"""Beyond the tolerance are a few weights whose gradient and momentum are opposed by a hair, or not:
+in one of two runs that differ in the last bits they do not move in a step. 0.1 % of them, in bf16
+more."""
 
 
 @pytest.fixture(scope="module")
@@ -66,7 +69,7 @@ def test_every_run_gives_what_one_worker_with_the_whole_model_gives(
     run_alone(settings, record=record, model=model, directory=tmp_path).run()
     found = weights_of(runs / name)
     expected = model_of(tmp_path)
-    assert difference(found, expected) < LARGEST
+    assert difference(found, expected) < LARGEST.get(name, 6e-3)
     beyond = [(found[n] - expected[n]).abs() > TOLERANCES.get(name, 2e-5) for n in expected]
     assert torch.cat([is_far.flatten() for is_far in beyond]).double().mean() < LARGEST_SHARES.get(
         name, 1e-3
