@@ -86,7 +86,7 @@ def why_again(final: Path, identity: Mapping[str, Any]) -> str | None:
             other = read_manifest(path.parent, made_by=MADE_BY).get("identity", {})
         except DataError:
             continue  # a damaged one is named where it is used
-        differ = [name for name in _IDENTITY if other.get(name) != identity[name]]
+        differ = [name for name in _IDENTITY if other.get(name) != identity.get(name)]
         if path.parent != final and not differ and other and other.get(SAMPLES) is not None:
             return (
                 f"{path.parent} has the same data and model, but candidates of the samples of one "
@@ -95,10 +95,15 @@ def why_again(final: Path, identity: Mapping[str, Any]) -> str | None:
             )
         if path.parent != final and differ and set(differ) <= set(_SIZES):
             sizes = [f"{name} {identity[name]} (there {other.get(name)})" for name in differ]
+            remedy = "record once with the largest that you need (record.tau, record.k_max) to save"
+            has_all = other.get(SAMPLES) in (None, identity.get(SAMPLES))
+            if has_all and all((other.get(name) or 0) > identity[name] for name in differ):
+                same = " ".join(f"record.{name}={other[name]}" for name in differ)
+                remedy = f"that one holds all of it: give {same} to use it and save"
             return (
                 f"{path.parent} has the same data and model, but {', '.join(sizes)} is asked for "
-                "now, so they are recorded once more: a record is not extended; record once with "
-                "the largest that you need (record.tau, record.k_max) to save the second time"
+                f"now, so they are recorded once more: a record is not extended; {remedy} the "
+                "second time"
             )
     return None
 

@@ -8,6 +8,7 @@ from lrmc_ray.evaluate.items import Scores
 from lrmc_ray.evaluate.numbers import points
 from lrmc_ray.files.origin import Origin
 from lrmc_ray.report.blends import BlendPlace, blend_curve
+from lrmc_ray.report.markdown import inert, inert_code
 from lrmc_ray.report.study import Study, Trial, Verdict
 
 
@@ -80,8 +81,9 @@ class CardSubject:
             by = f"trial {made.trial} of {made.study}" if made.study else "a training by itself"
             depth = ", growing with depth" if made.blend_form == "depth" else ""
             blend = f", blend {made.blend:g}{depth}" if made.blend is not None else ""
-            steps.append(f"{number}. from `{made.base}` by {by}{blend}, on {', '.join(made.data)}")
-        last = f"{len(steps) + 1}. from `{self.origin.model['name']}`: this model"
+            base, data = inert_code(made.base), inert(", ".join(made.data))
+            steps.append(f"{number}. from {base} by {inert(by)}{blend}, on {data}")
+        last = f"{len(steps) + 1}. from {inert_code(str(self.origin.model['name']))}: this model"
         return (
             "\n".join([*steps, last])
             + "\n\nGain, forgetting and drift are against the base of the last step; what an "

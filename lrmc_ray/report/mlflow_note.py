@@ -3,6 +3,7 @@
 from lrmc_ray.evaluate.changes import Comparison
 from lrmc_ray.evaluate.numbers import points, points_range
 from lrmc_ray.report.figures_png import FIGURE_FILE
+from lrmc_ray.report.markdown import inert, inert_code
 from lrmc_ray.report.mlflow_shown import RUN_ID
 from lrmc_ray.report.study import Study
 from lrmc_ray.report.words import (
@@ -17,7 +18,7 @@ from lrmc_ray.report.words import (
 
 def study_note(study: Study) -> str:
     """The description: what was found, the scores, the figure."""
-    lines = [_inert(sentence.text) for sentence in headline(study)]
+    lines = [inert(sentence.text) for sentence in headline(study)]
     if study.verdict is not None:
         rows = [("best" if study.best else "closest to the budget", study.verdict.comparison)]
         if study.verdict.plain is not None:
@@ -25,23 +26,16 @@ def study_note(study: Study) -> str:
         lines += [
             "| | domain gain | forgetting | combined |\n|---|---|---|---|\n"
             + "\n".join(_row(name, comparison) for name, comparison in rows),
-            f"Points of 100 on {_inert(verdict_items_text(study.verdict))}, with 95 % intervals. "
-            f"{_inert(score_text(study.verdict.comparison))}",
-            *map(_inert, caution_sentences(study)),
+            f"Points of 100 on {inert(verdict_items_text(study.verdict))}, with 95 % intervals. "
+            f"{inert(score_text(study.verdict.comparison))}",
+            *map(inert, caution_sentences(study)),
         ]
-    directory = str(study.directory).replace("`", "'")
+    directory = inert_code(str(study.directory))
     lines += [
         f"![Domain gain against forgetting](get-artifact?path={FIGURE_FILE}&run_uuid={RUN_ID})",
-        f"`report.html` among the artifacts has all of it; the study is in `{directory}`.",
+        f"`report.html` among the artifacts has all of it; the study is in {directory}.",
     ]
     return "\n\n".join(lines)
-
-
-def _inert(text: str) -> str:
-    """A text that shows itself: names of others in it link to nothing and load no picture."""
-    for sign in ("\\", "`", "[", "]"):
-        text = text.replace(sign, f"\\{sign}")
-    return text.replace("&", "&amp;").replace("<", "&lt;")
 
 
 def _row(name: str, comparison: Comparison) -> str:

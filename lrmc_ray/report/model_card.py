@@ -16,6 +16,7 @@ from lrmc_ray.models import has_chat_template
 from lrmc_ray.record.taught_system import taught_system
 from lrmc_ray.report.card_recipes import recipes
 from lrmc_ray.report.card_subject import subject_of
+from lrmc_ray.report.markdown import inert, inert_code
 from lrmc_ray.report.method_words import PAPER, is_of_paper, method_tags, method_text
 from lrmc_ray.report.study import Study, Verdict, load_study
 from lrmc_ray.report.words import items_text, score_text, verdict_items_text
@@ -74,13 +75,13 @@ def write_model_card(directory: Path, study_dir: Path, name: str | None = None) 
     tuned = {**_section(settings, "train"), **trial.entry.settings, **trial.entry.params}
     sources = _section(settings, "data").get("train", [])
     system = taught_system(sources if subject.origin is None else subject.origin.data)
-    title = f"{base_model.rstrip('/').split('/')[-1]}, tuned ({study.file.name})"
+    title = inert(f"{base_model.rstrip('/').split('/')[-1]}, tuned ({study.file.name})")
     parts = [
         _front_matter(base_model, license_name, [*method_tags(tuned), *TAGS]),
         f"# {title}\n",
-        f"`{base_model}`, fine-tuned by lrmc_ray to learn a domain and keep what it knew. The "
-        f"method: {method_text(tuned)}{f' ({PAPER})' if is_of_paper(tuned) else ''}. "
-        f"{trial.name.capitalize()} of the study {study.file.name}.\n",
+        f"{inert_code(base_model)}, fine-tuned by lrmc_ray to learn a domain and keep what it "
+        f"knew. The method: {method_text(tuned)}{f' ({PAPER})' if is_of_paper(tuned) else ''}. "
+        f"{trial.name.capitalize()} of the study {inert(study.file.name)}.\n",
         subject.what(),
         "## Scores\n",
         *(
@@ -93,7 +94,9 @@ def write_model_card(directory: Path, study_dir: Path, name: str | None = None) 
         recipes(name or directory.name),
         *(["## Where its base comes from\n", chain] if (chain := subject.chain()) else []),
         "## Training data\n",
-        "".join(f"- {_DEMO_DATA if source == DEMO else source}\n" for source in sources),
+        "".join(
+            f"- {_DEMO_DATA if source == DEMO else inert(str(source))}\n" for source in sources
+        ),
         "## Training settings\n",
         _two_columns("setting", flatten(tuned)),
         "## Limits\n",
@@ -154,7 +157,7 @@ def _score_row(task: TaskChange, change: MetricChange, items: str) -> str:
 
     delta, ends = delta_texts(change)
     unit = " nats per token" if change.metric == "cross_entropy" else ""
-    name = task.task.replace("|", "\\|")
+    name = inert(task.task)
     cells = (
         f"{name} ({task.group})",
         change.metric.replace("_", " "),
@@ -173,8 +176,8 @@ def _headline(verdict: Verdict) -> str:
     return (
         f"Domain gain {points(gain.value)} points of 100 ({points_range(gain)}); forgetting on "
         f"the general tasks {points(forgetting.value)} ({points_range(forgetting)}){doubt} "
-        f"({verdict_items_text(verdict)}). {score_text(comparison)} In brackets are 95 % "
-        "intervals over the items; changes are paired item by item.\n"
+        f"({inert(verdict_items_text(verdict))}). {inert(score_text(comparison))} In brackets "
+        "are 95 % intervals over the items; changes are paired item by item.\n"
     )
 
 
@@ -185,7 +188,7 @@ def _limits(study: Study, verdict: Verdict | None) -> str:
     general = [task.task for task in verdict.comparison.tasks if task.group == "general"]
     stale = [task for task in verdict.base.tasks if task not in verdict.fresh_tasks]
     lines = [
-        f"- Forgetting was measured on {', '.join(general)} only. Other abilities may have "
+        f"- Forgetting was measured on {inert(', '.join(general))} only. Other abilities may have "
         "changed.",
         "- The intervals cover the choice of test items, not the training seed.",
         inherited,
@@ -193,14 +196,14 @@ def _limits(study: Study, verdict: Verdict | None) -> str:
     if stale and len(study.compared) > 1:
         lines.append(
             f"- It was chosen from {len(study.compared)} trials by scores that include "
-            f"{', '.join(stale)}, so these lean to the lucky side."
+            f"{inert(', '.join(stale))}, so these lean to the lucky side."
         )
     return "\n".join(lines) + "\n"
 
 
 def _two_columns(title: str, rows: Sequence[tuple[str, str]]) -> str:
     lines = [f"| {title} | value |", "|---|---|"]
-    lines += [f"| {name} | {value} |".replace("\n", " ") for name, value in rows]
+    lines += [f"| {inert(name)} | {inert(value)} |" for name, value in rows]
     return "\n".join(lines) + "\n"
 
 

@@ -1,9 +1,12 @@
+import html
 import json
 import re
 import shutil
 from pathlib import Path
 from typing import Any, get_args
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import yaml
 
@@ -223,3 +226,33 @@ def test_the_code_example_asks_as_the_model_was_taught(
     asked = names["inputs"]["input_ids"][0].tolist()
     assert asked == example.input_ids[: example.is_target.index(True)]
     assert tokenizer.decode(asked) == prompt
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["![p](http://127.0.0.1:9/p.png)", "<img src=x>", "a | b", "`</code><img src=x>`![p][p]"],
+)
+def test_names_of_others_load_no_picture_and_end_no_cell(name, study_dir, tmp_path):
+    from markdown_it import MarkdownIt
+
+    own = Path(shutil.copytree(study_dir, tmp_path / "study"))
+    for path in own.rglob("items.parquet"):
+        table = pq.read_table(path)
+        tasks = [name if task == "nl2sql" else task for task in table["task"].to_pylist()]
+        index = table.schema.get_field_index("task")
+        field = table.schema.field(index)
+        pq.write_table(table.set_column(index, field, pa.array(tasks, field.type)), path)
+    settings = json.loads((own / "study.json").read_text())["settings"]
+    settings["model"]["name"] = f"someone/{name}"
+    settings["data"]["train"] = [name]
+    edit(own, settings=settings)
+    card = card_of(tmp_path, own).split("---\n", 2)[2]
+    page = MarkdownIt("commonmark", {"html": True}).enable("table").render(card)
+    assert "<img" not in page
+    links = re.findall(r'href="([^"]*)"', page)
+    assert [link for link in links if not link.startswith("https://arxiv.org/abs/")] == []
+    rows = re.findall(r"<tr>.*?</tr>", page, re.DOTALL)
+    of_scores = [row.count("<td") for row in rows if "(domain)" in row or "(general)" in row]
+    assert of_scores
+    assert set(of_scores) == {6}
+    assert html.escape(name, quote=False) in page.replace("&quot;", '"')

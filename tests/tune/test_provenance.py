@@ -149,5 +149,14 @@ def test_a_record_of_the_same_data_that_is_too_small_is_named(tmp_path):
     new = tmp_path / "records" / "new"
     said = why_again(new, {**there, "tau": 0.999})
     assert "tau 0.999 (there 0.99) is asked for now, so they are recorded once more" in said
+    assert "record once with the largest that you need" in said
+    said = why_again(new, {**there, "tau": 0.9, "k_max": 32})
+    assert "that one holds all of it: give record.tau=0.99 record.k_max=64 to use it" in said
+    (directory / MANIFEST).write_text(json.dumps({"identity": {**there, "samples": {"seed": 1}}}))
+    said = why_again(new, {**there, "tau": 0.9})
+    assert "record once with the largest that you need" in said
+    (directory / MANIFEST).write_text(json.dumps({"identity": there}))
+    said = why_again(new, {**there, "tau": 0.9, "k_max": 128})
+    assert "record once with the largest that you need" in said
     assert why_again(new, {**there, "tau": 0.999, "data": "e"}) is None
     assert why_again(new, there) is None
