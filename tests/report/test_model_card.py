@@ -251,8 +251,4 @@ def test_names_of_others_load_no_picture_and_end_no_cell(name, study_dir, tmp_pa
     assert "<img" not in page
     links = re.findall(r'href="([^"]*)"', page)
     assert [link for link in links if not link.startswith("https://arxiv.org/abs/")] == []
-    rows = re.findall(r"<tr>.*?</tr>", page, re.DOTALL)
-    of_scores = [row.count("<td") for row in rows if "(domain)" in row or "(general)" in row]
-    assert of_scores
-    assert set(of_scores) == {6}
-    assert html.escape(name, quote=False) in page.replace("&quot;", '"')
+    assert f"<td>{html.escape(name, quote=False)} (domain)</td>" in page
