@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from lrmc_ray.method import restricted_loss
+from lrmc_ray.method.fast import attention_blocks
 from lrmc_ray.method.head import OutputHead
 from lrmc_ray.method.losses import LanguageModel, LossSettings
 from lrmc_ray.method.microbatch import Sample
@@ -163,6 +164,7 @@ def test_the_host_waits_for_no_device_within_a_step(monkeypatch):
     """
     pytest.importorskip("triton", reason="Triton is not installed")
     monkeypatch.setattr(restricted_loss, "_way", lambda *args: "kernel")
+    monkeypatch.setattr(attention_blocks, "divide", lambda *args: None)  # on a CPU alone
     monkeypatch.setattr(EmbeddingLookup, "distinct", lambda _, tokens: distinct_padded(tokens))
     monkeypatch.setattr(TrainedRows, "places", lambda rows, tokens: rows._place_V[tokens.long()])
     samples = random_samples(3, seed=0)

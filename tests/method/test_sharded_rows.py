@@ -27,7 +27,7 @@ def vocabulary(device: str, *, tied: bool, padding: int | None = None):
     plain = embedding.weight.detach().clone(), weight.detach().clone()
     embedding, weight = embedding.to(device), nn.Parameter(weight.detach().to(device))
     head = OutputHead(embedding.weight if tied else weight)
-    shards = ShardedVocabulary(embedding, head, WorkerGroup())
+    shards = ShardedVocabulary(embedding, head, WorkerGroup(), torch.device(device))
     embedding.weight = nn.Parameter(
         torch.full((1,), torch.nan, device=device).expand(VOCABULARY, SIZE), requires_grad=False
     )

@@ -146,8 +146,9 @@ def test_a_worker_tries_it_and_what_it_refuses_is_one_error(recorded, tiny_model
     )
     with ray_session("local", log=tmp_path / "ray.log", num_cpus=2):
         found = find_precision(settings, recorded)
-        with pytest.raises(LrmcError, match="gone"):
-            find_precision(settings, tmp_path / "gone")
+        if computes_bf16(CPU):  # elsewhere nothing is read
+            with pytest.raises(LrmcError, match="gone"):
+                find_precision(settings, tmp_path / "gone")
     if computes_bf16(CPU):
         assert found == judge(distances(settings.train, recorded, tiny_model, device=CPU))
     else:

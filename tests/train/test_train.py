@@ -145,7 +145,7 @@ def test_an_error_of_the_loop_counts_more_than_the_deaths_it_causes():
     assert telling_cause(both) is own
 
 
-@pytest.mark.parametrize(("gpus", "backend"), [(0, None), (0.5, "gloo"), (1, None), (2, None)])
+@pytest.mark.parametrize(("gpus", "backend"), [(0, None), (0.5, "gloo"), (1, None)])
 def test_workers_that_share_a_gpu_exchange_by_gloo(gpus, backend):
     """NCCL refuses two ranks on one device."""
     settings = RunSettings(resources={"gpus_per_worker": gpus})

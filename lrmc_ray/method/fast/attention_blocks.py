@@ -27,7 +27,7 @@ class Block(NamedTuple):
 
     start: int
     stop: int
-    columns_C: Tensor
+    columns_X: Tensor
     """Ascending places of the tokens that one of them sees."""
 
 
@@ -38,13 +38,13 @@ class Blocks(NamedTuple):
     columns_X: Tensor
     """Of all blocks, one after the other."""
     masks: Sequence[Tensor]
-    """The part [1, 1, q, C] of the mask for each block."""
+    """The part [1, 1, q, X] of the mask for each block."""
     shape: torch.Size
     """[Q, T]"""
 
 
 Attend = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
-"""Given queries [B, H, q, d], keys, values and a mask: what they attend to, [B, q, H, d]."""
+"""Given queries [B, X, q, d] of X heads, keys, values, a mask: what they see, [B, q, X, d]."""
 
 _KNOWN: MutableMapping[Tensor, Blocks] = WeakTensorKeyDictionary()
 
@@ -76,11 +76,11 @@ def divide(mask_11QT: Tensor, is_visible_QT: Tensor) -> None:
     if not mask_11QT.is_cpu:
         return  # a call costs more on a GPU than these pairs
     blocks = blocks_of(is_visible_QT)
-    pairs = sum((block.stop - block.start) * len(block.columns_C) for block in blocks)
+    pairs = sum((block.stop - block.start) * len(block.columns_X) for block in blocks)
     if pairs + PAIRS_OF_A_CALL * len(blocks) > LARGEST_SHARE * is_visible_QT.numel():
         return
-    masks = [mask_11QT[:, :, start:stop, columns_C] for start, stop, columns_C in blocks]
-    columns_X = torch.cat([block.columns_C for block in blocks])
+    masks = [mask_11QT[:, :, start:stop, columns_X] for start, stop, columns_X in blocks]
+    columns_X = torch.cat([block.columns_X for block in blocks])
     _KNOWN[mask_11QT] = Blocks(blocks, columns_X, masks, is_visible_QT.shape)
 
 
@@ -90,12 +90,12 @@ def divided(mask: Tensor) -> Blocks | None:
 
 
 def attend_in_blocks(
-    attend: Attend, query_BHQd: Tensor, key_BKTd: Tensor, value_BKTd: Tensor, found: Blocks
+    attend: Attend, query_BXQd: Tensor, key_BXTd: Tensor, value_BXTd: Tensor, found: Blocks
 ) -> Tensor:
     """What ``attend`` returns for the whole row, block by block."""
-    sizes = [len(block.columns_C) for block in found.blocks]
-    keys = torch.split(key_BKTd.index_select(2, found.columns_X), sizes, dim=2)
-    values = torch.split(value_BKTd.index_select(2, found.columns_X), sizes, dim=2)
-    queries = torch.split(query_BHQd, [one.stop - one.start for one in found.blocks], dim=2)
+    sizes = [len(block.columns_X) for block in found.blocks]
+    keys = torch.split(key_BXTd.index_select(2, found.columns_X), sizes, dim=2)
+    values = torch.split(value_BXTd.index_select(2, found.columns_X), sizes, dim=2)
+    queries = torch.split(query_BXQd, [one.stop - one.start for one in found.blocks], dim=2)
     parts = map(attend, queries, keys, values, found.masks)
     return torch.cat(list(parts), dim=1)

@@ -81,9 +81,9 @@ def test_blocks_hold_every_visible_pair_once_and_begin_with_the_sequences():
     assert sorted([*own, blocks[0].stop - 50]) == sorted([40, 40, 30, 70])
     for block in blocks:
         length = block.stop - block.start
-        assert len(block.columns_C) == (50 + length if block.start else length)
+        assert len(block.columns_X) == (50 + length if block.start else length)
         hidden = torch.ones(is_visible.shape[1], dtype=torch.bool)
-        hidden[block.columns_C] = False
+        hidden[block.columns_X] = False
         assert not is_visible[block.start : block.stop, hidden].any()
     assert [b.stop for b in blocks[:-1]] == [b.start for b in blocks[1:]]
     assert blocks[-1].stop == len(is_visible)
