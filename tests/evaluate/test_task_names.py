@@ -1,6 +1,7 @@
 """Two tasks never share a name in the scores, where the items of one would count as the other's."""
 
 import json
+from typing import Any
 
 import pytest
 import yaml
@@ -27,7 +28,7 @@ def files(tmp_path):
         path = tmp_path / folder / "task.yaml"
         path.parent.mkdir()
         (path.parent / "items.jsonl").write_text(json.dumps({"q": folder, "a": "x"}) + "\n")
-        values = {"task": folder, "dataset_path": "json", "test_split": "test"}
+        values: dict[str, Any] = {"task": folder, "dataset_path": "json", "test_split": "test"}
         values |= {"dataset_kwargs": {"data_files": {"test": "items.jsonl"}}}
         values |= {"output_type": "generate_until", "doc_to_text": "{{q}}", "doc_to_target": "a"}
         path.write_text(yaml.safe_dump(values))

@@ -61,7 +61,7 @@ def equal(one, other) -> bool:
 
 
 def test_used_samples_are_recorded_as_in_a_record_of_all(settings, tmp_path):
-    asked = []
+    asked: list[list[str]] = []
     everything = Records(record(settings, tmp_path / "all"))
     some = Records(record(settings, tmp_path / "some", used(asked)))
     assert asked == [[""] * 30]
@@ -85,7 +85,7 @@ def test_used_samples_are_recorded_as_in_a_record_of_all(settings, tmp_path):
 
 
 def test_the_model_sees_no_other_sample(settings, tmp_path, monkeypatch):
-    seen = []
+    seen: list[str] = []
 
     class Watched(Recorder):
         def __init__(self, **options):
@@ -96,7 +96,7 @@ def test_the_model_sees_no_other_sample(settings, tmp_path, monkeypatch):
                 seen.extend(row["sample_id"] for row in rows)
                 return forward(rows)
 
-            self._recorder._forward = counted
+            self._recorder._forward = counted  # type: ignore[method-assign]
 
     def watched(prepared, shards, tokenizer_size):
         recorder = Watched(**recorder_options(prepared, tokenizer_size))
@@ -130,7 +130,7 @@ def test_a_record_of_all_serves_and_a_study_keeps_the_record_it_began_with(setti
 
 
 def test_samples_are_chosen_once_and_survive_an_interruption(settings, tmp_path):
-    asked = []
+    asked: list[list[str]] = []
     prepared = prepare(settings, tmp_path, used(asked))
     assert prepared.used is not None
     record(settings, tmp_path, used(asked))

@@ -47,7 +47,7 @@ def damage(directory: Path, step: int) -> None:
     path.write_bytes(content)
 
 
-def never(directory: Path) -> Any:
+def never(directory: Path, *, dtype: torch.dtype | None = None) -> Any:
     """No worker loads a whole model."""
     raise AssertionError(directory)
 

@@ -154,7 +154,7 @@ def test_a_tied_weight_may_be_under_the_name_of_the_head_alone(copied):
 
 def test_an_older_single_file_wins_as_for_transformers(copied):
     directory = copied("qwen3")
-    weights = {}
+    weights: dict[str, torch.Tensor] = {}
     for path in directory.glob("*.safetensors"):
         weights |= load_file(path)
     weights = {name: weight + 1 for name, weight in weights.items()}

@@ -62,8 +62,10 @@ def test_results_and_gradients_are_those_of_all_pairs(lengths, first_query):
     assert found is not None
     assert len(found.blocks) > 2
     one, other = (inputs(*is_visible.shape) for _ in range(2))
-    expected = attend(*one, mask)
-    actual = attend_in_blocks(attend, *other, found)
+    query, key, value = one
+    expected = attend(query, key, value, mask)
+    query, key, value = other
+    actual = attend_in_blocks(attend, query, key, value, found)
     torch.testing.assert_close(actual, expected, rtol=1e-12, atol=1e-13)
     weights = torch.randn(expected.shape, dtype=torch.float64, generator=rng(9))
     (expected * weights).sum().backward()

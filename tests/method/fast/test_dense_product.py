@@ -214,7 +214,8 @@ class Made(TorchDispatchMode):
 
     def __init__(self, *shapes: tuple[int, int]) -> None:
         super().__init__()
-        self.shapes, self.bytes, self.products = shapes, 0, []
+        self.shapes, self.bytes = shapes, 0
+        self.products: list[tuple[torch.dtype, ...]] = []
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         made = func(*args, **(kwargs or {}))
