@@ -2,14 +2,12 @@
 
 import html
 
-import pyarrow as pa
-import pyarrow.parquet as pq
 import pytest
 from markdown_it import MarkdownIt
 
 from lrmc_ray.report.mlflow_note import study_note
 from lrmc_ray.report.study import load_study
-from tests.support.synthetic_study import add_final, edit, make_study
+from tests.support.synthetic_study import add_final, edit, make_study, rename_task
 
 
 def rendered(note):
@@ -36,12 +34,7 @@ def finished(directory):
 )
 def test_the_name_of_a_task_loads_no_picture_and_links_to_nothing(tmp_path, name):
     directory = finished(tmp_path / "demo-0123")
-    for path in directory.rglob("items.parquet"):
-        table = pq.read_table(path)
-        tasks = [name if task == "nl2sql" else task for task in table["task"].to_pylist()]
-        index = table.schema.get_field_index("task")
-        field = table.schema.field(index)
-        pq.write_table(table.set_column(index, field, pa.array(tasks, field.type)), path)
+    rename_task(directory, "nl2sql", name)
     page = rendered(study_note(load_study(directory)))
     assert page.count("<img") == 1  # our figure
     assert 'src="get-artifact?path=gain_vs_forgetting.png' in page

@@ -5,8 +5,6 @@ import shutil
 from pathlib import Path
 from typing import Any, get_args
 
-import pyarrow as pa
-import pyarrow.parquet as pq
 import pytest
 import yaml
 
@@ -20,7 +18,7 @@ from lrmc_ray.report.method_words import method_text
 from lrmc_ray.report.model_card import write_model_card
 from lrmc_ray.report.study import load_study
 from tests.support.chat_templates import shipped, tokenizer_for
-from tests.support.synthetic_study import add_final, edit, make_study
+from tests.support.synthetic_study import add_final, edit, make_study, rename_task
 
 SYSTEM = 'Answer in SQL.\ncountry("name", öäü) ``` MESSAGES'
 ANSWER = {"role": "assistant", "content": "Two."}
@@ -236,12 +234,7 @@ def test_names_of_others_load_no_picture_and_end_no_cell(name, study_dir, tmp_pa
     from markdown_it import MarkdownIt
 
     own = Path(shutil.copytree(study_dir, tmp_path / "study"))
-    for path in own.rglob("items.parquet"):
-        table = pq.read_table(path)
-        tasks = [name if task == "nl2sql" else task for task in table["task"].to_pylist()]
-        index = table.schema.get_field_index("task")
-        field = table.schema.field(index)
-        pq.write_table(table.set_column(index, field, pa.array(tasks, field.type)), path)
+    rename_task(own, "nl2sql", name)
     settings = json.loads((own / "study.json").read_text())["settings"]
     settings["model"]["name"] = f"someone/{name}"
     settings["data"]["train"] = [name]

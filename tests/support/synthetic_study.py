@@ -10,6 +10,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 
 from lrmc_ray.evaluate.items import Scores
 from lrmc_ray.files.artifacts import write_manifest
@@ -203,3 +205,13 @@ def edit(directory: Path, **changes: Any) -> None:
     for number_, change in changes.pop("trials", {}).items():
         study["trials"][number_].update(change)
     path.write_text(json.dumps(study | changes))
+
+
+def rename_task(directory: Path, task: str, name: str) -> None:
+    """Call ``task`` otherwise in all scores of the study."""
+    for path in directory.rglob("items.parquet"):
+        table = pq.read_table(path)
+        names = [name if one == task else one for one in table["task"].to_pylist()]
+        index = table.schema.get_field_index("task")
+        field = table.schema.field(index)
+        pq.write_table(table.set_column(index, field, pa.array(names, field.type)), path)
