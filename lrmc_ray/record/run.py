@@ -110,14 +110,21 @@ def _record_shards(
     shards: Sequence[Mapping[str, Any]] = plan["shards"]
     done = recording.begin(plan)
     missing = [shard for shard in shards if shard["name"] not in done]
-    rows_done = sum(shard["stop"] - shard["start"] for shard in shards if shard["name"] in done)
+    seen_of = {shard["name"]: _num_seen(shard) for shard in shards}
+    seen = sum(number for name, number in seen_of.items() if name in done)
     totals = PartTotals()
     for name, part in done.items():
         done[name] = totals.add(part)
-    with progress("Recording", total=plan["samples"], unit="samples", completed=rows_done) as bar:
+    with progress("Recording", total=sum(seen_of.values()), unit="samples", completed=seen) as bar:
         for part in run_actors(prepared, missing, plan["tokenizer_size"]):
             if part["name"] not in done:
                 done[part["name"]] = totals.add(part)
             passed("record.part_counted", part["name"])
-            bar.advance(part["rows"])
+            bar.advance(seen_of[part["name"]])
     return [done[shard["name"]] for shard in shards], totals
+
+
+def _num_seen(shard: Mapping[str, Any]) -> int:
+    """Samples of a shard that the model sees."""
+    only = shard.get("only")
+    return int(shard["stop"] - shard["start"] if only is None else len(only))

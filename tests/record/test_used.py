@@ -84,7 +84,7 @@ def test_used_samples_are_recorded_as_in_a_record_of_all(settings, tmp_path):
     assert "recorded_samples" not in read_manifest(everything.directory, made_by="")["summary"]
 
 
-def test_the_model_sees_no_other_sample(settings, tmp_path, monkeypatch):
+def test_the_model_sees_no_other_sample(settings, tmp_path, monkeypatch, capsys):
     seen: list[str] = []
 
     class Watched(Recorder):
@@ -105,6 +105,7 @@ def test_the_model_sees_no_other_sample(settings, tmp_path, monkeypatch):
     monkeypatch.setattr(record_run, "run_actors", watched)
     records = Records(record(settings, tmp_path, used()))
     assert sorted(seen) == sorted(records[index].sample_id for index in CHOSEN)
+    assert "Recording: 5/5 samples" in capsys.readouterr().err
 
 
 def test_it_is_another_record_than_that_of_all_and_of_other_samples(settings, tmp_path):
