@@ -21,6 +21,7 @@ from unittest import mock
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils._python_dispatch import _disable_current_modes
 
 from lrmc_ray.config import TrainSettings
 from lrmc_ray.errors import ConfigError, TrainingError
@@ -285,17 +286,28 @@ def _places(model: Any) -> _Places:
 
 @torch.no_grad()
 def _is_product(layer: Any) -> bool:
-    """Whether a linear layer, of whatever class, computes its product and nothing else."""
+    """Whether a linear layer, of whatever class, computes its product and nothing else.
+
+    It is tried with a weight of its shape: its own may be on the meta device, or a fake one.
+    """
     if not isinstance(layer, nn.Linear) or type(layer).forward is nn.Linear.forward:
         return True
-    if layer.weight.is_meta:
-        raise NotImplementedError("a product can only be tried with values")
-    input_ND = layer.weight.new_ones(2, layer.weight.shape[1])
-    try:
-        output: Any = layer(input_ND)
-        return torch.allclose(output, F.linear(input_ND, layer.weight, layer.bias), rtol=1e-3)
-    except (RuntimeError, TypeError, ValueError, AttributeError):
-        return False  # it takes or gives something else
+    with _disable_current_modes():
+        # Of one sign, so that no sum cancels.
+        shape = layer.weight.shape
+        weight = torch.linspace(0.5, 1.5, shape.numel()).view(shape)
+        bias = None if layer.bias is None else weight[:, 0].clone()
+        probe = copy.copy(layer)
+        probe._parameters = {
+            "weight": nn.Parameter(weight),
+            "bias": None if bias is None else nn.Parameter(bias),
+        }
+        input_ND = torch.linspace(0.5, 1.5, 2 * shape[1]).view(2, shape[1])
+        try:
+            output: Any = probe(input_ND)
+            return torch.allclose(output, F.linear(input_ND, weight, bias), rtol=1e-3)
+        except (RuntimeError, TypeError, ValueError, AttributeError):
+            return False  # it takes or gives something else
 
 
 def _shared_weights(model: Any) -> set[int]:

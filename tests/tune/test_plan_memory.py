@@ -116,3 +116,15 @@ def test_what_fits_nowhere_is_said(capsys):
     show_memory(planned | {"length": 8, "precision": "fp32"})
     assert "Nothing fits" in capsys.readouterr().out
     assert 0.8 <= USABLE < 1
+
+
+def test_adapters_are_counted_on_linear_layers_of_the_model_s_own_class(tmp_path):
+    from transformers import AutoModelForCausalLM, FalconConfig
+
+    config = FalconConfig(vocab_size=64, hidden_size=32, num_hidden_layers=2, num_attention_heads=4)
+    config.save_pretrained(tmp_path)
+    layers = AutoModelForCausalLM.from_config(config).transformer.h
+    linear = [x for x in layers.modules() if type(x).__name__ == "FalconLinear"]
+    assert len(linear) == 8
+    found = training_memory(tmp_path, TrainSettings(lora_rank=4), length=16)
+    assert found.trained == 4 * sum(sum(x.weight.shape) for x in linear)
