@@ -28,17 +28,8 @@ from lrmc_ray.evaluate.task_files import check_tasks, own_files, task_fingerprin
 from lrmc_ray.evaluate.vocabulary import vocabulary_of
 from lrmc_ray.files.artifacts import write_manifest
 from lrmc_ray.models import load_model, load_tokenizer
+from tests.support.own_tasks import GENERATED, write
 
-MINIMAL = {
-    "task": "mine",
-    "dataset_path": "json",
-    "dataset_kwargs": {"data_files": {"test": "items.jsonl"}},
-    "test_split": "test",
-    "output_type": "multiple_choice",
-    "doc_to_text": "{{question}}",
-    "doc_to_choice": "choices",
-    "doc_to_target": "answer",
-}
 CHOICES = {"metric_list": [{"metric": name} for name in SCORED["multiple_choice"]]}
 ITEMS = [
     {"question": f"{n} and one is", "choices": ["two", "many more", "none"], "answer": n % 3}
@@ -50,16 +41,6 @@ TEXTS = [{"question": f"Say {n}:", "answer": f" word {n}"} for n in range(5)]
 @pytest.fixture(autouse=True)
 def _one_thread():
     torch.set_num_threads(1)
-
-
-def write(folder: Path, items, *, data="items.jsonl", **changes) -> Path:
-    """A task file, ``None`` for a key that it is not to have, and its data."""
-    folder.mkdir(exist_ok=True)
-    (folder / data).write_text("".join(json.dumps(item) + "\n" for item in items))
-    task = {key: value for key, value in {**MINIMAL, **changes}.items() if value is not None}
-    path = folder / "mine.yaml"
-    path.write_text(json.dumps(task))
-    return path
 
 
 def rows_of(path: Path, model: Path):
@@ -193,13 +174,6 @@ def generated(path: Path, lm, tmp_path: Path):
 
 def accuracy(rows):
     return [row["value"] for row in rows if row["metric"] == "accuracy"]
-
-
-GENERATED = {
-    "output_type": "generate_until",
-    "doc_to_choice": None,
-    "generation_kwargs": {"until": ["\n"], "max_gen_toks": 4},
-}
 
 
 def test_generated_answers_have_lm_evals_values(reference, tmp_path, monkeypatch):

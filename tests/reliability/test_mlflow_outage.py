@@ -12,10 +12,11 @@ import urllib.request
 
 import pytest
 
-from lrmc_ray.files.metrics_log import MetricsLog
+from lrmc_ray.files.metrics_log import MetricsLog, read_metrics
 from lrmc_ray.report import mlflow_mirror as tracking
 from lrmc_ray.report.mlflow import StudyTracker
 from lrmc_ray.report.mlflow_sync import sync
+from tests.support.tiny import make_data
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 
@@ -140,3 +141,56 @@ def test_an_outage_neither_slows_training_nor_loses_or_doubles_a_metric(
     before, during = seconds[:19], seconds[19:39]
     assert statistics.median(during) < 2 * statistics.median(before) + 1e-3
     assert max(during) < STEP_SECONDS
+
+
+@pytest.mark.ray
+def test_a_search_ends_well_though_its_server_falls_silent(tiny_model, tmp_path):
+    """From the first step on the server takes connections and answers none, to the end."""
+    output, server = tmp_path / "runs", Server(tmp_path)
+    words = [sys.executable, "-m", "lrmc_ray", "tune", "--space", "smoke"]
+    words += ["--model", str(tiny_model), "--train-data", str(make_data(tmp_path / "train.jsonl"))]
+    words += ["--domain-tasks", "capitals", "--general-tasks", "plain_english"]
+    words += ["--output", str(output), "--tracking-uri", server.uri]
+    try:
+        search = subprocess.Popen(
+            [*words, "evaluate.limit=4", "search.trials=2"], stderr=subprocess.PIPE, text=True
+        )
+        deadline = time.monotonic() + 300
+        while not list(output.glob("*/trials/*/metrics.jsonl")) and search.poll() is None:
+            assert time.monotonic() < deadline
+            time.sleep(0.1)
+        server.signal(signal.SIGSTOP)
+        _, said = search.communicate(timeout=300)
+        assert search.returncode == 0, said[-3000:]
+        assert "Traceback" not in said
+        assert "mlflow-sync" in said
+        (study,) = output.glob("*/study.json")
+        trials = json.loads(study.read_text())["trials"]
+        assert [trial["state"] for trial in trials] == ["COMPLETE"] * 2
+        server.signal(signal.SIGCONT)
+        sync(study.parent, server.uri)
+        assert losses_by_trial(server.uri) == {
+            str(trial["number"]): [
+                (line.step, line.metrics["train/loss"])
+                for line in read_metrics(study.parent / trial["metrics_file"])
+            ]
+            for trial in trials
+        }
+    finally:
+        server.close()
+
+
+def losses_by_trial(uri):
+    """Steps and losses of every trial, as MLflow's own client reads them."""
+    from mlflow import MlflowClient
+
+    client = MlflowClient(uri)
+    experiment = client.get_experiment_by_name("lrmc_ray")
+    return {
+        run.data.tags["lrmc.trial"]: sorted(
+            (point.step, point.value)
+            for point in client.get_metric_history(run.info.run_id, "train/loss")
+        )
+        for run in client.search_runs([experiment.experiment_id])
+        if "lrmc.trial" in run.data.tags
+    }

@@ -28,3 +28,18 @@ def test_a_plane_is_found_inside_the_hull_and_nothing_outside():
 )
 def test_too_little_to_draw_a_surface(x, y):
     assert surface(x, y, list(range(len(x)))) is None
+
+
+def test_the_surface_of_many_trials_is_that_of_all_of_them(monkeypatch):
+    rng = np.random.default_rng(1)
+    x, y = rng.uniform(0.8, 1.0, 600), rng.uniform(10, 120, 600)
+    z = np.sin(8 * x) + np.cos(y / 40)
+    found = surface(x, y, z)
+    monkeypatch.setattr("lrmc_ray.report.trade_off._NEIGHBORS", 600)
+    of_all = surface(x, y, z)
+    inside = np.isfinite(of_all.z)
+    assert 0.8 < inside.mean() < 1.0
+    assert (np.isfinite(found.z) == inside).all()
+    assert found.z[inside] == pytest.approx(of_all.z[inside], abs=1e-3)
+    expected = np.sin(8 * found.x[None, :]) + np.cos(found.y[:, None] / 40)
+    assert found.z[inside] == pytest.approx(expected[inside], abs=0.01)
