@@ -162,6 +162,12 @@ def harmless(text: str) -> str:
     return _CONTROLS.sub("\N{REPLACEMENT CHARACTER}", text)
 
 
+def public(text: str) -> str:
+    """``text`` without the user, the password and the token of any address in it."""
+    text = re.sub(r"(?<=://)[^/\s]+@", "***@", text)
+    return re.sub(r"(?i)\b(password|passwd|pwd|token|secret)=[^&\s]+", r"\1=***", text)
+
+
 def plain_console(
     *, highlight: bool = False, stderr: bool = False, width: int | None = None
 ) -> "Console":

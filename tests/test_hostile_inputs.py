@@ -17,7 +17,7 @@ import pytest
 import yaml
 
 from lrmc_ray.config import RunSettings
-from lrmc_ray.console import run_command
+from lrmc_ray.console import public, run_command
 from lrmc_ray.errors import ConfigError, DataError, LrmcError
 from lrmc_ray.evaluate.allowed_python import allow_python, check_allowed
 from lrmc_ray.evaluate.command import check_named_tasks, scores_directory
@@ -39,7 +39,7 @@ from lrmc_ray.record.inspect_command import main as inspect
 from lrmc_ray.report.command import main as report
 from lrmc_ray.report.mlflow import register_model
 from lrmc_ray.report.mlflow_command import main as mlflow_sync
-from lrmc_ray.report.mlflow_mirror import in_one_line, public
+from lrmc_ray.report.mlflow_mirror import in_one_line
 from lrmc_ray.report.mlflow_place import check_kept_within
 from lrmc_ray.report.mlflow_sync import sync
 from lrmc_ray.train.sharded_state import check_metadata

@@ -29,7 +29,7 @@ from lrmc_ray.cluster.cluster_file import load_cluster, placeholders, problems
 from lrmc_ray.cluster.resources import check_trial_slots, cluster_nodes, local_cpus
 from lrmc_ray.cluster.session import RAY_LOG, ray_session
 from lrmc_ray.command_line import CommandParser
-from lrmc_ray.console import setup_logging
+from lrmc_ray.console import public, setup_logging
 from lrmc_ray.errors import LrmcError
 from lrmc_ray.files.artifacts import cache_directory
 from lrmc_ray.files.names import default_tracking_uri
@@ -226,28 +226,29 @@ def check_token() -> Iterator[Finding]:
 
 def check_mlflow(uri: str) -> Finding:
     """Whether MLflow can be written to."""
+    shown = public(uri)
     if uri.startswith("sqlite:///"):
         path = Path(uri.removeprefix("sqlite:///")).parent
         while not path.exists():
             path = path.parent
         if os.access(path, os.W_OK):
-            return Finding("mlflow", "ok", uri)
+            return Finding("mlflow", "ok", shown)
         return Finding(
             "mlflow", "failed", f"{path} cannot be written", "give another --tracking-uri"
         )
     if not uri.startswith(("http://", "https://")):
-        return Finding("mlflow", "ok", f"{uri} (not tried)")
+        return Finding("mlflow", "ok", f"{shown} (not tried)")
     from urllib.error import URLError
     from urllib.request import urlopen
 
     try:
         with urlopen(f"{uri.rstrip('/')}/health", timeout=MLFLOW_SECONDS) as answer:
-            return Finding("mlflow", "ok", f"{uri} answers {answer.read(20).decode()}")
+            return Finding("mlflow", "ok", f"{shown} answers {answer.read(20).decode()}")
     except (URLError, OSError, ValueError) as error:
         return Finding(
             "mlflow",
             "failed",
-            f"{uri} does not answer ({error})",
+            f"{shown} does not answer ({error})",
             "start it: mlflow server --host 127.0.0.1; training goes on without, and "
             "`lrmc mlflow-sync DIR` sends it the rest later",
         )

@@ -10,6 +10,7 @@ import contextlib
 import hashlib
 from pathlib import Path
 
+from lrmc_ray.console import public
 from lrmc_ray.errors import ConfigError
 from lrmc_ray.files.artifacts import cache_directory
 
@@ -39,16 +40,9 @@ def check_addresses(*addresses: str | None, named_by: Path, remedy: str) -> None
     for address in filter(None, addresses):
         if not _note(address).is_file():
             raise ConfigError(
-                f"other places must be contacted at your own wish, and {_shown(address)} is "
+                f"other places must be contacted at your own wish, and {public(address)} is "
                 f"named by {named_by} alone; if you trust it, {remedy}"
             )
-
-
-def _shown(address: str) -> str:
-    """An address without what stands before an @, which may be a password."""
-    scheme, found, rest = address.partition("://")
-    host, slash, path = rest.partition("/")
-    return f"{scheme}{found}{host.rpartition('@')[2]}{slash}{path}"
 
 
 def _note(address: str) -> Path:

@@ -17,14 +17,15 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
+from lrmc_ray.console import public
 from lrmc_ray.errors import IncompleteArtifactError, ResourceError
 from lrmc_ray.files.names import BEST_MODEL
 from lrmc_ray.files.study import STUDY_FILE, Artifact, StudyFile, TrainingFile, read_study
 from lrmc_ray.report.mlflow_mirror import (
     StudyMirror,
+    catch_up_command,
     in_one_line,
     prepare_mlflow,
-    public,
     root_cause,
 )
 from lrmc_ray.report.mlflow_place import check_kept_within, follow_a_move
@@ -282,7 +283,7 @@ def register_model(study_dir: Path, model: Path, name: str, tracking_uri: str) -
         if not parents:
             raise IncompleteArtifactError(
                 f"the study {study.id} is not in MLflow at {public(tracking_uri)}; run "
-                f"`lrmc mlflow-sync {study_dir}` first"
+                f"`{catch_up_command(study_dir, tracking_uri)}` first"
             )
         run_id = parents[0].info.run_id
         check_kept_within(str(parents[0].info.artifact_uri), tracking_uri, study_dir)

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from lrmc_ray.command_line import CommandParser
+from lrmc_ray.console import public
 from lrmc_ray.files.artifacts import lock_directory
 from lrmc_ray.files.names import default_tracking_uri
 from lrmc_ray.files.study import find_study
@@ -36,5 +37,5 @@ def main(argv: Sequence[str]) -> int:
     read_forwarded(directory)  # before a lock is left where there is no search
     with lock_directory(directory):
         added = sync(directory, uri)
-    print(f"{added.runs} runs and {added.points} metric values were added to {uri}")
+    print(f"{added.runs} runs and {added.points} metric values were added to {public(uri)}")
     return 0

@@ -19,10 +19,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from lrmc_ray.command_line import pasteable
 from lrmc_ray.config.base import flatten
+from lrmc_ray.console import public
 from lrmc_ray.errors import DataError
 from lrmc_ray.files.metrics_log import StepMetrics, last_of_each_step, read_new_lines
-from lrmc_ray.files.names import BEST_MODEL
+from lrmc_ray.files.names import BEST_MODEL, default_tracking_uri
 from lrmc_ray.files.study import Artifact, TrainingFile
 from lrmc_ray.report.mlflow_place import (
     artifacts_beside,
@@ -437,10 +439,12 @@ def in_one_line(error: BaseException) -> str:
     return public(f"{type(error).__name__}: {error}".splitlines()[0])[:200]
 
 
-def public(text: str) -> str:
-    """``text`` without the user, the password and the token of any address in it."""
-    text = re.sub(r"(?<=://)[^/\s]+@", "***@", text)
-    return re.sub(r"(?i)\b(password|passwd|pwd|token|secret)=[^&\s]+", r"\1=***", text)
+def catch_up_command(study_dir: Path, tracking_uri: str) -> str:
+    """What to type to bring MLflow up to a study. Of an address, passwords are to be put in."""
+    words = ["mlflow-sync", study_dir]
+    if tracking_uri != default_tracking_uri(study_dir.parent):
+        words += ["--tracking-uri", public(tracking_uri)]
+    return pasteable("lrmc", *words)
 
 
 def _color(number: int, role: str) -> str:

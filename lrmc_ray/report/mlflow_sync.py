@@ -4,6 +4,7 @@ import sqlite3
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from lrmc_ray.console import public
 from lrmc_ray.errors import DataError, LrmcError, ResourceError
 from lrmc_ray.files.study import STUDY_FILE, StudyFile
 from lrmc_ray.report.mlflow import EXPERIMENT, best_model_of, read_forwarded, shown
@@ -11,7 +12,6 @@ from lrmc_ray.report.mlflow_mirror import (
     StudyMirror,
     in_one_line,
     prepare_mlflow,
-    public,
     root_cause,
 )
 from lrmc_ray.report.mlflow_note import study_note, study_scores

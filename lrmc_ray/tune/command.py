@@ -5,10 +5,11 @@ import json
 import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
+from urllib.parse import urlsplit
 
 from lrmc_ray.command_line import CommandParser, pasteable
 from lrmc_ray.config.arguments import add_run_arguments, settings_from
-from lrmc_ray.console import plain_console, setup_logging
+from lrmc_ray.console import plain_console, public, setup_logging
 from lrmc_ray.files.allowed_addresses import allow_addresses
 from lrmc_ray.files.artifacts import lock_directory
 from lrmc_ray.files.names import BEST_MODEL
@@ -106,7 +107,6 @@ def _register(search: "Search", name: str) -> None:
 
 def _print_end(search: "Search", arguments: argparse.Namespace) -> None:
     from lrmc_ray.report.console import as_json, summary_table
-    from lrmc_ray.report.mlflow_mirror import public
     from lrmc_ray.report.study import load_study
     from lrmc_ray.report.words import headline, record_sentences, score_text
 
@@ -134,11 +134,24 @@ def _print_end(search: "Search", arguments: argparse.Namespace) -> None:
             f"closest one: {closest / 'training' / 'model'}"
         )
     print("\nNext:")
-    shown_uri = public(search.tracking_uri)
-    print(f"  {pasteable('mlflow', 'ui', '--backend-store-uri', shown_uri)}")
-    if path := search.description.file.trade_off_path:
-        print(f"      forgetting against gain: {MLFLOW_UI}/{path}")
+    for line in in_mlflow(public(search.tracking_uri), search.description.file.trade_off_path):
+        print(f"  {line}")
     if study.best is not None:
         print(f"  {pasteable('lrmc', 'evaluate', '--tuned', model)}")
         print(f"  {pasteable('lrmc', 'chat', model)}")
         print(f"  {pasteable('lrmc', 'blend', search.directory)}")
+
+
+def in_mlflow(uri: str, path: str | None) -> list[str]:
+    """What to open or to type to see the search in MLflow: a server has a page, a database none.
+
+    Args:
+        uri: of the server or database, without passwords.
+        path: of the chart behind the server's address, where it is known.
+    """
+    is_server = urlsplit(uri).scheme in ("http", "https")
+    page = uri.rstrip("/") if is_server else MLFLOW_UI
+    start = f"MLflow: {page}"
+    if not is_server:
+        start = pasteable("mlflow", "ui", "--backend-store-uri", uri)
+    return [start, f"    forgetting against gain: {page}/{path}"] if path else [start]

@@ -28,6 +28,7 @@ from lrmc_ray.files.place import place_of
 from lrmc_ray.models import local_directory
 from lrmc_ray.record.run import record
 from lrmc_ray.report.mlflow import StudyTracker
+from lrmc_ray.report.mlflow_mirror import catch_up_command
 from lrmc_ray.train.precision import find_precision, taking
 from lrmc_ray.tune import finish
 from lrmc_ray.tune.description import Description, study_directory, study_fingerprint
@@ -143,7 +144,7 @@ class Search:
             experiment=study.experiment,
             params=flatten(study.settings),
             datasets=study.datasets,
-            catch_up=f"lrmc mlflow-sync {self.directory}",
+            catch_up=catch_up_command(self.directory, self.tracking_uri),
         )
 
     # What every trial shares

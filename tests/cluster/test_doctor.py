@@ -148,6 +148,13 @@ def test_mlflow(tmp_path):
     assert doctor.check_mlflow(f"sqlite:///{tmp_path}/new/mlflow.db").status == "ok"
 
 
+@pytest.mark.parametrize("start", ["http://ann:hunter2@127.0.0.1:1", "postgresql://ann:hunter2@db"])
+def test_the_password_of_mlflow_is_not_shown(start):
+    found = doctor.check_mlflow(f"{start}/x")
+    assert "hunter2" not in f"{found.seen} {found.remedy}"
+    assert "://***@" in found.seen
+
+
 def test_a_cluster_file_that_is_not_filled_in(capsys):
     assert run_command(doctor.main, ["--cluster", str(ROOT / "cluster.yaml"), "--json"]) == 1
     findings = json.loads(capsys.readouterr().out)["findings"]

@@ -170,4 +170,4 @@ def test_an_address_is_known_by_all_of_it_and_shown_without_a_password(tmp_path,
         with pytest.raises(ConfigError, match=r"at your own wish, .* alone; .* ask$") as refused:
             check_addresses("s3://a/b", other, named_by=tmp_path, remedy="ask")
         assert "word" not in str(refused.value)
-    assert "https://host/x" in str(refused.value)
+    assert "https://***@host/x" in str(refused.value)

@@ -156,9 +156,10 @@ def test_a_search_ends_well_though_its_server_falls_silent(tiny_model, tmp_path)
             [*words, "evaluate.limit=4", "search.trials=2"], stderr=subprocess.PIPE, text=True
         )
         deadline = time.monotonic() + 300
-        while not list(output.glob("*/trials/*/metrics.jsonl")) and search.poll() is None:
+        while not list(output.glob("*/trials/**/metrics.jsonl")) and search.poll() is None:
             assert time.monotonic() < deadline
             time.sleep(0.1)
+        assert search.poll() is None
         server.signal(signal.SIGSTOP)
         _, said = search.communicate(timeout=300)
         assert search.returncode == 0, said[-3000:]

@@ -797,6 +797,19 @@ def test_training_never_calls_mlflow():
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
+@pytest.mark.parametrize(
+    ("uri", "behind"),
+    [
+        (None, ""),
+        ("http://127.0.0.1:5000", " --tracking-uri http://127.0.0.1:5000"),
+        ("https://ann:hunter2@ml.example", " --tracking-uri 'https://***@ml.example'"),
+    ],
+)
+def test_catching_up_is_with_the_mlflow_that_the_search_had(uri, behind, tmp_path):
+    command = tracking.catch_up_command(tmp_path / "a study", uri or default_tracking_uri(tmp_path))
+    assert command.endswith(f"lrmc mlflow-sync '{tmp_path / 'a study'}'{behind}")
+
+
 def test_the_best_model_is_registered_once_and_comes_back_whole(client, uri, tmp_path):
     from lrmc_ray.report.mlflow import register_model
 
@@ -805,7 +818,7 @@ def test_the_best_model_is_registered_once_and_comes_back_whole(client, uri, tmp
     model.mkdir()
     (model / "model.safetensors").write_bytes(b"weights")
     (model / "config.json").write_text("{}")
-    with pytest.raises(IncompleteArtifactError, match="run `lrmc mlflow-sync"):
+    with pytest.raises(IncompleteArtifactError, match=r"lrmc mlflow-sync .* first"):
         register_model(tmp_path, model, "my-model", uri)
     sync(tmp_path, uri)
     assert client.get_experiment_by_name("another") is not None
