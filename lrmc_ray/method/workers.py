@@ -3,11 +3,13 @@
 import functools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+
+T = TypeVar("T")
 
 BUCKET_ELEMENTS = 2**22
 """Of one collective: 16 MiB in float32."""
@@ -19,24 +21,47 @@ class WorkerGroup:
 
     rank: int = 0
     world_size: int = 1
+    channel: dist.ProcessGroup | None = None
+    """By which they talk, None: the default one. A thread needs another one than the training."""
 
     def sum_(self, *tensors: Tensor) -> None:
         """Add every tensor over the workers, in place."""
         if self.world_size > 1:
-            _as_one_vector(tensors, dist.all_reduce)
+            _as_one_vector(tensors, functools.partial(dist.all_reduce, group=self.channel))
 
     def gather(self, own: Any) -> list[Any]:
         """What every worker has of some picklable kind, by rank."""
         if self.world_size == 1:
             return [own]
         together: list[Any] = [None] * self.world_size
-        dist.all_gather_object(together, own)
+        dist.all_gather_object(together, own, group=self.channel)
         return together
+
+    def together(self, do: Callable[[], T]) -> list[T]:
+        """What ``do`` returns on every worker, by rank; where it fails on one, it fails on all.
+
+        Raises:
+            Exception: what it raised here, or an ``OSError`` of another worker.
+            RuntimeError: it raised something else there.
+        """
+        own, failure = None, None
+        try:
+            own = do()
+        except Exception as error:
+            failure = error
+        known = isinstance(failure, OSError | None)
+        told = failure if known else RuntimeError(f"{type(failure).__name__}: {failure}")
+        outcomes = self.gather((own, told))
+        for theirs in (failure, *(error for _, error in outcomes)):
+            if theirs is not None:
+                raise theirs
+        return [result for result, _ in outcomes]
 
     def broadcast_(self, *tensors: Tensor, source: int) -> None:
         """Give every worker the tensors of worker ``source``, in place."""
         if self.world_size > 1:
-            _as_one_vector(tensors, functools.partial(dist.broadcast, src=source))
+            send = functools.partial(dist.broadcast, src=source, group=self.channel)
+            _as_one_vector(tensors, send)
 
 
 def _as_one_vector(tensors: Sequence[Tensor], collective: Callable[[Tensor], object]) -> None:

@@ -30,6 +30,7 @@ from lrmc_ray.files.artifacts import (
     write_manifest,
 )
 from lrmc_ray.files.beats import PROGRESS, beat
+from lrmc_ray.files.full_disk import full_disk
 from lrmc_ray.files.names import CHECKPOINTS, LEDGER
 from lrmc_ray.files.place import place_of
 from lrmc_ray.models import local_directory, send_model
@@ -107,6 +108,7 @@ def train(
 
     Raises:
         TrainingError: the workers failed; the message has the cause.
+        DiskError: they found no space.
         DataError: ``directory`` holds a run with other settings, or ``record`` belongs to another
             model, tokenizer, chat template or training data.
         DirectoryInUseError: another command is working in ``directory``.
@@ -242,6 +244,7 @@ def run_workers(job: TrainingJob, files: RunFiles) -> dict[str, Any]:
 
     Raises:
         TrainingError: the loop failed, or too many workers were lost without a new checkpoint.
+        DiskError: there is no space to write.
         LrmcError: the loop refused something; the error is its own.
     """
     files.forget_wishes()
@@ -278,6 +281,7 @@ def run_here(job: TrainingJob, files: RunFiles) -> dict[str, Any]:
 
     Raises:
         TrainingError: the loop failed.
+        DiskError: there is no space to write.
         LrmcError: the loop refused something.
     """
     files.forget_wishes()
@@ -289,7 +293,10 @@ def run_here(job: TrainingJob, files: RunFiles) -> dict[str, Any]:
         raise _failure(files, error) from error
 
 
-def _failure(files: RunFiles, cause: BaseException) -> TrainingError:
+def _failure(files: RunFiles, cause: BaseException) -> LrmcError:
+    # Torch does not say what kept it from writing.
+    if (full := full_disk(files.directory, cause_text(cause))) is not None:
+        return full
     return TrainingError(f"training in {files.directory} failed: {cause_text(cause)}")
 
 

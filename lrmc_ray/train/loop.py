@@ -117,7 +117,8 @@ class TrainingRun:
         with only_writer(self.directory) if is_writer else contextlib.nullcontext():
             self._resume()
             self.costs.start()
-            result = self._train()
+            with self.checkpoints.completed():
+                result = self._train()
             costs = self.costs.total(self.group)
             divergence = None if self.is_pruned else self.losses.divergence()
             writes = is_writer or self.learner.sharding is not None

@@ -3,13 +3,18 @@
 Rank 0 saves; all workers hold the same state, so what it saves is everybody's. Of a model in shards
 every worker saves its own, and rank 0 makes a checkpoint of them. A run never starts again from
 step 0 where there were checkpoints.
+
+Shards are written in a thread, while training goes on. There is one such save at a time: the next
+one waits for it, and so does the end of training. Until all of it is there the one before counts.
 """
 
 import contextlib
+import copy
 import fcntl
 import math
 import time
 from collections.abc import Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -17,12 +22,14 @@ import torch
 
 from lrmc_ray.config import TrainSettings
 from lrmc_ray.errors import DataError, DirectoryInUseError
+from lrmc_ray.files.in_background import InBackground
 from lrmc_ray.files.names import CHECKPOINT_NOW, CHECKPOINTS, LEDGER
 from lrmc_ray.method.workers import WorkerGroup
 from lrmc_ray.train.checkpoints import (
     begin_checkpoint,
     checkpoint_path,
     finish_checkpoint,
+    list_checkpoints,
     load_checkpoint,
     load_newest,
     partial_path,
@@ -62,6 +69,19 @@ def only_writer(directory: Path) -> Iterator[None]:
         yield
 
 
+@dataclass
+class _Save:
+    """A checkpoint that is being saved."""
+
+    step: int
+    state: dict[str, Any]
+    keep: int
+    also: list[int]
+    is_asked_for: bool = False
+    """Whether somebody waits for it."""
+    begun_at: float = field(default_factory=time.monotonic)
+
+
 class Checkpoints:
     """The checkpoints of one run, as one of its workers sees them."""
 
@@ -99,16 +119,38 @@ class Checkpoints:
         self._asked = files.directory / CHECKPOINT_NOW
         self._saved_at = -math.inf
         self._save_seconds = 0.0
+        self._background = InBackground()
+
+    @contextlib.contextmanager
+    def completed(self) -> Iterator[None]:
+        """Wait at the end for the save that goes on; behind an error it is given up.
+
+        Another attempt may begin then, and what this one has left half done never counts.
+        """
+        try:
+            yield
+            self.wait()
+        finally:
+            self._background.give_up()
 
     def is_due(self, done: int, is_preempted: bool) -> bool:
         """Whether rank 0 saves a checkpoint behind step ``done``."""
         if done % self._settings.checkpoint_every == 0 or self._asked.exists():
             return True
         pause = self._save_seconds / NOTICE_SHARE
-        return is_preempted and time.monotonic() - self._saved_at > pause
+        return (
+            is_preempted
+            and not self._background.is_busy
+            and time.monotonic() - self._saved_at > pause
+        )
 
     def agree(self, is_time: bool) -> bool:
-        """What rank 0 says; all workers ask together."""
+        """What rank 0 says; all workers ask together.
+
+        Raises:
+            Exception: what the last save in shards failed with.
+        """
+        self._background.check()
         said = torch.tensor([int(is_time)], device=self._device)
         self._group.broadcast_(said, source=0)
         return bool(said)
@@ -127,6 +169,8 @@ class Checkpoints:
     ) -> None:
         """Save ``state`` as the checkpoint behind ``step`` steps; rank 0 alone, or all with shards.
 
+        With shards it goes on behind the return, unless somebody waits for it.
+
         Args:
             step: steps done.
             state: of the run; it gets back what it gives.
@@ -135,25 +179,59 @@ class Checkpoints:
 
         Raises:
             DirectoryInUseError: another rank 0 has taken over.
+            Exception: what the last save in shards failed with.
         """
-        start = time.monotonic()
-        keep, also = self._settings.keep_checkpoints, [] if best is None else [best]
         state = {"step": step, "claims": self._claims, **state}
+        save = _Save(step, state, self._settings.keep_checkpoints, [] if best is None else [best])
+        save.is_asked_for = self._asked.exists()
         if shards is None:
-            save_checkpoint(self._directory, step, state, keep=keep, also=also)
-        else:
-            partial = partial_path(self._directory, step)
-            if self._group.rank == 0:
-                begin_checkpoint(self._directory, step)
-            self._group.gather(None)  # none writes before the directory is there
-            digests = shards.write(partial)
-            if self._group.rank != 0:
-                return
-            finish_checkpoint(partial, step, state, shards=digests, keep=keep, also=also)
-        self._files.push(step, keep=keep, also=also)
+            save_checkpoint(self._directory, step, state, keep=save.keep, also=save.also)
+            self._made_known(save)
+            return
+        self.wait()
+        shards.stage()
+        if self._group.rank == 0:
+            save.state = copy.deepcopy(state)  # it changes with the next step
+        # Without an older one there is nothing to go back to.
+        is_waited_for = save.is_asked_for or not list_checkpoints(self._directory)
+        self._background.start(lambda: self._write(save, shards))
+        if self._group.rank == 0 and is_waited_for:
+            self.wait()
+
+    def wait(self) -> None:
+        """Wait for the save that goes on, if one does.
+
+        Raises:
+            Exception: what it failed with.
+        """
+        self._background.wait()
+
+    def _write(self, save: _Save, shards: ShardedState) -> None:
+        """Make a checkpoint of what is staged, all workers together; none waits in vain."""
+        writers, path = shards.writers, partial_path(self._directory, save.step)
+
+        def begin() -> None:
+            if writers.rank == 0:
+                begin_checkpoint(self._directory, save.step)
+
+        def finish() -> None:
+            digests = {name: digest for theirs in found for name, digest in theirs.items()}
+            finish_checkpoint(
+                path, save.step, save.state, shards=digests, keep=save.keep, also=save.also
+            )
+            self._made_known(save)
+
+        writers.together(begin)
+        found = writers.together(lambda: shards.write(path))
+        writers.together(lambda: self._background.commit(finish) if writers.rank == 0 else None)
+
+    def _made_known(self, save: _Save) -> None:
+        """Show the others the new checkpoint."""
+        self._files.push(save.step, keep=save.keep, also=save.also)
         self._saved_at = time.monotonic()
-        self._save_seconds = self._saved_at - start
-        self._asked.unlink(missing_ok=True)
+        self._save_seconds = self._saved_at - save.begun_at
+        if save.is_asked_for:
+            self._asked.unlink(missing_ok=True)
 
     def newest(self) -> dict[str, Any] | None:
         """The state of the newest good checkpoint, and ``step``; None at the very beginning.

@@ -3,9 +3,13 @@
 ``torch.distributed.checkpoint`` writes them. Every worker writes what it holds, and reads the rows
 that it needs from whatever files they are in; nothing is gathered. What is no tensor of rows, such
 as the number of steps, is in the checkpoint's ``state.pt``.
+
+Files are written while training goes on, from a copy of what the worker holds, in the memory of the
+host: for float32 weights and two moments, 12 bytes for each of the trained elements that it has.
 """
 
 import contextlib
+import dataclasses
 import os
 import pickle
 import warnings
@@ -14,7 +18,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.filesystem import FileSystemReader, FileSystemWriter
 from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import save
@@ -67,7 +73,11 @@ class ShardedState:
         self._shards = dict(shards)
         self._optimizer = optimizer
         self._mesh = mesh
-        self._group = group
+        channel = dist.new_group(backend="gloo")
+        self.writers = dataclasses.replace(group, channel=channel)
+        """The same workers, who talk of what they write while they talk of training elsewhere."""
+        self._host_mesh = DeviceMesh.from_group(channel, "cpu")
+        self._staged: dict[str, DTensor] = {}
 
     def rest(self) -> dict[str, Any]:
         """What :meth:`write` leaves out, the same on every worker."""
@@ -82,31 +92,50 @@ class ShardedState:
                     numbers.setdefault(name, {})[key] = value
         return {"groups": state["param_groups"], "numbers": numbers, "moments": moments}
 
-    def write(self, partial: Path) -> dict[str, str]:
-        """Write weights and moments below ``partial``; all workers do it together.
+    def stage(self) -> None:
+        """Copy what this worker holds into the host's memory, for :meth:`write`.
 
-        Returns:
-            The files of all workers, with their SHA-256.
+        That memory is kept for the next time.
         """
-        directory = partial / SHARDS
         state = self._optimizer.state_dict()["state"]
-        tensors: dict[str, Tensor] = {}
         for index, (name, shard) in enumerate(self._shards.items()):
-            tensors[f"model/{name}"] = self._whole(shard.own.detach(), shard)
+            self._stage(f"model/{name}", shard.own.detach(), shard)
             for key, value in state.get(index, {}).items():
                 if _is_moment(value, shard):
-                    tensors[f"{key}/{name}"] = self._whole(value, shard)
-        with _quiet():
-            save(tensors, storage_writer=FileSystemWriter(directory, sync_files=True))
-        own = list(directory.glob(f"__{self._group.rank}_*"))
-        if self._group.rank == 0:
+                    self._stage(f"{key}/{name}", value, shard)
+        if any(shard.own.is_cuda for shard in self._shards.values()):
+            torch.cuda.synchronize()
+
+    def _stage(self, key: str, own: Tensor, shard: Shard) -> None:
+        if key not in self._staged:
+            copy = torch.empty_like(own, device="cpu", pin_memory=own.is_cuda)
+            self._staged[key] = _whole(copy, shard, self._host_mesh)
+        self._staged[key].to_local().copy_(own, non_blocking=True)
+
+    def write(self, partial: Path) -> dict[str, str]:
+        """Write what is staged below ``partial``, in any thread; all workers do it together.
+
+        Returns:
+            The files of this worker, with their SHA-256.
+
+        Raises:
+            Exception: what one of them found, such as a full disk; all raise it.
+        """
+        if not dist.is_initialized():  # torch would save as if there were one worker
+            raise RuntimeError("the workers have parted")
+        directory = partial / SHARDS
+        try:
+            save(
+                self._staged,
+                storage_writer=FileSystemWriter(directory, sync_files=True),
+                process_group=self.writers.channel,
+            )
+        except CheckpointException as error:
+            raise next(iter(error.failures.values()))[0] from None
+        own = list(directory.glob(f"__{self.writers.rank}_*"))
+        if self.writers.rank == 0:
             own.append(directory / METADATA)
-        digests: dict[str, str] = {}
-        for theirs in self._group.gather(
-            {os.fspath(path.relative_to(partial)): file_digest(path) for path in own}
-        ):
-            digests |= theirs
-        return digests
+        return {os.fspath(path.relative_to(partial)): file_digest(path) for path in own}
 
     def read(self, checkpoint: Path, rest: Mapping[str, Any]) -> None:
         """Go on from ``checkpoint``, whose files have been verified; all workers do it together.
@@ -141,19 +170,20 @@ class ShardedState:
     def _read(self, checkpoint: Path, moments: Mapping[str, Mapping[str, Tensor]]) -> None:
         tensors: dict[str, Tensor] = {}
         for name, shard in self._shards.items():
-            tensors[f"model/{name}"] = self._whole(shard.own.detach(), shard)
+            tensors[f"model/{name}"] = _whole(shard.own.detach(), shard, self._mesh)
             for key, value in moments.get(name, {}).items():
-                tensors[f"{key}/{name}"] = self._whole(value, shard)
+                tensors[f"{key}/{name}"] = _whole(value, shard, self._mesh)
         check_metadata(checkpoint / SHARDS / METADATA)
         with _quiet():
             load(tensors, storage_reader=FileSystemReader(checkpoint / SHARDS))
 
-    def _whole(self, own: Tensor, shard: Shard) -> Tensor:
-        """The tensor of which ``own`` is this worker's part, sharing its memory."""
-        stride = torch.empty(shard.shape, device="meta").stride()
-        return DTensor.from_local(
-            own, self._mesh, [ByRows(0)], run_check=False, shape=shard.shape, stride=stride
-        )
+
+def _whole(own: Tensor, shard: Shard, mesh: DeviceMesh) -> DTensor:
+    """The tensor of which ``own`` is this worker's part, sharing its memory."""
+    stride = torch.empty(shard.shape, device="meta").stride()
+    return DTensor.from_local(
+        own, mesh, [ByRows(0)], run_check=False, shape=shard.shape, stride=stride
+    )
 
 
 def check_metadata(path: Path) -> None:

@@ -47,6 +47,18 @@ def damage(directory: Path, step: int) -> None:
     path.write_bytes(content)
 
 
+def save_and_die(run: TrainingRun, step: int) -> None:
+    """Die behind ``step``, and not before all that is saved is there."""
+    save = run.checkpoints.save
+
+    def save_all(*args: Any, **options: Any) -> None:
+        save(*args, **options)
+        run.checkpoints.wait()
+
+    run.checkpoints.save = save_all  # type: ignore[method-assign]
+    die_behind(run, step)
+
+
 def never(directory: Path, *, dtype: torch.dtype | None = None) -> Any:
     """No worker loads a whole model."""
     raise AssertionError(directory)
@@ -80,7 +92,7 @@ def worker(rank: int, directory: Path, record: Path, model: Path) -> None:
             device=torch.device("cpu"),
         )
         if dies_behind is not None:
-            die_behind(run, dies_behind)
+            save_and_die(run, dies_behind)
         with contextlib.suppress(Killed):
             result = run.run()
             assert result["world_size"] == world_size

@@ -7,7 +7,7 @@ import pytest
 
 from lrmc_ray.cluster.session import ray_session
 from lrmc_ray.config import ModelSettings, ResourceSettings, RunSettings
-from lrmc_ray.errors import DataError, TrainingError
+from lrmc_ray.errors import DataError, DiskError, TrainingError
 from lrmc_ray.files.names import CHECKPOINT_NOW
 from lrmc_ray.train import driver as driver_module
 from lrmc_ray.train.driver import TrainingJob, run_here
@@ -73,7 +73,7 @@ def test_only_a_worker_alone_is_replaced(resources, expected, monkeypatch):
     ("error", "kind", "text"),
     [
         (FloatingPointError("5 steps in a row"), TrainingError, "failed: 5 steps in a row"),
-        (OSError(28, "No space left on device"), TrainingError, "failed: OSError: .Errno 28"),
+        (OSError(28, "No space left on device"), DiskError, "failed: No space .*; free space"),
         (DataError("a damaged record"), DataError, "^a damaged record"),
     ],
 )
