@@ -28,6 +28,8 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from lrmc_ray.method.fast import (
+    dense_loss,
+    dense_triton,
     head_triton,
     loss_launch,
     moclip_launch,
@@ -38,6 +40,7 @@ from lrmc_ray.method.fast import (
     tile_triton,
 )
 from lrmc_ray.method.fast.chunk_table import CHUNK
+from lrmc_ray.method.measure import NUM_ANGLE_BINS
 
 CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
 REGISTERS, SHARED_BYTES, WARPS = 65_536, 227 * 1024, 64
@@ -50,9 +53,9 @@ TYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 INTEGERS = {
     "offsets": "*i64",
     "bounds parts tile_rows entry_places blocks": "*i32",
-    "token_ids gold_ids rows tail_places entries positions partial_rows tail_ids": "*i32",
+    "token_ids tokens gold_ids rows tail_places entries positions partial_rows tail_ids": "*i32",
     "hidden_stride weight_stride target_stride upstream_stride": "i32",
-    "num_hidden num_tail num_rows": "i32",
+    "num_hidden num_tail num_rows num_tokens": "i32",
 }
 FLOATS = {
     "logit_scale softcap first_rate second_rate decay step_size": "fp32",
@@ -93,6 +96,7 @@ def cases() -> Iterator[tuple[str, Any, dict[str, str], dict[str, Any]]]:
             signature(weight),
             {**options, **ready},
         )
+        yield from dense_cases(weight)
         rows = {"HAS_WEIGHT": True, "HAS_BIAS": False}
         yield (
             f"add_token_rows, {weight}",
@@ -145,28 +149,49 @@ def part_cases(
         yield "add_parts", parts_triton.add_parts, types, stretch
 
 
+def dense_cases(weight: str) -> Iterator[tuple[str, Any, dict[str, str], dict[str, Any]]]:
+    """The kernels of all logits; derivatives of float16 are divided, others are not."""
+    kinds = {"logits": "*fp32", "dlogits": f"*{weight}", "scaled": f"*{weight}"}
+    types = signature(weight, **kinds, state="*fp32", rests="*fp32")
+    options = {"HAS_BIAS": False, "HAS_CAP": False, **dense_loss.TILE}
+    for name, is_anchor, has_tail in (
+        ("restricted", False, False),
+        ("anchor with tail", True, True),
+    ):
+        flags = {"IS_ANCHOR": is_anchor, "HAS_TAIL": has_tail}
+        title = f"{name}, {weight}"
+        constants = {**options, **flags}
+        if weight == "fp32":  # the products are, whatever the weight
+            yield f"row_losses, {name}", dense_triton.row_losses, types, constants
+        constants["DIVIDES"] = False
+        yield f"row_derivatives, {title}", dense_triton.row_derivatives, types, constants
+
+
 def moclip_cases(weight: str) -> Iterator[tuple[str, Any, dict[str, str], dict[str, Any]]]:
-    names = "table sizes owners starts indices keys bounds"
-    wide = {name: "*i64" for name in names.split()} | {"p": "*fp64", "q": "*fp64"}
-    doubles = signature(weight, **wide, partial="*fp64", dots="*fp64")
+    wide = {
+        name: "*i64" for name in ["table", "sizes", "owners", "starts", "spans", "bounds", "rows"]
+    }
+    wide |= {name: "*fp64" for name in ["partial", "dots", "numbers", "counts"]}
+    doubles = signature(weight, **wide)
     kind = tl.bfloat16 if weight == "bf16" else tl.float32
     sizes = {"ALIGNED": True, "CHUNK": CHUNK, "BLOCK": moclip_launch.BLOCK, "num_warps": 4}
     types = {"GRAD_TYPE": kind, "MOMENT_TYPE": tl.float32}
     yield f"chunk_dots, {weight}", moclip_triton.chunk_dots, doubles, {**types, **sizes}
-    flags = {"HAS_P": True, "HAS_Q": False, "SEES_CAPPED": False, "IS_CAUTIOUS": True}
-    constants = {"PARAM_TYPE": kind, **types, **flags, **sizes}
+    flags = {"CLIP": "cautious", "SEES_CAPPED": False, "IS_CAUTIOUS": True, "IS_REDUCED": False}
+    more = {"TOGETHER": moclip_launch.TOGETHER, "NUMBERS": moclip_launch.NUMBERS}
+    constants = {"PARAM_TYPE": kind, **types, **flags, **sizes, **more, "BINS": NUM_ANGLE_BINS}
     yield f"chunk_update, cautious, {weight}", moclip_triton.chunk_update, doubles, constants
+    for clip in ("project", "momentum", "none"):
+        other = {**constants, "CLIP": clip, "IS_CAUTIOUS": False}
+        yield f"chunk_update, {clip}, {weight}", moclip_triton.chunk_update, doubles, other
     if weight == "fp32":
         halves = {**constants, "MOMENT_TYPE": tl.bfloat16}
         yield "chunk_update, bf16 moments, fp32", moclip_triton.chunk_update, doubles, halves
         yield (
-            "add_chunks",
-            moclip_triton.add_chunks,
+            "add_spans",
+            moclip_triton.add_spans,
             doubles,
-            {
-                "BLOCK": moclip_launch.TOGETHER,
-                "num_warps": 4,
-            },
+            {"TOGETHER": moclip_launch.TOGETHER, "num_warps": 4},
         )
         yield "set_to_one", rounding_triton.set_to_one, doubles, {"num_warps": 4}
 

@@ -26,8 +26,8 @@ from torch import Tensor
 
 from lrmc_ray.method.names import Clip
 
-# Below this sine of theta, rounding decides to which side of the axis g lies.
-_COLLINEAR_SINE = 1e-6
+COLLINEAR_SINE = 1e-6
+"""Below this sine of theta, rounding decides to which side of the axis g lies."""
 
 
 class CappedGradient(NamedTuple):
@@ -121,7 +121,7 @@ def rotate(
     """
     sine_G = theta_G.sin()
     share_G = torch.ones_like(sine_G) if share_G is None else share_G
-    length_G = torch.where(sine_G > _COLLINEAR_SINE, share_G / sine_G, 0.0)
+    length_G = torch.where(sine_G > COLLINEAR_SINE, share_G / sine_G, 0.0)
     return length_G * math.sin(delta), length_G * (theta_G - delta).sin() * g_norm_G / m_norm_G
 
 

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lrmc_ray.method.fast.loss_plan import LossPlan
+from lrmc_ray.method.fast.loss_plan import LossPlan, TokenOrder
 from lrmc_ray.method.stored_mass import MASS_UNIT, mass_goal, running_mass
 
 _DTYPES = {
@@ -31,7 +31,7 @@ class CandidateSets:
             token comes last where it is not among the first K.
         logprobs: [E] float16, base log-probabilities in nats, rounded down.
         gold_ids: [N] int32; each row contains its gold token once.
-        plan: What the kernels of a GPU want beside, see ``planned``; None until it is made.
+        plan: What losses on a GPU want beside, see ``planned``; None until it is made.
     """
 
     offsets: Tensor
@@ -113,8 +113,14 @@ class CandidateSets:
         if self.plan is not None:
             return self
         sets = self.to("cpu")
-        plan = LossPlan.of(sets.offsets, sets.token_ids, sets.outside_mass())
+        plan = LossPlan.of(sets.offsets, sets.token_ids, sets.logprobs, sets.outside_mass())
         return dataclasses.replace(sets, plan=plan).to(self.offsets.device)
+
+    def token_order(self) -> TokenOrder:
+        """Their entries by token; on a GPU the host waits once for sets without a plan."""
+        if self.plan is not None:
+            return self.plan.by_token
+        return TokenOrder.of(self.offsets, self.token_ids)
 
     def _moved(self, move: Callable[[Tensor], Tensor]) -> CandidateSets:
         tensors = {name: move(getattr(self, name)) for name in _DTYPES}
@@ -211,9 +217,14 @@ def row_logsumexp(values_E: Tensor, candidates: CandidateSets) -> Tensor:
 
 def row_gold(values_E: Tensor, candidates: CandidateSets) -> Tensor:
     """[N], of ``values_E`` that of each row's gold token; the host waits for no GPU."""
-    if values_E.is_cuda:
+    if takes_sums(values_E):
         return _row_gold_by_sums(values_E, candidates)
     return values_E[candidates.is_gold]
+
+
+def takes_sums(values_E: Tensor) -> bool:
+    """Whether a sum over each row is taken in place of one number: a mask has to be counted."""
+    return not values_E.is_cpu
 
 
 def _row_gold_by_sums(values_E: Tensor, candidates: CandidateSets) -> Tensor:

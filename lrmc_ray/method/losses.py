@@ -19,7 +19,7 @@ from lrmc_ray.method.baselines.vocabulary_loss import (
 from lrmc_ray.method.frozen_tail import frozen_outside, frozen_tail_cross_entropy
 from lrmc_ray.method.head import OutputHead, head_logits
 from lrmc_ray.method.microbatch import Activity, LossPositions, MicroBatch
-from lrmc_ray.method.names import NEED_BASE, Loss
+from lrmc_ray.method.names import NEED_BASE, ON_CANDIDATES, Loss
 from lrmc_ray.method.restricted_loss import (
     Tail,
     anchor_kl,
@@ -51,6 +51,12 @@ class LossSettings:
         )
         anchor = math.inf if self.anchor_weight == 0 else 1 if self.tail_samples else 2
         return Activity(supervised=2 if sees_only_inside else 1, prompt=anchor)
+
+    @property
+    def reads_candidates(self) -> bool:
+        """Whether logits of candidates are computed, so that their sets are worth a plan."""
+        on_candidates = self.loss in ON_CANDIDATES or self.loss == "frozen_tail"
+        return on_candidates or self.anchor_weight > 0
 
     def tail_on_host(self, step: int, head: OutputHead) -> Tail | None:
         """The sampled tail of an optimizer step, on the CPU; None without one."""

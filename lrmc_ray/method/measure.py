@@ -157,6 +157,26 @@ class AngleCounts:
 
     def __init__(self) -> None:
         self._totals: Tensor | None = None
+        self._of_tensors: Tensor | None = None
+
+    def rows(self, number: int, device: torch.device) -> Tensor:
+        """[number, NUM_ANGLE_BINS + 5] float64, to which a kernel adds, a row for each tensor.
+
+        These are the histogram, and what ``add`` counts: angles, their sum in degrees, those that
+        the cap has changed, and the last two weighted by elements. The same until a report.
+        """
+        found = self._of_tensors
+        if found is None or len(found) != number or found.device != device:
+            self._fold()
+            found = torch.zeros(number, NUM_ANGLE_BINS + 5, dtype=torch.float64, device=device)
+            self._of_tensors = found
+        return found
+
+    def _fold(self) -> None:
+        if self._of_tensors is not None:
+            more = self._of_tensors.sum(0)
+            self._totals = more if self._totals is None else self._totals.to(more.device) + more
+            self._of_tensors = None
 
     def add(self, theta_G: Tensor, is_clipped_G: Tensor, numel_G: Tensor) -> None:
         """Count the angles of one step.
@@ -180,6 +200,7 @@ class AngleCounts:
 
     def report(self) -> AngleStatistics:
         """What was counted since the last report. Waits for the device."""
+        self._fold()
         totals = [0.0] * (NUM_ANGLE_BINS + 5)
         if self._totals is not None:
             totals = self._totals.tolist()

@@ -37,8 +37,10 @@ Parallel = Literal["replicate", "shard"]
 """Whether every worker holds the whole model, or its shard; see :mod:`lrmc_ray.method.shards`."""
 LossReduction = Literal["sum", "mean", "none"]
 """What becomes of the losses of the positions."""
-Backend = Literal["auto", "kernel", "sparse", "gather", "dense"]
+Backend = Literal["auto", "kernel", "dense_kernel", "sparse", "gather", "dense"]
 """How the losses on candidates are computed, see :mod:`lrmc_ray.method.fast.backend_choice`."""
+KernelBackend = Literal["kernel", "dense_kernel"]
+"""Those of them by kernels of a GPU."""
 LogitsBackend = Literal["sparse", "gather", "dense"]
 """How their logits are, see :mod:`lrmc_ray.method.fast.candidate_logits`."""
 Blend = Literal["even", "depth"]

@@ -35,21 +35,28 @@ from __future__ import annotations
 
 import math
 from collections.abc import MutableMapping
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from lrmc_ray.method.candidate_sets import CandidateSets, row_gold, row_logsumexp
-from lrmc_ray.method.fast.backend_choice import logits_backend, prefers_kernel
+from lrmc_ray.method.fast.backend_choice import kernel_backend, logits_backend
 from lrmc_ray.method.fast.candidate_logits import candidate_logits, loss_size, token_logits
 from lrmc_ray.method.fast.chunk_table import to_device
+from lrmc_ray.method.fast.dense_loss import dense_loss
 from lrmc_ray.method.fast.fused_loss import fused_loss, refusal, share_tail
 from lrmc_ray.method.fast.loss_launch import SharedTail
 from lrmc_ray.method.fast.triton_support import is_wanted
 from lrmc_ray.method.head import OutputHead
-from lrmc_ray.method.names import Backend, LogitsBackend, LossReduction, check_choice
+from lrmc_ray.method.names import (
+    Backend,
+    KernelBackend,
+    LogitsBackend,
+    LossReduction,
+    check_choice,
+)
 
 
 class Tail(NamedTuple):
@@ -82,8 +89,9 @@ def restricted_cross_entropy(
         candidates: N candidate sets, on the same device.
         tail: What ``draw_tail`` gives; None for the paper's loss.
         reduction: ``"sum"``, ``"mean"`` (over all N rows), or ``"none"`` for [N].
-        backend: ``"kernel"``: ``fast.fused_loss``, on a GPU with Triton, up to float32. The others
-            are those of ``fast.candidate_logits``. ``"auto"``: see ``fast.backend_choice``.
+        backend: ``"kernel"`` (``fast.fused_loss``) and ``"dense_kernel"`` (``fast.dense_loss``) are
+            on a GPU with Triton, up to float32. The others are those of ``fast.candidate_logits``.
+            ``"auto"``: see ``fast.backend_choice``.
 
     Returns:
         float32, or float64 if an input is.
@@ -93,8 +101,8 @@ def restricted_cross_entropy(
     """
     check_choice("reduction", reduction, LossReduction)
     way = _way(hidden_ND, head, candidates, tail, backend)
-    if way == "kernel":
-        loss_N = _by_kernels(hidden_ND, head, candidates, tail, is_anchor=False)
+    if way == "kernel" or way == "dense_kernel":
+        loss_N = _by_kernels(hidden_ND, head, candidates, tail, way, is_anchor=False)
     else:
         logits_E = candidate_logits(hidden_ND, head, candidates, backend=way)
         normalizer_N = row_logsumexp(logits_E, candidates)
@@ -128,8 +136,8 @@ def anchor_kl(
     counts as without a tail.
     """
     way = _way(hidden_ND, head, candidates, tail, backend)
-    if way == "kernel":
-        return _by_kernels(hidden_ND, head, candidates, tail, is_anchor=True).sum()
+    if way == "kernel" or way == "dense_kernel":
+        return _by_kernels(hidden_ND, head, candidates, tail, way, is_anchor=True).sum()
     logits_E = candidate_logits(hidden_ND, head, candidates, backend=way)
     inside_N = row_logsumexp(logits_E, candidates)
     rows_E = candidates.row_ids
@@ -204,7 +212,7 @@ def _way(
     candidates: CandidateSets,
     tail: Tail | None,
     backend: Backend,
-) -> Literal["kernel"] | LogitsBackend:
+) -> KernelBackend | LogitsBackend:
     """The backend, chosen by size where it is ``"auto"``."""
     check_choice("backend", backend, Backend)
     if len(hidden_ND) != candidates.num_rows:
@@ -221,9 +229,8 @@ def _way(
         return backend
     size = loss_size(hidden_ND, head, candidates, 0 if tail is None else len(tail.ids_R))
     # Only on a GPU: Triton's interpreter runs the kernels elsewhere as well, but slowly.
-    may_use_kernel = hidden_ND.is_cuda and is_wanted() and prefers_kernel(size)
-    if may_use_kernel and refusal(hidden_ND, head) is None:
-        return "kernel"
+    if hidden_ND.is_cuda and is_wanted() and refusal(hidden_ND, head, gathers=False) is None:
+        return kernel_backend(size, gathers=refusal(hidden_ND, head) is None)
     return logits_backend(hidden_ND.device.type, size)
 
 
@@ -232,12 +239,14 @@ def _by_kernels(
     head: OutputHead,
     candidates: CandidateSets,
     tail: Tail | None,
+    way: KernelBackend,
     *,
     is_anchor: bool,
 ) -> Tensor:
-    """[N], ``fused_loss`` with the tail as it wants it."""
+    """[N], with the tail as the kernels want it."""
     shared = None if tail is None else _shared(tail, len(head.weight_VD))
-    return fused_loss(hidden_ND, head, candidates, tail=shared, is_anchor=is_anchor)
+    loss = fused_loss if way == "kernel" else dense_loss
+    return loss(hidden_ND, head, candidates, tail=shared, is_anchor=is_anchor)
 
 
 _SHARED: MutableMapping[Tensor, tuple[Tensor, object, SharedTail]] = WeakTensorKeyDictionary()
@@ -258,16 +267,14 @@ def _tail_logsumexp(
     hidden_ND: Tensor, head: OutputHead, candidates: CandidateSets, tail: Tail
 ) -> Tensor:
     """[N], ``log sum_{r not in S} w_r exp(z_r)``; -inf where S holds the whole tail."""
-    # A token drawn twice is one token with both weights.
-    ids_R, drawn = torch.unique(tail.ids_R, return_inverse=True)
-    weights_R = torch.zeros(ids_R.shape, dtype=torch.float64, device=ids_R.device)
-    weights_R.index_add_(0, drawn, tail.logweights_R.double().exp())
-
-    logits_NR = token_logits(hidden_ND, head, ids_R)
-    token_ids_E = candidates.token_ids.to(ids_R.dtype)
-    place_E = torch.searchsorted(ids_R, token_ids_E).clamp_max(len(ids_R) - 1)
-    is_drawn_E = ids_R[place_E] == token_ids_E
-    is_inside_NR = torch.zeros_like(logits_NR, dtype=torch.bool)
-    is_inside_NR[candidates.row_ids[is_drawn_E], place_E[is_drawn_E]] = True
-    logits_NR = logits_NR + weights_R.log().to(logits_NR.dtype)
-    return logits_NR.masked_fill(is_inside_NR, -math.inf).logsumexp(-1)
+    shared = _shared(tail, len(head.weight_VD))
+    number, logweights_R = len(shared.ids_R), shared.wide_logweights_R
+    logits_NR = token_logits(hidden_ND, head, shared.ids_R)
+    logits_NR = logits_NR + logweights_R.to(logits_NR.dtype)
+    # Candidates that are not drawn go to one column more, so that nothing has to be counted.
+    place_E = shared.places_V[candidates.token_ids]
+    is_left_out_NR = logits_NR.new_zeros((len(hidden_ND), number + 1), dtype=torch.bool)
+    is_left_out_NR[candidates.row_ids, torch.where(place_E < 0, number, place_E)] = True
+    # A token drawn twice is one token with both weights, which stand at its first place.
+    is_left_out_NR = is_left_out_NR[:, :number] | logweights_R.isneginf()
+    return logits_NR.masked_fill(is_left_out_NR, -math.inf).logsumexp(-1)

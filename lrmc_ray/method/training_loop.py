@@ -62,8 +62,9 @@ class StepOptions:
     """Rows of a micro-batch are filled up with padding to a multiple of so many tokens, so that
     shapes repeat. Not where a beginning is computed apart."""
     plans_losses: bool = False
-    """Sort the candidates for the kernels of a GPU while batches are made, and put batches into
-    pinned memory; see ``fast.loss_plan``. Without it the host waits for the GPU at every loss."""
+    """Sort the candidates for a GPU while batches are made, and put batches into pinned memory; see
+    ``fast.loss_plan``. Without it the host waits for the GPU at a loss on candidates, whether by
+    kernels or not."""
     prepares_ahead: bool = False
     """Make the batch of the next step, in a thread, while this one is computed. Only where a batch
     does not depend on the weights."""

@@ -187,7 +187,7 @@ class HeadRows:
             sets.logprobs,
             self._rows.places(sets.gold_ids),
             # Places rise with the tokens, so what is planned by token is so by place.
-            sets.plan,
+            None if sets.plan is None else sets.plan.renamed(self._rows.places),
         )
         return dataclasses.replace(where, candidates=candidates)
 

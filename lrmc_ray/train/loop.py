@@ -25,7 +25,6 @@ import torch
 from lrmc_ray.config import TrainSettings
 from lrmc_ray.files.beats import beat_with
 from lrmc_ray.files.names import MODEL
-from lrmc_ray.method.fast.triton_support import is_wanted
 from lrmc_ray.method.optimizers import learning_rate
 from lrmc_ray.method.step_result import StepResult
 from lrmc_ray.method.training_loop import StepOptions
@@ -178,7 +177,7 @@ class TrainingRun:
     def steps(self) -> Iterator[StepResult]:
         """Take the steps that are left, one after the other; nothing is measured or saved."""
         settings, learner = self.settings, self.learner
-        uses_kernels = learner.head.weight_VD.is_cuda and is_wanted()
+        is_on_gpu = learner.head.weight_VD.is_cuda
         return training_steps(
             learner.trained_model,
             learner.optimizer,
@@ -192,8 +191,8 @@ class TrainingRun:
                 pack_up_to=longest_packed(learner.model.config),
                 share_prefix_up_to=learner.share_prefix_up_to,
                 lengths=LENGTHS if settings.compile_layers else 1,
-                plans_losses=uses_kernels,
-                prepares_ahead=uses_kernels and not settings.refresh_every,
+                plans_losses=is_on_gpu and learner.loss.reads_candidates,
+                prepares_ahead=is_on_gpu and not settings.refresh_every,
                 max_grad_norm=settings.max_grad_norm,
                 max_bad_steps=settings.max_bad_steps,
                 base=learner.base,

@@ -146,13 +146,15 @@ def test_a_plan_by_tokens_is_one_by_places_of_trained_rows():
     mapped = HeadRows(OutputHead(weight), rows).batch(batch)
     for loss, name in ((restricted_cross_entropy, "supervised"), (anchor_kl, "anchored")):
         sets, of_rows = getattr(batch, name).candidates, getattr(mapped, name).candidates
-        assert of_rows.plan is sets.plan is not None
+        assert of_rows.plan.bounds_X is sets.plan.bounds_X
+        assert torch.equal(of_rows.plan.tokens_E, rows.places(sets.plan.tokens_E))
         hidden = torch.randn(sets.num_rows, 8, generator=generator)
-        ours = loss(hidden, OutputHead(rows.rows_XD), of_rows, backend="kernel")
-        theirs = loss(hidden, OutputHead(truth), sets, backend="gather")
-        for value in (ours, theirs):
-            value.backward()
-        torch.testing.assert_close(ours, theirs)
+        for backend in ("kernel", "dense_kernel"):
+            ours = loss(hidden, OutputHead(rows.rows_XD), of_rows, backend=backend)
+            theirs = loss(hidden, OutputHead(truth), sets, backend="gather")
+            for value in (ours, theirs):
+                value.backward()
+            torch.testing.assert_close(ours, theirs)
     torch.testing.assert_close(rows.rows_XD.grad, truth.grad[rows.token_ids_X])
 
 

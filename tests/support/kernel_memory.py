@@ -12,8 +12,8 @@ from torch import Tensor
 
 from lrmc_ray.method.fast.chunk_table import ChunkTable
 
-_OF_ROWS = "loss", "dlogits", "dhidden", "tail_logits"
-_OF_WEIGHTS = "target", "bias_target", "partial", "partial_bias", "dots"
+_OF_ROWS = "loss", "dlogits", "dhidden", "tail_logits", "state", "scaled", "rests"
+_OF_WEIGHTS = "target", "bias_target", "partial", "partial_bias", "dots", "counts"
 OUTPUTS = frozenset((*_OF_ROWS, *_OF_WEIGHTS))
 """Names of the arguments that kernels may write to. What a table points to is written as well, but
 for the second tensor of four, which is a gradient."""

@@ -2,21 +2,27 @@
 
 On a CPU a dense product does six multiplications in the time of one of the sparse way (one thread,
 float32). So the candidates alone are computed while they are at most a sixth of all logits. Of
-a GPU the seconds are estimated, from what one H100 took (``benchmarks/README.md``):
+a GPU the seconds are estimated: launches, 10 us each by assumption, and what one H100 took for
+products and bytes (``benchmarks/README.md``).
 
-- ``dense``: all logits and ``cross_entropy`` took 14 to 16 ps a logit and 0.13 ps for each
-  multiplication of it (0.0135 with half precision), at all of the eight sizes that were measured.
+- All logits and ``cross_entropy``, by which no loss goes, are the measure: 10 launches (12 in half
+  precision), 36 bytes a logit (42), 0.13 ps for each multiplication (0.0135). That is what was
+  measured at eight sizes, within a fifth.
+- ``dense_kernel`` (``dense_loss``): the same products, fewer launches and no more bytes **at every
+  size**. So where the kernels can be used, ``auto`` takes nothing that has more to do than the
+  measure has. Beside the bytes of [N, V], a candidate costs 32 at most in each of three passes,
+  and all of a position's no more than its row, since they rise.
+- ``kernel`` (``fused_loss``): **not measured**. Counted are its launches, and the bytes of the rows
+  it gathers at a tenth of the card's bandwidth. The longest row that one program takes is counted
+  once more, at that program's speed; longer ones are divided (``loss_plan``), for more launches.
+  What dense tiles save is not counted.
 - ``sparse``: 2.3 to 5.5 ms, mostly the time of its calls.
-- ``kernel``: **not measured**. Counted are its launches, and the bytes of the rows it gathers at a
-  tenth of the card's bandwidth. The longest row that one program takes is counted once more, at
-  that program's speed; longer ones are divided (``loss_plan``), for more launches. What dense tiles
-  save is not counted. ``benchmarks/gpu_round.sh`` is there to correct these three.
+- ``dense`` (``dense_product``): the products of ``dense_kernel``, some 40 launches. Where kernels
+  cannot be used (no Triton, float64) it is the best there is for few logits, and then slower than
+  all logits and ``cross_entropy``, by 30 launches.
 
-``dense`` of this project (``dense_product``) makes the same matrix products in the same types as
-all logits and ``cross_entropy``, and 6 bytes of [N, V] tensors where those make 20 with bf16. So
-their seconds are taken for its own. What it does with the candidates comes on top: some 30 more
-calls, which is felt where all logits take a fraction of a millisecond. No other way without kernels
-has fewer.
+What Python takes around a launch is not counted. ``benchmarks/gpu_round.sh`` is there to correct
+all that was not measured.
 """
 
 from dataclasses import dataclass
@@ -24,13 +30,23 @@ from dataclasses import dataclass
 import torch
 
 from lrmc_ray.method.fast.loss_plan import LONG
-from lrmc_ray.method.names import LogitsBackend
+from lrmc_ray.method.names import KernelBackend, LogitsBackend
 
 _CPU_SPEEDUP = 6
 """Multiplications of a dense product in the time of one of the sparse way."""
-_SECONDS_PER_LOGIT = 15e-12
+_LOGIT_BYTES = {True: 42, False: 36}
+"""That all logits and ``cross_entropy`` move for each logit. By whether the weight is in half
+precision, as the two below."""
+_LOGIT_LAUNCHES = {True: 12, False: 10}
 _SECONDS_PER_PRODUCT = {True: 0.0135e-12, False: 0.13e-12}
-"""By whether the weight is in half precision."""
+_BYTES_PER_SECOND = 2.6e12
+"""Of tensors that are passed over."""
+_SECTOR_BYTES = 32
+"""The least that memory gives."""
+_DENSE_KERNEL_LAUNCHES = 7
+_DENSE_LAUNCHES = 42
+_ENTRY_BYTES = 300
+"""Of a candidate in ``dense``, by some 30 operators."""
 _SPARSE_SECONDS = {True: 3.5e-3, False: 1.35e-3}
 _SPARSE_SECONDS_PER_PRODUCT = {True: 0.03e-9, False: 0.065e-9}
 _LAUNCH_SECONDS = 10e-6
@@ -64,10 +80,39 @@ class LossSize:
         return self.weight_type.itemsize == 2
 
 
+def cross_entropy_seconds(size: LossSize) -> float:
+    """All logits and ``cross_entropy`` on a GPU, forward and backward: what to compare with."""
+    moved = size.num_rows * size.vocabulary_size * _LOGIT_BYTES[size.is_half]
+    launches = _LOGIT_LAUNCHES[size.is_half] * _LAUNCH_SECONDS
+    return launches + moved / _BYTES_PER_SECOND + _all_products(size)
+
+
+def dense_kernel_seconds(size: LossSize) -> float:
+    """All logits and the kernels of ``dense_loss``, forward and backward."""
+    itemsize = size.weight_type.itemsize
+    logits = size.num_rows * size.vocabulary_size
+    # Products are written, and derivatives written and read by two products.
+    moved = logits * (4 + 3 * itemsize)
+    gathered = _SECTOR_BYTES * size.num_entries
+    # Twice a token and its product are read, once its derivative is written over the zeros.
+    moved += 2 * (4 * size.num_entries + min(gathered, 4 * logits))
+    moved += min(gathered, itemsize * logits)
+    launches = _DENSE_KERNEL_LAUNCHES + (_TAIL_LAUNCHES if size.num_tail else 0)
+    launches += 1 if size.weight_type == torch.float16 else 0
+    return launches * _LAUNCH_SECONDS + moved / _BYTES_PER_SECOND + _all_products(size)
+
+
 def dense_seconds(size: LossSize) -> float:
-    """All logits and ``cross_entropy`` on a GPU, forward and backward."""
-    per_logit = _SECONDS_PER_LOGIT + _SECONDS_PER_PRODUCT[size.is_half] * size.num_hidden
-    return size.num_rows * size.vocabulary_size * per_logit
+    """All logits and the operators of ``dense_product`` on a GPU, forward and backward."""
+    moved = size.num_rows * size.vocabulary_size * (4 + 3 * size.weight_type.itemsize)
+    moved += size.num_entries * _ENTRY_BYTES
+    launches = _DENSE_LAUNCHES + (_TAIL_LAUNCHES if size.num_tail else 0)
+    return launches * _LAUNCH_SECONDS + moved / _BYTES_PER_SECOND + _all_products(size)
+
+
+def _all_products(size: LossSize) -> float:
+    products = size.num_rows * size.vocabulary_size * size.num_hidden
+    return products * _SECONDS_PER_PRODUCT[size.is_half]
 
 
 def sparse_seconds(size: LossSize) -> float:
@@ -91,9 +136,10 @@ def kernel_seconds(size: LossSize) -> float:
     )
 
 
-def prefers_kernel(size: LossSize) -> bool:
-    """Whether the kernels are the fastest way on a GPU."""
-    return kernel_seconds(size) < min(dense_seconds(size), sparse_seconds(size))
+def kernel_backend(size: LossSize, *, gathers: bool = True) -> KernelBackend:
+    """The faster of the ways by kernels; ``gathers`` says whether ``kernel`` can be taken."""
+    is_faster = gathers and kernel_seconds(size) < dense_kernel_seconds(size)
+    return "kernel" if is_faster else "dense_kernel"
 
 
 def logits_backend(device_type: str, size: LossSize) -> LogitsBackend:

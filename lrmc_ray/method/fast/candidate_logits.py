@@ -21,6 +21,7 @@ reads ``grad`` once all parts have arrived. There is no double backward.
 
 from __future__ import annotations
 
+import itertools
 import warnings
 from typing import Any, Literal
 
@@ -32,6 +33,7 @@ from torch.autograd.function import once_differentiable
 from lrmc_ray.method.candidate_sets import CandidateSets
 from lrmc_ray.method.fast.backend_choice import LossSize, logits_backend
 from lrmc_ray.method.fast.dense_product import is_taken_on, picked_products
+from lrmc_ray.method.fast.loss_plan import TokenOrder
 from lrmc_ray.method.fast.weight_gradient import gradient_target
 from lrmc_ray.method.head import OutputHead, head_logits
 from lrmc_ray.method.names import LogitsBackend, check_choice
@@ -90,7 +92,7 @@ def candidate_logits(
         logits_E = products_NV[candidates.row_ids, candidates.token_ids]
     elif backend == "sparse":
         logits_E = _SampledProduct.apply(  # type: ignore[no-untyped-call]
-            hidden_ND, head.weight_VD, candidates.offsets, candidates.token_ids
+            hidden_ND, head.weight_VD, candidates
         )
     else:
         hidden_ED = hidden_ND[candidates.row_ids].to(dtype)
@@ -101,7 +103,10 @@ def candidate_logits(
 
 
 def token_logits(hidden_ND: Tensor, head: OutputHead, token_ids_R: Tensor) -> Tensor:
-    """[N, R] logits of the same R distinct tokens at every position; else as above."""
+    """[N, R] logits of the same R tokens at every position; else as above.
+
+    Of equal tokens, one at most may have a gradient: on a GPU their rows' sums have no order.
+    """
     dtype = _compute_dtype(hidden_ND, head.weight_VD)
     rows_RD = take_rows(head.weight_VD, token_ids_R)
     logits_NR = hidden_ND.to(dtype) @ rows_RD.to(dtype).T
@@ -111,7 +116,7 @@ def token_logits(hidden_ND: Tensor, head: OutputHead, token_ids_R: Tensor) -> Te
 
 
 def take_rows(weight_VD: Tensor, token_ids_R: Tensor) -> Tensor:
-    """Rows [R, D] of R distinct tokens; their gradient goes where the module says."""
+    """Rows [R, D] of R tokens as above; their gradient goes where the module says."""
     rows_RD: Tensor = _TakeRows.apply(weight_VD, token_ids_R)  # type: ignore[no-untyped-call]
     return rows_RD
 
@@ -143,28 +148,18 @@ def _bags(rows_XD: Tensor, index: Tensor, offsets: Tensor, weights: Tensor) -> T
     )
 
 
-def _in_dtype(weight_VD: Tensor, token_ids: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """The weight as ``dtype`` and the entries' columns in it; casts no more rows than occur."""
-    if weight_VD.dtype == dtype:
-        return weight_VD, token_ids
-    occurring, columns = torch.unique(token_ids, return_inverse=True)
-    return weight_VD[occurring].to(dtype), columns.int()
-
-
 class _SampledProduct(torch.autograd.Function):
     """``z[e] = hidden[row(e)] . weight[token(e)]`` for the entries e of a CSR pattern."""
 
     @staticmethod
-    def forward(
-        ctx: Any, hidden_ND: Tensor, weight_VD: Tensor, offsets: Tensor, token_ids: Tensor
-    ) -> Tensor:
+    def forward(ctx: Any, hidden_ND: Tensor, weight_VD: Tensor, sets: CandidateSets) -> Tensor:
         # The leaf itself, beside the saved tensor: checkpointing may unpack a copy of that.
-        ctx.weight_VD = weight_VD
-        ctx.save_for_backward(hidden_ND, weight_VD, offsets, token_ids)
+        ctx.weight_VD, ctx.sets, ctx.order = weight_VD, sets, None
+        ctx.save_for_backward(hidden_ND, weight_VD)
         dtype = _compute_dtype(hidden_ND, weight_VD)
-        rows_XD, columns = _in_dtype(weight_VD, token_ids, dtype)
+        rows_XD, columns = _in_dtype(ctx, weight_VD, dtype)
         pattern = torch.sparse_csr_tensor(
-            offsets.int(),
+            sets.offsets.int(),
             columns,
             torch.zeros(columns.shape, dtype=dtype, device=columns.device),
             size=(len(hidden_ND), len(rows_XD)),
@@ -177,42 +172,64 @@ class _SampledProduct(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
-        hidden_ND, weight_VD, offsets, token_ids = ctx.saved_tensors
+    def backward(ctx: Any, gradient_E: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
+        hidden_ND, weight_VD = ctx.saved_tensors
         gradient_ND = gradient_VD = None
         if ctx.needs_input_grad[0]:
-            rows_XD, columns = _in_dtype(weight_VD, token_ids, gradient.dtype)
-            gradient_ND = _bags(rows_XD, columns, offsets.int(), gradient).to(hidden_ND.dtype)
+            rows_XD, columns = _in_dtype(ctx, weight_VD, gradient_E.dtype)
+            offsets = ctx.sets.offsets.int()
+            gradient_ND = _bags(rows_XD, columns, offsets, gradient_E).to(hidden_ND.dtype)
         if ctx.needs_input_grad[1]:
             target_VD, gradient_VD = gradient_target(ctx.weight_VD)
             if target_VD is not None:
-                _add_weight_gradient(target_VD, hidden_ND, offsets, token_ids, gradient)
-        return gradient_ND, gradient_VD, None, None
+                _add_weight_gradient(target_VD, hidden_ND, ctx.sets, _order(ctx), gradient_E)
+        return gradient_ND, gradient_VD, None
+
+
+def _order(ctx: Any) -> TokenOrder:
+    """Of the entries by token, made once."""
+    if ctx.order is None:
+        ctx.order = ctx.sets.token_order()
+    found: TokenOrder = ctx.order
+    return found
+
+
+def _in_dtype(ctx: Any, weight_VD: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """The weight as ``dtype`` and the entries' columns in it; casts no more rows than occur."""
+    token_ids = ctx.sets.token_ids
+    if weight_VD.dtype == dtype:
+        return weight_VD, token_ids
+    order = _order(ctx)
+    return weight_VD[order.tokens_U(token_ids)].to(dtype), order.columns_E()
 
 
 def _add_weight_gradient(
-    target_VD: Tensor, hidden_ND: Tensor, offsets: Tensor, token_ids: Tensor, gradient: Tensor
+    target_VD: Tensor,
+    hidden_ND: Tensor,
+    sets: CandidateSets,
+    order: TokenOrder,
+    gradient_E: Tensor,
 ) -> None:
     """Add ``sum of gradient[e] hidden[row(e)]`` to the rows of the tokens that occur."""
-    hidden_ND = hidden_ND.to(gradient.dtype)
-    positions = torch.arange(len(hidden_ND), dtype=torch.int32, device=offsets.device)
-    positions = positions.repeat_interleave(offsets.diff(), output_size=len(token_ids))
-    token_ids, order = token_ids.sort(stable=True)
-    tokens, counts = torch.unique_consecutive(token_ids, return_counts=True)
-    positions, gradient = positions[order], gradient[order]
-    bounds = F.pad(counts.cumsum(0), (1, 0)).int()
-    step = max(1, BLOCK_ELEMENTS // hidden_ND.shape[1])
-    edges = [*bounds[::step].tolist(), len(token_ids)]
-    for chunk in range((len(tokens) + step - 1) // step):
-        first, last = edges[chunk], edges[chunk + 1]
+    hidden_ND = hidden_ND.to(gradient_E.dtype)
+    gradient_E, tokens_U = gradient_E[order.entries_E], order.tokens_U(sets.token_ids)
+    step, bounds_U = max(1, BLOCK_ELEMENTS // hidden_ND.shape[1]), order.bounds_U
+    if not hidden_ND.is_cpu:
+        step = len(tokens_U)  # the host would wait to learn where a block begins
+    edges = [0, len(gradient_E)]
+    if step < len(tokens_U):
+        edges = [*bounds_U[::step].tolist(), len(gradient_E)]
+    for chunk, (first, last) in enumerate(itertools.pairwise(edges)):
         block = slice(chunk * step, (chunk + 1) * step)
-        offsets_in_block = bounds[chunk * step : (chunk + 1) * step + 1] - first
-        rows = _bags(hidden_ND, positions[first:last], offsets_in_block, gradient[first:last])
-        target_VD.index_add_(0, tokens[block], rows.to(target_VD.dtype))
+        if not len(tokens_U[block]):
+            break
+        offsets = bounds_U[chunk * step : (chunk + 1) * step + 1] - first
+        rows_xD = _bags(hidden_ND, order.positions_E[first:last], offsets, gradient_E[first:last])
+        target_VD.index_add_(0, tokens_U[block], rows_xD.to(target_VD.dtype))
 
 
 class _TakeRows(torch.autograd.Function):
-    """``weight[token_ids]`` for distinct tokens, with the gradient as above."""
+    """``weight[token_ids]``, with the gradient as above."""
 
     @staticmethod
     def forward(ctx: Any, weight_VD: Tensor, token_ids: Tensor) -> Tensor:

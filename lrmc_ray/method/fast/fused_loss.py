@@ -41,8 +41,14 @@ WIDEST_HIDDEN = 2**14
 """Of a hidden state that one program holds in its registers."""
 
 
-def refusal(hidden_ND: Tensor, head: OutputHead) -> str | None:
-    """Why the kernels cannot take these, as the end of a sentence; None where they can."""
+def refusal(hidden_ND: Tensor, head: OutputHead, *, gathers: bool = True) -> str | None:
+    """Why the kernels cannot take these, as the end of a sentence; None where they can.
+
+    Args:
+        hidden_ND: Last hidden states.
+        head: The output head.
+        gathers: The kernels read rows of the weight themselves; otherwise torch multiplies.
+    """
     weight_VD, bias_V = head.weight_VD, head.bias_V
     tensors = [hidden_ND, weight_VD, *([] if bias_V is None else [bias_V])]
     if not is_installed():
@@ -55,9 +61,9 @@ def refusal(hidden_ND: Tensor, head: OutputHead) -> str | None:
         return f"an input is {wrong[0]}"
     if apart := [tensor.device for tensor in tensors if tensor.device != hidden_ND.device]:
         return f"the hidden states are on {hidden_ND.device}, the head on {apart[0]}"
-    if weight_VD.stride(1) != 1:
+    if gathers and weight_VD.stride(1) != 1:
         return "the rows of the weight are not contiguous"
-    if hidden_ND.shape[1] > WIDEST_HIDDEN:
+    if gathers and hidden_ND.shape[1] > WIDEST_HIDDEN:
         return f"the hidden size is {hidden_ND.shape[1]}"
     return None
 
@@ -77,7 +83,7 @@ def share_tail(ids_R: Tensor, logweights_R: Tensor, num_rows: int) -> SharedTail
     places_V = torch.full((num_rows,), -1, dtype=torch.int32, device=ids_R.device)
     places_V[ids_R] = first_R.int()
     merged_R = together_R.log().masked_fill(~is_first_R, -torch.inf)
-    return SharedTail(ids_R.int(), merged_R.float(), places_V)
+    return SharedTail(ids_R.int(), merged_R.float(), merged_R, places_V)
 
 
 def fused_loss(
@@ -105,11 +111,33 @@ def fused_loss(
     Raises:
         ValueError: The kernels cannot take these.
     """
-    reason = refusal(hidden_ND, head)
+    task = checked_task(hidden_ND, head, candidates, tail, is_anchor=is_anchor)
+    loss_N: Tensor = _FusedLoss.apply(  # type: ignore[no-untyped-call]
+        hidden_ND, head.weight_VD, task.head.bias_V, task, torch.is_grad_enabled()
+    )
+    return loss_N
+
+
+def checked_task(
+    hidden_ND: Tensor,
+    head: OutputHead,
+    candidates: CandidateSets,
+    tail: SharedTail | None,
+    *,
+    is_anchor: bool,
+    gathers: bool = True,
+) -> LossTask:
+    """What the kernels do, of arguments as above.
+
+    Raises:
+        ValueError: The kernels cannot take these.
+    """
+    reason = refusal(hidden_ND, head, gathers=gathers)
     if reason is not None:
         raise ValueError(
-            "the backend kernel needs Triton, a GPU, and contiguous rows of float32, bfloat16 or "
-            f"float16 of at most {WIDEST_HIDDEN} elements, but {reason}; take backend='auto'"
+            f"the backend {'kernel' if gathers else 'dense_kernel'} needs Triton, a GPU, and "
+            f"{f'contiguous rows of at most {WIDEST_HIDDEN} elements' if gathers else 'inputs'} "
+            f"of float32, bfloat16 or float16, but {reason}; take backend='auto'"
         )
     if candidates.offsets.device != hidden_ND.device:
         raise ValueError(
@@ -119,11 +147,7 @@ def fused_loss(
     head = dataclasses.replace(
         head, bias_V=None if head.bias_V is None else head.bias_V.contiguous()
     )
-    task = LossTask(head, candidates.planned().contiguous(), tail, is_anchor)
-    loss_N: Tensor = _FusedLoss.apply(  # type: ignore[no-untyped-call]
-        hidden_ND, head.weight_VD, head.bias_V, task, torch.is_grad_enabled()
-    )
-    return loss_N
+    return LossTask(head, candidates.planned().contiguous(), tail, is_anchor)
 
 
 class _FusedLoss(torch.autograd.Function):

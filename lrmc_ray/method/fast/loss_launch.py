@@ -34,6 +34,8 @@ class SharedTail(NamedTuple):
     """int32, rising."""
     logweights_R: Tensor
     """float32, of all equal tokens together at the first of them, -inf at the others."""
+    wide_logweights_R: Tensor
+    """float64, the same before they are rounded."""
     places_V: Tensor
     """int32, the first place of each token of the vocabulary, -1 where it has none."""
 
@@ -356,8 +358,8 @@ def add_candidates_to_weight(
             hidden_ND,
             dlogits_E,
             upstream_N,
-            plan.entries_E,
-            plan.positions_E,
+            plan.by_token.entries_E,
+            plan.by_token.positions_E,
             plan.bounds_X,
             plan.partial_X,
             task.sets.token_ids,

@@ -18,7 +18,7 @@ A position is taken in one of three ways:
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Any, NamedTuple
 
 import torch
@@ -37,6 +37,38 @@ COLUMNS = 64
 """Distinct tokens of a dense tile that one program takes."""
 FEWEST_SAVED = 2**13
 """Rows of the weight that dense tiles must save."""
+
+
+class TokenOrder(NamedTuple):
+    """The entries of candidate sets by token, U distinct ones; int32."""
+
+    entries_E: Tensor
+    """Entries by token, those of one token in the order of their positions."""
+    positions_E: Tensor
+    """The position of each of ``entries_E``."""
+    bounds_U: Tensor
+    """Where the entries of each token begin, one longer than there are tokens."""
+
+    @staticmethod
+    def of(offsets: Tensor, token_ids: Tensor) -> TokenOrder:
+        """The order of sets; see ``CandidateSets`` for both. On a GPU the host waits, once."""
+        rows = torch.arange(len(offsets) - 1, dtype=torch.int32, device=offsets.device)
+        rows_E = rows.repeat_interleave(offsets.diff(), output_size=len(token_ids))
+        tokens_E, entries_E = token_ids.sort(stable=True)
+        _, counts_U = torch.unique_consecutive(tokens_E, return_counts=True)
+        bounds_U = F.pad(counts_U.cumsum(0), (1, 0))
+        return TokenOrder(entries_E.int(), rows_E[entries_E], bounds_U.int())
+
+    def tokens_U(self, token_ids: Tensor) -> Tensor:  # noqa: N802
+        """The distinct tokens, rising, of which ``token_ids`` [E] has one per entry."""
+        return token_ids[self.entries_E[self.bounds_U[:-1]]]
+
+    def columns_E(self) -> Tensor:  # noqa: N802
+        """Place of each entry's token among the distinct ones, int32; waits for no device."""
+        number, device = len(self.bounds_U) - 1, self.entries_E.device
+        columns = torch.arange(number, dtype=torch.int32, device=device)
+        columns = columns.repeat_interleave(self.bounds_U.diff(), output_size=len(self.entries_E))
+        return torch.empty_like(columns).index_copy_(0, self.entries_E.long(), columns)
 
 
 class RowParts(NamedTuple):
@@ -126,12 +158,13 @@ class LossPlan:
     since they take longest."""
     outside_N: Tensor
     """float32, the base's probability outside the candidates of each position."""
-    entries_E: Tensor
-    """Entries by token, those of one token in the order of their positions."""
-    positions_E: Tensor
-    """The position of each of ``entries_E``."""
+    tokens_E: Tensor
+    """The tokens of each position, rising."""
+    logprobs_E: Tensor
+    """float16, what the base said of them."""
+    by_token: TokenOrder
     bounds_X: Tensor
-    """Chunks of ``entries_E``, one longer than there are chunks; each is of one token."""
+    """Chunks of entries by token, one longer than there are chunks; each is of one token."""
     partial_X: Tensor
     """The row of partial sums that each chunk fills; -1 if it is the only one of its token."""
     split_bounds: Tensor
@@ -148,12 +181,13 @@ class LossPlan:
     """Candidates of the position that has most."""
 
     @staticmethod
-    def of(offsets: Tensor, token_ids: Tensor, outside_N: Tensor) -> LossPlan:
-        """The plan for candidate sets on the CPU; see ``CandidateSets`` for the first two.
+    def of(offsets: Tensor, token_ids: Tensor, logprobs: Tensor, outside_N: Tensor) -> LossPlan:
+        """The plan for candidate sets on the CPU; see ``CandidateSets`` for the first three.
 
         Args:
             offsets: [N + 1].
             token_ids: [E].
+            logprobs: [E].
             outside_N: The base's probability outside the candidates.
         """
         sizes_N = offsets.diff()
@@ -165,10 +199,10 @@ class LossPlan:
         long_L = order_N[(sizes_N[order_N] > LONG) & ~is_apart_N[order_N]]
         is_apart_N[long_L] = True
         is_apart_N = is_apart_N[order_N]
-        tokens_E, entries_E = token_ids.sort(stable=True)
-        _, counts = torch.unique_consecutive(tokens_E, return_counts=True)
-        num_chunks = (counts + CHUNK - 1) // CHUNK
-        starts = F.pad(counts.cumsum(0), (1, 0))
+        by_token = TokenOrder.of(offsets, token_ids)
+        rising_E = by_token.entries_E[by_token.positions_E.argsort(stable=True)]
+        starts = by_token.bounds_U.long()
+        num_chunks = (starts.diff() + CHUNK - 1) // CHUNK
         first = F.pad(num_chunks.cumsum(0), (1, 0))[:-1]
         which_X = torch.arange(len(num_chunks)).repeat_interleave(num_chunks)
         bounds_X = starts[which_X] + CHUNK * (torch.arange(len(which_X)) - first[which_X])
@@ -178,18 +212,23 @@ class LossPlan:
         return LossPlan(
             torch.cat((order_N[is_apart_N], order_N[~is_apart_N])).int(),
             outside_N.float(),
-            entries_E.int(),
-            rows_E[entries_E].int(),
+            token_ids[rising_E],
+            logprobs[rising_E],
+            by_token,
             torch.cat([bounds_X, bounds_X.new_tensor([len(token_ids)])]).int(),
             partial_X.int(),
             F.pad(num_chunks[is_split].cumsum(0), (1, 0)).int(),
-            entries_E[starts[:-1][is_split]].int(),
+            by_token.entries_E[starts[:-1][is_split]],
             RowParts.of(offsets, long_L),
             tiles,
             int(is_apart_N.sum()),
             int(is_partial_X.sum()),
             int(sizes_N.max()) if len(sizes_N) else 0,
         )
+
+    def renamed(self, rename: Callable[[Tensor], Tensor]) -> LossPlan:
+        """The same for other names of the tokens, which rise with them."""
+        return replace(self, tokens_E=rename(self.tokens_E))
 
     def moved(self, move: Callable[[Tensor], Tensor]) -> LossPlan:
         """The same with what ``move`` makes of each tensor."""

@@ -3,7 +3,7 @@
 - On a CPU, each float32 tensor goes through the two loops of ``moclip_kernel``.
 - Tensors of other dtypes and layouts there go piece by piece through torch's operators, while the
   piece is in the cache.
-- On a GPU with Triton, contiguous tensors go through the kernels of ``moclip_triton``.
+- On a GPU with Triton, the kernels of ``moclip_triton`` take all of them, if all are contiguous.
 - Elsewhere, tensors whose moments are bf16 go the plain way.
 - Elsewhere many tensors go through an operation in one call: a call costs more there than its
   arithmetic, and a model has hundreds of tensors.
@@ -14,6 +14,7 @@ products of tensors in several pieces, whose float64 sums are rounded elsewhere.
 
 import functools
 import itertools
+import math
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple, TypeVar
@@ -48,17 +49,66 @@ class FastMoClip(MoClip):
         # Its tables are of this optimizer's own tensors.
         return {**super().__getstate__(), "_launches": moclip_launch.Launches()}
 
+    def take_step(self) -> None:
+        """Cap the angles of all groups, then move the weights."""
+        if not self._can_launch():
+            super().take_step()
+            return
+        stepped = [param for param in self.params() if param.grad is not None]
+        for param in stepped:
+            self.state[param]["step"] += 1
+        num_rows = sum(len(group["params"]) for group in self.param_groups)
+        is_capped = any(group["clip"] != "none" for group in self.param_groups)
+        self._launches.step(
+            list(self._updates()),
+            num_rows,
+            sum(len(group["params"]) for group in self.param_groups if is_global(group)),
+            self._angles.rows(num_rows, stepped[0].device),
+            self.reduce_dots if is_capped else None,
+        )
+
+    def _can_launch(self) -> bool:
+        """Whether the kernels take every parameter that has a gradient, on one device."""
+        kinds = [is_global(group) for group in self.param_groups]
+        if self.reduce_dots is not None and kinds != sorted(kinds, reverse=True):
+            return False  # a worker without gradients adds up rows in the order of the groups
+        found = [param for param in self.params() if param.grad is not None]
+        return len({param.device for param in found}) == 1 and all(
+            moclip_launch.can_take(param, state["exp_avg"], state["exp_avg_sq"])
+            for param in found
+            for state in (self.state[param],)
+        )
+
+    def _updates(self) -> Iterator[moclip_launch.Update]:
+        """Of all parameters with a gradient; their rows begin with those of one angle."""
+        groups = list(zip(self.param_groups, self.rounding_keys(), strict=True))
+        row = 0
+        for group, keys in sorted(groups, key=lambda found: not is_global(found[0])):
+            for param, key in zip(group["params"], keys, strict=True):
+                if param.grad is not None:
+                    state = self.state[param]
+                    yield moclip_launch.Update(
+                        row,
+                        (param, param.grad, state["exp_avg"], state["exp_avg_sq"]),
+                        step_scalars(group, state["step"].tolist()),
+                        key,
+                        group["clip"],
+                        math.radians(group["delta_max"]),
+                        group["betas"][0],
+                        is_global(group),
+                        group["second_moment"] == "capped",
+                        is_cautious(group),
+                    )
+                row += 1
+
     def dots_of(self, params: Sequence[Tensor]) -> Sequence[Tensor]:
         """``dot_products`` of the gradient and the momentum of each parameter."""
         found: dict[int, Tensor] = {}
         together: dict[torch.device, list[tuple[int, Tensor, Tensor]]] = defaultdict(list)
-        launched: list[tuple[int, Tensor, Tensor]] = []
         for index, param in enumerate(params):
             assert param.grad is not None
             grad, exp_avg = param.grad, self.state[param]["exp_avg"]
-            if moclip_launch.can_take(param, exp_avg, self.state[param]["exp_avg_sq"]):
-                launched.append((index, grad, exp_avg))
-            elif moclip_kernel.can_take(param, exp_avg):
+            if moclip_kernel.can_take(param, exp_avg):
                 found[index] = moclip_kernel.dot_products(grad, exp_avg)
             elif param.is_cpu:
                 found[index] = torch.zeros(3, dtype=torch.float64)
@@ -66,9 +116,6 @@ class FastMoClip(MoClip):
                     found[index] += dot_products(*pieces)
             else:
                 together[param.device].append((index, grad.flatten(), exp_avg.flatten()))
-        if launched:
-            indices, grads, momenta = zip(*launched, strict=True)
-            found |= zip(indices, self._launches.dots(grads, momenta), strict=True)
         for on_device in together.values():
             indices, grads, momenta = zip(*on_device, strict=True)
             found |= zip(indices, foreach_dot_products(grads, momenta).unbind(), strict=True)
@@ -79,7 +126,7 @@ class FastMoClip(MoClip):
     ) -> None:
         """Move the parameters of one group; see ``MoClip``."""
         options = group["second_moment"], is_cautious(group)
-        by_operators, launched = [], []
+        by_operators = []
         scalars = functools.cache(functools.partial(step_scalars, group))
         for index, param in enumerate(group["params"]):
             if param.grad is None:
@@ -87,10 +134,6 @@ class FastMoClip(MoClip):
             state = self.state[param]
             moments = state["exp_avg"], state["exp_avg_sq"]
             numbers = scalars(state["step"].tolist())
-            if moclip_launch.can_take(param, *moments):
-                tensors = param, param.grad, *moments
-                launched.append(moclip_launch.Update(index, tensors, numbers, keys[index]))
-                continue
             p, q = (None, None) if capped is None else capped.of(index, param.device)
             update = TensorUpdate(param, param.grad, *moments, p, q, numbers)
             if moclip_kernel.can_take(param, *moments):
@@ -99,9 +142,6 @@ class FastMoClip(MoClip):
                 update_(param, state, group, p, q, keys[index])
             else:
                 by_operators.append(update)
-        if launched:
-            sees_capped = group["second_moment"] == "capped"
-            self._launches.update(launched, capped, sees_capped=sees_capped, is_cautious=options[1])
         for batch in _batches(by_operators):
             foreach_update_(batch, *options)
 
@@ -138,6 +178,11 @@ def _piece_dot_products(grads: Sequence[Tensor], momenta: Sequence[Tensor]) -> T
     gg_X, mm_X = (torch.stack(torch._foreach_norm(vectors, 2)).square() for vectors in wide)
     above_X, below_X = (torch.stack(torch._foreach_norm(x, 1)) for x in (products, below))
     return torch.stack((gg_X, above_X - below_X, mm_X), dim=1)
+
+
+def is_global(group: dict[str, Any]) -> bool:
+    """Whether the tensors of a group are a part of the one vector that has an angle."""
+    return bool(group["angle"] == "global" and group["clip"] != "none")
 
 
 class TensorUpdate(NamedTuple):

@@ -9,10 +9,12 @@ import torch
 from lrmc_ray.method.fast import moclip_launch
 from lrmc_ray.method.fast.backend_choice import (
     LossSize,
+    cross_entropy_seconds,
+    dense_kernel_seconds,
     dense_seconds,
+    kernel_backend,
     kernel_seconds,
     logits_backend,
-    prefers_kernel,
     sparse_seconds,
 )
 from lrmc_ray.method.fast.candidate_logits import loss_size
@@ -41,26 +43,29 @@ def measured() -> list[tuple[LossSize, float, float]]:
 def test_estimates_are_what_was_measured():
     assert len(measured()) == 8
     for size, dense, sparse in measured():
-        assert dense_seconds(size) == pytest.approx(dense, rel=0.2)
+        assert cross_entropy_seconds(size) == pytest.approx(dense, rel=0.2)
         assert sparse_seconds(size) == pytest.approx(sparse, rel=0.2)
 
 
-def test_kernels_are_taken_at_every_size_that_was_measured():
+def test_candidates_alone_are_taken_at_every_size_that_was_measured():
     for size, _, _ in measured():
-        assert prefers_kernel(size)
+        assert kernel_backend(size) == "kernel"
+        assert kernel_seconds(size) < min(cross_entropy_seconds(size), sparse_seconds(size))
+        assert kernel_backend(size, gathers=False) == "dense_kernel"
 
 
 @pytest.mark.parametrize("dtype", TYPES.values(), ids=str)
-def test_kernels_are_left_where_all_logits_cost_less(dtype):
+def test_all_logits_are_taken_where_they_cost_less(dtype):
     """Few positions, a small vocabulary, or nearly all of it among the candidates."""
     for rows, hidden, vocabulary, entries in (
-        (8, 576, 49_152, 200),
+        (8, 576, 4096, 200),
         (128, 64, 1000, 32_000),
         (512, 576, 49_152, 512 * 49_152 // 2),
     ):
         size = LossSize(rows, hidden, vocabulary, entries, dtype)
-        assert not prefers_kernel(size)
-        assert dense_seconds(size) < kernel_seconds(size)
+        assert kernel_backend(size) == "dense_kernel"
+        assert dense_kernel_seconds(size) < kernel_seconds(size)
+        assert dense_kernel_seconds(size) < dense_seconds(size)
 
 
 def test_an_estimate_grows_with_everything():
@@ -74,6 +79,9 @@ def test_an_estimate_grows_with_everything():
         LossSize(1000, 576, 49_152, 24_000, torch.bfloat16),  # unknown: as long as it may be
     ):
         assert kernel_seconds(more) > kernel_seconds(size)
+        if more.longest == 200:  # only this one has a program that is waited for
+            assert dense_kernel_seconds(more) > dense_kernel_seconds(size)
+            assert dense_seconds(more) > dense_seconds(size)
 
 
 def test_a_row_that_is_divided_costs_launches_and_no_longer_its_length():

@@ -9,14 +9,13 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from lrmc_ray.method import candidate_sets, restricted_loss
+from lrmc_ray.method import candidate_sets
 from lrmc_ray.method.candidate_sets import CandidateSets, row_gold
 from lrmc_ray.method.fast import candidate_logits as operator
 from lrmc_ray.method.fast.dense_product import factor_type, picked_products, wide_product
 from lrmc_ray.method.head import OutputHead
 from lrmc_ray.method.restricted_loss import anchor_kl, draw_tail, restricted_cross_entropy
 from tests.support.method_inputs import head_problem, leaves, masked_cross_entropy
-from tests.support.operators import NoHostSync
 
 torch.set_num_threads(1)
 
@@ -280,18 +279,6 @@ def test_a_product_in_half_precision_is_one_in_float32():
     rows, tokens = torch.tensor([0, 0, 4]), torch.tensor([6, 2, 1], dtype=torch.int32)
     picked_E = picked_products(hidden, weight, rows, tokens)
     torch.testing.assert_close(picked_E, found[rows, tokens.long()])
-
-
-def test_the_host_waits_for_no_device(monkeypatch):
-    """With no tail: that one is counted by what the host has to know."""
-    by_sums = candidate_sets._row_gold_by_sums
-    monkeypatch.setattr(restricted_loss, "row_gold", by_sums)
-    hidden, weight, _, sets = problem(BRAIN)
-    h, w = leaves(hidden, weight)
-    with NoHostSync():
-        losses("restricted", None, h, OutputHead(w), sets, "dense").backward()
-        losses("anchor", None, h, OutputHead(w), sets, "dense").backward()
-    assert h.grad.any()
 
 
 def test_gold_by_sums_is_gold_by_its_place():

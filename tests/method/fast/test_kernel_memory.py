@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from lrmc_ray.method.candidate_sets import CandidateSets, row_offsets
-from lrmc_ray.method.fast import chunk_table, loss_plan, moclip_launch
+from lrmc_ray.method.fast import chunk_table, dense_loss, loss_plan, moclip_launch
 from lrmc_ray.method.fast.moclip_update import FastMoClip
 from lrmc_ray.method.head import OutputHead
 from lrmc_ray.method.restricted_loss import anchor_kl, draw_tail, restricted_cross_entropy
@@ -56,7 +56,7 @@ def memory(monkeypatch):
 
 def by_way(way: str, monkeypatch) -> CandidateSets:
     longest, sizes = WAYS[way]
-    monkeypatch.setattr(loss_plan, "LONG", longest if way != "alone" else 99)
+    monkeypatch.setattr(loss_plan, "LONG", longest if way in ("parts", "tiles") else 99)
     monkeypatch.setattr(loss_plan, "PART", 5)
     if way == "alone":
         monkeypatch.setattr(loss_plan, "CHUNK", 1)
@@ -100,6 +100,21 @@ def test_losses_and_their_gradients(way, size, loss, memory, monkeypatch):
     assert memory.kernels >= KERNELS[way] | TAILED
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+@pytest.mark.parametrize("loss", [restricted_cross_entropy, anchor_kl])
+def test_losses_from_all_logits(loss, dtype, memory, monkeypatch):
+    """Several blocks of candidates, of samples and of hidden states, none of them full."""
+    monkeypatch.setattr(dense_loss, "TILE", {"BLOCK": 4, "num_warps": 4})
+    tensors = (torch.randn(size, generator=rng(1)).to(dtype) for size in ((5, 13), (V, 13), (V,)))
+    hidden, weight, bias = leaves(*tensors)
+    sets = sets_of([3, 0, 5, 2, 17])
+    tail = draw_tail(7, V, seed=0, step=0, probabilities=torch.arange(V).clamp_max(1))
+    head = OutputHead(weight, bias, softcap=4.0)
+    loss(hidden, head, sets, tail=tail, backend="dense_kernel").backward()
+    assert all(x.grad.isfinite().all() and x.grad.any() for x in (hidden, weight, bias))
+    assert memory.kernels == {"row_losses", "row_derivatives"}
+
+
 @pytest.mark.parametrize("way", ["alone", "parts"])
 def test_a_position_that_is_no_number_spoils_no_gradient_of_others(way, memory, monkeypatch):
     """It has no candidates here, so nothing is to be read of it for the weight's gradient."""
@@ -141,7 +156,14 @@ def test_several_blocks_of_a_tail_and_of_positions(memory):
 
 @pytest.mark.parametrize("dtypes", [(torch.float32, None), (torch.bfloat16, torch.bfloat16)])
 @pytest.mark.parametrize("clip", ["cautious", "project"])
-def test_steps_of_moclip(clip, dtypes, memory, monkeypatch):
+@pytest.mark.parametrize("way", ["tensor", "global", "reduced"])
+def test_steps_of_moclip(way, clip, dtypes, memory, monkeypatch):
+    monkeypatch.setattr(moclip_launch, "MOST_SPANS", 2)
+    kernels = {"chunk_dots", "chunk_update"}
+    options = {"angle": way}
+    if way == "reduced":
+        kernels.add("add_spans")
+        options = {"reduce_dots": lambda dots: None}
     monkeypatch.setattr(chunk_table, "CHUNK", 2048)
     monkeypatch.setattr(moclip_launch, "TOGETHER", 2)
     monkeypatch.setattr(moclip_launch, "runs_on", lambda device: True)
@@ -149,12 +171,14 @@ def test_steps_of_moclip(clip, dtypes, memory, monkeypatch):
         torch.nn.Parameter(torch.randn(shape, generator=rng(0)).to(dtypes[0]))
         for shape in [(5000,), (7, 3), (2048,), (1,)]
     ]
-    optimizer = FastMoClip(params, lr=0.1, clip=clip, delta_max=60.0, state_dtype=dtypes[1])
+    params.append(torch.nn.Parameter(torch.zeros(0, 3).to(dtypes[0])))
+    options |= {"clip": clip, "delta_max": 60.0, "state_dtype": dtypes[1]}
+    optimizer = FastMoClip(params, lr=0.1, **options)
     for step in range(2):
         for param in params:
             param.grad = torch.randn(param.shape, generator=rng(step)).to(dtypes[0])
         optimizer.step()
-    assert memory.kernels == {"chunk_dots", "add_chunks", "chunk_update"}
+    assert memory.kernels == kernels
     assert all(param.isfinite().all() for param in params)
 
 

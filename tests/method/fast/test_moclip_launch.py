@@ -1,6 +1,7 @@
 """MoClip's steps by the kernels of a GPU against the plain ones; without a GPU, interpreted."""
 
 import copy
+import math
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -9,11 +10,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from lrmc_ray.method.fast import chunk_table, moclip_launch, moclip_update
-from lrmc_ray.method.fast.moclip_update import FastMoClip
+from lrmc_ray.method.angle_cap import cap_angle
+from lrmc_ray.method.fast import chunk_table, moclip_kernel, moclip_launch, moclip_update
+from lrmc_ray.method.fast.moclip_kernel import StepScalars
+from lrmc_ray.method.fast.moclip_update import FastMoClip, foreach_dot_products, foreach_update_
 from lrmc_ray.method.moclip import MoClip
 from lrmc_ray.method.stochastic_rounding import FIRST, GOLDEN, SECOND, round_to_bf16
-from tests.support.moclip_paths import CLIPS, leaning_gradients, random
+from tests.support.moclip_paths import CAPS, CLIPS, leaning_gradients, random
+from tests.support.operators import Launches
 
 triton = pytest.importorskip("triton", reason="Triton is not installed")
 tl: Any = pytest.importorskip("triton.language")
@@ -21,6 +25,8 @@ moclip_triton: Any = pytest.importorskip("lrmc_ray.method.fast.moclip_triton")
 
 torch.set_num_threads(1)
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")  # numpy's
+
+from lrmc_ray.method.fast.moclip_triton import arccosine, capped_gradient  # noqa: E402
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 SHAPES = [(50, 101), (5, 3), (1,), (), (0, 4), (1024,)]
@@ -123,17 +129,202 @@ def test_two_runs_give_the_same_bits():
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
 
 
-def test_dot_products_are_exact_to_float64():
+@pytest.mark.parametrize("is_global", [False, True])
+def test_sums_are_exact_to_float64_and_few(is_global, monkeypatch):
+    monkeypatch.setattr(moclip_launch, "MOST_SPANS", 5)
+    monkeypatch.setattr(moclip_launch, "TOGETHER", 2)
     sizes = (5, 1, 2048, 2049, 70_000)
-    grads = [random(n, seed=n, dtype=FLOAT).to(DEVICE) for n in sizes]
-    momenta = [random(n, seed=n + 1, dtype=FLOAT).to(DEVICE) for n in sizes]
-    grads[1] = grads[1].bfloat16()
-    found = moclip_launch.Launches().dots(grads, momenta)
-    for row_3, grad, momentum in zip(found, grads, momenta, strict=True):
+    updates, expected = [], []
+    for row, n in enumerate(sizes):
+        grad, momentum = (random(n, seed=n + i, dtype=FLOAT).to(DEVICE) for i in (0, 1))
+        if n == 1:
+            grad = grad.bfloat16()
+        scalars = StepScalars(*[0.5] * 6)
+        tensors = (momentum, grad, momentum, momentum)
+        updates.append(
+            moclip_launch.Update(
+                row, tensors, scalars, 0, "scale", 1.0, 0.9, is_global, False, False
+            )
+        )
         g, m = grad.double().cpu(), momentum.double().cpu()
-        expected = torch.stack((g.dot(g), g.dot(m), m.dot(m)))
-        scale = float(g.norm() * m.norm())
-        torch.testing.assert_close(row_3.cpu(), expected, rtol=1e-13, atol=1e-14 * scale)
+        expected.append(torch.stack((g.dot(g), g.dot(m), m.dot(m), torch.tensor(n).double())))
+    launches = moclip_launch.Launches()
+    found = launches._partial(updates, DEVICE, is_reduced=False)
+    numbers = [end - begin for _, (begin, end) in sorted(found.bounds.items())]
+    assert numbers == ([6] * 5 if is_global else [1, 1, 1, 2, 5])  # the one of bf16 is apart
+    for update, of_tensor in zip(updates, expected, strict=True):
+        begin, end = found.bounds[update.row]
+        total = sum(expected) if is_global else of_tensor
+        scale = float((total[0] * total[2]).sqrt())
+        our = found.sums_P4[begin:end].cpu().sum(0)
+        torch.testing.assert_close(our, total, rtol=1e-13, atol=1e-14 * scale)
+    if not is_global:
+        sums: list[Tensor] = []
+        reduced = launches._reduced(updates, found, 7, 0, lambda dots: sums.append(dots.clone()))
+        assert reduced.is_reduced
+        assert not sums[0][5:].any()
+        for our, of_tensor in zip(sums[0].cpu(), expected, strict=False):
+            scale = float((of_tensor[0] * of_tensor[2]).sqrt())
+            torch.testing.assert_close(our, of_tensor, rtol=1e-13, atol=1e-14 * scale)
+
+
+@pytest.mark.parametrize("angle", ["tensor", "global"])
+@pytest.mark.parametrize("clip", CLIPS)
+def test_a_step_is_two_launches_and_nothing_of_torch(clip, angle, monkeypatch):
+    """Of two groups; one launch without a cap, a third where workers add up between."""
+    for name in ("chunk_dots", "add_spans", "chunk_update"):
+        monkeypatch.setattr(moclip_triton, name, Launches.kernel(name))
+    params = [torch.nn.Parameter(torch.ones(n, device=DEVICE)) for n in (4, 3000, 5)]
+    parts = [{"params": params[:1], "lr": 0.2, "betas": (0.5, 0.9)}, {"params": params[1:]}]
+    optimizer = FastMoClip(parts, lr=0.1, clip=clip, angle=angle)
+    cap = {} if clip == "none" else {"chunk_dots": 1}
+    host = {"add_": len(params), "lift_fresh": 1}  # counts of steps, and the numbers of this one
+    for step in range(3):
+        for param in params:
+            param.grad = torch.full_like(param, 1.0 + step)
+        with Launches() as found:
+            optimizer.step()
+    calls = {name: n for name, n in found.calls.items() if name not in host}
+    assert calls == {**cap, "chunk_update": 1}
+    assert found.calls["add_"] == len(params)
+    optimizer.reduce_dots = lambda dots: None
+    with Launches() as found:
+        optimizer.step()
+    calls = {name: n for name, n in found.calls.items() if name not in host}
+    between = {} if clip == "none" else {"add_spans": 1, "zeros": 1}
+    assert calls == {**cap, **between, "chunk_update": 1}
+
+
+@triton.jit
+def _arccosine(source, target):
+    places = tl.arange(0, 4096)
+    tl.store(target + places, arccosine(tl.load(source + places)))
+
+
+@triton.jit
+def _capped(sums, numbers, found, CLIP: tl.constexpr):
+    row = tl.program_id(0)
+    p, q, theta = capped_gradient(tl.load(sums + row * 4 + tl.arange(0, 4)), numbers, CLIP)
+    tl.store(found + row * 3, p)
+    tl.store(found + row * 3 + 1, q)
+    tl.store(found + row * 3 + 2, theta)
+
+
+def test_the_arc_cosine_is_torchs():
+    generator = torch.Generator().manual_seed(0)
+    near_1 = 1 - 10 ** (-16 * torch.rand(1024, dtype=torch.float64, generator=generator))
+    inside = 2 * torch.rand(2040, dtype=torch.float64, generator=generator) - 1
+    special = torch.tensor([0.0, 1.0, -1.0, 0.5, -0.5, 1e-300, 0.499999, -0.50001]).double()
+    values = torch.cat((near_1, -near_1, inside, special)).to(DEVICE)
+    found = torch.empty_like(values)
+    _arccosine[(1,)](values, found)
+    torch.testing.assert_close(found.cpu(), values.cpu().acos(), rtol=4e-16, atol=0)
+    assert found[-6] == math.pi
+    assert found[-8] == math.pi / 2
+    assert found[-7] == 0
+
+
+@pytest.mark.parametrize("delta_max", [1.0, 45.0, 60.0, 90.0, 135.0, 179.0, 180.0])
+@pytest.mark.parametrize("clip", CAPS)
+def test_the_cap_is_that_of_torch_in_float64(clip, delta_max):
+    """Angles of all sizes, long and short vectors, and where there is none: zeros, NaN, infinity;
+    180 degrees exactly; one element."""
+    rows = []
+    for seed in range(60):
+        lengths = 10.0 ** (3 * random(2, seed=seed))
+        cosine = float(torch.tanh(2 * random(1, seed=seed + 100)))
+        g, m = map(float, lengths)
+        rows.append([g * g, g * m * cosine, m * m, 1.0 + seed % 3])
+    opposed = [[4.0, -6.0, 9.0, 2.0], [4.0, -6.0, 9.0, 1.0], [4.0, 6.0, 9.0, 5.0]]
+    none = [[0.0, 0.0, 9.0, 4.0], [4.0, 0.0, 0.0, 4.0], [0.0] * 4]
+    broken = [
+        [math.nan, 1.0, 1.0, 4.0],
+        [math.inf, math.nan, 1.0, 4.0],
+        [math.inf, -math.inf, 1.0, 4.0],
+    ]
+    right = [[4.0, 0.0, 9.0, 7.0]]
+    sums = torch.tensor(rows + opposed + none + broken + right, dtype=torch.float64)
+    truth = cap_angle(sums[:, :3], sums[:, 3], delta_max=delta_max, clip=clip, beta1=0.9)
+    update = moclip_launch.Update(
+        0, (sums,) * 4, StepScalars(*[0.5] * 6), 3, clip, math.radians(delta_max), 0.9,
+        False, False, False,
+    )  # fmt: skip
+    assert len(update.numbers) == moclip_launch.NUMBERS
+    numbers = torch.tensor(update.numbers[7:], dtype=torch.float64, device=DEVICE)
+    found = torch.empty(len(sums), 3, dtype=torch.float64, device=DEVICE)
+    _capped[(len(sums),)](sums.to(DEVICE), numbers, found, clip)
+    p_G, q_G, theta_G = found.cpu().unbind(1)
+    torch.testing.assert_close(theta_G, truth.theta_G, rtol=1e-15, atol=0, equal_nan=True)
+    # Beside the cap a sine is a difference, in torch of angles, here of products.
+    torch.testing.assert_close(p_G, truth.p_G, rtol=1e-11, atol=1e-14)
+    their_q_G = torch.zeros_like(p_G) if truth.q_G is None else truth.q_G
+    torch.testing.assert_close(q_G, their_q_G, rtol=1e-11, atol=1e-14)
+    is_changed_G = (p_G != 1) | (q_G != 0)
+    assert torch.equal(is_changed_G, truth.is_changed())
+    if delta_max == 180:
+        assert not is_changed_G.any()
+    elif delta_max < 120:
+        assert is_changed_G.any()
+
+
+@pytest.mark.parametrize("clip", CAPS)
+def test_180_degrees_are_no_cap_to_the_last_bit(clip):
+    ours = steps(FastMoClip, FLOAT, DEVICE, clip=clip, delta_max=180.0)
+    theirs = steps(FastMoClip, FLOAT, DEVICE, clip="none")
+    assert all(torch.equal(a, b) for a, b in zip(values_of(ours), values_of(theirs), strict=True))
+    counted = ours.angle_statistics()
+    assert counted.num_angles > 0
+    assert counted.clipped_share == 0
+
+
+@pytest.mark.parametrize("angle", ["tensor", "global"])
+def test_angles_are_counted_as_the_plain_way_counts_them(angle):
+    """Over steps, with two reports, and tensors that come later or have no elements."""
+    reports = []
+    for kind, dtype, device in ((FastMoClip, FLOAT, DEVICE), (MoClip, torch.float64, "cpu")):
+        optimizer = steps(kind, dtype, device, angle=angle, groups=2)
+        first = optimizer.angle_statistics()
+        for group in optimizer.param_groups:
+            for param in group["params"]:
+                param.grad = torch.ones_like(param)
+        optimizer.step()
+        reports.append((first, optimizer.angle_statistics(), optimizer.angle_statistics()))
+    for our, their in zip(*reports, strict=True):
+        assert our.num_angles == their.num_angles
+        assert our.histogram == their.histogram
+        assert our.mean_deg == pytest.approx(their.mean_deg, rel=1e-6, nan_ok=True)
+        assert our.clipped_share == pytest.approx(their.clipped_share, nan_ok=True)
+        assert our.clipped_element_share == pytest.approx(their.clipped_element_share, nan_ok=True)
+    assert reports[0][0].num_angles > 0
+    assert reports[0][2].num_angles == 0
+
+
+def test_counts_outlive_a_group_more():
+    first, second = (torch.nn.Parameter(torch.ones(3, device=DEVICE)) for _ in range(2))
+    optimizer = FastMoClip([first], lr=0.1)
+    for _ in range(3):
+        first.grad = torch.ones_like(first)
+        optimizer.step()
+    optimizer.add_param_group({"params": [second]})
+    second.grad = torch.ones_like(second)
+    optimizer.step()
+    assert optimizer.angle_statistics().num_angles == 3  # the first steps have no angle
+
+
+def test_all_go_by_operators_where_one_has_to(monkeypatch):
+    """A transposed parameter; the steps are those of all that do."""
+    monkeypatch.setattr(moclip_update, "foreach_update_", foreach_update_)
+    monkeypatch.setattr(moclip_update, "foreach_dot_products", foreach_dot_products)
+    monkeypatch.setattr(moclip_launch.Launches, "step", None)
+    monkeypatch.setattr(moclip_kernel, "can_take", lambda *tensors: False)
+    param = torch.nn.Parameter(torch.ones(4, 3, device=DEVICE).T)
+    other = torch.nn.Parameter(torch.ones(4, device=DEVICE))
+    optimizer = FastMoClip([param, other], lr=0.1)
+    for x in (param, other):
+        x.grad = torch.ones_like(x)
+    optimizer.step()
+    assert (param < 1).all()
+    assert (other < 1).all()
 
 
 def test_shards_step_as_the_whole_tensor_does():
@@ -260,19 +451,26 @@ def test_elements_beyond_2_to_the_31_are_found():
     def ints(*numbers: int) -> Tensor:
         return torch.tensor(numbers, device=DEVICE)
 
-    dots = torch.empty(1, 3, dtype=torch.float64, device=DEVICE)
+    dots = torch.empty(1, 4, dtype=torch.float64, device=DEVICE)
     where = (ints(size), ints(0), ints(start))
     kinds = {"CHUNK": 2048, "BLOCK": 1024, "num_warps": 4, "ALIGNED": True}
     moclip_triton.chunk_dots[(1,)](
-        ints(grad.data_ptr(), m.data_ptr()), *where, dots, tl.bfloat16, tl.bfloat16, **kinds
+        ints(grad.data_ptr(), m.data_ptr()), *where, ints(0, 1), dots, *[tl.bfloat16] * 2, **kinds
     )
     expected = torch.stack([(a.double() * b.double()).sum() for a, b in
                             ((g, g), (g, m_part), (m_part, m_part))])  # fmt: skip
-    torch.testing.assert_close(dots[0], expected)
+    torch.testing.assert_close(dots[0, :3], expected)
+    assert dots[0, 3] == rest
+    scalars = StepScalars(0.1, 0.01, 1.0, 1.0, 1.0, 0.5)
+    update = moclip_launch.Update(
+        0, (w, grad, m, v), scalars, 7, "none", 1.0, 0.9, False, False, False
+    )
+    numbers = torch.tensor(update.numbers, dtype=torch.float64, device=DEVICE)
     moclip_triton.chunk_update[(1,)](
-        ints(w.data_ptr(), grad.data_ptr(), m.data_ptr(), v.data_ptr()), *where, ints(0), ints(7),
-        dots, dots, torch.ones(2, device=DEVICE), 0.1, 0.01, 1.0, 0.5,
-        *[tl.bfloat16] * 3, HAS_P=False, HAS_Q=False, SEES_CAPPED=False, IS_CAUTIOUS=False, **kinds,
+        ints(w.data_ptr(), grad.data_ptr(), m.data_ptr(), v.data_ptr()), *where, ints(0),
+        ints(0, 0), dots, numbers, dots, *[tl.bfloat16] * 3, CLIP="none", SEES_CAPPED=False,
+        IS_CAUTIOUS=False, IS_REDUCED=False, TOGETHER=16, NUMBERS=moclip_launch.NUMBERS, BINS=36,
+        **kinds,
     )  # fmt: skip
     m_new = torch.lerp(m_part.float(), g.float(), 0.1)
     v_new = torch.lerp(v_part.float(), g.float().square(), 0.01)
