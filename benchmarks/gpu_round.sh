@@ -66,7 +66,8 @@ fi
   part qwen_model 40 "$python" $bench/qwen_on_gpu.py make "$folder/qwen" $make
   part correctness 150 "$python" -m pytest -q $tests -p no:cacheprovider \
     tests/method/test_cuda.py tests/method/fast/test_fused_loss.py \
-    tests/method/fast/test_moclip_launch.py tests/method/test_prepared_batches.py
+    tests/method/fast/test_dense_loss.py tests/method/fast/test_moclip_launch.py \
+    tests/method/test_prepared_batches.py
   part head 70 "$python" $bench/restricted_head.py $device $head
   part head_float32 40 "$python" $bench/restricted_head.py $device $wide
   part moclip 40 "$python" $bench/moclip_step.py $device $moclip

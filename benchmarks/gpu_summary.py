@@ -26,6 +26,7 @@ HEAD_GOALS = {
 }
 TAIL_GOAL = 3.0
 KERNEL, TAIL, AUTO = "restricted, kernel", "restricted, kernel, tail 1024", "restricted, auto"
+DENSE = "restricted, dense_kernel"
 PLAIN = "logits + cross_entropy"
 RIVALS = ("F.linear_cross_entropy", "liger-kernel", "cut-cross-entropy")
 LARGEST_SHARE = 0.05
@@ -67,6 +68,7 @@ def rows(parts: Mapping[str, Any]) -> dict[str, Row]:
                 found[f"head {size} against {rival}"] = head_row(1.0, size, KERNEL, rival)
     for size in methods:
         found[f"auto {size}"] = head_row(1.0, size, AUTO, PLAIN)
+        found[f"all logits {size}"] = head_row(1.0, size, DENSE, PLAIN)
     for name, goal, at_most, path in (
         ("moclip over fused AdamW", 1.6, True, ("moclip", "moclip_over_fused_adamw")),
         ("step, SmolLM2", 1.3, False, ("step", "trainer_over_defaults")),

@@ -52,6 +52,12 @@ OPTIMIZERS: dict[str, Callable[[list[Tensor]], Optimizer]] = {
         params, lr=1e-6, weight_decay=0.01, state_dtype=torch.bfloat16
     ),
     "MoClip, scale": lambda params: FastMoClip(params, lr=1e-6, weight_decay=0.01, clip="scale"),
+    "MoClip, global angle": lambda params: FastMoClip(
+        params, lr=1e-6, weight_decay=0.01, angle="global"
+    ),
+    "MoClip, summed over workers": lambda params: FastMoClip(
+        params, lr=1e-6, weight_decay=0.01, reduce_dots=lambda dots: None
+    ),
     "MoClip, project": lambda params: FastMoClip(
         params, lr=1e-6, weight_decay=0.01, clip="project"
     ),
@@ -113,7 +119,7 @@ def measure(args: argparse.Namespace) -> dict[str, object]:
         f"bandwidth {bandwidth / 1e9:.1f} GB/s, MoClip's limit {limit * 1e3:.0f} ms"
     )
     header = ("ms", "fastest", "/ foreach", "/ fused", "memory MB", "first s")
-    print(f"{'optimizer':20s}" + "".join(f"{title:>11s}" for title in header))
+    print(f"{'optimizer':28s}" + "".join(f"{title:>11s}" for title in header))
     rows = {}
     for name, value in median.items():
         rows[name] = {
@@ -127,7 +133,7 @@ def measure(args: argparse.Namespace) -> dict[str, object]:
         extra = memory[name]
         used = "-" if extra is None else f"{extra / 1e6:.1f}"
         print(
-            f"{name:20s}{value * 1e3:11.1f}{min(seconds[name]) * 1e3:11.1f}"
+            f"{name:28s}{value * 1e3:11.1f}{min(seconds[name]) * 1e3:11.1f}"
             f"{value / median[FOREACH]:11.2f}{value / median[FUSED]:11.2f}{used:>11s}"
             f"{first[name]:11.1f}"
         )

@@ -97,6 +97,12 @@ def methods(device: torch.device, dtype: torch.dtype, vocabulary_size: int) -> d
         found["restricted, kernel, tail 1024"] = lambda h, w, c: restricted_cross_entropy(
             h, OutputHead(w), c, tail=tail, backend="kernel"
         )
+        found["restricted, dense_kernel"] = lambda h, w, c: restricted_cross_entropy(
+            h, OutputHead(w), c, backend="dense_kernel"
+        )
+        found["restricted, dense_kernel, tail 1024"] = lambda h, w, c: restricted_cross_entropy(
+            h, OutputHead(w), c, tail=tail, backend="dense_kernel"
+        )
         found["restricted, auto"] = lambda h, w, c: restricted_cross_entropy(h, OutputHead(w), c)
     return found
 
