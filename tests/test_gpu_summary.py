@@ -21,6 +21,7 @@ def head_methods(plain: float, kernel: float, tail: float) -> dict[str, dict[str
         gpu_summary.KERNEL: kernel,
         gpu_summary.TAIL: tail,
         gpu_summary.AUTO: kernel,
+        gpu_summary.DENSE: kernel,
         "liger-kernel": 2 * kernel,
     }
     return {name: {"seconds": value, "extra_memory_share": 0.03} for name, value in seconds.items()}
@@ -59,6 +60,7 @@ def test_rows_have_goals_and_what_was_found(tmp_path):
     assert rows[f"head {first} against liger-kernel"]["found"] == pytest.approx(2.0)
     assert not any("cut-cross-entropy" in name for name in rows)
     assert rows["auto 16,576,49152,24"]["is_reached"] is True
+    assert rows["all logits 16,576,49152,24"]["found"] == pytest.approx(6.0)
     assert rows["moclip over fused AdamW"]["is_reached"] is True
     assert rows["step, SmolLM2"]["is_reached"] is False
     assert rows["memory, Qwen3-1.7B"]["found"] == 0.7
