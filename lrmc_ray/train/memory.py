@@ -19,7 +19,8 @@ r"""Memory that a training worker takes, from the ``config.json`` of a model alo
 - **gathered**: with shards, whose first worker has the most rows of every weight. In the backward
   pass of a layer there are its whole weights and gradients, the weights of the next one on their
   way, and the gradients of the one before on theirs. The vocabulary's weights are there whole, with
-  their gradients, in a step whose loss or probe looks at all tokens.
+  their gradients, in a step whose loss or probe looks at all tokens; of an embedding that is not
+  the head's weight as well, the rows of the batch's tokens. A base model's are whole.
 
 With shards weights, gradients and moments are those of the first worker's rows.
 
@@ -98,6 +99,8 @@ class _Weight:
     layer: int | None
     """Number of its layer, of those that gather by themselves; None: of no layer."""
     is_vocabulary: bool
+    is_embedding_alone: bool
+    """Whether it is looked up, and is not the output head's weight as well."""
 
     def held(self, workers: int) -> int:
         """Elements that the first of ``workers`` holds of it in shards."""
@@ -142,6 +145,7 @@ class MemoryForecast:
                 whole = _passes(live, trainable, train, rows, length, in_bf16=False)
                 self._activations = max(self._activations, whole)
         self._loss = loss_bytes(train, rows * length, self._width, self._vocabulary_size)
+        self._looked_up = train.batch_size * length
         self._touched = train.batch_size * length * (1 + MEAN_CANDIDATES) + train.tail_samples
 
     def of(self, workers: int) -> TrainingMemory:
@@ -163,7 +167,7 @@ class MemoryForecast:
             weights=weights,
             gradients=gradients + apart,
             moments=2 * of_state * sum(held),
-            copies=self._all * (train.loss in NEED_BASE) + gradients * bool(train.l2_sp_weight),
+            copies=weights * (train.loss in NEED_BASE) + gradients * bool(train.l2_sp_weight),
             gathered=self._gathered(workers) if train.parallel == "shard" else 0,
             activations=self._activations,
             loss=self._loss,
@@ -180,7 +184,11 @@ class MemoryForecast:
         vocabulary = 0
         for weight in (w for w in self._weights if w.is_vocabulary):
             rows = weight.rows if self._sees_all_tokens() else min(weight.rows, self._touched)
+            if weight.is_embedding_alone:
+                rows = min(weight.rows, self._looked_up)
             vocabulary += 4 * rows * weight.width * (1 + weight.is_trained)
+            if self._train.loss in NEED_BASE:
+                vocabulary += 4 * weight.held(1)
         return GATHERED_LAYERS * most + most // workers + vocabulary
 
     def _sees_all_tokens(self) -> bool:
@@ -197,9 +205,9 @@ def training_memory(
 def _weights_of(model: Any) -> Iterator[_Weight]:
     """Every parameter, tied ones once."""
     layer_of = {id(p): n for n, layer in enumerate(layers_of(model)) for p in layer.parameters()}
-    of_vocabulary = {
+    embedding, head = (
         id(layer.weight) for layer in (model.get_input_embeddings(), model.get_output_embeddings())
-    }
+    )
     for parameter in model.parameters():
         rows = parameter.shape[0] if parameter.ndim else 1
         yield _Weight(
@@ -207,7 +215,8 @@ def _weights_of(model: Any) -> Iterator[_Weight]:
             width=parameter.numel() // max(rows, 1),
             is_trained=parameter.requires_grad,
             layer=layer_of.get(id(parameter)),
-            is_vocabulary=id(parameter) in of_vocabulary,
+            is_vocabulary=id(parameter) in (embedding, head),
+            is_embedding_alone=id(parameter) == embedding != head,
         )
 
 

@@ -208,13 +208,24 @@ def test_a_shard_is_of_the_first_workers_rows(directory, workers, tied):
     assert found.moments == 8 * own
     buffers = whole.weights - 4 * whole.parameters
     assert found.weights == 4 * own + buffers
-    of_vocabulary = 2 * (2 - tied) * 4 * VOCABULARY * WIDTH
+    of_vocabulary = 2 * 4 * VOCABULARY * WIDTH
+    if not tied:  # of an embedding by itself, what the tokens look up
+        of_vocabulary += 2 * 4 * ROWS * LENGTH * WIDTH
     assert found.gathered == 4 * 4 * LAYER + 4 * LAYER // workers + of_vocabulary
     assert whole.gathered == 0
     for term in ("parameters", "trained", "copies", "activations", "loss"):
         assert getattr(found, term) == getattr(whole, term)
     kept = found.weights + found.gradients + found.moments
     assert found.total == kept + found.gathered + found.activations + found.loss
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_the_base_beside_shards_is_in_shards_but_for_its_vocabulary(directory, tied):
+    place = directory("llama", **LLAMA, tie_word_embeddings=tied)
+    shards = {"parallel": "shard", "reduction": "fast", "precision": "fp32", "workers": 3}
+    full, beside = (forecast(place, loss=loss, **shards) for loss in ("full", "kl_to_base"))
+    assert beside.copies == full.weights
+    assert beside.gathered - full.gathered == 4 * (2 - tied) * VOCABULARY * WIDTH
 
 
 def test_only_rows_that_a_step_touches_are_gathered_without_a_look_at_all_tokens(directory):
