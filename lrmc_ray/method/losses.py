@@ -1,7 +1,9 @@
 """The losses by name, and what each of them needs: the sampled tail, the anchor, the base model."""
 
+import dataclasses
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -84,6 +86,15 @@ class LanguageModel:
     """Where some rows of the head are trained in place of all: the losses are taken from them."""
     shards: ShardedModel | None = None
     """Where its weights are in shards. The weight of ``head`` has a shape and no content then."""
+
+    @contextmanager
+    def with_whole_head(self) -> Iterator["LanguageModel"]:
+        """The same with all rows of the head; of one in shards all workers enter together."""
+        if self.shards is None:
+            yield self
+            return
+        with self.shards.vocabulary.whole() as head:
+            yield dataclasses.replace(self, head=head)
 
     @torch.no_grad()
     def frozen_logits(self, batch: MicroBatch) -> Callable[[slice], Tensor]:

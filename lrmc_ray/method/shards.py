@@ -109,11 +109,18 @@ class ShardedModel:
         self._whole.append((whole, shard))
         return shard
 
-    def run_idle(self, forward: Callable[[MicroBatch], Tensor]) -> None:
-        """Take part in a pass of the others, with one token whose gradient is zero."""
+    def run_idle(self, forward: Callable[[MicroBatch], Tensor]) -> Callable[[], None]:
+        """Take part in a forward pass of the others, with one token; returns its backward pass.
+
+        The gradient is zero. Without one there is no backward pass.
+        """
         hidden_BTD = forward(self._idle)
-        if hidden_BTD.requires_grad:
-            (hidden_BTD.sum() * 0.0).backward()  # type: ignore[no-untyped-call]
+
+        def backward() -> None:
+            if hidden_BTD.requires_grad:
+                (hidden_BTD.sum() * 0.0).backward()  # type: ignore[no-untyped-call]
+
+        return backward
 
     def gradients_of(self, value: Tensor, parameters: Sequence[Tensor]) -> list[Tensor | None]:
         """This worker's rows of the gradients of ``value``, summed over all; they ask together.

@@ -15,6 +15,8 @@ With a model in shards (``shards``) every backward pass adds up the gradients of
 of them make their passes together, and it is always ``fast``.
 """
 
+import contextlib
+import dataclasses
 import math
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
@@ -175,7 +177,13 @@ def _gradients_in_shards(
     tail = loss.tail_on_host(step, model.head)
     whole_head = loss.loss not in ON_CANDIDATES or options.probes_at(step)
     sums_M2 = torch.zeros(len(micro_batches), 2, dtype=torch.float64, device=shards.device)
-    with shards.vocabulary.of_step(micro_batches, tail, whole_head=whole_head) as rows:
+    with contextlib.ExitStack() as gathered:
+        rows = gathered.enter_context(
+            shards.vocabulary.of_step(micro_batches, tail, whole_head=whole_head)
+        )
+        if options.base is not None:
+            base = gathered.enter_context(options.base.with_whole_head())
+            options = dataclasses.replace(options, base=base)
         one = _Pass(model, rows, rows.head, micro_batches, loss, options, step)
         for wave in waves(_busy(micro_batches), group.world_size):
             if group.rank < len(wave):
@@ -231,8 +239,13 @@ class _Pass:
     def run_idle(self, shards: ShardedModel) -> None:
         """Take part in the passes of the other workers."""
         device, options = shards.device, self._options
+        base = options.base
         with torch.autocast(device.type, options.autocast, options.autocast is not None):
-            shards.run_idle(self._model.forward)
+            backward = shards.run_idle(self._model.forward)
+            if base is not None and base.shards is not None:
+                with torch.no_grad():
+                    base.shards.run_idle(base.forward)
+            backward()
 
 
 def _busy(micro_batches: Sequence[MicroBatch]) -> list[int]:

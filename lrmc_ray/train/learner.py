@@ -113,7 +113,7 @@ class Learner:
         self.penalty = None
         if settings.l2_sp_weight:
             self.penalty = StartingPoint(parameters, settings.l2_sp_weight)
-        self.base = _frozen_base(settings, model_directory, device)
+        self.base = _frozen_base(settings, model_directory, device, self.group)
         self.autocast = torch.bfloat16 if settings.precision == "bf16" else None
         self.routers = Routers(self.model, settings.router_loss)
         if settings.compile_layers:
@@ -307,13 +307,34 @@ def _optimizer(
 
 
 def _frozen_base(
-    settings: TrainSettings, model_directory: Path, device: torch.device
+    settings: TrainSettings, model_directory: Path, device: torch.device, group: WorkerGroup
 ) -> LanguageModel | None:
     """The base model beside the one that is trained, for the loss that compares the two."""
     if settings.loss not in NEED_BASE:
         return None
-    base = load_model(model_directory).to(device).requires_grad_(False)
-    return LanguageModel(lambda batch: batch_hidden_states(base, batch), head_of(base))
+    if settings.parallel == "shard":
+        base, sharding = _base_in_shards(model_directory, device, group)
+        head, shards = sharding.head, sharding.model
+    else:
+        base = load_model(model_directory).to(device).requires_grad_(False)
+        head, shards = head_of(base), None
+    return LanguageModel(lambda batch: batch_hidden_states(base, batch), head, shards=shards)
+
+
+def _base_in_shards(
+    model_directory: Path, device: torch.device, group: WorkerGroup
+) -> tuple[Any, Sharding]:
+    """The frozen base of which this worker has its rows; all workers load it together."""
+    try:
+        base, rows = model_to_fill(model_directory)
+        rows.check_tied(group)
+        rows.make_buffers(device)
+    except NotByRowsError:  # as the model that is trained, which gave the reason
+        base = load_model(model_directory).to(device).requires_grad_(False)
+        return base, shard_model(base, head_of(base), group, device)
+    sharding = shard_model(base.requires_grad_(False), described_head(base), group, device)
+    rows.fill(sharding.shards, {})
+    return base, sharding
 
 
 def _optimizer_options(settings: TrainSettings) -> dict[str, Any]:

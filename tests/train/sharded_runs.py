@@ -33,6 +33,7 @@ CHANGES: dict[str, dict[str, Any]] = {
     "adapters, goes on with fewer": {"lora_rank": 2},
     "goes on behind a damaged one": {},
     "refreshes": {"refresh_every": 2, "evaluate_every": 0, "precision": "bf16"},
+    "beside the base": {"loss": "kl_to_base", "anchor_weight": 0.0, "tail_samples": 0},
     "best": {"export": "best", "lr": 0.1},
 }
 """Of the settings, by the names of directories."""
@@ -110,6 +111,7 @@ def worker(rank: int, directory: Path, record: Path, model: Path) -> None:
         damage(directory / "goes on behind a damaged one", 4)
     attempt("goes on behind a damaged one", 2)
     attempt("refreshes", 3)
+    attempt("beside the base", 2)
     attempt("best", 3)
 
 

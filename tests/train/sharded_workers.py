@@ -99,6 +99,10 @@ CASES = {
     "soft": Case(loss=dataclasses.replace(PAPER, loss="soft")),
     "asft": Case(loss=dataclasses.replace(PAPER, loss="asft")),
     "frozen_tail": Case(loss=dataclasses.replace(PAPER, loss="frozen_tail")),
+    "frozen_tail, idle worker": Case(
+        "qwen3", tied=False, loss=dataclasses.replace(PAPER, loss="frozen_tail"), num_samples=2
+    ),
+    "kl_to_base": Case(loss=dataclasses.replace(PAPER, loss="kl_to_base")),
     "frozen vocabulary": Case("qwen3", tied=False, frozen=("model.embed", "lm_head")),
     "frozen layer": Case(frozen=("model.layers.0",)),
 }
@@ -166,7 +170,7 @@ def _run(case: Case, group: WorkerGroup, *, shard: bool) -> Outcome:
                 reduction="fast",
                 max_grad_norm=case.max_grad_norm,
                 penalize=penalty.add_gradient if case.l2_sp_weight else None,
-                base=_base(case) if case.loss.loss in NEED_BASE else None,
+                base=_base(case, group, shard=shard) if case.loss.loss in NEED_BASE else None,
             ),
             group,
             steps=range(STEPS),
@@ -188,10 +192,14 @@ def start_of(case: Case) -> list[Tensor]:
     return [parameter.detach() for parameter in model.parameters()]
 
 
-def _base(case: Case) -> LanguageModel:
+def _base(case: Case, group: WorkerGroup, *, shard: bool) -> LanguageModel:
     base = make(case.model, seed=1, vocab_size=VOCABULARY, tie_word_embeddings=case.tied)
     base = base.to(case.dtype).requires_grad_(False)
-    return LanguageModel(lambda batch: batch_hidden_states(base, batch), head_of(base))
+    head, shards = head_of(base), None
+    if shard:
+        sharding = shard_model(base, head, group, torch.device("cpu"))
+        head, shards = sharding.head, sharding.model
+    return LanguageModel(lambda batch: batch_hidden_states(base, batch), head, shards=shards)
 
 
 def worker(rank: int, directory: Path) -> None:
