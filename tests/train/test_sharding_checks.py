@@ -13,6 +13,7 @@ from lrmc_ray.config import RunSettings, validate
 from lrmc_ray.errors import ConfigError, DataError
 from lrmc_ray.files.artifacts import file_digest
 from lrmc_ray.method.sharded_rows import bounds_of
+from lrmc_ray.method.workers import WorkerGroup
 from lrmc_ray.train.checkpoints import (
     METADATA,
     SHARDS,
@@ -22,7 +23,10 @@ from lrmc_ray.train.checkpoints import (
     load_checkpoint,
     load_newest,
 )
+from lrmc_ray.train.resume import Checkpoints
+from lrmc_ray.train.run_files import LocalRun
 from lrmc_ray.train.sharding import check_shardable
+from tests.support.training import settings_of
 
 
 def head_with_bias(model):
@@ -171,3 +175,21 @@ def test_a_manifest_with_something_else_is_refused(saved):
     path.write_text(path.read_text().replace('"shards": {', '"shards": [], "others": {'))
     with pytest.raises(DataError, match="a manifest that was not written here"):
         load_checkpoint(saved, 20)
+
+
+@pytest.mark.parametrize(("before", "after"), [("replicate", "shard"), ("shard", "replicate")])
+def test_a_run_does_not_go_on_from_a_checkpoint_of_the_other_way(before, after, tmp_path):
+    def checkpoints(parallel):
+        return Checkpoints(
+            settings_of(parallel=parallel, reduction="fast"),
+            LocalRun(tmp_path),
+            record="r",
+            group=WorkerGroup(),
+            device=torch.device("cpu"),
+        )
+
+    checkpoints(before).save(2, {}, best=None)
+    assert checkpoints(before).newest()["step"] == 2
+    with pytest.raises(DataError, match=f"'{before}'.*'{after}'.*; remove") as error:
+        checkpoints(after).newest()
+    assert error.value.exit_code == 4

@@ -43,6 +43,12 @@ def test_nothing_is_loaded_for_settings_that_every_model_fulfils(tmp_path):
     check_settings(settings_for(tmp_path / "nowhere", gradient_checkpointing=False))
 
 
+def test_shards_of_a_model_whose_head_has_a_bias(tiny_model, saved):
+    with pytest.raises(ConfigError, match="'replicate' for a phi model.* its output head has a"):
+        check_settings(settings_for(saved("phi"), parallel="shard", reduction="fast"))
+    check_settings(settings_for(tiny_model, parallel="shard", reduction="fast"))
+
+
 def test_a_router_loss_without_routers(tiny_model, saved):
     with pytest.raises(ConfigError, match=r"router_loss must be 0 for a llama model"):
         check_settings(settings_for(tiny_model, router_loss=0.1))
