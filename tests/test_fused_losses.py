@@ -5,6 +5,7 @@ import json
 import re
 import subprocess
 import sys
+import types
 from pathlib import Path
 
 import pytest
@@ -39,6 +40,56 @@ def test_errors_are_those_of_the_loss_and_of_both_gradients():
     assert twice == pytest.approx({"loss": 1.0, "hidden": 1.0, "weight": 1.0}, rel=1e-5)
     frozen = fused_losses.errors(lambda h, w, gold: plain(1.5 * h, w, gold), CPU, torch.float32)
     assert all(value > 0.01 for value in frozen.values())
+
+
+def test_each_error_is_of_what_it_is_named_for():
+    """The same loss, with twice the gradient of the weight alone."""
+
+    def twice(hidden, weight, gold):
+        return plain(hidden, 2 * weight - weight.detach(), gold)
+
+    found = fused_losses.errors(twice, CPU, torch.float32)
+    assert found["weight"] == pytest.approx(1.0, rel=1e-5)
+    assert max(found["loss"], found["hidden"]) < 1e-6
+
+
+def test_what_is_installed_is_pinned_and_brings_nothing_along(monkeypatch):
+    commands = []
+
+    def run(command, **options):
+        commands.append(command)
+        return subprocess.CompletedProcess(command, 0, "", "")
+
+    monkeypatch.setattr(fused_losses.subprocess, "run", run)
+    fused_losses.install("there")
+    for command, (name, version) in zip(commands, fused_losses.PINS.items(), strict=True):
+        assert command[-1] == f"{name}=={version}"
+        assert "--no-deps" in command
+        assert command[command.index("--target") + 1] == "there"
+
+
+def test_losses_are_called_in_the_order_of_their_packages(monkeypatch):
+    """liger-kernel takes the weight first, cut-cross-entropy the hidden states; both a sum."""
+
+    class OfLiger:
+        def __init__(self, reduction):
+            assert reduction == "sum"
+
+        def __call__(self, weight, hidden, gold):
+            return plain(hidden, weight, gold)
+
+    def of_cut(hidden, weight, gold, reduction):
+        assert reduction == "sum"
+        return plain(hidden, weight, gold)
+
+    liger, cut = types.ModuleType("liger"), types.ModuleType("cut")
+    monkeypatch.setattr(liger, "LigerFusedLinearCrossEntropyLoss", OfLiger, raising=False)
+    monkeypatch.setattr(cut, "linear_cross_entropy", of_cut, raising=False)
+    monkeypatch.setitem(sys.modules, "liger_kernel", types.ModuleType("liger_kernel"))
+    monkeypatch.setitem(sys.modules, "liger_kernel.transformers", liger)
+    monkeypatch.setitem(sys.modules, "cut_cross_entropy", cut)
+    for make in fused_losses.LOSSES.values():
+        assert max(fused_losses.errors(make(), CPU, torch.float32).values()) < 1e-6
 
 
 @pytest.mark.skipif(any(map(is_installed, fused_losses.PINS)), reason="one is installed")

@@ -67,6 +67,13 @@ def test_loss_and_gradients_of_every_head(options, tail, is_anchor):
     check(types, sets_of(RAGGED), TAILS[tail], is_anchor=is_anchor, **options)
 
 
+def test_an_anchor_of_more_than_all_probability_follows_the_formula():
+    """By hand made sets may have it: the mass that the base has is not 1."""
+    sets = sets_of([3, 5, 2])
+    sets.logprobs[:] = -0.5
+    check((FLOAT,) * 3, sets, TAILS["tail"], is_anchor=True)
+
+
 @pytest.mark.parametrize("tail", [None, 1100])
 def test_more_tokens_candidates_and_samples_than_a_block(tail):
     sets = sets_of([1300, 1, 1100], 1400)
