@@ -225,13 +225,13 @@ def test_the_arc_cosine_is_torchs():
     assert found[-7] == 0
 
 
-@pytest.mark.parametrize("delta_max", [1.0, 45.0, 60.0, 90.0, 135.0, 179.0, 180.0])
+@pytest.mark.parametrize("delta_max", [1.0, 60.0, 90.0, 180.0])
 @pytest.mark.parametrize("clip", CAPS)
 def test_the_cap_is_that_of_torch_in_float64(clip, delta_max):
     """Angles of all sizes, long and short vectors, and where there is none: zeros, NaN, infinity;
     180 degrees exactly; one element."""
     rows = []
-    for seed in range(60):
+    for seed in range(24):
         lengths = 10.0 ** (3 * random(2, seed=seed))
         cosine = float(torch.tanh(2 * random(1, seed=seed + 100)))
         g, m = map(float, lengths)
@@ -270,8 +270,8 @@ def test_the_cap_is_that_of_torch_in_float64(clip, delta_max):
 
 @pytest.mark.parametrize("clip", CAPS)
 def test_180_degrees_are_no_cap_to_the_last_bit(clip):
-    ours = steps(FastMoClip, FLOAT, DEVICE, clip=clip, delta_max=180.0)
-    theirs = steps(FastMoClip, FLOAT, DEVICE, clip="none")
+    ours = steps(FastMoClip, FLOAT, DEVICE, clip=clip, delta_max=180.0, num=2)
+    theirs = steps(FastMoClip, FLOAT, DEVICE, clip="none", num=2)
     assert all(torch.equal(a, b) for a, b in zip(values_of(ours), values_of(theirs), strict=True))
     counted = ours.angle_statistics()
     assert counted.num_angles > 0
