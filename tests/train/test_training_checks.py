@@ -44,7 +44,7 @@ def test_nothing_is_loaded_for_settings_that_every_model_fulfils(tmp_path):
 
 
 def test_shards_of_a_model_whose_head_has_a_bias(tiny_model, saved):
-    with pytest.raises(ConfigError, match="'replicate' for a phi model.* its output head has a"):
+    with pytest.raises(ConfigError, match=r"'replicate' for a phi model.* its output head has a"):
         check_settings(settings_for(saved("phi"), parallel="shard", reduction="fast"))
     check_settings(settings_for(tiny_model, parallel="shard", reduction="fast"))
 
