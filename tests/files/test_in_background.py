@@ -25,6 +25,7 @@ def test_what_is_started_runs_beside_and_the_next_one_waits_for_it(background):
     assert background.is_busy
     assert order == []
     background.check()  # it has not ended, so there is nothing to say
+    assert order == []
     may_end.set()
     background.start(lambda: order.append("second"))
     background.wait()

@@ -93,12 +93,15 @@ def test_a_fault_of_every_kind_leaves_the_same_model():
 
 @pytest.mark.slow
 @pytest.mark.ray
-@pytest.mark.timeout(1500)
-def test_runs_in_shards_go_on_behind_a_lost_worker_and_a_damaged_checkpoint():
+@pytest.mark.timeout(2400)
+@pytest.mark.parametrize(
+    ("kinds", "seed"), [("worker,driver,checkpoint", 1), ("raylet,sigterm,preemption", 3)]
+)
+def test_runs_in_shards_go_on_behind_every_fault(kinds, seed):
     result = subprocess.run(
         [
             *(sys.executable, "benchmarks/faults_train.py", "--parallel", "shard"),
-            *("--kills", "3", "--kinds", "worker,driver,checkpoint", "--seed", "1"),
+            *("--kills", "3", "--kinds", kinds, "--seed", str(seed)),
         ],
         cwd=ROOT,
         capture_output=True,
@@ -109,6 +112,8 @@ def test_runs_in_shards_go_on_behind_a_lost_worker_and_a_damaged_checkpoint():
     scores = json.loads(result.stdout.splitlines()[-1])
     assert (scores["faults"], scores["recovered"]) == (3, 3)
     assert scores["samples_missing"] == scores["samples_duplicated"] == 0
+    assert scores["steps_lost"] == 0
+    assert scores["steps_replayed"] <= 3 * 2 * 5  # back to the checkpoint before the one in flight
 
 
 @pytest.mark.slow
