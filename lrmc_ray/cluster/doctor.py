@@ -250,7 +250,7 @@ def check_mlflow(uri: str) -> Finding:
             "failed",
             f"{shown} does not answer ({error})",
             "start it: mlflow server --host 127.0.0.1; training goes on without, and "
-            "`lrmc mlflow-sync DIR` sends it the rest later",
+            f"`lrmc mlflow-sync DIR --tracking-uri {shown}` sends it the rest later",
         )
 
 

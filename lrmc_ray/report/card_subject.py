@@ -57,8 +57,11 @@ class CardSubject:
     def unmeasured(self, study: Study) -> str:
         """What stands in place of scores that there are not."""
         depth = " --by-depth" if self.grows_with_depth else ""
-        command = f"lrmc blend {study.file.id} --trial {self.trial.entry.number}"
-        text = f"This blend was not scored; `{command} --at {self.blend:g}{depth}` does that."
+        command = f"lrmc blend OUTPUT/{study.file.id} --trial {self.trial.entry.number}"
+        text = (
+            f"This blend was not scored; `{command} --at {self.blend:g}{depth}` does that, with "
+            "the output directory of the search in place of OUTPUT."
+        )
         if self.nearest:
             parts = [
                 f"{'at 1, the trial,' if place.weight == 1.0 else f'at {place.weight:g}'} gain "

@@ -144,7 +144,7 @@ def test_mlflow(tmp_path):
         server.shutdown()
     gone = doctor.check_mlflow(uri)
     assert gone.status == "failed"
-    assert "mlflow-sync" in gone.remedy
+    assert f"`lrmc mlflow-sync DIR --tracking-uri {uri}`" in gone.remedy
     assert doctor.check_mlflow(f"sqlite:///{tmp_path}/new/mlflow.db").status == "ok"
 
 

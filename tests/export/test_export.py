@@ -130,7 +130,7 @@ def test_a_blend_by_depth_keeps_the_first_layer_near_the_base(shared_study, tiny
     assert (origin.blend, origin.blend_form) == (0.25, "depth")
     card = (tmp_path / "mine" / "README.md").read_text()
     assert "grows from 0.25 in the first layer to 1 in the last" in card
-    assert "`lrmc blend demo-0123456789ab --trial 3 --at 0.25 --by-depth` does that" in card
+    assert "`lrmc blend OUTPUT/demo-0123456789ab --trial 3 --at 0.25 --by-depth` does that" in card
 
 
 def test_the_tuned_model_has_no_depth_to_grow_with(shared_study, tmp_path, capsys):
@@ -210,7 +210,7 @@ def test_the_card_of_a_blend_claims_only_what_was_measured(study, tmp_path):
     assert exported(study, tmp_path / "unmeasured", "--blend", 0.7) == 0
     card = (tmp_path / "unmeasured" / "README.md").read_text()
     assert "0.7 of the way from the base to trial 3" in card
-    assert "`lrmc blend demo-0123456789ab --trial 3 --at 0.7` does that" in card
+    assert "`lrmc blend OUTPUT/demo-0123456789ab --trial 3 --at 0.7` does that" in card
     assert "Domain gain" not in card
     assert "| nl2sql" not in card
     add_blend(study, BEST, 0.5, item_rows(BEST, 0.4, 0.006))
