@@ -86,6 +86,19 @@ class CandidateSets:
             offsets, self.token_ids[entries], self.logprobs[entries], self.gold_ids[index]
         )
 
+    def between(self, start: int, stop: int) -> CandidateSets:
+        """The rows from ``start`` to ``stop``; the host waits for a GPU if they are not planned."""
+        if self.plan is None:
+            first, last = self.offsets[[start, stop]].tolist()
+        else:
+            first, last = self.plan.bounds[start], self.plan.bounds[stop]
+        return CandidateSets(
+            self.offsets[start : stop + 1] - first,
+            self.token_ids[first:last],
+            self.logprobs[first:last],
+            self.gold_ids[start:stop],
+        )
+
     @staticmethod
     def concatenate(parts: Sequence[CandidateSets]) -> CandidateSets:
         """The rows of all ``parts``, one part after the other."""

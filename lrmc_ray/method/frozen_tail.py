@@ -50,7 +50,7 @@ def frozen_outside(
     parts = [torch.zeros(0, device=candidates.offsets.device)]
     for start in range(0, num_rows, step):
         stop = min(start + step, num_rows)
-        sets = candidates.rows(torch.arange(start, stop, device=candidates.offsets.device))
+        sets = candidates.between(start, stop)
         logits_nV = base_logits(slice(start, stop)).clone()
         logits_nV[sets.row_ids, sets.token_ids.long()] = -math.inf
         parts.append(logits_nV.logsumexp(-1))

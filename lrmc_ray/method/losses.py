@@ -56,9 +56,9 @@ class LossSettings:
 
     @property
     def reads_candidates(self) -> bool:
-        """Whether logits of candidates are computed, so that their sets are worth a plan."""
-        on_candidates = self.loss in ON_CANDIDATES or self.loss == "frozen_tail"
-        return on_candidates or self.anchor_weight > 0
+        """Whether the candidates are looked at one by one, so that their sets are worth a plan."""
+        reads = self.loss in ON_CANDIDATES or self.loss in ("frozen_tail", "asft")
+        return reads or self.anchor_weight > 0
 
     def tail_on_host(self, step: int, head: OutputHead) -> Tail | None:
         """The sampled tail of an optimizer step, on the CPU; None without one."""

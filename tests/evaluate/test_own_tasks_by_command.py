@@ -3,6 +3,7 @@
 import contextlib
 import json
 from pathlib import Path
+from typing import Any
 
 import lm_eval
 import pytest
@@ -21,7 +22,7 @@ WORDS = [
     {"question": f"{n} and one is", "choices": ["two", "many more", "none"], "a": n % 3}
     for n in range(7)
 ]
-WORTHS = {"texts": ["2024-01-01", "[1, 2]", "007"], "numbers": [7, 7.5]}
+WORTHS: dict[str, list[Any]] = {"texts": ["2024-01-01", "[1, 2]", "007"], "numbers": [7, 7.5]}
 
 
 @pytest.fixture
@@ -134,7 +135,7 @@ def test_what_would_be_scored_wrongly_is_refused_before_anything_runs(
     assert not list((tmp_path / "out").rglob("items.parquet"))
 
 
-def _outputs(folder: Path) -> list[dict[str, str]]:
+def _outputs(folder: Path) -> list[dict[str, Any]]:
     """Question and likeliest choice of each item of the task."""
     from lrmc_ray.evaluate.items import Scores
 

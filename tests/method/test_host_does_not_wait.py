@@ -5,17 +5,22 @@ content of a tensor tells, and everything that reads one. Sets are planned, as b
 """
 
 import functools
+from types import SimpleNamespace
+from typing import get_args
 
 import pytest
 import torch
 from torch import Tensor
 
-from lrmc_ray.method import candidate_sets, restricted_loss
+from lrmc_ray.method import candidate_sets, frozen_tail, restricted_loss
+from lrmc_ray.method.baselines import vocabulary_loss
 from lrmc_ray.method.candidate_sets import CandidateSets
 from lrmc_ray.method.fast import candidate_logits
-from lrmc_ray.method.frozen_tail import frozen_tail_cross_entropy
+from lrmc_ray.method.frozen_tail import frozen_outside, frozen_tail_cross_entropy
 from lrmc_ray.method.head import OutputHead
-from lrmc_ray.method.losses import LossSettings
+from lrmc_ray.method.losses import LossSettings, loss_sums
+from lrmc_ray.method.microbatch import LossPositions
+from lrmc_ray.method.names import Loss
 from lrmc_ray.method.restricted_loss import (
     Tail,
     anchor_kl,
@@ -23,7 +28,7 @@ from lrmc_ray.method.restricted_loss import (
     restricted_cross_entropy,
     soft_cross_entropy,
 )
-from tests.support.method_inputs import head_problem, leaves
+from tests.support.method_inputs import head_problem, leaves, rng
 from tests.support.operators import NothingRead
 
 torch.set_num_threads(1)
@@ -63,13 +68,43 @@ def test_losses_and_their_gradients(way, tail, dtype, monkeypatch):
     assert all(x.grad.any() for x in (hidden, weight, bias))
 
 
-def test_the_frozen_tail():
+def test_the_frozen_tail(monkeypatch):
+    monkeypatch.setattr(frozen_tail, "CHUNK_ELEMENTS", 7 * V)
     hidden, weight, _, sets = problem(torch.float32)
+    base_NV = torch.randn(N, V, generator=rng(7))
     (w,) = leaves(weight)
-    outside_N = torch.ones(N)
     with NothingRead():
+        outside_N = frozen_outside(lambda chunk: base_NV[chunk], sets, V)
         frozen_tail_cross_entropy(hidden, OutputHead(w), sets, outside_N).backward()
     assert w.grad.any()
+
+
+@pytest.mark.parametrize("loss", get_args(Loss))
+def test_every_loss_by_its_name(loss, monkeypatch):
+    """Of a micro-batch, in several chunks of positions."""
+    monkeypatch.setattr(vocabulary_loss, "CHUNK_ELEMENTS", 7 * V)
+    hidden, weight, _, sets = problem(torch.float32)
+    h, w = leaves(hidden[None], weight)
+    zeros, places = torch.zeros(N, dtype=torch.int64), torch.arange(N)
+    where = LossPositions(zeros, places, sets, torch.rand(N, generator=rng(8)))
+    batch = SimpleNamespace(supervised=where, anchored=where)
+    base_NV = torch.randn(N, V, generator=rng(9))
+    settings = LossSettings(loss, 0, 0.5, seed=0, base_kl_weight=0.3)
+    with NothingRead():
+        sums = loss_sums(h, OutputHead(w), batch, settings, None, lambda chunk: base_NV[chunk])
+        sum(sums).backward()
+    assert h.grad.any()
+    assert w.grad.any()
+
+
+@pytest.mark.parametrize("is_planned", [False, True])
+def test_rows_of_a_range_are_those_rows(is_planned):
+    _, _, _, sets = problem(torch.float32)
+    sets = sets if is_planned else sets.rows(torch.arange(N))
+    for start, stop in ((0, N), (0, 3), (4, 5), (7, 7), (11, N)):
+        found, expected = sets.between(start, stop), sets.rows(torch.arange(start, stop))
+        for name in ("offsets", "token_ids", "logprobs", "gold_ids"):
+            assert torch.equal(getattr(found, name), getattr(expected, name))
 
 
 READS = {
@@ -139,6 +174,7 @@ def test_batches_are_planned_where_a_loss_reads_candidates():
     assert reads("restricted", 0.0)
     assert reads("soft", 0.0)
     assert reads("frozen_tail", 0.0)
+    assert reads("asft", 0.0)
     assert reads("full", 0.5)
     assert not reads("full", 0.0)
     assert not reads("kl_to_base", 0.0)

@@ -90,8 +90,7 @@ def active_only_cross_entropy(
 
     The control that separates fewer positions from a smaller softmax.
     """
-    active_N = candidates.active()
-    return full_cross_entropy(hidden_ND[active_N], head, candidates.gold_ids[active_N])
+    return weighted_cross_entropy(hidden_ND, head, candidates.gold_ids, candidates.active())
 
 
 def dft_cross_entropy(hidden_ND: Tensor, head: OutputHead, gold_N: Tensor) -> Tensor:
@@ -149,8 +148,7 @@ def asft_cross_entropy(
     """
 
     def rule(logprobs_nV: Tensor, chunk: slice) -> tuple[Tensor, Callable[[], Tensor]]:
-        rows = torch.arange(len(candidates.gold_ids), device=logprobs_nV.device)[chunk]
-        sets = candidates.rows(rows)
+        sets = candidates.between(chunk.start, chunk.start + len(logprobs_nV))
         gold_n1 = sets.gold_ids[:, None].long()
         weight_n1 = logprobs_nV.gather(1, gold_n1).exp()
         loss = -(weight_n1 * logprobs_nV.gather(1, gold_n1)).sum()

@@ -179,6 +179,8 @@ class LossPlan:
     """Rows of partial sums."""
     longest: int
     """Candidates of the position that has most."""
+    bounds: list[int]
+    """On the host: where the entries of each position begin, and where the last one's end."""
 
     @staticmethod
     def of(offsets: Tensor, token_ids: Tensor, logprobs: Tensor, outside_N: Tensor) -> LossPlan:
@@ -224,6 +226,7 @@ class LossPlan:
             int(is_apart_N.sum()),
             int(is_partial_X.sum()),
             int(sizes_N.max()) if len(sizes_N) else 0,
+            offsets.tolist(),
         )
 
     def renamed(self, rename: Callable[[Tensor], Tensor]) -> LossPlan:
