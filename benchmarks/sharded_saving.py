@@ -19,17 +19,14 @@ import argparse
 import json
 import statistics
 import sys
-import tempfile
 import time
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
-from torch.multiprocessing.spawn import start_processes
 
-from benchmarks.memory_forecast import Point as Model
-from benchmarks.memory_forecast import config_of, make_samples, save_random
+from benchmarks.local_workers import found_by, join, leave
+from benchmarks.memory_forecast import make_samples
 
 WAYS = ("never", "waits", "beside")
 CLOCKS = {
@@ -91,10 +88,7 @@ def worker(rank: int, args: argparse.Namespace, directory: Path) -> None:
     from lrmc_ray.method.workers import WorkerGroup
     from lrmc_ray.train.learner import Learner
 
-    torch.set_num_threads(1)
-    dist.init_process_group(
-        "gloo", init_method=f"file://{directory}/group", rank=rank, world_size=args.workers
-    )
+    join(rank, args, directory)
     settings = TrainSettings(
         parallel="shard",
         reduction="fast",
@@ -119,9 +113,7 @@ def worker(rank: int, args: argparse.Namespace, directory: Path) -> None:
                 found[way].append(slowest)
             if rank == 0:
                 print(f"  {way}: {slowest}", file=sys.stderr, flush=True)
-    if rank == 0:
-        (directory / "found.json").write_text(json.dumps({"ways": found, "weights": held}))
-    dist.destroy_process_group()
+    leave(rank, directory, {"ways": found, "weights": held})
 
 
 def main() -> None:
@@ -137,14 +129,7 @@ def main() -> None:
     parser.add_argument("--length", type=int, default=512)
     parser.add_argument("--batch-size", type=int, default=4)
     args = parser.parse_args()
-    with tempfile.TemporaryDirectory() as place:
-        directory = Path(place)
-        options = {"tie_word_embeddings": True, "num_hidden_layers": args.layers}
-        save_random(config_of(Model("llama", args.length, options)), directory / "model")
-        start_processes(  # type: ignore[no-untyped-call]
-            worker, (args, directory), nprocs=args.workers, start_method="forkserver"
-        )
-        found = json.loads((directory / "found.json").read_text())
+    found = found_by(worker, args)
     names = (*CLOCKS, "pause")
     rows = {
         way: {name: statistics.median(row[name] for row in rows) for name in names}

@@ -24,7 +24,6 @@ import argparse
 import json
 import statistics
 import sys
-import tempfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -33,10 +32,9 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from torch.multiprocessing.spawn import start_processes
 
-from benchmarks.memory_forecast import Point as Model
-from benchmarks.memory_forecast import config_of, make_samples, save_random
+from benchmarks.local_workers import found_by, join, leave
+from benchmarks.memory_forecast import make_samples
 
 WAYS = ("fsdp2", "default", "one pass", "full")
 LR = 1e-5
@@ -119,10 +117,7 @@ def ours(args: argparse.Namespace, way: str, rank: int, directory: Path) -> Call
 
 def worker(rank: int, args: argparse.Namespace, directory: Path) -> None:
     """All ways, in turn; rank 0 leaves what they took."""
-    torch.set_num_threads(1)
-    dist.init_process_group(
-        "gloo", init_method=f"file://{directory}/group", rank=rank, world_size=args.workers
-    )
+    join(rank, args, directory)
     model = directory / "model"
     steps = {
         way: theirs(args, rank, model) if way == "fsdp2" else ours(args, way, rank, model)
@@ -144,9 +139,7 @@ def worker(rank: int, args: argparse.Namespace, directory: Path) -> None:
                 found[way].append(row)
                 if rank == 0:
                     print(f"  {way}: wall {row[0]:.3f}, cpu {row[1]:.3f}", file=sys.stderr)
-    if rank == 0:
-        (directory / "found.json").write_text(json.dumps(found))
-    dist.destroy_process_group()
+    leave(rank, directory, found)
 
 
 def main() -> None:
@@ -162,14 +155,7 @@ def main() -> None:
     parser.add_argument("--batch-size", type=int, default=8)
     parser.add_argument("--ways", nargs="+", default=list(WAYS), choices=WAYS)
     args = parser.parse_args()
-    with tempfile.TemporaryDirectory() as place:
-        directory = Path(place)
-        options = {"tie_word_embeddings": True, "num_hidden_layers": args.layers}
-        save_random(config_of(Model("llama", args.length, options)), directory / "model")
-        start_processes(  # type: ignore[no-untyped-call]
-            worker, (args, directory), nprocs=args.workers, start_method="forkserver"
-        )
-        found = json.loads((directory / "found.json").read_text())
+    found = found_by(worker, args)
     tokens = args.batch_size * args.length
     rows = {}
     for way, values in found.items():

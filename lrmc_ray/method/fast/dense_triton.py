@@ -14,7 +14,7 @@ the row. Names as in ``head_triton``.
 import triton
 import triton.language as tl
 
-from lrmc_ray.method.fast.head_triton import bounded
+from lrmc_ray.method.fast.head_triton import bounded, grown, with_outside, with_tail
 from lrmc_ray.method.fast.rounding_triton import narrowed
 
 
@@ -99,15 +99,10 @@ def row_losses(
         token = tl.load(tokens + places, mask=is_entry, other=0).to(tl.int64)
         z = logits_at(row_logits, bias, token, is_entry, logit_scale, softcap, HAS_BIAS, HAS_CAP)
         z = tl.where(is_entry, z, float("-inf"))
-        above = tl.maximum(highest, tl.max(z, axis=0))
-        total = total * tl.exp(highest - above) + tl.sum(tl.exp(z - above), axis=0)
-        highest = above
+        highest, total = grown(highest, total, z)
         if IS_ANCHOR:
             base = tl.load(logprobs + places, mask=is_entry, other=float("-inf")).to(tl.float32)
-            above = tl.maximum(base_highest, tl.max(base, axis=0))
-            base_total = base_total * tl.exp(base_highest - above)
-            base_total += tl.sum(tl.exp(base - above), axis=0)
-            base_highest = above
+            base_highest, base_total = grown(base_highest, base_total, base)
     normalizer = highest + tl.log(total)
 
     tail = tl.full((), float("-inf"), tl.float32)
@@ -126,26 +121,16 @@ def row_losses(
                 row_logits, bias, token, is_counted, logit_scale, softcap, HAS_BIAS, HAS_CAP
             )
             z = tl.where(is_counted, z + weight, float("-inf"))
-            above = tl.maximum(tail_highest, tl.max(z, axis=0))
-            # Of nothing but -inf there is no difference.
-            level = tl.maximum(above, -1e38)
-            tail_total = tail_total * tl.exp(tail_highest - level)
-            tail_total += tl.sum(tl.exp(z - level), axis=0)
-            tail_highest = above
+            tail_highest, tail_total = grown(tail_highest, tail_total, z)
         tail = tail_highest + tl.log(tail_total)
-        above = tl.maximum(normalizer, tail)
-        normalizer = above + tl.log(tl.exp(normalizer - above) + tl.exp(tail - above))
+        normalizer = with_tail(normalizer, tail)
 
     base_shift = base_highest + tl.log(base_total)
     mass = tl.full((), 1.0, tl.float32)
     if IS_ANCHOR:
         outside_mass = tl.full((), 0.0, tl.float32)
         if HAS_TAIL:
-            # Without a sampled token outside there is no such outcome: the base is renormalized.
-            has_tail = tail > float("-inf")
-            outside_mass = tl.where(has_tail, tl.load(outside + row), 0.0)
-            mass = tl.where(has_tail, tl.exp(base_shift) + outside_mass, 1.0)
-            base_shift = tl.where(has_tail, 0.0, base_shift)
+            outside_mass, mass, base_shift = with_outside(base_shift, tail, tl.load(outside + row))
         value = tl.where(outside_mass > 0.0, outside_mass * tl.log(outside_mass), 0.0)
         value -= tl.where(outside_mass > 0.0, outside_mass * (tail - normalizer), 0.0)
         for start in range(begin, end, BLOCK):

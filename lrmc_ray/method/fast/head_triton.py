@@ -71,6 +71,34 @@ def logits_of(
 
 
 @triton.jit
+def grown(highest, total, values):
+    """The largest of some numbers, and the sum of exponentials over it, with ``values`` more."""
+    above = tl.maximum(highest, tl.max(values, axis=0))
+    # Of nothing but -inf there is no difference.
+    level = tl.maximum(above, -1e38)
+    total = total * tl.exp(highest - level) + tl.sum(tl.exp(values - level), axis=0)
+    return above, total
+
+
+@triton.jit
+def with_tail(normalizer, tail):
+    """The logarithm of both sums together."""
+    above = tl.maximum(normalizer, tail)
+    return above + tl.log(tl.exp(normalizer - above) + tl.exp(tail - above))
+
+
+@triton.jit
+def with_outside(base_shift, tail, outside_mass):
+    """The base's mass outside, all that it has, and what its logarithms are lowered by.
+
+    Without a sampled token outside there is no such outcome: the base is renormalized.
+    """
+    has_tail = tail > float("-inf")
+    mass = tl.where(has_tail, tl.exp(base_shift) + outside_mass, 1.0)
+    return tl.where(has_tail, outside_mass, 0.0), mass, tl.where(has_tail, 0.0, base_shift)
+
+
+@triton.jit
 def candidate_loss(
     hidden,
     weight,
@@ -140,15 +168,10 @@ def candidate_loss(
             z = tl.load(dlogits + places, mask=is_entry, other=0.0)
         gold_logit += tl.sum(tl.where(is_entry & (tokens == gold), z, 0.0), axis=0)
         seen = tl.where(is_entry, z, float("-inf"))
-        above = tl.maximum(highest, tl.max(seen, axis=0))
-        total = total * tl.exp(highest - above) + tl.sum(tl.exp(seen - above), axis=0)
-        highest = above
+        highest, total = grown(highest, total, seen)
         if IS_ANCHOR:
             base = tl.load(logprobs + places, mask=is_entry, other=float("-inf")).to(tl.float32)
-            above = tl.maximum(base_highest, tl.max(base, axis=0))
-            base_total = base_total * tl.exp(base_highest - above)
-            base_total += tl.sum(tl.exp(base - above), axis=0)
-            base_highest = above
+            base_highest, base_total = grown(base_highest, base_total, base)
         if HAS_TAIL:
             # A sampled token that is a candidate does not count as one of the tail.
             place = tl.load(tail_places + tokens, mask=is_entry, other=-1)
@@ -166,25 +189,15 @@ def candidate_loss(
             is_sample = places < num_tail
             z = tl.load(tail_row + places, mask=is_sample, other=float("-inf"))
             z += tl.load(tail_logweights + places, mask=is_sample, other=0.0)
-            above = tl.maximum(tail_highest, tl.max(z, axis=0))
-            # Of nothing but -inf there is no difference.
-            level = tl.maximum(above, -1e38)
-            tail_total = tail_total * tl.exp(tail_highest - level)
-            tail_total += tl.sum(tl.exp(z - level), axis=0)
-            tail_highest = above
+            tail_highest, tail_total = grown(tail_highest, tail_total, z)
         tail = tail_highest + tl.log(tail_total)
-        above = tl.maximum(normalizer, tail)
-        normalizer = above + tl.log(tl.exp(normalizer - above) + tl.exp(tail - above))
+        normalizer = with_tail(normalizer, tail)
 
     outside_mass = tl.full((), 0.0, tl.float32)
     base_shift = base_highest + tl.log(base_total)
     mass = tl.full((), 1.0, tl.float32)
     if IS_ANCHOR and HAS_TAIL:
-        # Without a sampled token outside there is no such outcome: the base is renormalized.
-        has_tail = tail > float("-inf")
-        outside_mass = tl.where(has_tail, tl.load(outside + row), 0.0)
-        mass = tl.where(has_tail, tl.exp(base_shift) + outside_mass, 1.0)
-        base_shift = tl.where(has_tail, 0.0, base_shift)
+        outside_mass, mass, base_shift = with_outside(base_shift, tail, tl.load(outside + row))
 
     value = normalizer - gold_logit
     if IS_ANCHOR:
