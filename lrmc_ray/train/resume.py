@@ -14,7 +14,7 @@ import fcntl
 import math
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -77,9 +77,10 @@ class _Save:
     state: dict[str, Any]
     keep: int
     also: list[int]
-    is_asked_for: bool = False
+    begun_at: float
+    """Seconds, monotonic."""
+    is_asked_for: bool
     """Whether somebody waits for it."""
-    begun_at: float = field(default_factory=time.monotonic)
 
 
 class Checkpoints:
@@ -182,8 +183,14 @@ class Checkpoints:
             Exception: what the last save in shards failed with.
         """
         state = {"step": step, "claims": self._claims, **state}
-        save = _Save(step, state, self._settings.keep_checkpoints, [] if best is None else [best])
-        save.is_asked_for = self._asked.exists()
+        save = _Save(
+            step,
+            state,
+            self._settings.keep_checkpoints,
+            [] if best is None else [best],
+            begun_at=time.monotonic(),
+            is_asked_for=self._asked.exists(),
+        )
         if shards is None:
             save_checkpoint(self._directory, step, state, keep=save.keep, also=save.also)
             self._made_known(save)
