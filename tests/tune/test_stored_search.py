@@ -332,6 +332,7 @@ def run_to_its_end(command):
     return json.loads(done.stdout.splitlines()[-1])
 
 
+@pytest.mark.slow
 @pytest.mark.ray
 @pytest.mark.timeout(900)
 def test_a_search_that_is_killed_and_an_evaluation_by_way_of_the_storage(
