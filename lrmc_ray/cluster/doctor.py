@@ -15,6 +15,7 @@ import json
 import logging
 import os
 import platform
+import re
 import resource
 import shutil
 import socket
@@ -241,8 +242,10 @@ def check_mlflow(uri: str) -> Finding:
     from urllib.error import URLError
     from urllib.request import urlopen
 
+    # Whoever asks for this page needs no password, and urllib takes one for a port.
+    address = re.sub(r"(?<=://)[^/]*@", "", uri).rstrip("/")
     try:
-        with urlopen(f"{uri.rstrip('/')}/health", timeout=MLFLOW_SECONDS) as answer:
+        with urlopen(f"{address}/health", timeout=MLFLOW_SECONDS) as answer:
             return Finding("mlflow", "ok", f"{shown} answers {answer.read(20).decode()}")
     except (URLError, OSError, ValueError) as error:
         return Finding(

@@ -148,7 +148,14 @@ def test_mlflow(tmp_path):
     assert doctor.check_mlflow(f"sqlite:///{tmp_path}/new/mlflow.db").status == "ok"
 
 
-@pytest.mark.parametrize("start", ["http://ann:hunter2@127.0.0.1:1", "postgresql://ann:hunter2@db"])
+@pytest.mark.parametrize(
+    "start",
+    [
+        "http://ann:hunter2@127.0.0.1:1",
+        "http://ann:hunter2@127.0.0.1",
+        "postgresql://ann:hunter2@db",
+    ],
+)
 def test_the_password_of_mlflow_is_not_shown(start):
     found = doctor.check_mlflow(f"{start}/x")
     assert "hunter2" not in f"{found.seen} {found.remedy}"

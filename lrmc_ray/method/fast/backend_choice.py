@@ -18,8 +18,8 @@ products and bytes (``benchmarks/README.md``).
   What dense tiles save is not counted.
 - ``sparse``: 2.3 to 5.5 ms, mostly the time of its calls.
 - ``dense`` (``dense_product``): the products of ``dense_kernel``, some 40 launches. Where kernels
-  cannot be used (no Triton, float64) it is the best there is for few logits, and then slower than
-  all logits and ``cross_entropy``, by 30 launches.
+  are not used (off by default, no Triton, float64) it is the best there is for few logits, and then
+  slower than all logits and ``cross_entropy``, by 30 launches.
 
 What Python takes around a launch is not counted. ``benchmarks/gpu_round.sh`` is there to correct
 all that was not measured.
