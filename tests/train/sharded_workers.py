@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import math
 import multiprocessing
 from dataclasses import dataclass, field
 from datetime import timedelta
@@ -11,16 +12,19 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import torch.multiprocessing
+import torch.nn.functional as F
 from torch import Tensor
 
 from benchmarks.tiny_models import make
 from lrmc_ray.method import sharded_rows
 from lrmc_ray.method.baselines.l2_sp import StartingPoint
 from lrmc_ray.method.losses import LanguageModel, LossSettings
+from lrmc_ray.method.microbatch import Sample
 from lrmc_ray.method.moclip import MoClip
 from lrmc_ray.method.names import NEED_BASE
 from lrmc_ray.method.optimizers import make_optimizer
 from lrmc_ray.method.step_result import StepResult
+from lrmc_ray.method.subsets import CandidateSets
 from lrmc_ray.method.training_loop import StepOptions, train
 from lrmc_ray.method.workers import WorkerGroup
 from lrmc_ray.models import batch_hidden_states, head_of
@@ -55,6 +59,40 @@ class Case:
     """Of a batch; 2 leave the third worker without a micro-batch."""
     by_rows: bool = False
     """However many rows of the vocabulary a step touches, no others are gathered."""
+    is_small: bool = False
+    """One layer, and a vocabulary of two tokens: fewer of each than there are workers."""
+
+    def make_model(self, *, seed: int = 0) -> Any:
+        """The model before it is trained."""
+        vocabulary = 2 if self.is_small else VOCABULARY
+        options: dict[str, Any] = {"num_hidden_layers": 1} if self.is_small else {}
+        return make(
+            self.model,
+            seed=seed,
+            vocab_size=vocabulary,
+            tie_word_embeddings=self.tied,
+            **options,
+        )
+
+    def samples(self, step: int) -> list[Sample]:
+        """The global batch of a step."""
+        samples = random_samples(self.num_samples, seed=step)
+        return [_of_two_tokens(sample) for sample in samples] if self.is_small else samples
+
+
+def _of_two_tokens(sample: Sample) -> Sample:
+    """``sample`` with the tokens 0 and 1 alone; its candidates are the gold one, or both."""
+    ids_T = sample.input_ids_T % 2
+    gold_P = ids_T[sample.positions_P + 1].int()
+    sizes_P = sample.candidates.sizes.clamp(max=2)
+    tokens = [[gold, 1 - gold][:size] for gold, size in zip(gold_P.tolist(), sizes_P, strict=True)]
+    candidates = CandidateSets(
+        F.pad(sizes_P.cumsum(0), (1, 0)),
+        torch.tensor([token for some in tokens for token in some], dtype=torch.int32),
+        torch.full((int(sizes_P.sum()),), math.log(0.4), dtype=torch.float16),
+        gold_P,
+    )
+    return dataclasses.replace(sample, input_ids_T=ids_T, candidates=candidates)
 
 
 READINGS = {
@@ -95,6 +133,9 @@ CASES = {
     "paper, by rows": Case("qwen3", tied=False, loss=PAPER, by_rows=True),
     "tied, by rows": Case(by_rows=True),
     "idle worker": Case("qwen3_moe", tied=False, num_samples=2, by_rows=True),
+    "more workers than layers, tokens and micro-batches": Case(
+        "qwen3", tied=False, num_samples=2, is_small=True
+    ),
     "full": Case(loss=dataclasses.replace(OURS, loss="full")),
     "soft": Case(loss=dataclasses.replace(PAPER, loss="soft")),
     "asft": Case(loss=dataclasses.replace(PAPER, loss="asft")),
@@ -129,8 +170,7 @@ def run(case: Case, group: WorkerGroup, *, shard: bool) -> Outcome:
 
 def _run(case: Case, group: WorkerGroup, *, shard: bool) -> Outcome:
     sharded_rows.LARGEST_SHARE = 1.0 if case.by_rows else 0.6
-    model = make(case.model, vocab_size=VOCABULARY, tie_word_embeddings=case.tied)
-    model = model.to(case.dtype).train()
+    model = case.make_model().to(case.dtype).train()
     if case.dtype == torch.float64:
         model.config._experts_implementation = "eager"  # grouped products are of short types alone
     for name, parameter in model.named_parameters():
@@ -163,7 +203,7 @@ def _run(case: Case, group: WorkerGroup, *, shard: bool) -> Outcome:
         train(
             LanguageModel(lambda batch: batch_hidden_states(model, batch), head, shards=shards),
             optimizer,
-            lambda step: random_samples(case.num_samples, seed=step),
+            case.samples,
             case.loss,
             StepOptions(
                 num_micro_batches=MICRO_BATCHES,
@@ -188,13 +228,11 @@ def _run(case: Case, group: WorkerGroup, *, shard: bool) -> Outcome:
 
 def start_of(case: Case) -> list[Tensor]:
     """The parameters before the first step."""
-    model = make(case.model, vocab_size=VOCABULARY, tie_word_embeddings=case.tied)
-    return [parameter.detach() for parameter in model.parameters()]
+    return [parameter.detach() for parameter in case.make_model().parameters()]
 
 
 def _base(case: Case, group: WorkerGroup, *, shard: bool) -> LanguageModel:
-    base = make(case.model, seed=1, vocab_size=VOCABULARY, tie_word_embeddings=case.tied)
-    base = base.to(case.dtype).requires_grad_(False)
+    base = case.make_model(seed=1).to(case.dtype).requires_grad_(False)
     head, shards = head_of(base), None
     if shard:
         sharding = shard_model(base, head, group, torch.device("cpu"))
