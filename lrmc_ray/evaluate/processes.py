@@ -1,6 +1,6 @@
 """The processes that score: this one, or Ray tasks side by side."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -41,7 +41,6 @@ def score_here(
     model: ScoredModel,
     requests: Sequence[ScoreRequest],
     resources: ResourceSettings,
-    _directory: Path,
 ) -> list[ScoreResult]:
     """Score in this process, while Ray gives its cores to nobody else.
 
@@ -66,6 +65,7 @@ def score_in_tasks(
     requests: Sequence[ScoreRequest],
     resources: ResourceSettings,
     directory: Path,
+    is_wanted: Callable[[], bool],
 ) -> list[ScoreResult]:
     """Score in Ray tasks side by side; one whose process or node is lost is started again.
 
@@ -74,9 +74,10 @@ def score_in_tasks(
         requests: the work of each task.
         resources: what a task has.
         directory: where the scores will be, by which the tasks are found if they hang.
+        is_wanted: whether to go on, asked again and again.
 
     Raises:
-        EvaluationError: scoring failed or hangs; the message has the cause.
+        EvaluationError: scoring failed, hangs, or is not wanted; the message has the cause.
     """
     import ray
 
@@ -95,6 +96,7 @@ def score_in_tasks(
                 tasks,
                 resources.hang_seconds,
                 stop=lambda reference: ray.cancel(reference, force=True),
+                is_wanted=is_wanted,
             )
     except ray.exceptions.RayTaskError as error:
         if isinstance(error.cause, LrmcError):

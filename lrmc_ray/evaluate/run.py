@@ -10,7 +10,7 @@ the items that it lost and gained against its base, ``receipt.parquet``.
 
 import importlib.metadata
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -62,6 +62,7 @@ def evaluate(
     parallel: int = 1,
     here: bool = False,
     stored_as: str | None = None,
+    is_wanted: Callable[[], bool] = lambda: True,
 ) -> Path:
     """The finished scores of a model under ``output / "scores"``, made now unless they are there.
 
@@ -80,6 +81,7 @@ def evaluate(
             caller; a Ray task would be started again. The scores are the same.
         stored_as: name of the model in the storage. One that is not there is brought there, if
             Ray tasks on nodes without a shared disk are to score it.
+        is_wanted: asked about once a second while Ray tasks score; they are ended when it says no.
 
     Raises:
         EvaluationError: scoring failed; the message has the cause.
@@ -89,7 +91,7 @@ def evaluate(
     if base is not None:
         check_vocabulary(model_directory, base)
         _check_same_questions(identity, base)
-    final = output / "scores" / fingerprint(identity)
+    final = _directory(output, identity)
     if is_finished(final):
         return final
     partial = final.with_name(final.name + PARTIAL)
@@ -99,7 +101,8 @@ def evaluate(
             place = place_of(settings.resources.storage)
             model = ScoredModel(model_directory, place, base is None, stored_as)
             known = _Known(base, general_from)
-            drift = _score(settings, model, partial, split, known, parallel, here=here)
+            options = _Options(parallel, here, is_wanted)
+            drift = _score(settings, model, partial, split, known, options)
             manifest = {
                 "kind": "scores",
                 "identity": identity,
@@ -109,6 +112,17 @@ def evaluate(
             }
             publish(partial, final, manifest)
     return final
+
+
+def base_directory(
+    settings: RunSettings, model_directory: Path, output: Path, *, split: Split
+) -> Path:
+    """Where :func:`evaluate` leaves the scores of a base model; they need not be there."""
+    return _directory(output, _identity(settings, model_directory, split, None, None))
+
+
+def _directory(output: Path, identity: Mapping[str, Any]) -> Path:
+    return output / "scores" / fingerprint(identity)
 
 
 def _identity(
@@ -170,15 +184,22 @@ class _Known:
     """The same model's, whose general tasks are taken over."""
 
 
+@dataclass(frozen=True)
+class _Options:
+    """Who scores; see :func:`evaluate`."""
+
+    parallel: int
+    here: bool
+    is_wanted: Callable[[], bool]
+
+
 def _score(
     settings: RunSettings,
     model: ScoredModel,
     partial: Path,
     split: Split,
     known: _Known,
-    parallel: int,
-    *,
-    here: bool,
+    options: _Options,
 ) -> dict[str, float]:
     """Score and write ``items.parquet``; returns the drift from the base."""
     chosen, resources = settings.evaluate, settings.resources
@@ -193,9 +214,11 @@ def _score(
         lambda _: check_files_shared(own_files([name for name, _ in tasks])),
     )
     before = read_base_texts(known.base) if known.base else None
-    requests = _requests(settings, tasks, split, before, parallel)
-    run = score_here if here and fits_here(resources) else score_in_tasks
-    results = run(model, requests, resources, partial)
+    requests = _requests(settings, tasks, split, before, options.parallel)
+    if options.here and fits_here(resources):
+        results = score_here(model, requests, resources)
+    else:
+        results = score_in_tasks(model, requests, resources, partial, options.is_wanted)
     rows = [row for result in results for row in result.rows]
     order = {task_label(name): index for index, (name, _) in enumerate(tasks)}
     rows.sort(key=lambda row: order[row["task"]])

@@ -115,6 +115,7 @@ def results_of(
     hang_seconds: float | None,
     *,
     stop: Callable[[Any], None],
+    is_wanted: Callable[[], bool] = lambda: True,
 ) -> list[Any]:
     """What the Ray tasks return, all of them.
 
@@ -123,10 +124,11 @@ def results_of(
         tasks: the same tasks, which give signs of life.
         hang_seconds: how long one may give none; None for the rule of ``Pauses``.
         stop: ends a task of Ray.
+        is_wanted: whether to go on, asked about once a second.
 
     Raises:
-        EvaluationError: one hangs; it has been ended, and the log says where it hung.
-        RayError: one failed. Then, as after any other error, the others have been ended, too.
+        EvaluationError: one hangs, and the log says where; or they are not wanted any more.
+        RayError: one failed. Then, as after any error, those that had not ended have been ended.
     """
     import ray
 
@@ -142,6 +144,8 @@ def results_of(
                 ray.get(reference)  # one that failed ends the others' wait
                 watch.forget(waiting.pop(reference))
                 beat()
+            if not is_wanted():
+                raise EvaluationError("scoring was given up by the command that had asked for it")
             if time.monotonic() - looked < every:
                 continue
             looked = time.monotonic()

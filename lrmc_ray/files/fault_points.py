@@ -37,7 +37,8 @@ POINTS = (
     "blend.model_written",  # a model between two others is there, and not scored
     "chat.answered",  # every question is answered, the table is not written
     "tune.begun",  # study.json says that the search runs, and nothing else is there
-    "tune.prepared",  # record and base scores are there, no trial has been asked for
+    "tune.prepared",  # the record is there, no trial has been asked for
+    "tune.base_scored",  # the base's scores are there, study.json does not name them
     "tune.trial_asked",  # the study's database has a new trial, study.json has not
     "tune.trial_described",  # study.json has it too, it has not begun
     "tune.result_written",  # a trial has left its result, nobody has read it

@@ -92,13 +92,21 @@ class RunWatch:
         self._began.pop(directory, None)
         self._pauses.forget(directory)
 
-    def look(self, limit: float) -> None:
-        """End the runs that have taken more than ``limit`` seconds, and those that hang."""
+    def look(self, limit: float, is_waiting: Callable[[Path], bool] = lambda _: False) -> None:
+        """End the runs that have taken more than ``limit`` seconds, and those that hang.
+
+        Args:
+            limit: seconds.
+            is_waiting: whether a run waits for what another work makes. That is not its own time:
+                it has the whole limit again when it goes on.
+        """
         for directory, before in list(self._starts.items()):
             starts = count_starts(directory)
             if starts == before:
                 continue  # it waits for its turn
             now = self._time.look()
+            if is_waiting(directory):
+                self._began.pop(directory, None)
             taken = now - self._began.setdefault(directory, now)
             silent = self._pauses.look(directory, (starts, *_signs(directory)))
             patience = self._pauses.limit(directory)

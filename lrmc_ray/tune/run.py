@@ -3,12 +3,13 @@
     python -m lrmc_ray.tune                     # the embedded demo
     python -m lrmc_ray.tune --space tune_spaces/tau_delta_max.toml --model M --train-data F
 
-Records once, scores the base once, then runs trials side by side with Ray Tune; Optuna proposes
-their settings. The same command again goes on where it stopped, also after kill -9.
+Records once, runs trials side by side with Ray Tune, whose settings Optuna proposes, and scores the
+base once, beside the first trials. The same command again goes on where it stopped, also after
+kill -9.
 """
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from dataclasses import asdict
 from pathlib import Path
@@ -18,9 +19,8 @@ from lrmc_ray.cluster.resources import check_trial_slots, worker_slots
 from lrmc_ray.cluster.session import RAY_LOG, ray_session
 from lrmc_ray.config import RunSettings
 from lrmc_ray.config.base import flatten
-from lrmc_ray.console import progress
 from lrmc_ray.errors import DiskError
-from lrmc_ray.evaluate.run import evaluate
+from lrmc_ray.evaluate.run import base_directory, evaluate
 from lrmc_ray.files.artifacts import read_manifest, relative_path, write_json
 from lrmc_ray.files.fault_points import passed
 from lrmc_ray.files.names import SETTINGS_FILE, default_tracking_uri
@@ -31,6 +31,7 @@ from lrmc_ray.report.mlflow import StudyTracker
 from lrmc_ray.report.mlflow_mirror import catch_up_command
 from lrmc_ray.train.precision import find_precision, taking
 from lrmc_ray.tune import finish
+from lrmc_ray.tune.base_scores import BaseScores, slots_beside
 from lrmc_ray.tune.description import Description, study_directory, study_fingerprint
 from lrmc_ray.tune.forecast import forecast
 from lrmc_ray.tune.provenance import check_unchanged
@@ -105,16 +106,20 @@ class Search:
             if study.forecast is None:
                 expected = forecast(self.settings, self.output, slots=self.slots())
                 study.forecast = asdict(expected) if expected else None
-            recorded, base = self.prepare()
+            recorded = self.record()
+            base = stack.enter_context(self.base_scores())
+            self.prepare(recorded, base)
             passed("tune.prepared")
             try:
                 self.run_trials(recorded, base)
+                base.wait()
             except DiskError:
                 raise  # there is no space for a report either
             except BaseException:
-                self._report(tracker)
-                self._publish_report()
-                _log.info("what there is so far: %s", self.directory / "report.html")
+                if base.are_there:
+                    self._report(tracker)
+                    self._publish_report()
+                    _log.info("what there is so far: %s", self.directory / "report.html")
                 raise
             passed("tune.trials_ended")
             check_unchanged(self.contents, self.settings)
@@ -149,31 +154,49 @@ class Search:
 
     # What every trial shares
 
-    def prepare(self) -> tuple[Path, Path]:
-        """The record and the base model's scores, made if they are not there."""
+    def record(self) -> Path:
+        """The record, made if it is not there."""
         study = self.description.file
         recorded = record(self.settings, self.output, samples_of_search(self.settings))
         manifest = read_manifest(recorded, made_by="python -m lrmc_ray.record")
         study.record = manifest["summary"]
         study.stage_seconds["record"] = manifest["seconds"]
-        tasks = [*self.settings.evaluate.domain_tasks, *self.settings.evaluate.general_tasks]
-        with progress("Scoring the base model", total=len(tasks), unit="tasks") as bar:
-            base = evaluate(
-                self.settings,
-                local_directory(self.settings.model),
-                self.output,
+        return recorded
+
+    def base_scores(self) -> BaseScores:
+        """The base model's scores, to be made if they are not there."""
+        settings, study = self.settings, self.description.file
+        model = local_directory(settings.model)
+        directory = base_directory(settings, model, self.output, split="dev")
+
+        def make(slots: int, is_wanted: Callable[[], bool]) -> None:
+            evaluate(
+                *(settings, model, self.output),
                 split="dev",
-                parallel=self.slots(),
+                parallel=slots,
+                is_wanted=is_wanted,
             )
-            bar.advance(len(tasks))
-        scored = read_manifest(base, made_by="python -m lrmc_ray.evaluate")
-        study.stage_seconds["base_evaluation"] = scored["seconds"]
-        study.base_scores = relative_path(base, self.directory)
+            check_unchanged(self.contents, settings)
+
+        def note() -> None:
+            passed("tune.base_scored")
+            scored = read_manifest(directory, made_by="python -m lrmc_ray.evaluate")
+            with self.description.lock:
+                study.stage_seconds["base_evaluation"] = scored["seconds"]
+                study.base_scores = relative_path(directory, self.directory)
+                self.description.write_soon()
+
+        num_tasks = len(settings.evaluate.domain_tasks) + len(settings.evaluate.general_tasks)
+        return BaseScores(directory, make, note, num_tasks=num_tasks)
+
+    def prepare(self, recorded: Path, base: BaseScores) -> None:
+        """Begin to score the base, and find what is found automatically."""
+        slots = self.slots()
+        base.begin(slots, slots_beside(self.settings, slots))
         check_unchanged(self.contents, self.settings)
         self._find_precision(recorded)
         self._find_ranges(recorded)
         self.description.write()
-        return recorded, base
 
     def _find_precision(self, recorded: Path) -> None:
         """Replace an automatic precision by what it comes to here, once per study."""
@@ -206,7 +229,7 @@ class Search:
         """
         return worker_slots(self.settings.resources)
 
-    def run_trials(self, recorded: Path, base: Path) -> None:
+    def run_trials(self, recorded: Path, base: BaseScores) -> None:
         """Run every trial that has not ended, side by side."""
         # These load Ray, which takes its settings from what the session has set before.
         from lrmc_ray.tune.queue import TrialQueue, open_study

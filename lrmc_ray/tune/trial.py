@@ -29,6 +29,7 @@ from lrmc_ray.train.driver import MADE_BY as TRAIN
 from lrmc_ray.train.driver import check_converged, train, with_steps
 from lrmc_ray.train.early_stopping import Rung, read_decision, rung_of
 from lrmc_ray.train.run_files import run_files
+from lrmc_ray.tune.base_scores import await_scores
 from lrmc_ray.tune.faults import asked_fault, fail_on_purpose
 from lrmc_ray.tune.processes import write_process
 from lrmc_ray.tune.result import (
@@ -76,7 +77,7 @@ def run_trial(
         study_directory: of the study.
         home: what all nodes call it.
         record: what trials are trained on.
-        base_scores: the base model's scores.
+        base_scores: where the base model's scores are, or will be.
         sent_scores: what all nodes call them.
 
     Raises:
@@ -172,7 +173,7 @@ def train_and_score(
         settings: of this run.
         directory: of this run.
         record: what it is trained on.
-        base: the base model's scores on the same split.
+        base: the base model's scores on the same split, waited for once it has trained.
         stored_as: name of the run in a storage.
         rung: where the trial may be stopped early; then it has no results.
         split: which questions the domain's task asks.
@@ -192,6 +193,7 @@ def train_and_score(
     if trained["pruned"]:
         return RunResult({}, None, own, {**cost, "evaluate_seconds": 0.0})
     check_converged(trained)
+    await_scores(base)
     scores = evaluate(
         settings,
         training / MODEL,

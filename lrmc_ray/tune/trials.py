@@ -12,7 +12,8 @@ from ray import tune
 from lrmc_ray.cluster.resources import TRIAL_SLOT
 from lrmc_ray.cluster.session import release_orphaned_groups
 from lrmc_ray.config import RunSettings
-from lrmc_ray.errors import DiskError
+from lrmc_ray.errors import DiskError, LrmcError
+from lrmc_ray.files.artifacts import is_finished
 from lrmc_ray.files.fault_points import passed
 from lrmc_ray.files.full_disk import full_disk
 from lrmc_ray.files.names import RUNG
@@ -20,6 +21,7 @@ from lrmc_ray.files.place import place_of
 from lrmc_ray.files.storage import Storage
 from lrmc_ray.files.study import TRIALS, TrialEntry, trial_directory
 from lrmc_ray.report.mlflow import StudyTracker
+from lrmc_ray.tune.base_scores import BaseScores
 from lrmc_ray.tune.choice import remove_models
 from lrmc_ray.tune.description import Description
 from lrmc_ray.tune.forecast import divide
@@ -75,20 +77,23 @@ class Trials:
         description.choose_best()
         description.write()
 
-    def run(self, recorded: Path, base: Path, *, slots: int) -> None:
+    def run(self, recorded: Path, base: BaseScores, *, slots: int) -> None:
         """Run every trial that has not ended.
 
         Args:
             recorded: what they are trained on.
-            base: the base model's scores.
+            base: the base model's scores, which may still be in the making.
             slots: workers that fit side by side.
+
+        Raises:
+            BaseException: whatever ended the trials, or the scoring of the base.
         """
         if self.queue.is_finished:
             return
         end_leftovers(self.directory / TRIALS)
         scratch = self.directory / "tune"
         shutil.rmtree(scratch, ignore_errors=True)
-        tuner = self._tuner(recorded, base, slots)
+        tuner = self._tuner(recorded, base.directory, slots)
         failure: list[BaseException] = []
 
         def fit() -> None:
@@ -100,7 +105,7 @@ class Trials:
         # In a side thread: signals stay with this one, which also shows the progress.
         thread = threading.Thread(target=fit, name="tune", daemon=True)
         thread.start()
-        self._watch(thread)
+        self._watch(thread, base)
         full = self.full or (full_disk(self.directory) if failure else None)
         with self.description.lock, contextlib.suppress(*([OSError] if full else [])):
             self.description.write()
@@ -147,6 +152,8 @@ class Trials:
         Returns:
             What all nodes call the base model's scores.
         """
+        if not self.settings.search.stops_early:
+            return str(base)  # nobody asks for them on the way
 
         def send_decisions(storage: Storage) -> None:
             # Those of an earlier sitting, which a lost storage would not have.
@@ -201,11 +208,15 @@ class Trials:
             self.description.write_soon()
         passed("tune.trial_described" if starts else "tune.trial_ended", str(number))
 
-    def _watch(self, thread: threading.Thread) -> None:
+    def _watch(self, thread: threading.Thread, base: BaseScores) -> None:
         """Show the trials until the last has ended, and stop those that take too long."""
 
+        def is_waiting(directory: Path) -> bool:
+            return not base.are_there and is_finished(directory / "training")
+
         def is_running() -> bool:
-            self.running.look(self.time_limit())
+            base.look()
+            self.running.look(self.time_limit(), is_waiting)
             self.description.catch_up()
             # The controller of a dead trial's training dies a little after it.
             release_orphaned_groups()
@@ -218,7 +229,9 @@ class Trials:
                 is_running=is_running,
                 read=self.description.snapshot,
             )
-        except (KeyboardInterrupt, SystemExit):
+        except DiskError:
+            raise  # there is no space for checkpoints either
+        except (KeyboardInterrupt, SystemExit, LrmcError):
             self.running.finish_steps()
             raise
 

@@ -89,7 +89,7 @@ def _watch_lines(
             printed = time.monotonic()
             for trial in study.trials:
                 if trial.state == "RUNNING":
-                    progress = _progress(directory, trial)
+                    progress = _progress(directory, trial, study)
                     if said.get(trial.number) != progress:
                         said[trial.number] = progress
                         print(f"trial {trial.number}: {progress}", file=sys.stderr, flush=True)
@@ -137,14 +137,14 @@ def _scores(trial: TrialEntry) -> str:
     )
 
 
-def _progress(directory: Path, trial: TrialEntry) -> str:
+def _progress(directory: Path, trial: TrialEntry, study: StudyFile) -> str:
     steps = trial.settings["steps"]
     lines = read_metrics(directory / trial.metrics_file) if trial.metrics_file else []
     if not lines:
         return "starting"
     last = lines[-1]
     if last.step >= steps:
-        return "scoring"
+        return "scoring" if study.base_scores else "waits for the base's scores"
     # The first step compiles, and takes a multiple of the others.
     seconds = [line.metrics[STEP_SECONDS] for line in lines if STEP_SECONDS in line.metrics][1:]
     left = (steps - last.step) * statistics.median(seconds[-RECENT_STEPS:]) if seconds else None
@@ -202,6 +202,8 @@ def trials_table(directory: Path, study: StudyFile, total: int, start: float) ->
     shown = _shown(study)
     if len(shown) < len(study.trials):
         table.caption = f"{len(study.trials) - len(shown)} that ended earlier are not shown"
+    if study.base_scores is None:
+        table.add_row("base", "not trained", "being scored")
     for trial in shown:
         if trial.state == "COMPLETE":
             state = _scores(trial) + ("  best so far" if trial.number == study.best else "")
@@ -210,6 +212,6 @@ def trials_table(directory: Path, study: StudyFile, total: int, start: float) ->
         elif trial.state == "FAIL":
             state = f"failed: {trial.cause}"
         else:
-            state = _progress(directory, trial)
+            state = _progress(directory, trial, study)
         table.add_row(str(trial.number), _params(trial), state)
     return table

@@ -182,7 +182,7 @@ def remote_scores(tmp_path_factory):
         yield ray.remote(max_retries=2)(scoring_task())
 
 
-def waited_for(remote, directory, *does, hang_seconds=3.0, are_stopped=()):
+def waited_for(remote, directory, *does, hang_seconds=3.0, are_stopped=(), **options):
     """What ``results_of`` makes of such tasks, of which those in these places are stopped, once."""
     import ray
 
@@ -198,7 +198,7 @@ def waited_for(remote, directory, *does, hang_seconds=3.0, are_stopped=()):
         ray.cancel(one, force=True)
 
     try:
-        return results_of(references, tasks, hang_seconds, stop=stop)
+        return results_of(references, tasks, hang_seconds, stop=stop, **options)
     finally:
         assert stopped == list(are_stopped)
         assert not list(directory.glob(".progress*"))
@@ -241,6 +241,22 @@ def test_when_one_task_fails_the_others_are_ended(remote_scores, tmp_path):
         waited_for(remote_scores, tmp_path, *does, hang_seconds=60.0, are_stopped=[1])
     time.sleep(2.0)  # one that lived would have shown itself again
     assert not list(tmp_path.glob(".progress*"))
+
+
+@pytest.mark.ray
+def test_tasks_that_nobody_wants_any_more_are_ended(remote_scores, tmp_path):
+    from lrmc_ray.errors import EvaluationError
+
+    def is_wanted():
+        return not list(tmp_path.glob(".progress*"))
+
+    with pytest.raises(EvaluationError, match="scoring was given up"):
+        waited_for(
+            *(remote_scores, tmp_path, "goes on"),
+            hang_seconds=60.0,
+            are_stopped=[0],
+            is_wanted=is_wanted,
+        )
 
 
 @pytest.mark.ray

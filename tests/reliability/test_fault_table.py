@@ -12,6 +12,7 @@ A new command that goes on where it stopped adds its points to ``fault_points.PO
 ``Broken`` of its own: what runs it, and what its result is.
 """
 
+import errno
 import json
 import os
 import shlex
@@ -98,7 +99,7 @@ def touch(directory: Path, name: str) -> None:
 # A search
 
 
-def search(output: Path) -> None:
+def search(output: Path, **options: Any) -> None:
     with pytest.MonkeyPatch.context() as patch:
         log = output.with_suffix(".trained")
 
@@ -106,7 +107,7 @@ def search(output: Path) -> None:
             with log.open("a") as file:
                 file.write(f"{number}\n")
 
-        fake = install(patch, FakeSearch(settings_of(TRIALS), output, on_train=note))
+        fake = install(patch, FakeSearch(settings_of(TRIALS), output, on_train=note, **options))
         finish = "lrmc_ray.tune.finish"
         patch.setattr(f"{finish}.load_study", lambda path: path)
         patch.setattr(f"{finish}.write_study_report", lambda path: touch(path, "report.html"))
@@ -226,7 +227,13 @@ OWN_POINTS = [point for point in POINTS if point.partition(".")[0] in COMMANDS]
 EXPECTED = {"kill": KILLED, "full": 7, "interrupt": 130}
 ROWS = [(point, "kill") for point in OWN_POINTS] + [
     (point, kind)
-    for point in ("tune.prepared", "tune.trial_described", "tune.model_copied", "compare.run_ended")
+    for point in (
+        "tune.prepared",
+        "tune.base_scored",
+        "tune.trial_described",
+        "tune.model_copied",
+        "compare.run_ended",
+    )
     for kind in ("full", "interrupt")
     # A Ctrl-C comes to the main thread, in which trials are not handed out.
     if (point, kind) != ("tune.trial_described", "interrupt")
@@ -234,6 +241,7 @@ ROWS = [(point, "kill") for point in OWN_POINTS] + [
 
 
 QUICK = {
+    ("tune.base_scored", "kill"),
     ("tune.trial_described", "kill"),
     ("tune.trial_told", "kill"),
     ("tune.trials_ended", "kill"),
@@ -298,6 +306,106 @@ def test_a_trial_that_finds_the_disk_full_is_not_lost(left_alone, tmp_path, monk
     assert states == ["COMPLETE", "COMPLETE", "RUNNING"]
     monkeypatch.delenv("LRMC_TRIAL_FAULTS")
     code, said = ended(search, output, None)
+    assert code == 0, said
+    assert search_result(output) == left_alone["tune"]
+    assert set(trained(output).values()) == {1}
+
+
+# The base is scored beside the first trial
+
+
+def when_trained(output: Path) -> None:
+    """Return when the first trial has been trained."""
+    deadline = time.monotonic() + 60
+    while not trained(output):
+        assert time.monotonic() < deadline, "no trial was trained while the base was scored"
+        time.sleep(0.01)
+
+
+def test_the_first_trial_trains_while_the_base_is_scored(left_alone, tmp_path):
+    output = tmp_path / "runs"
+    output.mkdir()
+    code, said = ended(lambda path: search(path, on_score=lambda: when_trained(path)), output, None)
+    assert code == 0, said
+    assert search_result(output) == left_alone["tune"]
+    assert said.index("scoring the base model beside the first trial, on 1 of 2 slots") < (
+        said.index("the base model is scored, after ")
+    )
+
+
+def test_with_one_slot_the_base_is_scored_first_and_the_result_is_the_same(left_alone, tmp_path):
+    output = tmp_path / "runs"
+    output.mkdir()
+
+    def score() -> None:
+        (study,) = output.glob("fake-*/study.json")
+        assert json.loads(study.read_text())["trials"] == []
+
+    code, said = ended(lambda path: search(path, on_score=score, slots=1), output, None)
+    assert code == 0, said
+    assert search_result(output) == left_alone["tune"]
+    assert set(trained(output).values()) == {1}
+    assert "Scoring the base model: 0/" in said
+    assert "beside" not in said
+
+
+@pytest.mark.parametrize(
+    ("error", "code"),
+    [(DataError("a task cannot be scored"), 4), (OSError(errno.ENOSPC, "No space left"), 7)],
+)
+def test_a_base_that_cannot_be_scored_ends_the_search_and_no_trial(
+    left_alone, tmp_path, error, code
+):
+    """The first trial waits for its scores meanwhile, and is open for the next command."""
+    output = tmp_path / "runs"
+    output.mkdir()
+
+    def fail() -> None:
+        when_trained(output)
+        raise error
+
+    start = time.monotonic()
+    found, said = ended(lambda path: search(path, on_score=fail), output, None)
+    assert time.monotonic() - start < 15
+    assert found == code, said
+    (line,) = errors_in(said)
+    assert error.args[-1] in line
+    assert "Traceback" not in said
+    assert "what there is so far" not in said
+    (path,) = output.glob("fake-*/study.json")
+    study = json.loads(path.read_text())
+    assert {trial["state"] for trial in study["trials"]} == {"RUNNING"}
+    assert study.get("base_scores") is None
+    assert not list(output.glob("scores/*"))
+    code, said = ended(search, output, None)
+    assert code == 0, said
+    assert search_result(output) == left_alone["tune"]
+    assert set(trained(output).values()) == {1}
+
+
+@pytest.mark.parametrize("is_scored", [False, True])
+def test_a_search_that_is_killed_while_a_trial_waits_goes_on(left_alone, tmp_path, is_scored):
+    """Also where the scores were there at that moment: then they are not made again."""
+    output = tmp_path / "runs"
+    output.mkdir()
+
+    def die() -> None:
+        when_trained(output)
+        if not is_scored:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    code, said = ended(
+        lambda path: search(path, on_score=die),
+        output,
+        "tune.base_scored:kill:1" if is_scored else None,
+    )
+    assert code == KILLED, said
+    assert bool(list(output.glob("scores/*/manifest.json"))) == is_scored
+
+    def again() -> None:
+        assert not is_scored, "the base is scored twice"
+
+    code, said = ended(lambda path: search(path, on_score=again), output, None)
     assert code == 0, said
     assert search_result(output) == left_alone["tune"]
     assert set(trained(output).values()) == {1}

@@ -5,6 +5,7 @@ What a trial finds is a function of its settings, so the same search finds the s
 """
 
 import contextlib
+import functools
 import json
 import math
 import os
@@ -39,12 +40,16 @@ class FakeSearch:
         output: of the search.
         contents: what it is trained and scored on.
         on_train: called with the number of every trial that has been trained.
+        on_score: called before the base is scored.
+        slots: workers that fit side by side.
     """
 
     settings: RunSettings
     output: Path
     contents: dict[str, str] = field(default_factory=dict)
     on_train: Callable[[int], None] = lambda _: None
+    on_score: Callable[[], None] = lambda: None
+    slots: int = 2
 
     def run(self) -> Search:
         """Run the command's part behind its arguments."""
@@ -98,9 +103,13 @@ def rows_of(right: float) -> list[dict[str, Any]]:
     return rows
 
 
-def _write_scores(output: Path, model: str, split: str, right: float) -> Path:
+def _place_of_scores(output: Path, model: str, split: str) -> tuple[dict[str, str], Path]:
     identity = {"model": model, "split": split}
-    final = output / "scores" / fingerprint(identity)
+    return identity, output / "scores" / fingerprint(identity)
+
+
+def _write_scores(output: Path, model: str, split: str, right: float) -> Path:
+    identity, final = _place_of_scores(output, model, split)
     if not is_finished(final):
         partial = final.with_name(final.name + ".partial")
         Scores.from_rows(rows_of(right)).save(partial)
@@ -116,6 +125,16 @@ def _evaluate(_: Any, model: Path, output: Path, *, split: str, **__: Any) -> Pa
     )
 
 
+def _base_directory(_: Any, model: Path, output: Path, *, split: str) -> Path:
+    return _place_of_scores(output, os.path.relpath(model, output), split)[1]
+
+
+def _score_base(fake: FakeSearch, *arguments: Any, **options: Any) -> Path:
+    if not is_finished(_base_directory(*arguments, split=options["split"])):
+        fake.on_score()
+    return _evaluate(*arguments, **options)
+
+
 def _record(_: Any, output: Path, _used: Any) -> Path:
     final = output / "records" / "0123456789ab"
     if not is_finished(final):
@@ -128,7 +147,7 @@ def _record(_: Any, output: Path, _used: Any) -> Path:
     return final
 
 
-def _train_and_score(fake: FakeSearch, run: RunSettings, directory: Path) -> RunResult:
+def _train_and_score(fake: FakeSearch, run: RunSettings, directory: Path, base: Path) -> RunResult:
     """What a trial leaves that trains and is scored."""
     train = run.train.model_dump(mode="json")
     training = directory / "training"
@@ -142,6 +161,7 @@ def _train_and_score(fake: FakeSearch, run: RunSettings, directory: Path) -> Run
         (training / METRICS).write_text("\n".join(lines) + "\n")
         write_manifest(training, {"kind": "training", "identity": train})
         fake.on_train(int(directory.name))
+    trial_module.await_scores(base)
     results = results_of(train)
     scores = _write_scores(directory, directory.name, "dev", results["eval/domain_gain"] + 0.2)
     cost = {
@@ -187,7 +207,7 @@ def _tune(fake: FakeSearch) -> types.SimpleNamespace:
             return trial_module.attempt(
                 directory,
                 str(config["number"]),
-                lambda: _train_and_score(fake, run, directory),
+                lambda: _train_and_score(fake, run, directory, Path(fixed["base_scores"])),
             ).results
 
         return trainable
@@ -224,19 +244,22 @@ def install(patch: pytest.MonkeyPatch, fake: FakeSearch) -> FakeSearch:
     quiet: Any = lambda *_, **__: contextlib.nullcontext()  # noqa: E731
     patch.setattr(f"{run}.ray_session", quiet)
     patch.setattr(f"{run}.check_trial_slots", lambda *_: None)
-    patch.setattr(f"{run}.worker_slots", lambda *_: 2)
+    patch.setattr(f"{run}.worker_slots", lambda *_: fake.slots)
     patch.setattr(f"{run}.forecast", lambda *_, **__: None)
     patch.setattr(f"{run}.check_unchanged", lambda *_: None)
     patch.setattr(f"{run}.samples_of_search", lambda _: None)
     patch.setattr(f"{run}.record", _record)
     patch.setattr(f"{run}.StudyTracker", lambda *_, **__: contextlib.nullcontext(_Tracker()))
+    patch.setattr(f"{run}.evaluate", functools.partial(_score_base, fake))
+    patch.setattr(f"{run}.base_directory", _base_directory)
+    patch.setattr(f"{finish}.evaluate", _evaluate)
     for module in (run, finish):
-        patch.setattr(f"{module}.evaluate", _evaluate)
         patch.setattr(f"{module}.local_directory", lambda _: model)
     patch.setattr(f"{finish}.write_model_card", lambda *_: None)
     patch.setattr(f"{trials}.tune", _tune(fake))
     patch.setattr(f"{trials}.end_leftovers", lambda _: None)
     patch.setattr(f"{trials}.release_orphaned_groups", lambda: 0)
     patch.setattr("lrmc_ray.tune.watch.POLL_SECONDS", 0.02)
+    patch.setattr("lrmc_ray.tune.base_scores.LOOK_SECONDS", 0.02)
     patch.setattr("lrmc_ray.tune.trial.write_process", _note_process)
     return fake

@@ -77,10 +77,10 @@ class Runs:
         with (directory / "training" / METRICS).open("a") as file:
             file.write("{}\n")
 
-    def wait(self, seconds, limit=math.inf):
+    def wait(self, seconds, limit=math.inf, is_waiting=lambda _: False):
         for _ in range(round(seconds)):
             self.clock.now += 1.0
-            self.watch.look(limit)
+            self.watch.look(limit, is_waiting)
 
 
 def test_an_overdue_trial_gets_its_cause_once(tmp_path):
@@ -99,6 +99,25 @@ def test_an_overdue_trial_gets_its_cause_once(tmp_path):
     assert (late / STACKS).read_text() == "no process of it was found\n"
     assert len(list(tmp_path.glob(f"trials/*/{FAILURE}"))) == 1
     assert runs.watch.directories == [waiting, early]
+
+
+def test_the_time_for_which_a_trial_waits_for_the_base_is_not_its_own(tmp_path):
+    runs = Runs(tmp_path, hang_seconds=100.0)
+    waiting, other = (runs.begin(number) for number in (0, 1))
+    for directory in (waiting, other):
+        runs.start(directory)
+    runs.wait(4, limit=5.0)
+    runs.wait(90, limit=5.0, is_waiting=lambda directory: directory == waiting)
+    assert runs.killed == [other]
+    runs.wait(5, limit=5.0)
+    assert runs.killed == [other]
+    runs.wait(1, limit=5.0)
+    assert runs.killed == [other, waiting]
+    assert "has not ended after 6.0 s" in failure_cause(waiting)
+    silent = runs.begin(2)
+    runs.start(silent)  # and who waits without a sign of life hangs
+    runs.wait(102, is_waiting=lambda _: True)
+    assert runs.killed == [other, waiting, silent]
 
 
 @pytest.mark.parametrize("name", [STACKS, FAILURE])

@@ -93,22 +93,28 @@ def test_other_scoring_code_is_another_study(settings, monkeypatch):
     assert [name for name in now if now[name] != before[name]] == ["scoring"]
 
 
-def test_data_that_change_while_the_base_is_scored_end_the_search(settings, tmp_path, monkeypatch):
+@pytest.mark.parametrize("slots", [1, 2])
+def test_data_that_change_while_the_base_is_scored_end_the_search(
+    slots, settings, tmp_path, monkeypatch
+):
     made_of = contents(settings)
 
     def evaluate(*_, **__):
         add_line(tmp_path / "train.jsonl")
         return tmp_path
 
-    monkeypatch.setattr("lrmc_ray.tune.run.record", lambda *_: tmp_path)
     monkeypatch.setattr("lrmc_ray.tune.run.evaluate", evaluate)
-    monkeypatch.setattr("lrmc_ray.tune.run.worker_slots", lambda *_: 1)
-    monkeypatch.setattr(
-        "lrmc_ray.tune.run.read_manifest", lambda *_, **__: {"summary": {}, "seconds": 0.0}
-    )
+    monkeypatch.setattr("lrmc_ray.tune.run.worker_slots", lambda *_: slots)
     search = Search(settings, tmp_path / "runs", made_of)
+
+    def score():
+        with search.base_scores() as base:
+            search.prepare(tmp_path, base)
+            base.wait()
+
     with pytest.raises(DataError, match="the training data must not change while a study runs"):
-        search.prepare()
+        score()
+    assert search.description.file.base_scores is None
 
 
 def test_a_study_of_an_older_version_is_not_mixed_in(settings, tmp_path, caplog):

@@ -66,6 +66,7 @@ import json, os, sys, threading, time
 from pathlib import Path
 from lrmc_ray.config import load_settings
 from lrmc_ray.cluster.session import ray_session
+from lrmc_ray.tune.base_scores import BaseScores
 from lrmc_ray.tune.run import Search
 
 directory, data = Path(sys.argv[1]), sys.argv[2]
@@ -78,7 +79,7 @@ with ray_session(log=directory / "ray.log", num_cpus=2):
     import ray
     before = ray.available_resources()
     search = Search(settings, directory, {})
-    search.run_trials(directory, directory)
+    search.run_trials(directory, BaseScores(directory, print, lambda: None))
     deadline = time.monotonic() + 30
     while any(ray.available_resources().get(name) != before[name] for name in before
               if name in ("CPU", "lrmc_trial")) and time.monotonic() < deadline:

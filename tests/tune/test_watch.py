@@ -75,6 +75,28 @@ def test_a_trial_that_stopped_early_is_told_from_one_that_failed(tmp_path):
     )
 
 
+def test_a_terminal_of_80_columns_says_that_the_base_is_being_scored(tmp_path):
+    study = make_description(tmp_path, [(0.9, 0.0)]).file
+    study.trials = [
+        trial_entry(0, "RUNNING", params={"lr": 3e-5, "tau": 0.9, "optimizer": "moclip"}),
+    ]
+
+    def text():
+        console = Console(width=80, record=True, file=io.StringIO())
+        console.print(trials_table(tmp_path, study, 6, time.time()))
+        lines = console.export_text().splitlines()
+        assert max(map(len, lines)) <= 80
+        return " ".join(" ".join(lines).replace("│", " ").split())
+
+    with MetricsLog(tmp_path / "none.jsonl") as log:
+        log.log(10, {"train/loss": 0.7})
+    assert "base not trained being scored" in text()
+    assert "waits for the base's scores" in text()
+    study.base_scores = "../scores/b"
+    assert "base" not in text()
+    assert " scoring " in text()
+
+
 def test_without_costs_there_are_no_core_hours(tmp_path):
     assert "core hours" not in shown([trial_entry(0, "RUNNING")], tmp_path)
 
@@ -88,7 +110,7 @@ def test_a_line_says_which_trial_is_the_best():
 def test_the_table_of_many_trials_has_room_in_a_terminal(tmp_path):
     study = make_description(tmp_path, [(0.9, 0.0), *[(0.1, 0.0)] * 99]).file
     study.trials[5] = trial_entry(5, "RUNNING")
-    study.best = 0
+    study.best, study.base_scores = 0, "base"
     table = trials_table(tmp_path, study, 200, 0.0)
     numbers = list(table.columns[0].cells)
     assert numbers == [str(number) for number in (0, 5, *range(61, 100))]

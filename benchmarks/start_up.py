@@ -1,0 +1,134 @@
+"""What `lrmc tune` takes, from the command to its first line of metrics.
+
+    python benchmarks/start_up.py --repeats 2 --other ../old     # two checkouts in turn
+
+Runs the demo, or the command that follows `--`, in a new output directory, and kills it when the
+first step of a trial is written. Processor seconds are those of all of the command's processes,
+which are found by a mark in their environment and looked at five times a second: what a process
+takes in its last fifth of a second is not counted.
+
+Last line: a JSON object, a list of one object per run for each checkout: processor and clock
+seconds up to each of MILESTONES.
+"""
+
+import argparse
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+import uuid
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+MARK = "LRMC_START_UP"
+TICK = os.sysconf("SC_CLK_TCK")
+
+
+def _has_lines(path: Path) -> bool:
+    return path.stat().st_size > 0
+
+
+MILESTONES: dict[str, tuple[str, Callable[[Path], bool]]] = {
+    "the study is begun": ("runs/*/study.json", Path.is_file),
+    "the samples are recorded": ("runs/records/*/manifest.json", Path.is_file),
+    "the base is scored": ("runs/scores/*/manifest.json", Path.is_file),
+    "the first step is written": ("runs/*/trials/*/training/metrics.jsonl", _has_lines),
+}
+"""Files by which each is known; the last one ends the run."""
+
+
+class Processes:
+    """All processes of one command, those that have ended included."""
+
+    def __init__(self) -> None:
+        self.mark = uuid.uuid4().hex
+        self._is_own: dict[tuple[int, str], bool] = {}
+        self._seconds: dict[tuple[int, str], float] = {}
+
+    def look(self) -> float:
+        """Processor seconds so far."""
+        for path in Path("/proc").glob("[0-9]*"):
+            try:
+                fields = (path / "stat").read_text().rpartition(")")[2].split()
+                key = (int(path.name), fields[19])
+                if not self._is_own.get(key):  # a fork has its parent's environment before its own
+                    self._is_own[key] = self._has_mark(path)
+                if self._is_own[key]:
+                    self._seconds[key] = (int(fields[11]) + int(fields[12])) / TICK
+            except OSError:
+                continue  # ended, or of another user
+        return sum(self._seconds.values())
+
+    def _has_mark(self, path: Path) -> bool:
+        return f"{MARK}={self.mark}".encode() in (path / "environ").read_bytes().split(b"\0")
+
+    def kill(self) -> None:
+        """End all that are alive."""
+        for _ in range(20):
+            alive = 0
+            for path in Path("/proc").glob("[0-9]*"):
+                try:
+                    if self._has_mark(path):
+                        os.kill(int(path.name), signal.SIGKILL)
+                        alive += 1
+                except OSError:
+                    continue
+            if not alive:
+                return
+            time.sleep(0.5)
+
+
+def one_run(tree: Path, arguments: Sequence[str], limit: float) -> dict[str, dict[str, float]]:
+    """Seconds up to each milestone."""
+    processes, found = Processes(), {}
+    work = Path(tempfile.mkdtemp(prefix="lrmc_start_"))
+    command = [sys.executable, "-m", "lrmc_ray.tune", *arguments, "--output", str(work / "runs")]
+    environment = {**os.environ, MARK: processes.mark, "PYTHONPATH": str(tree)}
+    start = time.monotonic()
+    with (work / "log").open("wb") as log:
+        process = subprocess.Popen(command, cwd=tree, env=environment, stdout=log, stderr=log)
+        try:
+            while "the first step is written" not in found:
+                if process.poll() is not None or time.monotonic() - start > limit:
+                    raise SystemExit((work / "log").read_text()[-3000:])
+                time.sleep(0.2)
+                seconds = processes.look()
+                for name, (pattern, holds) in MILESTONES.items():
+                    if name not in found and any(map(holds, work.glob(pattern))):
+                        clock = time.monotonic() - start
+                        found[name] = {"cpu": round(seconds, 1), "clock": round(clock, 1)}
+        finally:
+            processes.kill()
+            process.wait()
+    shutil.rmtree(work)
+    return found
+
+
+def main(argv: Sequence[str]) -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--repeats", type=int, default=1)
+    parser.add_argument("--other", type=Path, help="another checkout, run in turn with this one")
+    parser.add_argument("--limit", type=float, default=850.0, help="seconds of one run")
+    parser.add_argument("rest", nargs="*", help="arguments of `lrmc tune`, behind --")
+    arguments = parser.parse_args(argv)
+    trees = [ROOT] + ([arguments.other.resolve()] if arguments.other else [])
+    found: dict[str, list[dict[str, dict[str, float]]]] = {tree.name: [] for tree in trees}
+    for _ in range(arguments.repeats):
+        for tree in trees:
+            run = one_run(tree, arguments.rest, arguments.limit)
+            found[tree.name].append(run)
+            for name in MILESTONES:
+                cpu, clock = run.get(name, {}).get("cpu", "-"), run.get(name, {}).get("clock", "-")
+                print(f"{tree.name:12} {name:28} {cpu:>7} CPU s {clock:>7} s", flush=True)
+    print(json.dumps(found))
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
