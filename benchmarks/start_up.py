@@ -27,6 +27,8 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 MARK = "LRMC_START_UP"
 TICK = os.sysconf("SC_CLK_TCK")
+LOOKS = 5
+"""At a process that is not one of the command's, before it is left alone."""
 
 
 def _has_lines(path: Path) -> bool:
@@ -47,7 +49,7 @@ class Processes:
 
     def __init__(self) -> None:
         self.mark = uuid.uuid4().hex
-        self._is_own: dict[tuple[int, str], bool] = {}
+        self._looks: dict[tuple[int, str], int] = {}
         self._seconds: dict[tuple[int, str], float] = {}
 
     def look(self) -> float:
@@ -56,9 +58,13 @@ class Processes:
             try:
                 fields = (path / "stat").read_text().rpartition(")")[2].split()
                 key = (int(path.name), fields[19])
-                if not self._is_own.get(key):  # a fork has its parent's environment before its own
-                    self._is_own[key] = self._has_mark(path)
-                if self._is_own[key]:
+                looks = self._looks.setdefault(key, 0)
+                # Looked at more than once: before it has its own environment it has its parent's.
+                if looks < LOOKS and key not in self._seconds:
+                    self._looks[key] += 1
+                    if self._has_mark(path):
+                        self._seconds[key] = 0.0
+                if key in self._seconds:
                     self._seconds[key] = (int(fields[11]) + int(fields[12])) / TICK
             except OSError:
                 continue  # ended, or of another user

@@ -183,6 +183,69 @@ def descendants(mark):
         time.sleep(0.2)
 
 
+BASE_FAILS = """
+import sys, time
+from pathlib import Path
+from lrmc_ray.cluster.session import ray_session
+from lrmc_ray.console import run_command
+from lrmc_ray.errors import DataError
+from lrmc_ray.tune import run
+from lrmc_ray.tune.command import main
+
+directory, evaluate = Path(sys.argv[1]), run.evaluate
+
+def fails(*arguments, **options):
+    deadline = time.monotonic() + 120
+    while not list(directory.glob("runs/*/trials/0000/training/checkpoints/step_*")):
+        assert time.monotonic() < deadline, "no trial trains while the base is scored"
+        time.sleep(0.1)
+    raise DataError("a task cannot be scored")
+
+if sys.argv[2] == "fails":
+    run.evaluate = fails
+with ray_session(log=directory / "ray.log", num_cpus=2):
+    code = run_command(main, sys.argv[3:])
+sys.exit(code)
+"""
+
+
+@pytest.mark.ray
+@pytest.mark.timeout(600)
+def test_a_base_that_cannot_be_scored_stops_a_trial_that_goes_on_later(tmp_path, tiny_model):
+    data = make_data(tmp_path / "train.jsonl", num_rows=12)
+    arguments = [
+        *("--space", "smoke", "--model", str(tiny_model), "--train-data", str(data)),
+        *("--output", str(tmp_path / "runs"), "--domain-tasks", "capitals"),
+        *("--general-tasks", "plain_english", "search.trials=2", "evaluate.limit=4"),
+        *("train.steps=40", "train.checkpoint_every=1", "train.probe_every=0"),
+    ]
+
+    def run(how):
+        return run_script("-c", BASE_FAILS, str(tmp_path), how, *arguments)
+
+    first = run("fails")
+    assert first.returncode == 4, first.stderr[-3000:]
+    assert [line for line in first.stderr.splitlines() if line.startswith("error: ")] == [
+        "error: a task cannot be scored"
+    ]
+    assert "Traceback" not in first.stderr
+    (study,) = tmp_path.glob("runs/*/study.json")
+    assert json.loads(study.read_text())["trials"][0]["state"] == "RUNNING"
+    ledger = study.parent / "trials/0000/training/ledger.jsonl"
+    reached = json.loads(ledger.read_text().splitlines()[-1])["step"]
+    assert reached < 40
+    again = run("goes on")
+    assert again.returncode == 0, again.stderr[-3000:]
+    trials = json.loads(study.read_text())["trials"]
+    assert [trial["state"] for trial in trials] == ["COMPLETE", "COMPLETE"]
+    went_on = [json.loads(line) for line in ledger.read_text().splitlines()]
+    first_again = next(line["step"] for line in went_on if line["attempt"] == 2)
+    assert 1 < first_again <= reached + 1
+    said = again.stderr
+    assert "scoring the base model beside the first trial, on 1 of 2 slots" in said
+    assert said.index("trial 0 of 2 (defaults) runs") < said.index("the base model is scored")
+
+
 # With Ray: minutes
 
 
