@@ -10,7 +10,7 @@ from pathlib import Path
 
 from lrmc_ray.cluster.stacks import kill_process, process_birth
 from lrmc_ray.files.artifacts import is_finished
-from lrmc_ray.files.names import CHECKPOINT_NOW
+from lrmc_ray.files.names import CHECKPOINT_NOW, METRICS
 
 _log = logging.getLogger(__name__)
 
@@ -100,8 +100,15 @@ def end_leftovers(runs: Path) -> None:
 
 
 def finish_steps(trainings: Sequence[Path], seconds: float) -> None:
-    """Let running trainings finish their step and save a checkpoint, for at most ``seconds``."""
-    asked = [path / CHECKPOINT_NOW for path in trainings if path.is_dir() and not is_finished(path)]
+    """Let running trainings finish their step and save a checkpoint, for at most ``seconds``.
+
+    One that still waits for its cores, or loads its model, has nothing to save.
+    """
+    asked = [
+        path / CHECKPOINT_NOW
+        for path in trainings
+        if (path / METRICS).is_file() and not is_finished(path)
+    ]
     for path in asked:
         path.touch()
     if asked:

@@ -411,6 +411,28 @@ def test_a_search_that_is_killed_while_a_trial_waits_goes_on(left_alone, tmp_pat
     assert set(trained(output).values()) == {1}
 
 
+def test_trials_that_have_all_failed_wait_for_the_base_all_the_same(tmp_path, monkeypatch):
+    output = tmp_path / "runs"
+    output.mkdir()
+    monkeypatch.setenv("LRMC_TESTING", "1")
+    monkeypatch.setenv("LRMC_TRIAL_FAULTS", ",".join(f"{n}:raise" for n in range(TRIALS)))
+
+    def study() -> Any:
+        (path,) = output.glob("fake-*/study.json")
+        return json.loads(path.read_text())
+
+    def score() -> None:
+        deadline = time.monotonic() + 60
+        while [trial["state"] for trial in study()["trials"]] != ["FAIL"] * TRIALS:
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+
+    code, said = ended(lambda path: search(path, on_score=score), output, None)
+    assert code == 0, said
+    assert study()["state"] == "FINISHED"
+    assert study()["base_scores"] is not None
+
+
 # Two commands, other data, another time
 
 

@@ -9,7 +9,7 @@ from lrmc_ray.config import RunSettings
 from lrmc_ray.errors import DataError, ResourceError
 from lrmc_ray.files import beats
 from lrmc_ray.files.artifacts import write_manifest
-from lrmc_ray.tune import base_scores
+from lrmc_ray.tune import base_scores, trial
 from lrmc_ray.tune.base_scores import BaseScores, await_scores, slots_beside
 
 EARLY = {"trials": 20, "early_stopping": "median", "early_stopping_trials": 4}
@@ -156,3 +156,32 @@ def test_a_trial_waits_for_the_manifest_and_gives_signs_of_life(tmp_path, monkey
     before = len(signs)
     await_scores(directory)
     assert len(signs) == before
+
+
+def test_a_trial_trains_first_and_is_scored_when_the_scores_are_there(tmp_path, monkeypatch):
+    base, seen = tmp_path / "scores", []
+    monkeypatch.setattr(base_scores, "LOOK_SECONDS", 0.01)
+
+    def train(_settings, _record, directory, **_):
+        seen.append("trained")
+        directory.mkdir(parents=True)
+        cost = ("train_seconds", "processed_tokens", "original_tokens", "cpu_seconds")
+        cost += ("peak_memory_bytes", "world_size")
+        write_manifest(directory, {**dict.fromkeys(cost, 1), "pruned": False})
+        return directory
+
+    class ScoredError(Exception):
+        pass
+
+    def evaluate(*_, base, **__):
+        seen.append("scored" if (base / "manifest.json").is_file() else "scored too early")
+        raise ScoredError
+
+    monkeypatch.setattr(trial, "train", train)
+    monkeypatch.setattr(trial, "evaluate", evaluate)
+    threading.Timer(0.3, lambda: (base.mkdir(), write_manifest(base, {}))).start()
+    with pytest.raises(ScoredError):
+        trial.train_and_score(
+            settings_of({"trials": 6}), tmp_path / "0000", tmp_path, base, stored_as="s"
+        )
+    assert seen == ["trained", "scored"]
