@@ -10,12 +10,14 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from benchmarks.tiny_models import make, make_config
+from lrmc_ray import models
 from lrmc_ray.config import ModelSettings
 from lrmc_ray.errors import DataError, IncompleteArtifactError
 from lrmc_ray.method.fast.packing import lay_out
 from lrmc_ray.method.head import head_logits
 from lrmc_ray.model_borders import longest_packed
 from lrmc_ray.models import (
+    added_mask,
     attention_cost,
     batch_hidden_states,
     cache_directory,
@@ -444,6 +446,20 @@ PACKED = {
     "bloom": ({}, 0),
 }
 """Types, options, and the tokens of the longest sample that is packed, of 200 at most."""
+
+
+@pytest.mark.parametrize("model_type", ["llama", "gemma3_text", "deepseek_v3", "mamba2"])
+def test_bf16_is_packed_as_well_unless_tokens_see_others(model_type, monkeypatch):
+    options, longest = PACKED[model_type]
+    model = make(model_type, **options).bfloat16()
+    assert math.isfinite(attention_cost(model)) == (longest > 0)
+    if longest:
+
+        def causal(model, is_visible_QT):
+            return added_mask(model, torch.ones_like(is_visible_QT).tril())
+
+        monkeypatch.setattr(models, "added_mask", causal)
+        assert attention_cost(model) == math.inf
 
 
 @pytest.mark.parametrize("model_type", PACKED)

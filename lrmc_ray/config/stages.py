@@ -67,6 +67,9 @@ class RecordSettings(Settings):
     """Most candidates of a supervised position."""
     prompt_k_max: int = Field(64, ge=0)
     """Most candidates of a prompt position (for the anchor); 0 records none."""
+    precision: Literal["fp32", "bf16"] = "fp32"
+    """Type of the weights while recording. With ``bf16`` the head, the logits and the softmax stay
+    float32, so that probabilities are those of the rounded model."""
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:

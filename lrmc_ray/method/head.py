@@ -40,6 +40,14 @@ class OutputHead:
             return logits
         return self.softcap * torch.tanh(logits / self.softcap)
 
+    def shape_logits_(self, logits: Tensor) -> Tensor:
+        """The same numbers in the place of ``logits``, which no gradient may need any more."""
+        if self.logit_scale != 1.0:
+            logits.mul_(self.logit_scale)
+        if self.softcap is None:
+            return logits
+        return logits.div_(self.softcap).tanh_().mul_(self.softcap)
+
 
 def head_logits(hidden_ND: Tensor, head: OutputHead, *, dtype: torch.dtype | None = None) -> Tensor:
     """Logits [N, V] over the whole vocabulary: for a few positions at a time.
@@ -57,4 +65,6 @@ def head_logits(hidden_ND: Tensor, head: OutputHead, *, dtype: torch.dtype | Non
     logits_NV = logits_NV.to(torch.promote_types(dtype, torch.float32))
     if head.bias_V is not None:
         logits_NV += head.bias_V
-    return head.shape_logits(logits_NV)
+    if logits_NV.requires_grad:
+        return head.shape_logits(logits_NV)
+    return head.shape_logits_(logits_NV)  # a copy of [N, V] is what bounds how many fit

@@ -3,7 +3,7 @@
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pyarrow as pa
 
@@ -91,6 +91,7 @@ def recorder_options(prepared: Preparation, tokenizer_size: int) -> dict[str, An
         "k_min": settings.record.k_min,
         "k_max": settings.record.k_max,
         "prompt_k_max": settings.record.prompt_k_max,
+        "precision": settings.record.precision,
         "threads": settings.resources.cpus_per_worker,
     }
 
@@ -124,6 +125,7 @@ class Recorder:
         k_min: int,
         k_max: int,
         prompt_k_max: int,
+        precision: Literal["fp32", "bf16"],
         threads: int,
     ) -> None:
         # The driver needs this class by its name alone, and no torch.
@@ -138,6 +140,7 @@ class Recorder:
                 k_min=k_min,
                 k_max=k_max,
                 prompt_k_max=prompt_k_max,
+                precision=precision,
                 threads=threads,
             )
         except DataError as error:

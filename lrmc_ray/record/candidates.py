@@ -5,14 +5,15 @@ whose candidates are wanted.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from lrmc_ray.method.fast.packing import lay_out
-from lrmc_ray.method.head import head_logits
+from lrmc_ray.method.head import OutputHead, head_logits
 from lrmc_ray.method.microbatch import NO_CANDIDATES, Sample
 from lrmc_ray.method.subsets import CandidateSets, select_candidates
 from lrmc_ray.model_borders import longest_packed
@@ -35,6 +36,7 @@ class CandidateRecorder:
         k_min: fewest candidates.
         k_max: most candidates of a supervised position.
         prompt_k_max: most candidates of a prompt position; 0 records none.
+        precision: of the weights.
         threads: torch threads of this process.
     """
 
@@ -46,12 +48,14 @@ class CandidateRecorder:
         k_min: int,
         k_max: int,
         prompt_k_max: int,
+        precision: Literal["fp32", "bf16"] = "fp32",
         threads: int,
     ) -> None:
         torch.set_num_threads(threads)
         self._device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        self._model = load_model(model_directory).to(self._device)
-        self._head = head_of(self._model)
+        dtype = torch.bfloat16 if precision == "bf16" else torch.float32
+        self._model = load_model(model_directory, dtype=dtype).to(self._device)
+        self._head = _in_float32(head_of(self._model))
         self._attention_cost = attention_cost(self._model)
         self._pack_up_to = longest_packed(self._model.config)
         self._tau, self._k_min, self._k_max = tau, k_min, k_max
@@ -136,6 +140,12 @@ class CandidateRecorder:
                 )
             ]
         )
+
+
+def _in_float32(head: OutputHead) -> OutputHead:
+    """The same head, made float32 once: products with a bf16 weight would be rounded to 8 bits."""
+    bias_V = None if head.bias_V is None else head.bias_V.float()
+    return replace(head, weight_VD=head.weight_VD.float(), bias_V=bias_V)
 
 
 def _without_positions(row: Mapping[str, Any]) -> Sample:

@@ -30,6 +30,7 @@ _IDENTITY = {
     "k_min": "k_min",
     "k_max": "k_max",
     "prompt_k_max": "prompt_k_max",
+    "precision": "precision",
     "rendering": "version of the code that renders conversations",
     "schema": "schema version",
 }
@@ -60,6 +61,7 @@ def identify(
         "k_min": settings.record.k_min,
         "k_max": settings.record.k_max,
         "prompt_k_max": settings.record.prompt_k_max,
+        "precision": settings.record.precision,
         "rendering": RENDERING,
         "schema": SCHEMA_VERSION,
     }

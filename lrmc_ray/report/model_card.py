@@ -98,7 +98,7 @@ def write_model_card(directory: Path, study_dir: Path, name: str | None = None) 
             f"- {_DEMO_DATA if source == DEMO else inert(str(source))}\n" for source in sources
         ),
         "## Training settings\n",
-        _two_columns("setting", flatten(tuned)),
+        _two_columns("setting", [*flatten(tuned), *_recorded_in(settings)]),
         "## Limits\n",
         _limits(study, verdict),
         "## Versions\n",
@@ -112,6 +112,12 @@ def write_model_card(directory: Path, study_dir: Path, name: str | None = None) 
 def _section(settings: Mapping[str, Any], name: str) -> Mapping[str, Any]:
     section = settings.get(name)
     return section if isinstance(section, Mapping) else {}
+
+
+def _recorded_in(settings: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """The type of the base model's weights while its candidates were recorded."""
+    precision = _section(settings, "record").get("precision")
+    return [] if precision is None else [("record.precision", str(precision))]
 
 
 def _base_model(settings: Mapping[str, Any]) -> tuple[str, str | None]:

@@ -143,6 +143,7 @@ def _recorded(prepared: Preparation, rows: list[dict[str, Any]]) -> tuple[list["
         k_min=settings.record.k_min,
         k_max=settings.record.k_max,
         prompt_k_max=settings.record.prompt_k_max,
+        precision=settings.record.precision,
         threads=settings.resources.cpus_per_worker,
     )
     recorder.record(rows[:1])  # the first forward pass sets up a lot
@@ -174,6 +175,7 @@ def _needed_k_max(prepared: Preparation, rows: Sequence[Mapping[str, Any]]) -> i
         k_min=settings.record.k_min,
         k_max=vocabulary,
         prompt_k_max=0,
+        precision=settings.record.precision,
         threads=settings.resources.cpus_per_worker,
     )
     most = max(1, UNCAPPED_CANDIDATES // vocabulary)

@@ -130,6 +130,7 @@ RULES = {
     "record.k_min": whole(1),
     "record.k_max": whole(1),
     "record.prompt_k_max": whole(0),
+    "record.precision": one_of("fp32", "bf16"),
     "train.loss": one_of(
         "restricted",
         "frozen_tail",

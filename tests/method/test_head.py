@@ -24,6 +24,8 @@ def test_logits_and_their_gradients_follow_the_formula(has_bias, logit_scale, so
         expected_NV = softcap * torch.tanh(expected_NV / softcap)
         assert logits_NV.abs().max() < softcap
     torch.testing.assert_close(logits_NV, expected_NV)
+    with torch.no_grad():  # in place there
+        assert torch.equal(head_logits(ours[0], head), logits_NV)
     logits_NV.square().sum().backward()
     expected_NV.square().sum().backward()
     for our, their in zip(ours[: 2 + has_bias], theirs, strict=False):

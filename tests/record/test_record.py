@@ -288,6 +288,7 @@ def test_what_matters_is_refused_by_name(tmp_path, model, data, field, change):
         ("record.k_min=3", "k_min"),
         ("record.k_max=100", "k_max"),
         ("record.prompt_k_max=32", "prompt_k_max"),
+        ("record.precision=bf16", "precision"),
         ("data.max_length=512", "max_length"),
         ("data.on_long=drop", "on_long"),
         ("data.on_bad_row=skip", "on_bad_row"),

@@ -7,6 +7,8 @@ from typing import Any
 import pytest
 import torch
 
+from benchmarks.peak_memory import peak_bytes
+from lrmc_ray.method.head import OutputHead, head_logits
 from lrmc_ray.method.microbatch import Sample
 from lrmc_ray.method.subsets import cut, select_candidates
 from lrmc_ray.record import candidates as recording
@@ -228,3 +230,67 @@ def test_shared_prefixes_change_no_set(tiny_model, seed, prompt_k_max, packed, m
             torch.testing.assert_close(
                 actual.logprobs.float(), expected.logprobs.float(), atol=1e-5, rtol=2e-3
             )
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_bf16_keeps_the_probabilities_of_the_rounded_model(tmp_path, tied, monkeypatch):
+    """Against a float64 softmax over the same bf16 hidden states and bf16 head."""
+    from safetensors.torch import load_file
+
+    from lrmc_ray.record.candidates import CandidateRecorder
+    from tests.support.tiny import make_model
+
+    make_model(tmp_path, tied=tied)
+    recorder = CandidateRecorder(
+        tmp_path, tau=TAU, k_min=2, k_max=300, prompt_k_max=300, precision="bf16", threads=1
+    )
+    assert recorder._attention_cost < 1
+    seen = []
+
+    def watched(*arguments):
+        seen.append(batch_hidden_states(*arguments))
+        return seen[-1]
+
+    batch_hidden_states = recording.batch_hidden_states
+    monkeypatch.setattr(recording, "batch_hidden_states", watched)
+    ids = [(7 * n * n + n) % 512 for n in range(60)]
+    row = {"sample_id": "a", "domain": "", "input_ids": ids, "is_target": [True] * 60}
+    (sample,) = recorder.record([row])
+    (hidden_BTD,) = seen
+    assert hidden_BTD.dtype == torch.bfloat16
+    name = "model.embed_tokens.weight" if tied else "lm_head.weight"
+    weight_VD = load_file(tmp_path / "model.safetensors")[name].bfloat16().double()
+    logprobs_NV = (hidden_BTD[0, :-1].double() @ weight_VD.T).log_softmax(-1)
+    sets = sample.candidates
+    exact = logprobs_NV[sets.row_ids, sets.token_ids.long()]
+    # float16, rounded down: at most a step of it below, which is 2^-10 of the number.
+    below = exact - sets.logprobs.double()
+    assert below.min() > -1e-5
+    assert (below <= exact.abs() * 2**-10 + 1e-5).all()
+    # The likeliest ones, and in order: neighbours closer than float32 can tell may be swapped.
+    left_NV = logprobs_NV.clone()
+    left_NV[sets.row_ids, sets.token_ids.long()] = -torch.inf
+    least = [float(exact[(sets.row_ids == n) & ~sets.is_gold].min()) for n in range(59)]
+    assert (left_NV.amax(-1) <= torch.tensor(least) + 1e-5).all()
+    assert (left_NV.exp().sum(-1) < 1 - TAU + 1e-4).all()
+
+
+@pytest.mark.parametrize("shape", [{}, {"logit_scale": 0.5}, {"softcap": 30.0}])
+def test_a_selection_takes_no_second_block_of_logits(shape):
+    """Over 262,144 tokens, by the resident memory of the process."""
+    generator = torch.Generator().manual_seed(0)
+    weight_VD = torch.randn(2**18, 32, generator=generator)
+    hidden_ND = torch.randn(recording.LOGITS_ELEMENTS // 2**18, 32, generator=generator)
+    gold_N = torch.randint(2**18, (len(hidden_ND),), generator=generator)
+    head = OutputHead(weight_VD, **shape)
+
+    def select(rows: int = len(hidden_ND)) -> None:
+        with torch.inference_mode():
+            logits_NV = head_logits(hidden_ND[:rows], head)
+            select_candidates(logits_NV, gold_N[:rows], tau=0.99, k_min=2, k_max=1024)
+
+    select(rows=1)  # compiles
+    peak = peak_bytes(select, torch.device("cpu"))
+    if peak is None:
+        pytest.skip("the system does not say how much memory is resident")
+    assert 1.0 <= peak / (4 * recording.LOGITS_ELEMENTS) < 1.4

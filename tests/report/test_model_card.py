@@ -50,6 +50,13 @@ def test_the_front_matter_is_what_the_hub_reads(study_dir, tmp_path):
     assert {"logits-replay", "moclip"} <= set(data.tags)
 
 
+def test_the_precision_of_the_record_is_said(study_dir, tmp_path):
+    own = Path(shutil.copytree(study_dir, tmp_path / "study"))
+    settings = json.loads((own / "study.json").read_text())["settings"]
+    edit(own, settings=settings | {"record": {"precision": "bf16"}})
+    assert "| record.precision | bf16 |" in card_of(tmp_path, own)
+
+
 @pytest.mark.parametrize(
     ("settings", "text", "tags"),
     [
