@@ -351,8 +351,12 @@ def empty_model(directory: Path) -> Any:
         return unweighted_model(directory)
 
 
-def unweighted_model(directory: Path) -> Any:
-    """The float32 model of a ``config.json``, with weights that nobody has set to anything.
+def unweighted_model(directory: Path, *, dtype: "torch.dtype | None" = None) -> Any:
+    """The model of a ``config.json``, with weights that nobody has set to anything.
+
+    Args:
+        directory: has the ``config.json``.
+        dtype: of the weights; float32 unless told otherwise.
 
     Raises:
         DataError: transformers does not know it, or not without code of its own.
@@ -361,11 +365,22 @@ def unweighted_model(directory: Path) -> Any:
 
     config = load_config(directory)
     with _reading("causal LM", directory):
-        return _class_of(directory).from_config(config, dtype=torch.float32)
+        return _class_of(directory).from_config(config, dtype=dtype or torch.float32)
 
 
-def load_model(directory: Path, *, dtype: "torch.dtype | None" = None) -> Any:
-    """The causal LM of a model directory, float32 unless told otherwise, in evaluation mode.
+def load_model(
+    directory: Path,
+    *,
+    dtype: "torch.dtype | None" = None,
+    device_map: Mapping[str, int | str] | None = None,
+) -> Any:
+    """The causal LM of a model directory, in evaluation mode.
+
+    Args:
+        directory: of the model.
+        dtype: of the weights; float32 unless told otherwise.
+        device_map: device of every part, by its name. Each weight is read straight to its device,
+            and what a part is given is moved there. None for the memory of the host.
 
     Raises:
         DataError: transformers cannot load it, not without code of its own, or weights are missing.
@@ -377,6 +392,7 @@ def load_model(directory: Path, *, dtype: "torch.dtype | None" = None) -> Any:
         loaded: Any = _class_of(directory).from_pretrained(
             directory,
             dtype=dtype or torch.float32,
+            device_map=None if device_map is None else dict(device_map),
             local_files_only=True,
             use_safetensors=True,
             trust_remote_code=False,
@@ -481,7 +497,8 @@ def head_of(model: Any) -> "OutputHead":
     try:
         with torch.no_grad():
             expected_TV = model(input_ids=ids_BT, use_cache=False).logits[0]
-            actual_TV = head_logits(hidden_states(model, ids_BT)[0], head)
+            hidden_TD = hidden_states(model, ids_BT)[0].to(head.weight_VD.device)
+            actual_TV = head_logits(hidden_TD, head)
         difference = differs(model, expected_TV, actual_TV)
     except (AttributeError, TypeError, ValueError, RuntimeError) as error:
         raise DataError(
@@ -506,6 +523,19 @@ def body_of(model: Any) -> Any:
     """
     body = model.base_model
     return getattr(model, "model", model) if body is model else body
+
+
+def layers_of(model: Any) -> "list[torch.nn.Module]":
+    """The layers of the body, which transformers may compute again one by one."""
+    from transformers.modeling_layers import GradientCheckpointingLayer
+
+    found: list[torch.nn.Module] = []
+    within: set[int] = set()
+    for module in body_of(model).modules():
+        if isinstance(module, GradientCheckpointingLayer) and id(module) not in within:
+            found.append(module)
+            within |= {id(part) for part in module.modules()}
+    return found
 
 
 def hidden_states(model: Any, input_ids_BT: "Tensor") -> "Tensor":
@@ -573,7 +603,8 @@ def _padded_hidden_states(
         part_BTD = hidden_states(model, ids_BT)[:, :width]
         parts.append(F.pad(part_BTD, (0, 0, 0, width - part_BTD.shape[1])))
     order = torch.tensor([row for rows in sides.values() for row in rows]).argsort()
-    return torch.cat(parts)[order.to(input_ids_BT.device)]
+    rows_BTD = torch.cat(parts)
+    return rows_BTD[order.to(rows_BTD.device)]
 
 
 def added_mask(model: Any, is_visible_QT: "Tensor") -> "Tensor":

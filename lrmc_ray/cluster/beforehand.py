@@ -10,7 +10,7 @@ import sys
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
-from lrmc_ray.cluster.resources import Node, check_slots, local_cpus
+from lrmc_ray.cluster.resources import ACTOR, Node, check_slots, local_cpus
 from lrmc_ray.config import DEMO, GEMMA, ModelSettings, ResourceSettings, RunSettings
 from lrmc_ray.errors import DiskError, IncompleteArtifactError
 from lrmc_ray.files.artifacts import cache_directory
@@ -65,7 +65,7 @@ def check_beforehand(
         lora=lora,
     )
     if address == "local" and not _ray_runs():
-        check_machine(settings.resources)
+        check_machine(settings.resources, actors=data)
 
 
 def _ray_runs() -> bool:
@@ -131,19 +131,25 @@ def _is_installed(package: str) -> bool:
         return False
 
 
-def check_machine(resources: ResourceSettings) -> None:
+def check_machine(resources: ResourceSettings, *, actors: bool) -> None:
     """Refuse workers of which not one fits on this machine.
+
+    Args:
+        resources: what a worker and an actor need.
+        actors: whether actors may be needed that need other GPUs than workers.
 
     Raises:
         ResourceError: says what is missing.
     """
     has = {"CPU": float(local_cpus())}
-    if resources.gpus_per_worker:
+    if resources.gpus_per_worker or resources.gpus_per_actor:
         import torch
 
         has["GPU"] = float(torch.cuda.device_count())
     least = max((low for low, _ in filter(None, (resources.workers, resources.actors))), default=1)
     check_slots([Node(has)], resources, least, "worker", of="this machine")
+    if actors and resources.gpus_per_actor is not None:
+        check_slots([Node(has)], resources.of_actors(), 1, ACTOR, of="this machine")
 
 
 def trains_lora(settings: RunSettings, changes: Iterable[Mapping[str, object]] = ()) -> bool:

@@ -12,6 +12,9 @@ from lrmc_ray.config import ResourceSettings
 from lrmc_ray.errors import ResourceError
 from lrmc_ray.files.beats import beat
 
+ACTOR = "recording actor"
+"""What messages call it."""
+
 _ROUNDING = 1e-9
 """Three thirds of a GPU are one."""
 
@@ -67,14 +70,13 @@ def check_slots(
         return slots
     if of == "the cluster":
         there = f"{_totals(nodes, resources)} on {sum(node.count for node in nodes)} nodes"
-        remedy = _remedy(resources, slots)
+        remedy = _remedy(resources, slots, what)
     else:
         need = resources.of_worker()
         there = ", ".join(f"{nodes[0].resources.get(name, 0.0):g} {name}" for name in need)
         there += " and no labels" if resources.labels else ""
-        remedy = (
-            f"{_remedy(resources, slots).partition(', or add')[0]}, or join a cluster (--address)"
-        )
+        lower = _remedy(resources, slots, what).partition(", or add")[0]
+        remedy = f"{lower}, or join a cluster (--address)"
     raise ResourceError(
         f"{least} {what}{'s' if least > 1 else ''} of {_text(resources)} must fit, "
         f"{slots} {'do' if slots != 1 else 'does'}: {of} has {there}; {remedy}"
@@ -100,11 +102,13 @@ def _totals(nodes: Iterable[Node], resources: ResourceSettings) -> str:
     return ", ".join(parts)
 
 
-def _remedy(resources: ResourceSettings, slots: int) -> str:
+def _remedy(resources: ResourceSettings, slots: int, what: str) -> str:
     if slots:
         return "lower the first number of resources.workers or resources.actors, or add nodes"
     named = ["resources.cpus_per_worker"]
-    named += ["resources.gpus_per_worker"] if resources.gpus_per_worker else []
+    is_apart = what == ACTOR and resources.gpus_per_actor is not None
+    gpus = "resources.gpus_per_actor" if is_apart else "resources.gpus_per_worker"
+    named += [gpus] if resources.gpus_per_worker else []
     named += ["resources.custom"] if resources.custom else []
     named += ["resources.labels"] if resources.labels else []
     return f"lower {' or '.join(named)}, or add nodes that have it"

@@ -164,7 +164,7 @@ _ALIASES = {
     "k_max": ("K", "record.k_max"),
     "prompt_k_max": ("K", "record.prompt_k_max"),
     "actors": ("MIN,MAX", "resources.actors"),
-    "num_gpus_per_actor": ("N", "resources.gpus_per_worker"),
+    "num_gpus_per_actor": ("N", "resources.gpus_per_actor"),
 }
 """Short names of settings: how the help calls the value, and the setting."""
 

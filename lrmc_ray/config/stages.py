@@ -147,7 +147,11 @@ class ResourceSettings(Settings):
     cpus_per_worker: int = Field(1, ge=1)
     """CPU cores, and torch threads, of a worker or an actor."""
     gpus_per_worker: float = Field(0, ge=0)
-    """GPUs of a worker or an actor, at most 1; a fraction lets several share one."""
+    """GPUs of a worker, and of an actor without ``gpus_per_actor``, at most 1; a fraction lets
+    several share one."""
+    gpus_per_actor: float | None = Field(None, ge=0)
+    """GPUs of a recording actor; over several, a whole number, it spreads the model's layers. By
+    default as many as ``gpus_per_worker``."""
     custom: dict[str, Annotated[float, Field(gt=0)]] = Field(default_factory=dict)
     """Custom resources of a worker or an actor, as nodes were started with: ``{nvme = 1}``."""
     labels: dict[str, str] = Field(default_factory=dict)
@@ -171,10 +175,16 @@ class ResourceSettings(Settings):
                 )
         if self.gpus_per_worker > 1:
             raise ValueError(
-                "gpus_per_worker must be at most 1, since a worker or an actor uses one GPU, "
-                f"got {self.gpus_per_worker:g}, whose others would be held and not used; train a "
-                "model that one does not hold with train.parallel = 'shard' and more workers, and "
-                "record it with record.precision = 'bf16'"
+                "gpus_per_worker must be at most 1, since a worker uses one GPU, got "
+                f"{self.gpus_per_worker:g}, whose others would be held and not used; train a model "
+                "that one does not hold with train.parallel = 'shard' and more workers, and record "
+                f"it with resources.gpus_per_actor = {self.gpus_per_worker:g} or record.precision "
+                "= 'bf16'"
+            )
+        if (self.gpus_per_actor or 0) > 1 and self.gpus_per_actor % 1:  # type: ignore[operator]
+            raise ValueError(
+                "gpus_per_actor must be a whole number above 1, since an actor of several GPUs has "
+                f"them for itself, got {self.gpus_per_actor:g}; round it"
             )
         if reserved := {"CPU", "GPU", "memory", "lrmc_trial"} & self.custom.keys():
             raise ValueError(
@@ -182,6 +192,16 @@ class ResourceSettings(Settings):
                 "gpus_per_worker"
             )
         return self
+
+    def of_actors(self) -> Self:
+        """The same, with the GPUs of an actor for those of a worker."""
+        if self.gpus_per_actor is None:
+            return self
+        return self.model_copy(update={"gpus_per_worker": self.gpus_per_actor})
+
+    def whole_gpus_of_actor(self) -> int:
+        """Devices over which an actor spreads the model; 1 without GPUs, or with a part of one."""
+        return max(1, int(self.of_actors().gpus_per_worker))
 
     def of_worker(self) -> dict[str, float]:
         """What one worker or actor needs, by Ray's names."""

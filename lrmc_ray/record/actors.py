@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 import pyarrow as pa
 
-from lrmc_ray.cluster.resources import worker_slots
+from lrmc_ray.cluster.resources import ACTOR, worker_slots
 from lrmc_ray.config import RunSettings
 from lrmc_ray.errors import DataError
 from lrmc_ray.files.fault_points import passed
@@ -55,7 +55,7 @@ def run_actors(
         batch_format="pyarrow",
         compute=ray.data.ActorPoolStrategy(min_size=least, max_size=most),
         num_cpus=resources.cpus_per_worker,
-        num_gpus=resources.gpus_per_worker or None,
+        num_gpus=resources.of_actors().gpus_per_worker or None,
         fn_constructor_kwargs=recorder_options(prepared, tokenizer_size),
         **placement,
     )
@@ -92,6 +92,7 @@ def recorder_options(prepared: Preparation, tokenizer_size: int) -> dict[str, An
         "k_max": settings.record.k_max,
         "prompt_k_max": settings.record.prompt_k_max,
         "precision": settings.record.precision,
+        "num_gpus": settings.resources.whole_gpus_of_actor(),
         "threads": settings.resources.cpus_per_worker,
     }
 
@@ -104,7 +105,7 @@ def _actor_range(settings: RunSettings, num_shards: int) -> tuple[int, int]:
     """
     # Ray Data adds actors as far as the cluster's resources go, also on nodes that join later.
     least, most = settings.resources.actors or (1, num_shards)
-    worker_slots(settings.resources, least=least, what="recording actor")
+    worker_slots(settings.resources.of_actors(), least=least, what=ACTOR)
     return least, max(least, most)
 
 
@@ -126,10 +127,11 @@ class Recorder:
         k_max: int,
         prompt_k_max: int,
         precision: Literal["fp32", "bf16"],
+        num_gpus: int,
         threads: int,
     ) -> None:
         # The driver needs this class by its name alone, and no torch.
-        from lrmc_ray.record.candidates import CandidateRecorder
+        from lrmc_ray.record.candidates import CandidateRecorder, own_devices
 
         self._recording = recording_of(place, Path(partial), provenance, record)
         self._refusal: str | None = None
@@ -141,6 +143,7 @@ class Recorder:
                 k_max=k_max,
                 prompt_k_max=prompt_k_max,
                 precision=precision,
+                devices=own_devices(num_gpus),
                 threads=threads,
             )
         except DataError as error:

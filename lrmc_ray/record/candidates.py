@@ -12,19 +12,17 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from lrmc_ray.errors import DataError
 from lrmc_ray.method.fast.packing import lay_out
 from lrmc_ray.method.head import OutputHead, head_logits
 from lrmc_ray.method.microbatch import NO_CANDIDATES, Sample
 from lrmc_ray.method.subsets import CandidateSets, select_candidates
 from lrmc_ray.model_borders import longest_packed
 from lrmc_ray.models import attention_cost, batch_hidden_states, head_of, load_model
+from lrmc_ray.record.spread import LOGITS_ELEMENTS, Device, spread
 
 BATCH_TOKENS = 2048
 """Tokens of one forward pass, were they padded."""
-
-
-LOGITS_ELEMENTS = 2**24
-"""Logits that exist at a time: 64 MiB in float32."""
 
 
 class CandidateRecorder:
@@ -37,6 +35,7 @@ class CandidateRecorder:
         k_max: most candidates of a supervised position.
         prompt_k_max: most candidates of a prompt position; 0 records none.
         precision: of the weights.
+        devices: that the model is on; several share its layers.
         threads: torch threads of this process.
     """
 
@@ -49,12 +48,18 @@ class CandidateRecorder:
         k_max: int,
         prompt_k_max: int,
         precision: Literal["fp32", "bf16"] = "fp32",
+        devices: Sequence[Device] | None = None,
         threads: int,
     ) -> None:
         torch.set_num_threads(threads)
-        self._device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        devices = own_devices() if devices is None else devices
         dtype = torch.bfloat16 if precision == "bf16" else torch.float32
-        self._model = load_model(model_directory, dtype=dtype).to(self._device)
+        if len(devices) == 1:
+            self._model = load_model(model_directory, dtype=dtype).to(devices[0])
+        else:
+            device_map = spread(model_directory, devices, precision).device_map
+            self._model = load_model(model_directory, dtype=dtype, device_map=device_map)
+        self._device = torch.device(devices[0])
         self._head = _in_float32(head_of(self._model))
         self._attention_cost = attention_cost(self._model)
         self._pack_up_to = longest_packed(self._model.config)
@@ -125,21 +130,37 @@ class CandidateRecorder:
         self, hidden_XD: Tensor, place_N: Tensor, gold_N: Tensor, k_max_N: Tensor
     ) -> CandidateSets:
         """Candidate sets at the places ``place_N`` of ``hidden_XD``, on the CPU."""
+        device = self._head.weight_VD.device
         size = max(1, LOGITS_ELEMENTS // self._head.weight_VD.shape[0])
         return CandidateSets.concatenate(
             [
                 select_candidates(
-                    head_logits(hidden_XD[place_n.to(self._device)], self._head),
-                    gold_n.to(self._device),
+                    head_logits(hidden_XD[place_n.to(hidden_XD.device)].to(device), self._head),
+                    gold_n.to(device),
                     tau=self._tau,
                     k_min=self._k_min,
-                    k_max=k_max_n.to(self._device),
+                    k_max=k_max_n.to(device),
                 ).to("cpu")
                 for place_n, gold_n, k_max_n in zip(
                     *(torch.split(of_N, size) for of_N in (place_N, gold_N, k_max_N)), strict=True
                 )
             ]
         )
+
+
+def own_devices(number: int = 1) -> list[Device]:
+    """The ``number`` devices of this process; the processor if it has no GPU.
+
+    Raises:
+        DataError: several are asked for, and torch sees fewer.
+    """
+    if number > 1 and torch.cuda.device_count() < number:
+        raise DataError(
+            f"an actor of {number} GPUs must see them all, torch {torch.__version__} sees "
+            f"{torch.cuda.device_count()}; install torch for the driver of this node, or lower "
+            "resources.gpus_per_actor"
+        )
+    return list(range(number)) if torch.cuda.is_available() else ["cpu"]
 
 
 def _in_float32(head: OutputHead) -> OutputHead:

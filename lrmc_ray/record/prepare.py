@@ -34,6 +34,7 @@ from lrmc_ray.record.names import EXAMPLES, MADE_BY, PLAN, REJECTS
 from lrmc_ray.record.recording import Recording, recording_of
 from lrmc_ray.record.rows import Rejects, first_rows, read_rows
 from lrmc_ray.record.sources import Source, training_sources, unread_files
+from lrmc_ray.record.spread import spread
 from lrmc_ray.record.used import UsedSamples, shards_with
 
 _log = logging.getLogger(__name__)
@@ -107,9 +108,12 @@ def prepare(settings: RunSettings, output: Path, used: UsedSamples | None = None
     Raises:
         DataError: training data that cannot be used.
         IncompleteArtifactError: the model or the training data do not exist.
+        ConfigError: the model cannot be spread over the GPUs of an actor.
     """
     sources = training_sources(settings)
     model_directory = local_directory(settings.model)
+    if (gpus := settings.resources.whole_gpus_of_actor()) > 1:
+        spread(model_directory, range(gpus), settings.record.precision)
     identity, sources = identify(settings, model_directory, sources)
     prepared = _prepared(settings, identity, model_directory, sources, output)
     if used is not None:

@@ -40,10 +40,10 @@ from lrmc_ray.config import TrainSettings
 from lrmc_ray.errors import DataError
 from lrmc_ray.method.baselines.vocabulary_loss import CHUNK_ELEMENTS
 from lrmc_ray.method.names import NEED_BASE
-from lrmc_ray.models import body_of, unweighted_model
+from lrmc_ray.models import body_of, layers_of, unweighted_model
 from lrmc_ray.train.live_bytes import LiveBytes, counting
 from lrmc_ray.train.recompute import recomputes_layers, way_for
-from lrmc_ray.train.sharding import check_shardable, layers_of
+from lrmc_ray.train.sharding import check_shardable
 from lrmc_ray.train.trainable import TrainableModel
 
 MEAN_CANDIDATES = 150

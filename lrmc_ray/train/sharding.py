@@ -12,7 +12,7 @@ from lrmc_ray.method.sharded_rows import ShardedVocabulary
 from lrmc_ray.method.shards import Shard, ShardedModel
 from lrmc_ray.method.workers import WorkerGroup
 from lrmc_ray.model_borders import attention_borders
-from lrmc_ray.models import body_of
+from lrmc_ray.models import body_of, layers_of
 
 
 def check_shardable(model: Any) -> None:
@@ -106,19 +106,6 @@ def shard_model(model: Any, head: OutputHead, group: WorkerGroup, device: torch.
         if name not in shards:
             shards[name] = sharded.shard_of(parameter)
     return Sharding(sharded, head, shards, units)
-
-
-def layers_of(model: Any) -> list[nn.Module]:
-    """The layers of the body, which transformers may compute again one by one."""
-    from transformers.modeling_layers import GradientCheckpointingLayer
-
-    found: list[nn.Module] = []
-    within: set[int] = set()
-    for module in body_of(model).modules():
-        if isinstance(module, GradientCheckpointingLayer) and id(module) not in within:
-            found.append(module)
-            within |= {id(part) for part in module.modules()}
-    return found
 
 
 def _refusal(model: Any, reason: str) -> ConfigError:

@@ -134,7 +134,7 @@ def measure(prepared: Preparation, *, sample_tokens: int, seed: int) -> dict[str
 
 def _recorded(prepared: Preparation, rows: list[dict[str, Any]]) -> tuple[list["Sample"], float]:
     """The rows recorded by the real model, and the seconds that this took."""
-    from lrmc_ray.record.candidates import CandidateRecorder, batches
+    from lrmc_ray.record.candidates import CandidateRecorder, batches, own_devices
 
     settings = prepared.settings
     recorder = CandidateRecorder(
@@ -144,6 +144,7 @@ def _recorded(prepared: Preparation, rows: list[dict[str, Any]]) -> tuple[list["
         k_max=settings.record.k_max,
         prompt_k_max=settings.record.prompt_k_max,
         precision=settings.record.precision,
+        devices=own_devices(settings.resources.whole_gpus_of_actor()),
         threads=settings.resources.cpus_per_worker,
     )
     recorder.record(rows[:1])  # the first forward pass sets up a lot
@@ -165,7 +166,7 @@ def _needed_k_max(prepared: Preparation, rows: Sequence[Mapping[str, Any]]) -> i
     Measured without a cap on some of the rows, since a set may then be as large as the vocabulary.
     """
     from lrmc_ray.method.subsets import CandidateSets
-    from lrmc_ray.record.candidates import CandidateRecorder
+    from lrmc_ray.record.candidates import CandidateRecorder, own_devices
 
     settings = prepared.settings
     vocabulary = vocabulary_size(prepared.model_directory)
@@ -176,6 +177,7 @@ def _needed_k_max(prepared: Preparation, rows: Sequence[Mapping[str, Any]]) -> i
         k_max=vocabulary,
         prompt_k_max=0,
         precision=settings.record.precision,
+        devices=own_devices(settings.resources.whole_gpus_of_actor()),
         threads=settings.resources.cpus_per_worker,
     )
     most = max(1, UNCAPPED_CANDIDATES // vocabulary)
@@ -253,8 +255,8 @@ def _actors_here(settings: RunSettings) -> int:
     resources = settings.resources
     if resources.actors:
         return resources.actors[1]
-    if resources.gpus_per_worker:
-        return max(1, int(torch.cuda.device_count() // resources.gpus_per_worker))
+    if gpus := resources.of_actors().gpus_per_worker:
+        return max(1, int(torch.cuda.device_count() // gpus))
     return max(1, local_cpus() // resources.cpus_per_worker)
 
 

@@ -224,6 +224,7 @@ RULES = {
     "resources.hang_seconds": optional(positive),
     "resources.cpus_per_worker": whole(1),
     "resources.gpus_per_worker": number(lambda x: 0 <= x <= 1),
+    "resources.gpus_per_actor": optional(number(lambda x: 0 <= x <= 1 or (x > 1 and x % 1 == 0))),
     "resources.custom": amounts,
     "resources.labels": labels,
     "resources.storage": optional(
@@ -396,6 +397,8 @@ def as_trial(name, value):
         ("resources.actors=[0, 1]", ["actors", "1 <= fewest <= most", "got [0, 1]"]),
         ("resources.gpus_per_worker=1.5", ["gpus_per_worker must be at most 1", "got 1.5"]),
         ("resources.gpus_per_worker=2", ["at most 1", "got 2", "train.parallel = 'shard'"]),
+        ("resources.gpus_per_worker=4", ["resources.gpus_per_actor = 4 or record.precision"]),
+        ("resources.gpus_per_actor=2.5", ["must be a whole number above 1", "got 2.5"]),
         ("resources.custom={GPU = 1}", ["custom must not name GPU", "gpus_per_worker"]),
         ("search.name=../other", ["search.name must match", "'../other'"]),
         ("train=3", ["train must be a section of settings, got 3"]),

@@ -121,7 +121,7 @@ def test_a_prompt_that_fills_max_length_ends_with_code_4(
         (["--k-max", "0"], 2, "record.k_max must be greater than or equal to 1, got 0"),
         (["--actors", "2,1"], 2, "actors must be [fewest, most]"),
         (["--actors", "two"], 2, "resources.actors"),
-        (["--num-gpus-per-actor", "-1"], 2, "resources.gpus_per_worker must be"),
+        (["--num-gpus-per-actor", "-1"], 2, "resources.gpus_per_actor must be"),
         (["data.max_rejected_share=1.5"], 2, "data.max_rejected_share must be"),
         (["record.tau=1.01"], 2, "record.tau must be"),
         (["record.tau=nan"], 2, "record.tau must be"),
@@ -305,6 +305,7 @@ def test_settings_that_matter_change_their_field(model, data, override, field):
         "resources.actors=[1,7]",
         "resources.workers=[2,2]",
         "resources.gpus_per_worker=1",
+        "resources.gpus_per_actor=0.5",
         "resources.cpus_per_worker=3",
         "train.batch_size=4",
         "train.lr=1e-3",
@@ -514,7 +515,7 @@ def test_short_names_are_settings():
     argv = ["--prompt-k-max=0", "--num-gpus-per-actor", "0.5", "--k-max", "8", "--on-long", "drop"]
     assert without_aliases(argv) == [
         *("data.on_long=drop", "record.k_max=8"),
-        *("record.prompt_k_max=0", "resources.gpus_per_worker=0.5"),
+        *("record.prompt_k_max=0", "resources.gpus_per_actor=0.5"),
     ]
 
 
