@@ -5,8 +5,9 @@
 Every part is measured at a tenth of its size and at the size, in processes of their own. Trials are
 made up (tests/support/fake_search.py), but asked for, described, written down and reported by the
 project's code. A search of ``--old-trials`` is one of 60 trials whose ended trials were copied, in
-all its files and its database, and goes on. Studies are copies of one; rows are recorded by a
-random model of 0.2M parameters in one process, without Ray.
+all its files and its database, and goes on. Studies are copies of one; rows of a
+short question each are recorded by a random model of 0.2M parameters in one process, without Ray.
+Its logits are made so large that a position has few candidates, as a trained model's has.
 
 Last line, one JSON object: for every command the processor seconds and the peak of memory at both
 sizes, and ``times``, the processor seconds per unit at the size over those at a tenth of it. What a
@@ -36,6 +37,11 @@ Command = Callable[[Path, int], None]
 
 SEARCHED = 60
 """Trials that are searched where more are made of them."""
+
+SHARPER = 8.0
+"""Times as large as a random model's are the logits that rows are recorded with."""
+SHORT_RECORD = ("record.prompt_k_max=0", "train.anchor_weight=0")
+"""Candidates of what is learned alone."""
 
 
 def run_search(output: Path, trials: int) -> None:
@@ -147,13 +153,22 @@ def make_studies(output: Path, studies: int) -> None:
         (copy / "study.json").write_text(json.dumps({**study, "id": copy.name}))
 
 
+def sharpen(model: Path) -> None:
+    """Make the logits so large that a position has few candidates, as a trained model's has."""
+    from safetensors.torch import load_file, save_file
+
+    weights = load_file(model / "model.safetensors")
+    weights["model.norm.weight"] *= SHARPER
+    save_file(weights, model / "model.safetensors", {"format": "pt"})
+
+
 def record_rows(output: Path, rows: int) -> None:
     import pytest
 
     from lrmc_ray.config import load_settings
     from lrmc_ray.record import run as record_run
     from lrmc_ray.record.actors import Recorder, recorder_options
-    from tests.support.tiny import make_data, make_model
+    from tests.support.tiny import make_model
 
     def actors_here(prepared: Any, shards: Any, tokenizer_size: int) -> Any:
         recorder = Recorder(**recorder_options(prepared, tokenizer_size))
@@ -161,9 +176,15 @@ def record_rows(output: Path, rows: int) -> None:
             yield recorder.record(shard)
 
     model = make_model(output / "model")
-    data = make_data(output / "train.jsonl", num_rows=rows)
+    sharpen(model)
+    data = output / "train.jsonl"
+    with data.open("w", encoding="utf-8") as file:
+        for a in range(rows):
+            row = {"prompt": f"What is {a} plus {a % 7}?", "completion": f"{a + a % 7}"}
+            file.write(json.dumps(row) + "\n")
     settings = load_settings(
-        None, [f'model.name="{model}"', f'data.train="{data}"', "train.tau=0.9"]
+        None,
+        [f'model.name="{model}"', f'data.train="{data}"', "train.tau=0.9", *SHORT_RECORD],
     )
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(record_run, "run_actors", actors_here)
@@ -190,6 +211,7 @@ PARTS: dict[str, list[tuple[str, Command]]] = {
         ("tune goes on, ten more", go_on_without_report),
         ("ls --size, one study", list_outputs),
         ("prune --dry-run, one study", prune),
+        ("report, one study", report),
     ],
     "studies": [
         ("", make_studies),
