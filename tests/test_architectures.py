@@ -26,6 +26,7 @@ from benchmarks.architectures import (
     page,
 )
 from benchmarks.tiny_models import causal_types
+from tests.support.cases import rest_is_slow
 
 torch.set_num_threads(1)
 
@@ -45,7 +46,13 @@ FAMILIES = {
 """What comes out, and what is said of packing."""
 
 
-@pytest.mark.parametrize("model_type", FAMILIES)
+FEW = [
+    *("llama", "qwen3", "gpt2", "gemma3_text", "phi3", "gpt_oss", "deepseek_v3"),
+    *("mixtral", "mamba2", "qwen3_next", "bert"),
+]
+
+
+@pytest.mark.parametrize("model_type", rest_is_slow(FAMILIES, FEW))
 def test_a_family_of_models(model_type):
     outcome, packing = FAMILIES[model_type]
     cells = examine(model_type)

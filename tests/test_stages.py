@@ -25,6 +25,7 @@ from lrmc_ray.record.reader import Records
 from lrmc_ray.record.run import record
 from lrmc_ray.train.driver import train
 from lrmc_ray.train.sample_order import samples_of_step
+from tests.support.cases import rest_is_slow
 from tests.support.tiny import make_data
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(600)]
@@ -160,7 +161,7 @@ def one_worker(recorded, make_settings, tmp_path_factory):
     return train(make_settings("resources.workers=[1,1]"), recorded, directory)
 
 
-@pytest.mark.parametrize("workers", [2, 3])
+@pytest.mark.parametrize("workers", rest_is_slow([2, 3], [2]))
 def test_parameters_do_not_depend_on_the_number_of_workers(
     one_worker, recorded, make_settings, tmp_path, workers
 ):
@@ -222,6 +223,7 @@ def test_a_killed_training_goes_on_to_the_same_parameters(
     assert not (finished / "checkpoints").exists()
 
 
+@pytest.mark.slow
 def test_a_training_in_an_actor_needs_no_controller_and_outlives_its_workers(
     one_worker, recorded, make_settings, tmp_path
 ):

@@ -89,6 +89,7 @@ def test_the_block_holds(core_alone):
     assert done.stdout == "refused\n"
 
 
+@pytest.mark.slow
 @pytest.mark.ray
 @pytest.mark.timeout(300)
 def test_record_and_train_need_no_extra(core_alone, tiny_model, tmp_path):

@@ -3,6 +3,7 @@
 import dataclasses
 import hashlib
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -190,8 +191,8 @@ def run(case: Case, group: WorkerGroup) -> Outcome:
     return Outcome([parameter.detach() for parameter in model.parameters()], steps)
 
 
-def worker(rank: int, directory: Path) -> None:
-    """Run all cases in every group that ``rank`` belongs to; see ``outcomes``."""
+def worker(rank: int, directory: Path, names: Sequence[str]) -> None:
+    """Run the cases ``names`` in every group that ``rank`` belongs to; see ``outcomes``."""
     torch.set_num_threads(1)
     workers.BUCKET_ELEMENTS = 5000  # so that even a tiny model takes several collectives
     for world_size in WORLD_SIZES:
@@ -205,7 +206,8 @@ def worker(rank: int, directory: Path) -> None:
                 world_size=world_size,
                 timeout=timedelta(minutes=10),
             )
-        outcomes = {name: run(case, WorkerGroup(rank, world_size)) for name, case in CASES.items()}
+        group = WorkerGroup(rank, world_size)
+        outcomes = {name: run(CASES[name], group) for name in names}
         if world_size > 1:
             dist.destroy_process_group()
         torch.save(outcomes, directory / f"{world_size}-{rank}.pt")

@@ -15,20 +15,33 @@ from lrmc_ray.method.microbatch import active_length
 from lrmc_ray.method.workers import WorkerGroup, waves
 from tests.method import elastic_workers
 from tests.method.elastic_workers import CASES, LR, STEPS, WEIGHT_DECAY, WORLD_SIZES, Case
+from tests.support.cases import asked_for, rest_is_slow
 from tests.support.plain_training import largest_difference, tiny_llama
 
 # Every process loads torch, and waits for the slowest.
 pytestmark = pytest.mark.timeout(900)
 
 
+FEW = [
+    *("tied", "anchor", "anchor and tail", "soft", "active_only", "frozen_tail"),
+    *("kl_to_base, mofo", "one busy part", "no busy part", "packed", "shared prefix"),
+    *("tied, by rows", "shared prefix, by rows", "fast", "fast, one busy part"),
+]
+
+
 @pytest.fixture(scope="module")
-def outcomes(tmp_path_factory):
+def outcomes(tmp_path_factory, request):
     """Of every world size, of every rank, of every case: one set of processes for all."""
     directory = tmp_path_factory.mktemp("workers")
     # The server imports torch and transformers once, then forks every worker.
     multiprocessing.get_context("forkserver").set_forkserver_preload([elastic_workers.__name__])
+    asked = asked_for(request, "name")
+    names = [name for name in CASES if name in FEW or name in asked]
     torch.multiprocessing.start_processes(
-        elastic_workers.worker, (directory,), nprocs=max(WORLD_SIZES), start_method="forkserver"
+        elastic_workers.worker,
+        (directory, names),
+        nprocs=max(WORLD_SIZES),
+        start_method="forkserver",
     )
     return elastic_workers.outcomes(directory)
 
@@ -36,7 +49,7 @@ def outcomes(tmp_path_factory):
 STRICT = [name for name, case in CASES.items() if case.reduction == "strict"]
 
 
-@pytest.mark.parametrize("name", STRICT)
+@pytest.mark.parametrize("name", rest_is_slow(STRICT, set(STRICT) & set(FEW)))
 def test_strict_gives_the_same_bits_for_every_number_of_workers(outcomes, name):
     """With dropout, several optimizer steps and W = 3, which does not divide 4 micro-batches."""
     digests = {rank[name].digest for ranks in outcomes.values() for rank in ranks}
@@ -46,14 +59,20 @@ def test_strict_gives_the_same_bits_for_every_number_of_workers(outcomes, name):
     assert len(results[0]) == STEPS
 
 
-@pytest.mark.parametrize("name", [name for name in STRICT if name.endswith(", by rows")])
+BY_ROWS = [name for name in STRICT if name.endswith(", by rows")]
+
+
+@pytest.mark.parametrize("name", rest_is_slow(BY_ROWS, set(BY_ROWS) & set(FEW)))
 def test_training_the_touched_rows_alone_gives_the_same_bits(outcomes, name):
     whole = name.removesuffix(", by rows")
     for ranks in outcomes.values():
         assert {rank[name].digest for rank in ranks} == {ranks[0][whole].digest}
 
 
-@pytest.mark.parametrize("name", [name for name in CASES if name not in STRICT])
+FAST = [name for name in CASES if name not in STRICT]
+
+
+@pytest.mark.parametrize("name", rest_is_slow(FAST, set(FAST) & set(FEW)))
 def test_fast_agrees_up_to_rounding(outcomes, name):
     """Measured: parameters within 3e-6, losses within 3e-8 relative, after 3 steps of lr 0.01."""
     alone = outcomes[1][0][name]

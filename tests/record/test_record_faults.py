@@ -127,7 +127,7 @@ def test_many_kills_in_a_row_lose_nothing_and_redo_little(settings, undisturbed,
 def test_what_a_kill_left_behind_may_be_damaged(settings, undisturbed, tmp_path):
     """A bit of a file, of the examples; a file cut short; a stray one. All are made again."""
     rng = random.Random(0)
-    for number in range(12):
+    for number in range(5):
         output = tmp_path / str(number)
         assert killed(settings, output, "record.parts_complete:kill:1")
         partial = output / "records" / f"{undisturbed.name}.partial"

@@ -69,6 +69,7 @@ def test_the_end_of_a_process_is_told(tmp_path):
     assert "ValueError: as asked for" in log
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("kind", "recovered"), [(Counting, True), (Careless, False)])
 def test_what_was_half_written_is_noticed(tmp_path, kind, recovered):
     stage = kind(tmp_path)

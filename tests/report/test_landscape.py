@@ -30,6 +30,7 @@ def test_too_little_to_draw_a_surface(x, y):
     assert surface(x, y, list(range(len(x)))) is None
 
 
+@pytest.mark.slow
 def test_the_surface_of_many_trials_is_that_of_all_of_them(monkeypatch):
     rng = np.random.default_rng(1)
     x, y = rng.uniform(0.8, 1.0, 600), rng.uniform(10, 120, 600)

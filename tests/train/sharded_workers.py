@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import math
 import multiprocessing
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from datetime import timedelta
 from pathlib import Path
@@ -240,8 +241,8 @@ def _base(case: Case, group: WorkerGroup, *, shard: bool) -> LanguageModel:
     return LanguageModel(lambda batch: batch_hidden_states(base, batch), head, shards=shards)
 
 
-def worker(rank: int, directory: Path) -> None:
-    """Run all cases in every group that ``rank`` belongs to; see ``outcomes``."""
+def worker(rank: int, directory: Path, names: Sequence[str]) -> None:
+    """Run the cases ``names`` in every group that ``rank`` belongs to; see ``outcomes``."""
     torch.set_num_threads(1)
     for world_size in WORLD_SIZES:
         if rank >= world_size:
@@ -254,18 +255,18 @@ def worker(rank: int, directory: Path) -> None:
             timeout=timedelta(minutes=10),
         )
         group = WorkerGroup(rank, world_size)
-        found = {name: run(case, group, shard=True) for name, case in CASES.items()}
+        found = {name: run(CASES[name], group, shard=True) for name in names}
         found["llama again"] = run(SINGLE["llama in float32"], group, shard=True)
         dist.destroy_process_group()
         torch.save(found, directory / f"{world_size}-{rank}.pt")
 
 
-def outcomes(directory: Path) -> dict[int, list[dict[str, Outcome]]]:
-    """Of every world size, of every rank, of every case."""
+def outcomes(directory: Path, names: Sequence[str]) -> dict[int, list[dict[str, Outcome]]]:
+    """Of every world size, of every rank, of every case of ``names``."""
     # The server imports torch and transformers once, then forks every worker.
     multiprocessing.get_context("forkserver").set_forkserver_preload([__name__])
     torch.multiprocessing.start_processes(
-        worker, (directory,), nprocs=max(WORLD_SIZES), start_method="forkserver"
+        worker, (directory, names), nprocs=max(WORLD_SIZES), start_method="forkserver"
     )
     return {
         world_size: [

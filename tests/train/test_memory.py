@@ -13,6 +13,7 @@ from lrmc_ray.models import body_of
 from lrmc_ray.train.live_bytes import LiveBytes, counting
 from lrmc_ray.train.memory import TrainingMemory, loss_bytes, training_memory
 from lrmc_ray.train.recompute import recomputes_layers
+from tests.support.cases import rest_is_slow
 
 torch.set_num_threads(1)
 
@@ -148,7 +149,7 @@ def test_activations_are_what_autograd_keeps_and_a_little_more(directory, model_
     assert kept <= found <= 1.15 * kept + 4 * logits, found / kept
 
 
-@pytest.mark.parametrize("way", ["selective", "full"])
+@pytest.mark.parametrize("way", rest_is_slow(["selective", "full"], ["full"]))
 def test_less_is_kept_where_it_is_computed_again(directory, way):
     where = directory(**LLAMA)
     plain = forecast(where, gradient_checkpointing=False).activations

@@ -6,6 +6,7 @@ from torch import nn
 
 from lrmc_ray.method.sharded_rows import ShardedRows
 from lrmc_ray.method.workers import WorkerGroup
+from tests.support.cases import asked_for, rest_is_slow
 from tests.train import sharded_workers
 from tests.train.sharded_workers import CASES, MODELS, STEPS, run
 
@@ -16,16 +17,32 @@ TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-4}
 """Of a weight after 3 steps of lr 0.01."""
 
 
+FEW = [
+    *MODELS,
+    *("llama in float32", "mixture in float32", "cautious, global", "rotate, global"),
+    *("bf16 moments", "adamw", "mofo", "l2_sp", "paper, by rows", "idle worker"),
+    "more workers than layers, tokens and micro-batches",
+    *("full", "frozen_tail, idle worker", "kl_to_base", "frozen layer"),
+]
+
+
 @pytest.fixture(scope="module")
-def outcomes(tmp_path_factory):
+def names(request):
+    """The cases that are run."""
+    asked = asked_for(request, "name")
+    return [name for name in CASES if name in FEW or name in asked]
+
+
+@pytest.fixture(scope="module")
+def outcomes(tmp_path_factory, names):
     """Of every world size, of every rank, of every case: one set of processes for all."""
-    return sharded_workers.outcomes(tmp_path_factory.mktemp("shards"))
+    return sharded_workers.outcomes(tmp_path_factory.mktemp("shards"), names)
 
 
 @pytest.fixture(scope="module")
-def alone():
+def alone(names):
     """The same with the whole model on one worker."""
-    return {name: run(case, WorkerGroup(), shard=False) for name, case in CASES.items()}
+    return {name: run(CASES[name], WorkerGroup(), shard=False) for name in names}
 
 
 def difference(found, expected):
@@ -36,7 +53,7 @@ def difference(found, expected):
     )
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", rest_is_slow(CASES, FEW))
 def test_shards_give_what_the_whole_model_gives(outcomes, alone, name):
     tolerance = TOLERANCE[CASES[name].dtype]
     expected = alone[name]
@@ -73,7 +90,7 @@ def test_each_worker_holds_its_part_alone(outcomes, alone, name):
         assert max(held) < (1.6 if name == "mixture" else 1.1) * whole / world_size
 
 
-@pytest.mark.parametrize("name", [name for name in CASES if "none" not in name])
+@pytest.mark.parametrize("name", rest_is_slow([name for name in CASES if "none" not in name], FEW))
 def test_the_runs_move_the_weights(alone, name):
     """What is compared above is not the start."""
     case = CASES[name]

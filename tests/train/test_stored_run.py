@@ -349,6 +349,7 @@ def test_what_another_node_fetched_is_cleared_unless_rank_0_works_there(cluster)
 # The commands, with Ray
 
 
+@pytest.mark.slow
 @pytest.mark.ray
 @pytest.mark.timeout(600)
 def test_record_and_train_by_way_of_the_storage(server, tiny_model, tmp_path, monkeypatch, capsys):

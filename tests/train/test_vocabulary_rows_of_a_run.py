@@ -50,7 +50,10 @@ def trained(run):
     "changes",
     [
         {"weight_decay": 0.1, "max_grad_norm": 0.5, "probe_every": 2},
-        {"evaluate_every": 2, "export": "best", "holdout_share": 0.2, "optimizer": "adamw"},
+        pytest.param(
+            {"evaluate_every": 2, "export": "best", "holdout_share": 0.2, "optimizer": "adamw"},
+            marks=pytest.mark.slow,
+        ),
     ],
     ids=["decay", "best"],
 )

@@ -46,12 +46,15 @@ def tokens_seen_in_training(settings, **places):
     ("model_type", "changes", "share"),
     [
         # Tokens that are computed, of those that a sample has: the rules once in eight ...
-        ("llama", {"micro_batches": 1}, (0.0, 0.5)),
+        pytest.param("llama", {"micro_batches": 1}, (0.0, 0.5), marks=pytest.mark.slow),
         # ... also where they are in four micro-batches, unless activations are computed again.
         ("llama", {"micro_batches": 4}, (0.0, 0.5)),
         ("llama", {"micro_batches": 4, "gradient_checkpointing": "full"}, (0.5, 0.8)),
-        ("llama", {"micro_batches": 4, "packing": False}, (0.95, 1.2)),
-        ("mamba2", {"micro_batches": 4}, (0.95, 1.2)),
+        pytest.param(
+            *("llama", {"micro_batches": 4, "packing": False}, (0.95, 1.2)),
+            marks=pytest.mark.slow,
+        ),
+        pytest.param("mamba2", {"micro_batches": 4}, (0.95, 1.2), marks=pytest.mark.slow),
         ("gemma3_text", {"micro_batches": 4}, (0.95, 1.2)),  # a window of 16 tokens
     ],
     ids=str,
