@@ -1,6 +1,6 @@
 """What `lrmc tune` takes, from the command to its first line of metrics.
 
-    python benchmarks/start_up.py --repeats 2 --other ../old     # two checkouts in turn
+    python benchmarks/start_up.py --repeats 2 --tree . --tree ../old     # two checkouts in turn
 
 Runs the demo, or the command that follows `--`, in a new output directory, and kills it when the
 first step of a trial is written. Processor seconds are those of all of the command's processes,
@@ -120,11 +120,13 @@ def main(argv: Sequence[str]) -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--repeats", type=int, default=1)
-    parser.add_argument("--other", type=Path, help="another checkout, run in turn with this one")
+    parser.add_argument(
+        "--tree", type=Path, action="append", help="a checkout; several are run in turn"
+    )
     parser.add_argument("--limit", type=float, default=850.0, help="seconds of one run")
     parser.add_argument("rest", nargs="*", help="arguments of `lrmc tune`, behind --")
     arguments = parser.parse_args(argv)
-    trees = [ROOT] + ([arguments.other.resolve()] if arguments.other else [])
+    trees = [tree.resolve() for tree in arguments.tree or [ROOT]]
     found: dict[str, list[dict[str, dict[str, float]]]] = {tree.name: [] for tree in trees}
     for _ in range(arguments.repeats):
         for tree in trees:
