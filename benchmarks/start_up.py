@@ -4,8 +4,8 @@
 
 Runs the demo, or the command that follows `--`, in a new output directory, and kills it when the
 first step of a trial is written. Processor seconds are those of all of the command's processes,
-which are found by a mark in their environment and looked at five times a second: what a process
-takes in its last fifth of a second is not counted.
+which are found by a mark in their environment and looked at twice a second: what a process takes
+in its last half of a second is not counted.
 
 Last line: a JSON object, a list of one object per run for each checkout: processor and clock
 seconds up to each of MILESTONES.
@@ -26,6 +26,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 MARK = "LRMC_START_UP"
+LOOK_SECONDS = 0.5
 TICK = os.sysconf("SC_CLK_TCK")
 LOOKS = 5
 """At a process that is not one of the command's, before it is left alone."""
@@ -102,7 +103,7 @@ def one_run(tree: Path, arguments: Sequence[str], limit: float) -> dict[str, dic
             while "the first step is written" not in found:
                 if process.poll() is not None or time.monotonic() - start > limit:
                     raise SystemExit((work / "log").read_text()[-3000:])
-                time.sleep(0.2)
+                time.sleep(LOOK_SECONDS)
                 seconds = processes.look()
                 for name, (pattern, holds) in MILESTONES.items():
                     if name not in found and any(map(holds, work.glob(pattern))):
