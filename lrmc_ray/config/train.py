@@ -120,9 +120,9 @@ class TrainSettings(Settings):
     max_grad_norm: float | None = Field(None, gt=0)
     """Gradient clipping by norm; none by default."""
     precision: Literal["fp32", "bf16", "auto"] = "fp32"
-    """``bf16`` runs the forward pass under autocast; weights stay float32. ``auto`` takes it where
-    the hardware computes in it and loss and gradient of the first batch stay within 1 % and 10 % of
-    those in fp32; all trials of a search train alike."""
+    """``bf16`` runs the forward pass under autocast; weights stay float32, and shards are gathered in
+    bf16. ``auto`` takes it where the hardware computes in it and loss and gradient of the first
+    batch stay within 1 % and 10 % of those in fp32; all trials of a search train alike."""
     state_dtype: Literal["fp32", "bf16"] = "fp32"
     """Type of MoClip's two moments. ``bf16`` with stochastic rounding halves their memory: 4 bytes
     for each trained weight in place of 8."""

@@ -68,7 +68,8 @@ def held_out_nll(
     for wave in waves(range(len(batches)), group.world_size):
         if group.rank >= len(wave):
             if model.shards is not None:
-                model.shards.run_idle(model.forward)
+                with torch.autocast(device.type, dtype=autocast, enabled=autocast is not None):
+                    model.shards.run_idle(model.forward)
             continue
         index = wave[group.rank]
         batch = batches[index].to(device)

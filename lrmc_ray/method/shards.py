@@ -8,19 +8,26 @@ The optimizer does not see any of this: it takes the local rows as ordinary tens
 (:attr:`Shard.own`), which share memory with what FSDP gathers. What it has to know of whole tensors
 it gets by sums over the workers, see ``reduce_dots`` of MoClip.
 
+Where the forward pass runs under autocast of bf16, layers gather in bf16 what it multiplies: half
+of the traffic and of the memory, and no short copy of every layer that waits for the backward pass.
+The numbers are those of autocast over float32 weights, which it rounds alike. All else of a layer,
+such as norms, is gathered in float32 with the body. Shards, sums of gradients and moments are
+float32.
+
 Embedding and output head are in ``sharded_rows``, since a step needs a part of them alone.
 """
 
 import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch._C._distributed_c10d import HashStore
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
 from lrmc_ray.method.microbatch import NO_CANDIDATES, Activity, MicroBatch, Sample, collate
@@ -66,6 +73,7 @@ class ShardedModel:
         *,
         device: torch.device,
         ignored: Iterable[nn.Parameter] = (),
+        short: Iterable[nn.Parameter] = (),
     ) -> None:
         """Shard ``body`` in place.
 
@@ -78,6 +86,8 @@ class ShardedModel:
             device: where everything is.
             ignored: parameters that stay as they are, such as those that stand in the model in
                 place of what ``vocabulary`` holds.
+            short: parameters of the layers that are gathered in bf16. Every pass must be under
+                autocast then.
         """
         self.vocabulary = vocabulary
         self.device = device
@@ -85,10 +95,7 @@ class ShardedModel:
         self.group = group
         self._idle = _idle_batch().to(device)
         self._whole: list[tuple[DTensor, Shard]] = []
-        ignored = set(ignored)
-        units = [fully_shard(layer, mesh=self.mesh, ignored_params=ignored) for layer in layers]
-        units.append(fully_shard(body, mesh=self.mesh, ignored_params=ignored))
-        for unit in units:
+        for unit in _units(body, list(layers), self.mesh, set(ignored), set(short)):
             # A sum, since losses are divided by the numbers of the global batch. gloo has no mean.
             unit.set_gradient_divide_factor(1.0)
             unit.set_force_sum_reduction_for_comms(True)
@@ -157,6 +164,36 @@ class ShardedModel:
             if whole.grad is not None:
                 assert isinstance(whole.grad, DTensor)
                 shard.own.grad = whole.grad.to_local()
+
+
+def _units(
+    body: nn.Module,
+    layers: Sequence[nn.Module],
+    mesh: DeviceMesh,
+    ignored: set[nn.Parameter],
+    short: set[nn.Parameter],
+) -> list[FSDPModule]:
+    """What is gathered at a time: layers, and the body with what they leave."""
+    exact = MixedPrecisionPolicy()
+    in_layers = exact
+    if short:
+        # Activations stay as autocast has them: the residual stream in float32.
+        in_layers = MixedPrecisionPolicy(torch.bfloat16, torch.float32, cast_forward_inputs=False)
+
+    def sharded(module: nn.Module, policy: MixedPrecisionPolicy, but: set[nn.Parameter]) -> Any:
+        # Without being told, the body would keep its own weights behind a pass without gradients,
+        # and not see what a checkpoint brings.
+        return fully_shard(
+            module, mesh=mesh, reshard_after_forward=True, mp_policy=policy, ignored_params=but
+        )
+
+    if not short:
+        units = [sharded(layer, exact, ignored) for layer in layers]
+        return [*units, sharded(body, exact, ignored)]
+    # The body first: it takes nothing of a layer that is sharded already.
+    units = [sharded(body, exact, ignored | short)]
+    taken = {p for p in body.parameters() if isinstance(p, DTensor)}
+    return [*units, *(sharded(layer, in_layers, ignored | taken) for layer in layers)]
 
 
 def _forget_gradient(whole: Tensor) -> None:

@@ -2,6 +2,8 @@
 
 import contextlib
 import dataclasses
+import functools
+import gc
 import logging
 import math
 import shutil
@@ -78,6 +80,7 @@ class Learner:
         self.settings = settings
         self.model_directory = model_directory
         self.group = group or WorkerGroup()
+        self.autocast = torch.bfloat16 if settings.precision == "bf16" else None
         self.sharding: Sharding | None = None
         self._load(device)
         keep_freed_memory()
@@ -114,7 +117,6 @@ class Learner:
         if settings.l2_sp_weight:
             self.penalty = StartingPoint(parameters, settings.l2_sp_weight)
         self.base = _frozen_base(settings, model_directory, device, self.group)
-        self.autocast = torch.bfloat16 if settings.precision == "bf16" else None
         self.routers = Routers(self.model, settings.router_loss)
         if settings.compile_layers:
             compile_layers(self.model)
@@ -185,6 +187,8 @@ class Learner:
             NotByRowsError: that cannot be.
             BrokenOffError: a trial of the model left it unusable.
         """
+        if self.autocast is not None:
+            self._try_in_float32(device)
         model, rows = model_to_fill(self.model_directory)
         check_shardable(model)
         rows.check_tied(self.group)
@@ -199,19 +203,49 @@ class Learner:
         self.head = described_head(self.model)
         sharding = self._shard(device)
         rows.fill(sharding.shards, drawn)
+        if self.autocast is None:
+            self._try(self.model, sharding)
+        with (
+            sharding.model.vocabulary.whole(),
+            torch.autocast(device.type, self.autocast, self.autocast is not None),
+        ):
+            self.recomputation.try_out(sharding.model)
+
+    def _try(self, model: Any, sharding: Sharding) -> None:
+        """Look whether the head is as described, and whether sequences may be packed."""
         with sharding.model.vocabulary.whole() as head:
-            layer = self.model.get_output_embeddings()
+            layer = model.get_output_embeddings()
             empty, layer.weight = layer.weight, nn.Parameter(head.weight_VD, requires_grad=False)
-            head_of(self.model)
+            head_of(model)
             layer.weight = empty
             self.attention_cost = math.inf
             if self.settings.packing:
-                self.attention_cost = max(self.group.gather(attention_cost(self.model)))
-            self.recomputation.try_out(sharding.model)
+                self.attention_cost = max(self.group.gather(attention_cost(model)))
+
+    def _try_in_float32(self, device: torch.device) -> None:
+        """The same by shards of its own: in what is rounded to bf16 a difference would not show.
+
+        Raises:
+            NotByRowsError: the weights cannot be read a part at a time.
+        """
+        model, rows = model_to_fill(self.model_directory)
+        check_shardable(model)
+        rows.make_buffers(device)
+        sharding = shard_model(model, described_head(model), self.group, device)
+        rows.fill(sharding.shards, {})
+        self._try(model, sharding)
+        del model, rows, sharding
+        gc.collect()  # a model is full of circles
 
     def _shard(self, device: torch.device) -> Sharding:
         """Leave this worker's rows of the model in place of all."""
-        sharding = self.sharding = shard_model(self.model, self.head, self.group, device)
+        sharding = self.sharding = shard_model(
+            self.model,
+            self.head,
+            self.group,
+            device,
+            under_autocast=self.autocast is not None,
+        )
         self.head = sharding.head
         trained = self.trainable.parameters
         for name in trained:
@@ -313,7 +347,9 @@ def _frozen_base(
     if settings.loss not in NEED_BASE:
         return None
     if settings.parallel == "shard":
-        base, sharding = _base_in_shards(model_directory, device, group)
+        base, sharding = _base_in_shards(
+            model_directory, device, group, under_autocast=settings.precision == "bf16"
+        )
         head, shards = sharding.head, sharding.model
     else:
         base = load_model(model_directory).to(device).requires_grad_(False)
@@ -322,17 +358,20 @@ def _frozen_base(
 
 
 def _base_in_shards(
-    model_directory: Path, device: torch.device, group: WorkerGroup
+    model_directory: Path, device: torch.device, group: WorkerGroup, *, under_autocast: bool
 ) -> tuple[Any, Sharding]:
     """The frozen base of which this worker has its rows; all workers load it together."""
+    shard = functools.partial(
+        shard_model, group=group, device=device, under_autocast=under_autocast
+    )
     try:
         base, rows = model_to_fill(model_directory)
         rows.check_tied(group)
         rows.make_buffers(device)
     except NotByRowsError:  # as the model that is trained, which gave the reason
         base = load_model(model_directory).to(device).requires_grad_(False)
-        return base, shard_model(base, head_of(base), group, device)
-    sharding = shard_model(base.requires_grad_(False), described_head(base), group, device)
+        return base, shard(base, head_of(base))
+    sharding = shard(base.requires_grad_(False), described_head(base))
     rows.fill(sharding.shards, {})
     return base, sharding
 

@@ -18,7 +18,9 @@ r"""Memory that a training worker takes, from the ``config.json`` of a model alo
 
 - **gathered**: with shards, whose first worker has the most rows of every weight. In the backward
   pass of a layer there are its whole weights and gradients, the weights of the next one on their
-  way, and the gradients of the one before on theirs. The vocabulary's weights are there whole, with
+  way, and the gradients of the one before on theirs. With ``train.precision = "bf16"`` a layer's
+  products are there in bf16, but for the gradients on their way; what else the layers have is there
+  as long as a pass takes. The vocabulary's weights are there whole, with
   their gradients, in a step whose loss or probe looks at all tokens; of an embedding that is not
   the head's weight as well, the rows of the batch's tokens. A base model's are whole.
 
@@ -29,12 +31,13 @@ which they are, only the data say. Not counted: what the process and the GPU's d
 themselves, and what lies unused between tensors.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from lrmc_ray.config import TrainSettings
 from lrmc_ray.errors import DataError
@@ -43,7 +46,7 @@ from lrmc_ray.method.names import NEED_BASE
 from lrmc_ray.models import body_of, layers_of, unweighted_model
 from lrmc_ray.train.live_bytes import LiveBytes, counting
 from lrmc_ray.train.recompute import recomputes_layers, way_for
-from lrmc_ray.train.sharding import check_shardable
+from lrmc_ray.train.sharding import check_shardable, multiplied
 from lrmc_ray.train.trainable import TrainableModel
 
 MEAN_CANDIDATES = 150
@@ -54,8 +57,11 @@ TAIL_LOGITS = 5
 """Float32 numbers of a position and sampled token that exist at a time."""
 STEP_TENSORS = 5
 """Copies of the largest tensor that MoClip's step makes on a GPU (measured there: 4.7)."""
-GATHERED_LAYERS = 4
-"""The weights of a layer and of the next one, the gradients of that layer and of the one before."""
+GATHERED_BYTES = 4 + 4 + 4 + 4
+"""Of an element: the weights of a layer and of the next one, the gradients of that layer and of the
+one before."""
+GATHERED_SHORT_BYTES = 2 + 2 + 2 + 4
+"""The same where layers gather in bf16: gradients are added up in float32."""
 _OTHER_LOSSES = ("full", "active_only", "dft", "asft", "eaft", "flow", "kl_to_base", "frozen_tail")
 """Those that see all logits."""
 
@@ -101,6 +107,8 @@ class _Weight:
     is_vocabulary: bool
     is_embedding_alone: bool
     """Whether it is looked up, and is not the output head's weight as well."""
+    is_short: bool
+    """Whether it is gathered in bf16."""
 
     def held(self, workers: int) -> int:
         """Elements that the first of ``workers`` holds of it in shards."""
@@ -134,11 +142,15 @@ class MemoryForecast:
             trainable = TrainableModel(model, train)
             if train.parallel == "shard":
                 check_shardable(model)
-            self._weights = list(_weights_of(model))
+            is_short = train.parallel == "shard" and train.precision == "bf16"
+            short = multiplied(layers_of(model)) if is_short else []
+            self._weights = list(_weights_of(model, short))
             self._all = live.now
             head = model.get_output_embeddings().weight
             self._is_head_trained = any(p is head for p in trainable.parameters.values())
             self._vocabulary_size, self._width = head.shape
+            for parameter in short:
+                parameter.data = parameter.detach().bfloat16()
             shorter = train.precision != "fp32"
             self._activations = _passes(live, trainable, train, rows, length, in_bf16=shorter)
             if train.precision == "auto":
@@ -176,12 +188,15 @@ class MemoryForecast:
 
     def _gathered(self, workers: int) -> int:
         """Weights and gradients of others that a worker holds for a while."""
+        is_short = any(weight.is_short for weight in self._weights)
         layers: dict[int, int] = {}
+        vocabulary = beside = 0
         for weight in self._weights:
-            if weight.layer is not None:
-                layers[weight.layer] = layers.get(weight.layer, 0) + 4 * weight.held(1)
-        most = max(layers.values())
-        vocabulary = 0
+            if is_short and not (weight.is_short or weight.is_vocabulary):
+                beside += 4 * weight.held(1) * (1 + weight.is_trained)
+            elif weight.layer is not None:
+                layers[weight.layer] = layers.get(weight.layer, 0) + weight.held(1)
+        most = max(layers.values(), default=0)
         for weight in (w for w in self._weights if w.is_vocabulary):
             rows = weight.rows if self._sees_all_tokens() else min(weight.rows, self._touched)
             if weight.is_embedding_alone:
@@ -189,7 +204,8 @@ class MemoryForecast:
             vocabulary += 4 * rows * weight.width * (1 + weight.is_trained)
             if self._train.loss in NEED_BASE:
                 vocabulary += 4 * weight.held(1)
-        return GATHERED_LAYERS * most + most // workers + vocabulary
+        of_layers = (GATHERED_SHORT_BYTES if is_short else GATHERED_BYTES) * most
+        return of_layers + 4 * most // workers + beside + vocabulary
 
     def _sees_all_tokens(self) -> bool:
         return bool(self._train.probe_every) or self._train.loss in _OTHER_LOSSES
@@ -202,8 +218,9 @@ def training_memory(
     return MemoryForecast(directory, train, length=length, on_gpu=on_gpu).of(workers)
 
 
-def _weights_of(model: Any) -> Iterator[_Weight]:
-    """Every parameter, tied ones once."""
+def _weights_of(model: Any, short: Iterable[Tensor]) -> Iterator[_Weight]:
+    """Every parameter, tied ones once; those of ``short`` are gathered in bf16."""
+    are_short = {id(parameter) for parameter in short}
     layer_of = {id(p): n for n, layer in enumerate(layers_of(model)) for p in layer.parameters()}
     embedding, head = (
         id(layer.weight) for layer in (model.get_input_embeddings(), model.get_output_embeddings())
@@ -217,6 +234,7 @@ def _weights_of(model: Any) -> Iterator[_Weight]:
             layer=layer_of.get(id(parameter)),
             is_vocabulary=id(parameter) in (embedding, head),
             is_embedding_alone=id(parameter) == embedding != head,
+            is_short=id(parameter) in are_short,
         )
 
 

@@ -103,7 +103,8 @@ class FreshCandidates:
                     for place, candidates in zip(part, fresh, strict=True):
                         own[step, place] = candidates
                 elif sharding is not None:
-                    sharding.model.run_idle(self._learner.hidden_states)
+                    with self._autocast():
+                        sharding.model.run_idle(self._learner.hidden_states)
         self._learner.model.train()
         together: dict[tuple[int, int], CandidateSets] = {}
         for theirs in self._group.gather(own):
@@ -112,12 +113,16 @@ class FreshCandidates:
             places = range(self._settings.batch_size)
             self._fresh[step] = [together[step, place] for place in places]
 
+    def _autocast(self) -> torch.autocast:
+        """Of the model's passes."""
+        dtype = self._learner.autocast
+        return torch.autocast(self._learner.head.weight_VD.device.type, dtype, dtype is not None)
+
     def _record_again(self, samples: list[Sample], head: OutputHead) -> list[CandidateSets]:
         """Candidates of the supervised positions of ``samples``, which are computed together."""
-        autocast = self._learner.autocast
         device = head.weight_VD.device
         batch = collate(samples, self._learner.loss.activity, trim=False).to(device)
-        with torch.autocast(device.type, dtype=autocast, enabled=autocast is not None):
+        with self._autocast():
             hidden_BTD = self._learner.hidden_states(batch)
         fresh = []
         for row, sample in enumerate(samples):

@@ -1,6 +1,7 @@
 """A Hugging Face model in shards: what is gathered at a time, and what cannot be sharded."""
 
 import dataclasses
+from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 import torch
@@ -65,7 +66,14 @@ class Sharding(NamedTuple):
     """Names of parameters that are gathered at a time, all of them once."""
 
 
-def shard_model(model: Any, head: OutputHead, group: WorkerGroup, device: torch.device) -> Sharding:
+def shard_model(
+    model: Any,
+    head: OutputHead,
+    group: WorkerGroup,
+    device: torch.device,
+    *,
+    under_autocast: bool = False,
+) -> Sharding:
     """Shard ``model`` in place; all workers call it together, with the same one.
 
     Args:
@@ -74,6 +82,8 @@ def shard_model(model: Any, head: OutputHead, group: WorkerGroup, device: torch.
         head: its output head.
         group: this worker and the others.
         device: where everything is.
+        under_autocast: all passes will be under autocast of bf16; then what they multiply is
+            gathered in bf16.
 
     Raises:
         ConfigError: it cannot be sharded.
@@ -100,12 +110,36 @@ def shard_model(model: Any, head: OutputHead, group: WorkerGroup, device: torch.
     for module in (model.get_input_embeddings(), model.get_output_embeddings()):
         module.weight = empty[id(module.weight)]
     sharded = ShardedModel(
-        body_of(model), layers, vocabulary, group, device=device, ignored=empty.values()
+        body_of(model),
+        layers,
+        vocabulary,
+        group,
+        device=device,
+        ignored=empty.values(),
+        short=multiplied(layers) if under_autocast else (),
     )
     for name, parameter in model.named_parameters():
         if name not in shards:
             shards[name] = sharded.shard_of(parameter)
     return Sharding(sharded, head, shards, units)
+
+
+def multiplied(layers: Iterable[nn.Module]) -> list[nn.Parameter]:
+    """The parameters of layers that autocast rounds to bf16 before it reads them: the most of them.
+
+    And the stacked experts of a mixture, which autocast leaves as they are.
+    """
+    from transformers.pytorch_utils import Conv1D
+
+    products = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, Conv1D)
+    found: list[nn.Parameter] = []
+    for layer in layers:
+        for name, module in layer.named_modules():
+            own = list(module.parameters(recurse=False))
+            is_expert = "expert" in f"{name} {type(module).__name__}".lower()
+            if isinstance(module, products) or (is_expert and any(p.ndim == 3 for p in own)):
+                found += own
+    return found
 
 
 def _refusal(model: Any, reason: str) -> ConfigError:

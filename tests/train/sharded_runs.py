@@ -31,9 +31,15 @@ CHANGES: dict[str, dict[str, Any]] = {
     "whole run": {},
     "goes on with more": {},
     "adapters, goes on with fewer": {"lora_rank": 2},
-    "goes on behind a damaged one": {},
+    "goes on behind a damaged one": {"gradient_checkpointing": False},
     "refreshes": {"refresh_every": 2, "evaluate_every": 0, "precision": "bf16"},
-    "beside the base": {"loss": "kl_to_base", "anchor_weight": 0.0, "tail_samples": 0},
+    "beside the base": {
+        "loss": "kl_to_base",
+        "anchor_weight": 0.0,
+        "tail_samples": 0,
+        "precision": "bf16",
+        "gradient_checkpointing": "selective",
+    },
     "best": {"export": "best", "lr": 0.1},
 }
 """Of the settings, by the names of directories."""

@@ -60,6 +60,9 @@ class Case:
     """Of a batch; 2 leave the third worker without a micro-batch."""
     by_rows: bool = False
     """However many rows of the vocabulary a step touches, no others are gathered."""
+    is_short: bool = False
+    """The forward pass is under autocast of bf16."""
+    steps: int = STEPS
     is_small: bool = False
     """One layer, and a vocabulary of two tokens: fewer of each than there are workers."""
 
@@ -123,6 +126,17 @@ CASES = {
     **READINGS,
     "capped second moment": Case(options={"second_moment": "capped", "delta_max": 40.0}),
     "bf16 moments": Case(dtype=torch.float32, options={"state_dtype": torch.bfloat16}),
+    # After one step: rounded to bf16, what differs in the last bit can differ in the last of 8.
+    "llama in bf16": Case(dtype=torch.float32, is_short=True, steps=1),
+    "gemma3 in bf16, idle worker": Case(
+        "gemma3_text", dtype=torch.float32, is_short=True, steps=1, num_samples=2
+    ),
+    "kl_to_base in bf16": Case(
+        loss=dataclasses.replace(PAPER, loss="kl_to_base"),
+        dtype=torch.float32,
+        is_short=True,
+        steps=1,
+    ),
     "adamw": Case(optimizer="adamw"),
     "adam_atan2": Case(optimizer="adam_atan2"),
     "c_adamw": Case(optimizer="c_adamw"),
@@ -181,7 +195,9 @@ def _run(case: Case, group: WorkerGroup, *, shard: bool) -> Outcome:
     shards = None
     first_elements: list[int] = []
     if shard:
-        sharding = shard_model(model, head, group, torch.device("cpu"))
+        sharding = shard_model(
+            model, head, group, torch.device("cpu"), under_autocast=case.is_short
+        )
         shards, head = sharding.model, sharding.head
         assert sharding.shards.keys() == parameters.keys()
         parameters = {name: sharding.shards[name].own for name in parameters}
@@ -209,12 +225,13 @@ def _run(case: Case, group: WorkerGroup, *, shard: bool) -> Outcome:
             StepOptions(
                 num_micro_batches=MICRO_BATCHES,
                 reduction="fast",
+                autocast=torch.bfloat16 if case.is_short else None,
                 max_grad_norm=case.max_grad_norm,
                 penalize=penalty.add_gradient if case.l2_sp_weight else None,
                 base=_base(case, group, shard=shard) if case.loss.loss in NEED_BASE else None,
             ),
             group,
-            steps=range(STEPS),
+            steps=range(case.steps),
             lr_of_step=lambda step: LR,
         )
     )
@@ -236,7 +253,7 @@ def _base(case: Case, group: WorkerGroup, *, shard: bool) -> LanguageModel:
     base = case.make_model(seed=1).to(case.dtype).requires_grad_(False)
     head, shards = head_of(base), None
     if shard:
-        sharding = shard_model(base, head, group, torch.device("cpu"))
+        sharding = shard_model(base, head, group, torch.device("cpu"), under_autocast=case.is_short)
         head, shards = sharding.head, sharding.model
     return LanguageModel(lambda batch: batch_hidden_states(base, batch), head, shards=shards)
 

@@ -220,6 +220,21 @@ def test_a_shard_is_of_the_first_workers_rows(directory, workers, tied):
     assert found.total == kept + found.gathered + found.activations + found.loss
 
 
+def test_layers_are_gathered_in_bf16(directory):
+    """By hand: the products in 2 bytes, their sums in 4, and the norms of all layers beside."""
+    place = directory("llama", **LLAMA, tie_word_embeddings=True)
+    shards = {"parallel": "shard", "reduction": "fast", "workers": 2}
+    whole, found = (forecast(place, precision=name, **shards) for name in ("fp32", "bf16"))
+    products = LAYER - 2 * WIDTH
+    norms = BODY - LAYERS * products
+    of_vocabulary = 2 * 4 * VOCABULARY * WIDTH
+    assert found.gathered == (3 * 2 + 4) * products + 2 * products + 8 * norms + of_vocabulary
+    assert (found.weights, found.moments) == (whole.weights, whole.moments)
+    # Autocast would keep a copy of every product's weight for the backward pass.
+    copied = forecast(place, precision="bf16", reduction="fast").activations
+    assert 0.9 * 2 * LAYERS * products < copied - found.activations <= 2.1 * LAYERS * products
+
+
 @pytest.mark.parametrize("tied", [True, False])
 def test_the_base_beside_shards_is_in_shards_but_for_its_vocabulary(directory, tied):
     place = directory("llama", **LLAMA, tie_word_embeddings=tied)

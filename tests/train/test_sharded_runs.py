@@ -17,11 +17,11 @@ from tests.train.sharded_runs import CHANGES
 
 pytestmark = pytest.mark.timeout(900)
 
-TOLERANCES = {"best": 2e-4, "refreshes": 2e-4}
+TOLERANCES = {"best": 2e-4, "refreshes": 2e-4, "beside the base": 2e-4}
 """Of a weight after 6 steps of lr 0.001 in float32, where it is not 2e-5."""
 LARGEST = {"best": 0.05}
 """The same of any weight, where it is not 6e-3; a step of lr 0.1 moves one by up to 0.157."""
-LARGEST_SHARES = {"refreshes": 1e-2}
+LARGEST_SHARES = {"refreshes": 1e-2, "beside the base": 1e-2}
 """Beyond the tolerance are a few weights whose gradient and momentum are opposed by a hair, or not:
 in one of two runs that differ in the last bits they do not move in a step. 0.1 % of them, in bf16
 more."""

@@ -1,14 +1,21 @@
 """Training with the model in shards, against training with the whole model on one worker."""
 
+import contextlib
+
 import pytest
 import torch
 from torch import nn
 
+from benchmarks.tiny_models import make
 from lrmc_ray.method.sharded_rows import ShardedRows
+from lrmc_ray.method.shards import Shard
 from lrmc_ray.method.workers import WorkerGroup
+from lrmc_ray.models import head_of
+from lrmc_ray.train.sharding import shard_model
+from tests.support.all_double import AllDouble
 from tests.support.cases import asked_for, rest_is_slow
 from tests.train import sharded_workers
-from tests.train.sharded_workers import CASES, MODELS, STEPS, run
+from tests.train.sharded_workers import CASES, MODELS, run
 
 # Every process loads torch, and waits for the slowest.
 pytestmark = pytest.mark.timeout(900)
@@ -68,7 +75,7 @@ def test_shards_give_what_the_whole_model_gives(outcomes, alone, name):
                 assert ours.grad_norm == pytest.approx(theirs.grad_norm, rel=tolerance)
                 assert ours.sample_ids == theirs.sample_ids
         assert all(rank[name].results == ranks[0][name].results for rank in ranks)
-        assert len(ranks[0][name].results) == STEPS
+        assert len(ranks[0][name].results) == CASES[name].steps
 
 
 def test_two_runs_with_as_many_workers_have_the_same_bits(outcomes):
@@ -101,6 +108,75 @@ def test_the_runs_move_the_weights(alone, name):
         )
     ]
     assert max(moved) > 0.005
+
+
+def hidden_and_gradients(model_type, how):
+    """Of a random model: its hidden states, and the gradients of a function of them, by name."""
+    model = make(model_type).train()
+    shards = {name: Shard(p, p.shape, 0) for name, p in model.named_parameters()}
+    in_bf16, sharding = how != "float64", None
+    if how == "float64":
+        model.double().config._experts_implementation = "eager"
+    elif how == "shards":
+        sharding = shard_model(
+            model, head_of(model), WorkerGroup(), torch.device("cpu"), under_autocast=True
+        )
+        shards = sharding.shards
+    seen = {}
+    layer = model.model.layers[0]
+    layer.input_layernorm.register_forward_hook(
+        lambda module, *_: seen.update(norm=module.weight.dtype)
+    )
+    layer.self_attn.q_proj.register_forward_hook(
+        lambda module, inputs, _: seen.update(product=module.weight.dtype, input=inputs[0].dtype)
+    )
+    with (
+        sharding.model.vocabulary.whole() if sharding else contextlib.nullcontext(),
+        AllDouble() if how == "float64" else contextlib.nullcontext(),
+    ):
+        with torch.autocast("cpu", torch.bfloat16, enabled=in_bf16):
+            hidden = model.model(input_ids=torch.arange(40).view(2, 20)).last_hidden_state
+        (hidden.double() * torch.arange(hidden.numel()).view_as(hidden).sin()).sum().backward()
+        if sharding:
+            sharding.model.take_gradients()
+    gradients = {n: s.own.grad for n, s in shards.items() if "lm_head" not in n}
+    return hidden.detach(), gradients, seen
+
+
+@pytest.mark.parametrize("model_type", ["llama", "qwen3", "gemma3_text"])
+def test_what_is_gathered_in_bf16_has_the_bits_of_autocast(model_type):
+    expected, gradients, _ = hidden_and_gradients(model_type, "autocast")
+    found, others, seen = hidden_and_gradients(model_type, "shards")
+    assert torch.equal(found, expected)
+    assert found.dtype == torch.float32
+    assert all(torch.equal(others[name], gradient) for name, gradient in gradients.items())
+    assert seen == {"product": torch.bfloat16, "norm": torch.float32, "input": torch.float32}
+
+
+def test_experts_gathered_in_bf16_are_nearly_as_near_as_autocast():
+    """Which leaves the products of stacked experts in float32."""
+    _, exact, _ = hidden_and_gradients("qwen3_moe", "float64")
+    errors = {}
+    for how in ("autocast", "shards"):
+        _, found, _ = hidden_and_gradients("qwen3_moe", how)
+        pairs = [(found[name].double(), exact[name]) for name in exact]
+        errors[how] = sum(float((one - other).square().sum()) for one, other in pairs) ** 0.5
+    assert 0 < errors["shards"] < 2 * errors["autocast"]
+
+
+def test_no_pass_sees_weights_of_before():
+    """Behind a pass without gradients a checkpoint may be read."""
+    model = make("llama")
+    sharding = shard_model(model, head_of(model), WorkerGroup(), torch.device("cpu"))
+
+    def hidden():
+        with torch.no_grad(), sharding.model.vocabulary.whole():
+            return model.model(input_ids=torch.arange(8)[None]).last_hidden_state
+
+    before = hidden()
+    with torch.no_grad():
+        sharding.shards["model.norm.weight"].own.mul_(2)
+    assert torch.allclose(hidden(), 2 * before)
 
 
 def test_rows_are_there_within_a_step_alone():
