@@ -9,6 +9,7 @@ Now and then a file that was left behind is damaged.
 
     record  48 rows; compared row by row with a record that was never interrupted
     train   16 steps in the process itself; parameters compared with those of a run left alone
+    shards  the same with the model in shards, all of them this one worker's
     tune    a search of 6 trials that are made up (tests/support/fake_search.py), so that what is
             killed are the study's database, files and report; compared with a search left alone
 
@@ -30,7 +31,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 ROOT = Path(__file__).resolve().parents[1]
 ROWS, STEPS, TRIALS = 48, 16, 6
@@ -159,6 +160,9 @@ class Record(Stage):
 class Train(Record):
     """Stage 1 on the only worker, in this process."""
 
+    changes: ClassVar[dict[str, Any]] = {}
+    """Of the settings."""
+
     def prepare(self) -> None:
         super().prepare()
         super().run(self.work)
@@ -176,6 +180,7 @@ class Train(Record):
             "checkpoint_every": 5,
         }
         values |= {"lr": 1e-3, "tau": 0.9, "tail_samples": 64, "max_grad_norm": 1.0}
+        values |= self.changes
         settings = self.settings().model_copy(
             update={
                 "train": TrainSettings.model_validate({**values, "schedule": "cosine"}),
@@ -202,6 +207,27 @@ class Train(Record):
         model = Path("run/model/model.safetensors")
         difference = largest_difference(folder / model, alone / model)
         return {"parameters": difference} | {name: audit[name] for name in names}
+
+
+class Shards(Train):
+    """The same with the model in shards."""
+
+    changes: ClassVar[dict[str, Any]] = {"parallel": "shard", "reduction": "fast"}
+
+    def run(self, folder: Path) -> None:
+        import pytest
+        import torch.distributed as dist
+
+        from lrmc_ray.train import driver
+
+        try:
+            with pytest.MonkeyPatch.context() as patch:
+                patch.setattr(driver, "run_workers", driver.run_here)
+                super().run(folder)
+        finally:
+            # The threads of a process group would be missing in a process that is forked later.
+            if dist.is_initialized():
+                dist.destroy_process_group()
 
 
 class Tune(Stage):
@@ -266,7 +292,12 @@ class Tune(Stage):
         return trials, rows, file["best"]
 
 
-STAGES: dict[str, type[Stage]] = {"record": Record, "train": Train, "tune": Tune}
+STAGES: dict[str, type[Stage]] = {
+    "record": Record,
+    "train": Train,
+    "shards": Shards,
+    "tune": Tune,
+}
 
 
 def flip_a_bit(path: Path, rng: random.Random) -> str:

@@ -192,7 +192,12 @@ def make_samples(number: int, length: int) -> list[Any]:
 
 
 def train_two_steps(
-    directory: Path, settings: TrainSettings, samples: list[Any], rank: int = 0, workers: int = 1
+    directory: Path,
+    settings: TrainSettings,
+    samples: list[Any],
+    rank: int = 0,
+    workers: int = 1,
+    device: torch.device = torch.device("cpu"),  # noqa: B008
 ) -> None:
     """Load the model and train it as a worker does, without Ray."""
     from lrmc_ray.method.training_loop import StepOptions, train
@@ -200,7 +205,7 @@ def train_two_steps(
     from lrmc_ray.train.learner import Learner
 
     group = WorkerGroup(rank, workers)
-    learner = Learner(settings, directory, torch.device("cpu"), group=group)
+    learner = Learner(settings, directory, device, group=group)
     options = StepOptions(
         num_micro_batches=settings.micro_batches,
         reduction=settings.reduction,

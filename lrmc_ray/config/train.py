@@ -120,8 +120,8 @@ class TrainSettings(Settings):
     max_grad_norm: float | None = Field(None, gt=0)
     """Gradient clipping by norm; none by default."""
     precision: Literal["fp32", "bf16", "auto"] = "fp32"
-    """``bf16`` runs the forward pass under autocast; weights stay float32, and shards are gathered in
-    bf16. ``auto`` takes it where the hardware computes in it and loss and gradient of the first
+    """``bf16`` runs the forward pass under autocast; weights stay float32, and shards are gathered
+    in bf16. ``auto`` takes it where the hardware computes in it and loss and gradient of the first
     batch stay within 1 % and 10 % of those in fp32; all trials of a search train alike."""
     state_dtype: Literal["fp32", "bf16"] = "fp32"
     """Type of MoClip's two moments. ``bf16`` with stochastic rounding halves their memory: 4 bytes
@@ -132,6 +132,9 @@ class TrainSettings(Settings):
     """``replicate``: every worker holds the whole model; ``shard``: its part of every weight, with
     the gradient and the moments of that part, for models that do not fit one device. The result is
     the same up to rounding."""
+    offload: Literal["none", "cpu"] = "none"
+    """``cpu``, with shards on GPUs: weights, gradients and moments are in the host's memory, and
+    the optimizer's step is made there; a GPU holds layers while they work, and activations."""
     seed: int = Field(0, ge=0, lt=2**32)
     """Order of the samples, dropout and sampled tails."""
     checkpoint_every: int = Field(10, ge=1)
@@ -183,6 +186,12 @@ class TrainSettings(Settings):
                 "reduction must be 'fast' with parallel = 'shard', got 'strict': to add the "
                 "gradients of micro-batches in a fixed order every worker would have to hold them "
                 "whole; set train.reduction to 'fast', or train.parallel to 'replicate'"
+            )
+        if self.offload == "cpu" and self.parallel != "shard":
+            raise ValueError(
+                f"offload must be 'none' with parallel = {self.parallel!r}, got 'cpu': it is "
+                "shards that are taken to the host's memory; set train.parallel to 'shard', which "
+                "a single worker can have too"
             )
         if self.parallel == "shard" and self.precision == "auto":
             raise ValueError(

@@ -47,6 +47,8 @@ Blend = Literal["even", "depth"]
 """How a model between two others is made, see :mod:`lrmc_ray.method.baselines.interpolation`."""
 Mask = Literal["cautious", "momentum"]
 """Which elements :class:`lrmc_ray.method.baselines.masked_adamw.MaskedAdamW` moves."""
+HOST_AND_GPU = "cpu:gloo,cuda:nccl"
+"""torch's backends for workers who exchange tensors of the host and of GPUs."""
 
 
 def choices(names: object) -> Sequence[str]:

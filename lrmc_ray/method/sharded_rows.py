@@ -42,14 +42,20 @@ class ShardedRows:
     """A weight [V, D] of which this worker holds some rows."""
 
     def __init__(
-        self, weight_VD: Tensor, group: WorkerGroup, device: torch.device | None = None
+        self,
+        weight_VD: Tensor,
+        group: WorkerGroup,
+        device: torch.device,
+        *,
+        offload: bool = False,
     ) -> None:
         """Keep the rows of this worker, as a copy; the whole weight may be freed then.
 
         Args:
             weight_VD: the weight; rows of one on the meta device have no values yet.
             group: this worker and the others.
-            device: where those rows are.
+            device: where rows are gathered.
+            offload: whether this worker's own are in the host's memory, else they are there too.
         """
         self._group = group
         self._bounds = bounds_of(len(weight_VD), group.world_size)
@@ -58,15 +64,22 @@ class ShardedRows:
         """Number of the first row that is here."""
         self.num_rows = len(weight_VD)
         """V."""
-        own_XD = weight_VD.detach()[first:last]
-        own_XD = torch.empty_like(own_XD, device=device) if own_XD.is_meta else own_XD.clone()
+        part_XD = weight_VD.detach()[first:last]
+        own_XD = torch.empty_like(
+            part_XD,
+            device="cpu" if offload else device,
+            pin_memory=offload and device.type == "cuda",
+        )
+        if not part_XD.is_meta:
+            own_XD.copy_(part_XD)
         self.own_XD = nn.Parameter(own_XD, weight_VD.requires_grad)
         """The rows that are here."""
         self._edges = self._bounds
-        self._token_ids_X: Tensor | None = None
+        self._asked_X: Tensor | None = None
         self._place_V: Tensor | None = None
         self._is_gathered = False
-        self.rows_XD: Tensor = self.own_XD.detach()[:0]
+        self._none_XD = own_XD.new_empty(0, *own_XD.shape[1:], device=device)
+        self.rows_XD: Tensor = self._none_XD
         """The rows that are gathered, a leaf; in a step they get the gradient of this worker."""
 
     @contextmanager
@@ -76,24 +89,25 @@ class ShardedRows:
         Args:
             token_ids: distinct and ascending, int64, on the host, which waits for no GPU then.
         """
-        device = self.own_XD.device
+        device, rank = self._none_XD.device, self._group.rank
         if token_ids is None or len(token_ids) > LARGEST_SHARE * self.num_rows:
-            self._token_ids_X, self._place_V = None, None
-            edges, own = self._bounds, slice(None)
+            self._asked_X, self._place_V = None, None
+            edges = self._bounds
         else:
             edges = torch.searchsorted(token_ids, torch.tensor(self._bounds)).tolist()
+            own_X = token_ids[edges[rank] : edges[rank + 1]] - self.first
+            self._asked_X = to_device(own_X, self.own_XD.device)
             token_ids = to_device(token_ids, device)
-            first, last = edges[self._group.rank : self._group.rank + 2]
-            own = token_ids[first:last] - self.first  # type: ignore[assignment]
-            self._token_ids_X = token_ids
             self._place_V = torch.full((self.num_rows,), -1, dtype=torch.int32, device=device)
             self._place_V[token_ids] = torch.arange(
                 len(token_ids), dtype=torch.int32, device=device
             )
         self._edges = edges
-        rows_XD = self.own_XD.new_empty(edges[-1], *self.own_XD.shape[1:])
-        rank = self._group.rank
-        rows_XD[edges[rank] : edges[rank + 1]] = self.own_XD.detach()[own]
+        rows_XD = self._none_XD.new_empty(edges[-1], *self.own_XD.shape[1:])
+        own_XD = self.own_XD.detach()
+        rows_XD[edges[rank] : edges[rank + 1]] = (
+            own_XD if self._asked_X is None else own_XD[self._asked_X]
+        )
         for source, part in self._parts(rows_XD):
             dist.broadcast(part, src=source)
         self.rows_XD = rows_XD.requires_grad_(self.own_XD.requires_grad)
@@ -101,8 +115,8 @@ class ShardedRows:
         try:
             yield
         finally:
-            self.rows_XD = self.own_XD.detach()[:0]
-            self._is_gathered, self._place_V, self._token_ids_X = False, None, None
+            self.rows_XD = self._none_XD
+            self._is_gathered, self._place_V, self._asked_X = False, None, None
 
     def places(self, token_ids: Tensor) -> Tensor:
         """Where the rows of tokens are in :attr:`rows_XD`, in the tokens' dtype.
@@ -126,12 +140,12 @@ class ShardedRows:
             dist.reduce(part, dst=owner)
         rank = self._group.rank
         first, last = self._edges[rank : rank + 2]
-        part_XD = gradient_XD[first:last]
-        if self._token_ids_X is None:
+        part_XD = gradient_XD[first:last].to(self.own_XD.device)
+        if self._asked_X is None:
             self.own_XD.grad = part_XD.clone()
             return
         self.own_XD.grad = torch.zeros_like(self.own_XD)
-        self.own_XD.grad[self._token_ids_X[first:last] - self.first] = part_XD
+        self.own_XD.grad[self._asked_X] = part_XD
 
     def _parts(self, rows_XD: Tensor) -> Iterator[tuple[int, Tensor]]:
         """The rows of each worker that has some; nothing to send where there is one worker."""
@@ -150,6 +164,8 @@ class ShardedVocabulary:
         head: OutputHead,
         group: WorkerGroup,
         device: torch.device,
+        *,
+        offload: bool = False,
     ) -> None:
         """Take the weights' rows; the embedding looks them up here from now on.
 
@@ -157,16 +173,17 @@ class ShardedVocabulary:
             embedding: whose ``weight`` may be replaced by anything afterwards.
             head: the output head, without a bias.
             group: this worker and the others.
-            device: where rows are whose weight is on the meta device.
+            device: where rows are gathered.
+            offload: whether this worker's own are in the host's memory.
         """
         assert head.bias_V is None
         self._head = head
         self.is_tied = head.weight_VD is embedding.weight
-        self.embedding = ShardedRows(embedding.weight, group, device)
+        self.embedding = ShardedRows(embedding.weight, group, device, offload=offload)
         """The embedding's weight."""
         self.output = self.embedding
         if not self.is_tied:
-            self.output = ShardedRows(head.weight_VD, group, device)
+            self.output = ShardedRows(head.weight_VD, group, device, offload=offload)
         """That of the head."""
         _Lookup(embedding, self.embedding)
 

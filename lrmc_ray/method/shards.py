@@ -14,6 +14,9 @@ The numbers are those of autocast over float32 weights, which it rounds alike. A
 such as norms, is gathered in float32 with the body. Shards, sums of gradients and moments are
 float32.
 
+Shards may be offloaded: they, their gradients and moments are in the host's memory then, pinned,
+and the optimizer's step is made there. A device holds what is gathered and the activations.
+
 Embedding and output head are in ``sharded_rows``, since a step needs a part of them alone.
 """
 
@@ -27,10 +30,17 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch._C._distributed_c10d import HashStore
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import (
+    CPUOffloadPolicy,
+    FSDPModule,
+    MixedPrecisionPolicy,
+    OffloadPolicy,
+    fully_shard,
+)
 from torch.distributed.tensor import DTensor
 
 from lrmc_ray.method.microbatch import NO_CANDIDATES, Activity, MicroBatch, Sample, collate
+from lrmc_ray.method.names import HOST_AND_GPU
 from lrmc_ray.method.sharded_rows import IDLE_TOKEN, ShardedVocabulary, bounds_of
 from lrmc_ray.method.workers import WorkerGroup
 
@@ -57,7 +67,8 @@ def mesh_of(group: WorkerGroup, device: torch.device) -> DeviceMesh:
     if not dist.is_initialized():
         if group.world_size > 1:
             raise RuntimeError("several workers need torch.distributed.init_process_group first")
-        dist.init_process_group("gloo", store=HashStore(), rank=0, world_size=1)
+        backend = HOST_AND_GPU if device.type == "cuda" else "gloo"
+        dist.init_process_group(backend, store=HashStore(), rank=0, world_size=1)
     return init_device_mesh(device.type, (group.world_size,))
 
 
@@ -74,6 +85,7 @@ class ShardedModel:
         device: torch.device,
         ignored: Iterable[nn.Parameter] = (),
         short: Iterable[nn.Parameter] = (),
+        offload: bool = False,
     ) -> None:
         """Shard ``body`` in place.
 
@@ -88,6 +100,7 @@ class ShardedModel:
                 place of what ``vocabulary`` holds.
             short: parameters of the layers that are gathered in bf16. Every pass must be under
                 autocast then.
+            offload: whether shards are in the host's memory, else they are on ``device``.
         """
         self.vocabulary = vocabulary
         self.device = device
@@ -95,7 +108,10 @@ class ShardedModel:
         self.group = group
         self._idle = _idle_batch().to(device)
         self._whole: list[tuple[DTensor, Shard]] = []
-        for unit in _units(body, list(layers), self.mesh, set(ignored), set(short)):
+        policy = OffloadPolicy()
+        if offload:
+            policy = CPUOffloadPolicy(pin_memory=device.type == "cuda")
+        for unit in _units(body, list(layers), self.mesh, set(ignored), set(short), policy):
             # A sum, since losses are divided by the numbers of the global batch. gloo has no mean.
             unit.set_gradient_divide_factor(1.0)
             unit.set_force_sum_reduction_for_comms(True)
@@ -103,8 +119,9 @@ class ShardedModel:
             unit.set_reduce_scatter_unused_params(True)
         # Rows of what is on the meta device have no values yet, and get memory of their own.
         if any(parameter.is_meta for parameter in body.parameters()):
+            home = torch.device("cpu") if offload else device
             body._apply(  # type: ignore[no-untyped-call]
-                lambda t: torch.empty_like(t, device=device) if t.is_meta else t
+                lambda t: torch.empty_like(t, device=home) if t.is_meta else t
             )
 
     def shard_of(self, whole: Tensor) -> Shard:
@@ -172,6 +189,7 @@ def _units(
     mesh: DeviceMesh,
     ignored: set[nn.Parameter],
     short: set[nn.Parameter],
+    offload: OffloadPolicy,
 ) -> list[FSDPModule]:
     """What is gathered at a time: layers, and the body with what they leave."""
     exact = MixedPrecisionPolicy()
@@ -184,7 +202,12 @@ def _units(
         # Without being told, the body would keep its own weights behind a pass without gradients,
         # and not see what a checkpoint brings.
         return fully_shard(
-            module, mesh=mesh, reshard_after_forward=True, mp_policy=policy, ignored_params=but
+            module,
+            mesh=mesh,
+            reshard_after_forward=True,
+            mp_policy=policy,
+            offload_policy=offload,
+            ignored_params=but,
         )
 
     if not short:

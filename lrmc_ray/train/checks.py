@@ -8,6 +8,7 @@ from typing import Any
 import psutil
 
 from lrmc_ray.config import ModelSettings, RunSettings, TrainSettings, trial_settings
+from lrmc_ray.errors import ConfigError
 from lrmc_ray.models import empty_model, load_model, local_directory
 
 _log = logging.getLogger(__name__)
@@ -19,7 +20,11 @@ _MEMORY_SHARE = 0.6
 
 
 def check_settings(settings: RunSettings) -> None:
-    """Look at the settings of a run, or of every trial of a search; see :func:`check_training`."""
+    """Look at the settings of a run, or of every trial of a search; see :func:`check_training`.
+
+    Raises:
+        ConfigError: also where what is offloaded would be on no GPU otherwise.
+    """
     trials = [settings.train]
     for name in _SEARCHED:
         if (searched := settings.parameters.get(name)) is not None:
@@ -29,6 +34,13 @@ def check_settings(settings: RunSettings) -> None:
                 for value in values
                 if value is not None
             ]
+    offload = settings.parameters.get("offload")
+    offloads = "cpu" in (settings.train.offload, *((offload and offload.choices) or ()))
+    if offloads and not settings.resources.gpus_per_worker:
+        raise ConfigError(
+            "train.offload must be 'none' where workers have no GPU, got 'cpu': all is in the "
+            "host's memory there; leave it out, or set resources.gpus_per_worker to 1"
+        )
     check_training(settings.model, trials)
 
 

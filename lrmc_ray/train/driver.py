@@ -329,7 +329,7 @@ def make_trainer(job: TrainingJob, files: RunFiles) -> Any:
     return _trainer_class()(
         training_worker,
         train_loop_config=_loop_config(job, files),
-        torch_config=TorchConfig(backend=collective_backend(resources)),
+        torch_config=TorchConfig(backend=collective_backend(resources, job.settings.train)),
         scaling_config=ScalingConfig(
             num_workers=worker_range(job.settings),
             use_gpu=resources.gpus_per_worker > 0,

@@ -2,7 +2,6 @@
 
 import contextlib
 import dataclasses
-import functools
 import gc
 import logging
 import math
@@ -165,7 +164,9 @@ class Learner:
                 self.sharding = None
                 if self.group.rank == 0:
                     _log.warning("every worker loads the whole model at first: %s", reason)
-        self._take(load_model(self.model_directory).to(device))
+        # Layers go to the device one by one as they are sharded, if it is to hold none for long.
+        home = torch.device("cpu") if self.settings.offload == "cpu" else device
+        self._take(load_model(self.model_directory).to(home))
         self.head = head_of(self.model)
         self.attention_cost = attention_cost(self.model) if self.settings.packing else math.inf
         if self.settings.parallel == "shard":
@@ -231,7 +232,13 @@ class Learner:
         model, rows = model_to_fill(self.model_directory)
         check_shardable(model)
         rows.make_buffers(device)
-        sharding = shard_model(model, described_head(model), self.group, device)
+        sharding = shard_model(
+            model,
+            described_head(model),
+            self.group,
+            device,
+            offload=self.settings.offload == "cpu",
+        )
         rows.fill(sharding.shards, {})
         self._try(model, sharding)
         del model, rows, sharding
@@ -245,6 +252,7 @@ class Learner:
             self.group,
             device,
             under_autocast=self.autocast is not None,
+            offload=self.settings.offload == "cpu",
         )
         self.head = sharding.head
         trained = self.trainable.parameters
@@ -348,7 +356,11 @@ def _frozen_base(
         return None
     if settings.parallel == "shard":
         base, sharding = _base_in_shards(
-            model_directory, device, group, under_autocast=settings.precision == "bf16"
+            model_directory,
+            device,
+            group,
+            under_autocast=settings.precision == "bf16",
+            offload=settings.offload == "cpu",
         )
         head, shards = sharding.head, sharding.model
     else:
@@ -358,20 +370,27 @@ def _frozen_base(
 
 
 def _base_in_shards(
-    model_directory: Path, device: torch.device, group: WorkerGroup, *, under_autocast: bool
+    model_directory: Path, device: torch.device, group: WorkerGroup, **options: bool
 ) -> tuple[Any, Sharding]:
-    """The frozen base of which this worker has its rows; all workers load it together."""
-    shard = functools.partial(
-        shard_model, group=group, device=device, under_autocast=under_autocast
-    )
+    """The frozen base of which this worker has its rows; all workers load it together.
+
+    Args:
+        model_directory: the base model.
+        device: where to compute.
+        group: this worker and the others.
+        options: of ``shard_model``.
+    """
     try:
         base, rows = model_to_fill(model_directory)
         rows.check_tied(group)
         rows.make_buffers(device)
     except NotByRowsError:  # as the model that is trained, which gave the reason
-        base = load_model(model_directory).to(device).requires_grad_(False)
-        return base, shard(base, head_of(base))
-    sharding = shard(base.requires_grad_(False), described_head(base))
+        base = load_model(model_directory).requires_grad_(False)
+        if not options["offload"]:
+            base = base.to(device)
+        return base, shard_model(base, head_of(base), group, device, **options)
+    head = described_head(base)
+    sharding = shard_model(base.requires_grad_(False), head, group, device, **options)
     rows.fill(sharding.shards, {})
     return base, sharding
 

@@ -15,6 +15,9 @@ r"""Memory that a training worker takes, from the ``config.json`` of a model alo
 - **loss**: hidden states of all positions, their candidates and their logits of the sampled tail,
   see :func:`loss_bytes`. A vocabulary's logits are made in blocks.
 - **step**: on a GPU, what MoClip makes beside the largest tensor.
+- **host**: what is in the host's memory, with shards: the copy that a checkpoint is written from;
+  with ``train.offload = "cpu"`` the weights, their gradients, moments and copies too, of which the
+  GPU has the model's buffers alone then. It is not in the total.
 
 - **gathered**: with shards, whose first worker has the most rows of every weight. In the backward
   pass of a layer there are its whole weights and gradients, the weights of the next one on their
@@ -82,10 +85,11 @@ class TrainingMemory:
     activations: int
     loss: int
     step: int
+    host: int
 
     @property
     def total(self) -> int:
-        """The most that exists at a time."""
+        """The most that exists at a time on a worker's device."""
         kept = self.weights + self.gradients + self.moments + self.copies + self.gathered
         return kept + max(self.activations + self.loss, self.step)
 
@@ -173,17 +177,26 @@ class MemoryForecast:
             of_head = 4 * self._vocabulary_size * self._width * self._is_head_trained
             apart = gradients if workers > 1 else of_head
         of_state = 2 if train.state_dtype == "bf16" else 4
+        moments = 2 * of_state * sum(held)
+        copies = weights * (train.loss in NEED_BASE) + gradients * bool(train.l2_sp_weight)
+        host = gradients + moments if train.parallel == "shard" else 0  # as many as weights
+        is_offloaded = train.offload == "cpu" and self._on_gpu
+        if is_offloaded:
+            buffers = self._all - 4 * parameters
+            host += weights - buffers + gradients + moments + copies
+            weights, gradients, moments, copies = buffers, 0, 0, 0
         return TrainingMemory(
             parameters=parameters,
             trained=sum(weight.held(1) for weight in trained),
             weights=weights,
             gradients=gradients + apart,
-            moments=2 * of_state * sum(held),
-            copies=weights * (train.loss in NEED_BASE) + gradients * bool(train.l2_sp_weight),
+            moments=moments,
+            copies=copies,
             gathered=self._gathered(workers) if train.parallel == "shard" else 0,
             activations=self._activations,
             loss=self._loss,
-            step=4 * STEP_TENSORS * max(held) if self._on_gpu else 0,
+            step=4 * STEP_TENSORS * max(held) if self._on_gpu and not is_offloaded else 0,
+            host=host,
         )
 
     def _gathered(self, workers: int) -> int:

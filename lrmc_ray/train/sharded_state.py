@@ -170,9 +170,11 @@ class ShardedState:
     def _read(self, checkpoint: Path, moments: Mapping[str, Mapping[str, Tensor]]) -> None:
         tensors: dict[str, Tensor] = {}
         for name, shard in self._shards.items():
-            tensors[f"model/{name}"] = _whole(shard.own.detach(), shard, self._mesh)
+            # A DTensor takes its part to the device of its mesh.
+            mesh = self._mesh if shard.own.is_cuda else self._host_mesh
+            tensors[f"model/{name}"] = _whole(shard.own.detach(), shard, mesh)
             for key, value in moments.get(name, {}).items():
-                tensors[f"{key}/{name}"] = _whole(value, shard, self._mesh)
+                tensors[f"{key}/{name}"] = _whole(value, shard, mesh)
         check_metadata(checkpoint / SHARDS / METADATA)
         with _quiet():
             load(tensors, storage_reader=FileSystemReader(checkpoint / SHARDS))

@@ -73,6 +73,7 @@ def shard_model(
     device: torch.device,
     *,
     under_autocast: bool = False,
+    offload: bool = False,
 ) -> Sharding:
     """Shard ``model`` in place; all workers call it together, with the same one.
 
@@ -84,6 +85,7 @@ def shard_model(
         device: where everything is.
         under_autocast: all passes will be under autocast of bf16; then what they multiply is
             gathered in bf16.
+        offload: whether shards are in the host's memory.
 
     Raises:
         ConfigError: it cannot be sharded.
@@ -93,7 +95,9 @@ def shard_model(
     names = {id(parameter): name for name, parameter in model.named_parameters()}
     units = [[names.pop(id(p)) for p in layer.parameters() if id(p) in names] for layer in layers]
     units += [[name] for name in names.values()]
-    vocabulary = ShardedVocabulary(model.get_input_embeddings(), head, group, device)
+    vocabulary = ShardedVocabulary(
+        model.get_input_embeddings(), head, group, device, offload=offload
+    )
     rows_of = {
         id(model.get_input_embeddings().weight): vocabulary.embedding,
         id(head.weight_VD): vocabulary.output,
@@ -117,6 +121,7 @@ def shard_model(
         device=device,
         ignored=empty.values(),
         short=multiplied(layers) if under_autocast else (),
+        offload=offload,
     )
     for name, parameter in model.named_parameters():
         if name not in shards:

@@ -11,6 +11,7 @@ from lrmc_ray.cluster.resources import fits_here, held_cores, worker_slots
 from lrmc_ray.cluster.stacks import listening
 from lrmc_ray.config import ResourceSettings, RunSettings, TrainSettings, validate
 from lrmc_ray.files.beats import PROGRESS, beating, file_writer
+from lrmc_ray.method.names import HOST_AND_GPU
 from lrmc_ray.record.stored import record_here
 from lrmc_ray.train.run_files import RunFiles
 
@@ -22,12 +23,15 @@ if TYPE_CHECKING:
 _log = logging.getLogger(__name__)
 
 
-def collective_backend(resources: ResourceSettings) -> str | None:
+def collective_backend(resources: ResourceSettings, train: TrainSettings) -> str | None:
     """How workers exchange tensors; None leaves it to Ray, which takes NCCL on GPUs, else Gloo.
 
-    NCCL refuses two workers on one GPU; Gloo takes their tensors through the host.
+    NCCL refuses two workers on one GPU; Gloo takes their tensors through the host. Where shards are
+    in the host's memory, dot products and norms are summed there, which NCCL cannot.
     """
-    return "gloo" if 0 < resources.gpus_per_worker < 1 else None
+    if 0 < resources.gpus_per_worker < 1:
+        return "gloo"
+    return HOST_AND_GPU if resources.gpus_per_worker and train.offload == "cpu" else None
 
 
 def worker_range(settings: RunSettings) -> tuple[int, int]:

@@ -64,7 +64,7 @@ UNCAPPED_CANDIDATES = 2**24
 
 OF_MEMORY = (
     *("precision", "state_dtype", "lora_rank", "gradient_checkpointing"),
-    *("batch_size", "micro_batches", "parallel", "reduction"),
+    *("batch_size", "micro_batches", "parallel", "reduction", "offload"),
 )
 """Settings of ``train`` that have a flag here, since the memory of training depends on them."""
 

@@ -99,6 +99,8 @@ def _ways(train: TrainSettings) -> Iterator[dict[str, Any]]:
         return
     if train.state_dtype != "bf16" and train.optimizer in ("moclip", "adam_atan2"):
         yield {**changes, "state_dtype": "bf16"}
+    if train.parallel == "shard" and train.offload == "none":
+        yield {**changes, "offload": "cpu"}
     if not (train.freeze or train.l2_sp_weight):
         yield {**changes, "lora_rank": SMALL_RANK}
 
@@ -130,13 +132,17 @@ def show_memory(planned: Mapping[str, Any]) -> None:
     for name, meaning in _TERMS.items():
         if first[name]:
             print(f"{name:>14}{first[name] / 1e9:>9.2f} GB  {meaning}")
-    print(f"{'at most':>14}{first['total'] / 1e9:>9.2f} GB  beside the process and the driver\n")
+    print(f"{'at most':>14}{first['total'] / 1e9:>9.2f} GB  beside the process and the driver")
+    if first["host"]:
+        print(f"{'host':>14}{first['host'] / 1e9:>9.2f} GB  of the host's memory, beside that")
+    print()
     print(f"{'GPUs of':>12}" + "".join(f"{card:>5} GB" for card in CARDS_GB))
     for row in planned["ways"]:
         named = " ".join(f"train.{name}={value}" for name, value in row["settings"].items())
         fits = "".join(f"{row['devices'][str(card)] or '-':>8}" for card in CARDS_GB)
         print(f"{row['total'] / 1e9:>9.1f} GB{fits}")
-        _print_wrapped(named or "as asked", indent=" " * 13)
+        of_host = f", and {row['host'] / 1e9:.1f} GB of the host" if row["host"] else ""
+        _print_wrapped((named or "as asked") + of_host, indent=" " * 13)
     print()
     _print_wrapped(_EXPLAINED[is_sharded])
     if not any(any(row["devices"].values()) for row in planned["ways"]):

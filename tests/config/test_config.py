@@ -189,6 +189,7 @@ RULES = {
     "train.state_dtype": precision,
     "train.reduction": one_of("strict", "fast"),
     "train.parallel": one_of("replicate", "shard"),
+    "train.offload": one_of("none", "cpu"),
     "train.seed": seed,
     "train.checkpoint_every": whole(1),
     "train.probe_every": whole(0),
@@ -349,6 +350,10 @@ def as_trial(name, value):
         (
             "train.parallel=shard",
             ["train", "reduction must be 'fast'", "got 'strict'", "or train.parallel"],
+        ),
+        (
+            "train.offload=cpu",
+            ["train", "offload must be 'none'", "got 'cpu'", "set train.parallel to 'shard'"],
         ),
         (
             "train={parallel='shard', reduction='fast', precision='auto'}",

@@ -60,6 +60,7 @@ class Case:
     """Of a batch; 2 leave the third worker without a micro-batch."""
     by_rows: bool = False
     """However many rows of the vocabulary a step touches, no others are gathered."""
+    offload: bool = False
     is_short: bool = False
     """The forward pass is under autocast of bf16."""
     steps: int = STEPS
@@ -147,6 +148,7 @@ CASES = {
     "no clipping": Case(max_grad_norm=None),
     "paper, by rows": Case("qwen3", tied=False, loss=PAPER, by_rows=True),
     "tied, by rows": Case(by_rows=True),
+    "offloaded, by rows": Case(offload=True, by_rows=True),
     "idle worker": Case("qwen3_moe", tied=False, num_samples=2, by_rows=True),
     "more workers than layers, tokens and micro-batches": Case(
         "qwen3", tied=False, num_samples=2, is_small=True
@@ -196,7 +198,12 @@ def _run(case: Case, group: WorkerGroup, *, shard: bool) -> Outcome:
     first_elements: list[int] = []
     if shard:
         sharding = shard_model(
-            model, head, group, torch.device("cpu"), under_autocast=case.is_short
+            model,
+            head,
+            group,
+            torch.device("cpu"),
+            under_autocast=case.is_short,
+            offload=case.offload,
         )
         shards, head = sharding.model, sharding.head
         assert sharding.shards.keys() == parameters.keys()

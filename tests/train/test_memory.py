@@ -220,6 +220,22 @@ def test_a_shard_is_of_the_first_workers_rows(directory, workers, tied):
     assert found.total == kept + found.gathered + found.activations + found.loss
 
 
+def test_what_is_offloaded_is_counted_apart(directory):
+    place = directory("llama", **LLAMA, tie_word_embeddings=True)
+    shards = {"parallel": "shard", "reduction": "fast", "workers": 2, "on_gpu": True}
+    plain, found = (forecast(place, offload=name, **shards) for name in ("none", "cpu"))
+    own = plain.gradients
+    buffers = 2 * 4 * HEAD_WIDTH // 2
+    assert plain.host == 3 * own  # weights and two moments, for a checkpoint
+    assert found.host == 4 * own + 3 * own
+    assert (found.weights, found.gradients, found.moments, found.step) == (buffers, 0, 0, 0)
+    for term in ("gathered", "activations", "loss"):
+        assert getattr(found, term) == getattr(plain, term)
+    assert found.total == buffers + found.gathered + found.activations + found.loss
+    beside = forecast(place, offload="cpu", l2_sp_weight=0.1, **shards)
+    assert (beside.host, beside.copies) == (8 * own, 0)
+
+
 def test_layers_are_gathered_in_bf16(directory):
     """By hand: the products in 2 bytes, their sums in 4, and the norms of all layers beside."""
     place = directory("llama", **LLAMA, tie_word_embeddings=True)

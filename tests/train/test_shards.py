@@ -5,8 +5,10 @@ import contextlib
 import pytest
 import torch
 from torch import nn
+from torch.distributed.fsdp import CPUOffloadPolicy, OffloadPolicy, fully_shard
 
 from benchmarks.tiny_models import make
+from lrmc_ray.method import shards as shards_module
 from lrmc_ray.method.sharded_rows import ShardedRows
 from lrmc_ray.method.shards import Shard
 from lrmc_ray.method.workers import WorkerGroup
@@ -164,6 +166,31 @@ def test_experts_gathered_in_bf16_are_nearly_as_near_as_autocast():
     assert 0 < errors["shards"] < 2 * errors["autocast"]
 
 
+@pytest.mark.parametrize("under_autocast", [False, True])
+def test_every_unit_is_told_what_is_offloaded(under_autocast, monkeypatch):
+    told = []
+
+    def recorded(module, **options):
+        told.append((type(module).__name__, options["offload_policy"], options["mp_policy"]))
+        return fully_shard(module, **options)
+
+    monkeypatch.setattr(shards_module, "fully_shard", recorded)
+    for offload in (False, True):
+        told.clear()
+        model = make("llama")
+        options = {"under_autocast": under_autocast, "offload": offload}
+        sharding = shard_model(model, head_of(model), WorkerGroup(), torch.device("cpu"), **options)
+        names = [name.removeprefix("FSDP") for name, _, _ in told]
+        assert sorted(names) == ["LlamaDecoderLayer", "LlamaDecoderLayer", "LlamaModel"]
+        for name, policy, precision in told:
+            # Without a GPU memory cannot be pinned.
+            assert policy == (CPUOffloadPolicy(pin_memory=False) if offload else OffloadPolicy())
+            is_short = under_autocast and name == "LlamaDecoderLayer"
+            assert precision.param_dtype == (torch.bfloat16 if is_short else None)
+            assert precision.reduce_dtype == (torch.float32 if is_short else None)
+        assert all(shard.own.is_cpu for shard in sharding.shards.values())
+
+
 def test_no_pass_sees_weights_of_before():
     """Behind a pass without gradients a checkpoint may be read."""
     model = make("llama")
@@ -180,7 +207,7 @@ def test_no_pass_sees_weights_of_before():
 
 
 def test_rows_are_there_within_a_step_alone():
-    rows = ShardedRows(nn.Parameter(torch.arange(8.0)[:, None]), WorkerGroup())
+    rows = ShardedRows(nn.Parameter(torch.arange(8.0)[:, None]), WorkerGroup(), torch.device("cpu"))
     tokens = torch.tensor([1, 4])
     with pytest.raises(RuntimeError, match="before they are gathered"):
         rows.places(tokens)

@@ -145,11 +145,23 @@ def test_an_error_of_the_loop_counts_more_than_the_deaths_it_causes():
     assert telling_cause(both) is own
 
 
-@pytest.mark.parametrize(("gpus", "backend"), [(0, None), (0.5, "gloo"), (1, None)])
-def test_workers_that_share_a_gpu_exchange_by_gloo(gpus, backend):
-    """NCCL refuses two ranks on one device."""
-    settings = RunSettings(resources={"gpus_per_worker": gpus})
-    assert collective_backend(settings.resources) == backend
+@pytest.mark.parametrize(
+    ("gpus", "offload", "backend"),
+    [
+        (0, "none", None),
+        (0.5, "none", "gloo"),
+        (1, "none", None),
+        (0.5, "cpu", "gloo"),
+        (1, "cpu", "cpu:gloo,cuda:nccl"),
+    ],
+)
+def test_workers_exchange_by_what_takes_their_tensors(gpus, offload, backend):
+    """NCCL refuses two ranks on one device, and tensors of the host."""
+    settings = RunSettings(
+        resources={"gpus_per_worker": gpus},
+        train={"parallel": "shard", "reduction": "fast", "offload": offload},
+    )
+    assert collective_backend(settings.resources, settings.train) == backend
 
 
 class Trainers:

@@ -49,6 +49,14 @@ def test_shards_of_a_model_whose_head_has_a_bias(tiny_model, saved):
     check_settings(settings_for(tiny_model, parallel="shard", reduction="fast"))
 
 
+def test_nothing_is_offloaded_where_there_is_no_gpu(tiny_model):
+    settings = settings_for(tiny_model, parallel="shard", reduction="fast", offload="cpu")
+    with pytest.raises(ConfigError, match=r"train\.offload must be 'none' .* got 'cpu'.*leave it"):
+        check_settings(settings)
+    resources = settings.resources.model_copy(update={"gpus_per_worker": 1})
+    check_settings(settings.model_copy(update={"resources": resources}))
+
+
 def test_a_router_loss_without_routers(tiny_model, saved):
     with pytest.raises(ConfigError, match=r"router_loss must be 0 for a llama model"):
         check_settings(settings_for(tiny_model, router_loss=0.1))

@@ -79,6 +79,8 @@ def test_shards_are_forecast_for_every_card(directory, capsys, monkeypatch):
     text = " ".join(capsys.readouterr().out.split())
     assert "One of 3 workers" in text
     assert "layers and vocabulary, whole for a while" in text
+    assert "of the host's memory" in text
+    assert "train.offload=cpu, and 0.0 GB of the host" in text
 
 
 def test_what_cannot_be_sharded_is_refused_by_name(tmp_path, capsys):
@@ -111,6 +113,7 @@ def test_what_fits_nowhere_is_said(capsys):
     row = {"parameters": 1, "trained": 1, "total": 10**12, "settings": {}}
     row["devices"] = dict.fromkeys(map(str, CARDS_GB))
     terms = ("weights", "gradients", "moments", "copies", "gathered", "activations", "loss", "step")
+    terms += ("host",)
     planned = {"ways": [row | dict.fromkeys(terms, 1)], "rows_of_micro_batch": 1}
     planned |= {"parallel": "replicate", "workers": 1}
     show_memory(planned | {"length": 8, "precision": "fp32"})
