@@ -30,6 +30,7 @@ FEW = [
     *MODELS,
     *("llama in float32", "mixture in float32", "cautious, global", "rotate, global"),
     *("bf16 moments", "adamw", "mofo", "l2_sp", "paper, by rows", "idle worker"),
+    *("llama in bf16", "offloaded, by rows"),
     "more workers than layers, tokens and micro-batches",
     *("full", "frozen_tail, idle worker", "kl_to_base", "frozen layer"),
 ]
