@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # All that only a GPU can show, within ten minutes on one card: first whether the kernels are right,
-# then what they cost beside their rivals, side by side in one run.
+# then what they cost beside their rivals, side by side in one run. Where there are two cards, a
+# record over both is compared with that over one; else pytest counts that as skipped.
 #
 #   benchmarks/gpu_round.sh [FOLDER]      # what was printed is kept there, by default gpu_round/
 #   benchmarks/gpu_round.sh --dry-run [FOLDER]
@@ -67,7 +68,7 @@ fi
   part correctness 150 "$python" -m pytest -q $tests -p no:cacheprovider \
     tests/method/test_cuda.py tests/method/fast/test_fused_loss.py \
     tests/method/fast/test_dense_loss.py tests/method/fast/test_moclip_launch.py \
-    tests/method/test_prepared_batches.py
+    tests/method/test_prepared_batches.py tests/record/test_spread.py
   part head 70 "$python" $bench/restricted_head.py $device $head
   part head_float32 40 "$python" $bench/restricted_head.py $device $wide
   part moclip 40 "$python" $bench/moclip_step.py $device $moclip

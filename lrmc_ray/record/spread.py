@@ -55,14 +55,19 @@ def spread_model(
     model: Any, devices: Sequence[Device], precision: Literal["fp32", "bf16"]
 ) -> Spread:
     """Divide a model, which may be on the meta device; see :func:`spread`."""
+    itemsize = 2 if precision == "bf16" else 4
+    head = model.get_output_embeddings()
+    selection = round(4 * LOGITS_ELEMENTS * SELECTION)
+    selection += 4 * head.weight.numel() * (precision == "bf16")  # the head in float32
+    if len(devices) == 1:
+        weights = itemsize * sum(parameter.numel() for parameter in model.parameters())
+        return Spread({"": devices[0]}, [weights + selection])
     layers = layers_of(model)
     if not layers:
         raise _refusal(model, devices, "transformers does not say what its layers are", 1)
     if len(devices) > len(layers):
         raise _refusal(model, devices, f"it has {len(layers)} layers", len(layers))
-    itemsize = 2 if precision == "bf16" else 4
     place_of_layer = {id(layer): place for place, layer in enumerate(layers)}
-    head = model.get_output_embeddings()
     first, last, of_layers = 0, 0, [0] * len(layers)
     ends: dict[str, bool] = {}  # whether a part that is no layer is on the last device
     layer_of: dict[str, int] = {}
@@ -83,11 +88,9 @@ def spread_model(
             ends[name] = ends[min(shared)] if shared else bool(layer_of and parameters)
             first, last = first + new * (not ends[name]), last + new * ends[name]
     is_head_last = ends[owner[id(head.weight)]]
-    selection = round(4 * LOGITS_ELEMENTS * SELECTION)
-    selection += 4 * head.weight.numel() * (precision == "bf16")  # the head in float32
     first, last = first + selection * (not is_head_last), last + selection * is_head_last
     places = divide(of_layers, first, last, len(devices))
-    loads = [first, *[0] * (len(devices) - 2), last] if len(devices) > 1 else [first + last]
+    loads = [first, *[0] * (len(devices) - 2), last]
     for place, size in zip(places, of_layers, strict=True):
         loads[place] += size
     device_map = {name: devices[-1 if is_last else 0] for name, is_last in ends.items()}

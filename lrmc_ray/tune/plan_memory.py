@@ -40,6 +40,7 @@ def plan_memory(settings: RunSettings) -> dict[str, Any]:
         ConfigError: a setting fits nothing in the model, or it cannot be sharded.
     """
     from lrmc_ray.train.memory import MemoryForecast
+    from lrmc_ray.tune.recording_memory import recording_memory
 
     directory = config_directory(settings.model)
     is_sharded = settings.train.parallel == "shard"
@@ -62,7 +63,15 @@ def plan_memory(settings: RunSettings) -> dict[str, Any]:
             rows.append({**row, "devices": {str(card): n for card, n in devices.items()}})
             bar.advance(1)
     train = settings.train
+    recording = recording_memory(
+        directory,
+        settings.record.precision,
+        length=settings.data.max_length,
+        cards_gb=CARDS_GB,
+        usable=USABLE,
+    )
     return {
+        "recording": recording,
         "model": settings.model.name,
         "length": settings.data.max_length,
         "workers": workers,
@@ -145,8 +154,21 @@ def show_memory(planned: Mapping[str, Any]) -> None:
         _print_wrapped((named or "as asked") + of_host, indent=" " * 13)
     print()
     _print_wrapped(_EXPLAINED[is_sharded])
+    _show_recording(planned["recording"])
     if not any(any(row["devices"].values()) for row in planned["ways"]):
         print("Nothing fits: take shards, a smaller model, or a smaller --max-length.")
+
+
+def _show_recording(recording: Mapping[str, Any]) -> None:
+    """What an actor takes, below what a worker does."""
+    print()
+    _print_wrapped(
+        f"Recording with record.precision={recording['precision']} takes "
+        f"{recording['total'] / 1e9:.2f} GB, {recording['activations'] / 1e9:.2f} of it "
+        "activations on every GPU. An actor needs so many GPUs (resources.gpus_per_actor):"
+    )
+    fits = "".join(f"{number or '-':>8}" for number in recording["devices"].values())
+    print(f"{'':>12}{fits}\n")
 
 
 _EXPLAINED = (

@@ -7,9 +7,11 @@ import pytest
 from benchmarks.tiny_models import make_config
 from lrmc_ray.config import TrainSettings
 from lrmc_ray.console import run_command
+from lrmc_ray.record.spread import spread
 from lrmc_ray.train.memory import training_memory
 from lrmc_ray.tune.plan import main
 from lrmc_ray.tune.plan_memory import CARDS_GB, USABLE, show_memory
+from lrmc_ray.tune.recording_memory import activation_bytes, recording_memory
 
 SIZES = {"hidden_size": 64, "intermediate_size": 160, "num_hidden_layers": 2}
 QWEN3_4B = {
@@ -114,7 +116,12 @@ def test_what_fits_nowhere_is_said(capsys):
     row["devices"] = dict.fromkeys(map(str, CARDS_GB))
     terms = ("weights", "gradients", "moments", "copies", "gathered", "activations", "loss", "step")
     terms += ("host",)
-    planned = {"ways": [row | dict.fromkeys(terms, 1)], "rows_of_micro_batch": 1}
+    recording = {"precision": "fp32", "total": 1, "activations": 1, "devices": row["devices"]}
+    planned = {
+        "recording": recording,
+        "ways": [row | dict.fromkeys(terms, 1)],
+        "rows_of_micro_batch": 1,
+    }
     planned |= {"parallel": "replicate", "workers": 1}
     show_memory(planned | {"length": 8, "precision": "fp32"})
     assert "Nothing fits" in capsys.readouterr().out
@@ -131,3 +138,23 @@ def test_adapters_are_counted_on_linear_layers_of_the_model_s_own_class(tmp_path
     assert len(linear) == 8
     found = training_memory(tmp_path, TrainSettings(lora_rank=4), length=16)
     assert found.trained == 4 * sum(sum(x.weight.shape) for x in linear)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_recording_is_forecast_for_every_card(tmp_path, precision, capsys):
+    """The least number of GPUs of which the fullest fits; activations as two real passes take."""
+    make_config("llama", **SIZES | {"num_hidden_layers": 4}).save_pretrained(tmp_path)
+    loads = [max(spread(tmp_path, range(n), precision).loads) for n in range(1, 5)]
+    activations = activation_bytes(tmp_path, precision, 64)
+    # The widest moment of a layer: 64 x 32 tokens, at least three tensors of its inner width.
+    itemsize = 2 if precision == "bf16" else 4
+    assert 3 * itemsize * 2048 * 160 <= activations <= 12 * itemsize * 2048 * 160
+    fits = [(load + activations) / 0.9e9 for load in loads]
+    found = recording_memory(
+        tmp_path, precision, length=64, cards_gb=[fits[0], fits[2], fits[3] / 2], usable=0.9001
+    )
+    assert found["total"] == loads[0] + activations
+    assert list(found["devices"].values()) == [1, loads.index(loads[2]) + 1, None]
+    settings = [f"record.precision={precision}"]
+    assert run_command(main, ["--model", str(tmp_path), "--max-length", "64", *settings]) == 0
+    assert f"record.precision={precision} takes" in " ".join(capsys.readouterr().out.split())
