@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from lrmc_ray.cluster.beforehand import check_beforehand
 from lrmc_ray.cluster.session import RAY_LOG, ray_session
 from lrmc_ray.command_line import CommandParser, pasteable
+from lrmc_ray.config import ResourceSettings
 from lrmc_ray.config.arguments import (
     add_record_arguments,
     add_run_arguments,
@@ -57,5 +58,11 @@ def main(argv: Sequence[str]) -> int:
         print_summary(manifest["summary"], k_max=settings.record.k_max)
         where = f", its files in {uri}" if uri else ""
         print(f"The record is in {directory}{where}. Look into it: lrmc inspect {directory}")
-        print(f"Next: {pasteable('lrmc', 'train', *argv)}")
+        print(f"Next: {pasteable('lrmc', 'train', *argv, *gpu_of_worker(settings.resources))}")
     return 0
+
+
+def gpu_of_worker(resources: ResourceSettings) -> list[str]:
+    """What to add for training: where actors alone were given GPUs, a worker takes one, too."""
+    apart = resources.gpus_per_actor and not resources.gpus_per_worker
+    return ["resources.gpus_per_worker=1"] if apart else []

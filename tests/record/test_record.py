@@ -519,6 +519,23 @@ def test_short_names_are_settings():
     ]
 
 
+@pytest.mark.parametrize(
+    ("asked", "added"),
+    [
+        ([], []),
+        (["resources.gpus_per_worker=0.5"], []),
+        (["resources.gpus_per_actor=4"], ["resources.gpus_per_worker=1"]),
+        (["resources.gpus_per_actor=0.5", "resources.gpus_per_worker=0.5"], []),
+        (["resources.gpus_per_actor=0"], []),
+    ],
+)
+def test_training_behind_a_recording_on_gpus_has_one(asked, added):
+    resources = load_settings(None, asked).resources
+    assert command.gpu_of_worker(resources) == added
+    again = load_settings(None, [*asked, *added]).resources
+    assert bool(again.gpus_per_worker) == bool(again.of_actors().gpus_per_worker)
+
+
 # Fault points
 
 
