@@ -209,6 +209,7 @@ sys.exit(code)
 """
 
 
+@pytest.mark.slow
 @pytest.mark.ray
 @pytest.mark.timeout(600)
 def test_a_base_that_cannot_be_scored_stops_a_trial_that_goes_on_later(tmp_path, tiny_model):
