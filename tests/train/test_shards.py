@@ -125,7 +125,7 @@ def hidden_and_gradients(model_type, how):
             model, head_of(model), WorkerGroup(), torch.device("cpu"), under_autocast=True
         )
         shards = sharding.shards
-    seen = {}
+    seen: dict[str, torch.dtype] = {}
     layer = model.model.layers[0]
     layer.input_layernorm.register_forward_hook(
         lambda module, *_: seen.update(norm=module.weight.dtype)

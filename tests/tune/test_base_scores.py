@@ -140,7 +140,7 @@ def test_scoring_that_does_not_end_keeps_nobody_for_ever(tmp_path, monkeypatch):
 
 
 def test_a_trial_waits_for_the_manifest_and_gives_signs_of_life(tmp_path, monkeypatch):
-    directory, signs = tmp_path / "scores", []
+    directory, signs = tmp_path / "scores", list[str]()
     monkeypatch.setattr(base_scores, "LOOK_SECONDS", 0.01)
     thread = threading.Thread(target=await_scores, args=(directory,))
     with beats.beating(signs.append, every=0.0):
@@ -165,8 +165,10 @@ def test_a_trial_trains_first_and_is_scored_when_the_scores_are_there(tmp_path, 
     def train(_settings, _record, directory, **_):
         seen.append("trained")
         directory.mkdir(parents=True)
-        cost = ("train_seconds", "processed_tokens", "original_tokens", "cpu_seconds")
-        cost += ("peak_memory_bytes", "world_size")
+        cost = [
+            *("train_seconds", "processed_tokens", "original_tokens", "cpu_seconds"),
+            *("peak_memory_bytes", "world_size"),
+        ]
         write_manifest(directory, {**dict.fromkeys(cost, 1), "pruned": False})
         return directory
 
@@ -179,7 +181,12 @@ def test_a_trial_trains_first_and_is_scored_when_the_scores_are_there(tmp_path, 
 
     monkeypatch.setattr(trial, "train", train)
     monkeypatch.setattr(trial, "evaluate", evaluate)
-    threading.Timer(0.3, lambda: (base.mkdir(), write_manifest(base, {}))).start()
+
+    def score_base() -> None:
+        base.mkdir()
+        write_manifest(base, {})
+
+    threading.Timer(0.3, score_base).start()
     with pytest.raises(ScoredError):
         trial.train_and_score(
             settings_of({"trials": 6}), tmp_path / "0000", tmp_path, base, stored_as="s"

@@ -114,8 +114,10 @@ def test_a_layer_of_the_real_sizes(tmp_path):
 def test_what_fits_nowhere_is_said(capsys):
     row = {"parameters": 1, "trained": 1, "total": 10**12, "settings": {}}
     row["devices"] = dict.fromkeys(map(str, CARDS_GB))
-    terms = ("weights", "gradients", "moments", "copies", "gathered", "activations", "loss", "step")
-    terms += ("host",)
+    terms = [
+        *("weights", "gradients", "moments", "copies", "gathered"),
+        *("activations", "loss", "step", "host"),
+    ]
     recording = {"precision": "fp32", "total": 1, "activations": 1, "devices": row["devices"]}
     planned = {
         "recording": recording,
