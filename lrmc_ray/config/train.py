@@ -181,33 +181,11 @@ class TrainSettings(Settings):
                 f"state_dtype must be 'fp32' with optimizer = {self.optimizer!r}, got "
                 f"{self.state_dtype!r}; 'moclip' and 'adam_atan2' keep bf16 moments"
             )
-        if self.parallel == "shard" and self.reduction == "strict":
-            raise ValueError(
-                "reduction must be 'fast' with parallel = 'shard', got 'strict': to add the "
-                "gradients of micro-batches in a fixed order every worker would have to hold them "
-                "whole; set train.reduction to 'fast', or train.parallel to 'replicate'"
-            )
-        if self.offload == "cpu" and self.parallel != "shard":
-            raise ValueError(
-                f"offload must be 'none' with parallel = {self.parallel!r}, got 'cpu': it is "
-                "shards that are taken to the host's memory; set train.parallel to 'shard', which "
-                "a single worker can have too"
-            )
-        if self.parallel == "shard" and self.precision == "auto":
-            raise ValueError(
-                "precision must be 'fp32' or 'bf16' with parallel = 'shard', got 'auto', which "
-                "tries the first batch on the whole model; name one"
-            )
         if self.compile_layers and self.gradient_checkpointing not in ("auto", False):
             raise ValueError(
                 "gradient_checkpointing must be 'auto' or false with compile_layers, got "
                 f"{self.gradient_checkpointing!r}: the compiler chooses what is kept; leave one of "
                 "them out"
-            )
-        if self.compile_layers and self.parallel == "shard":
-            raise ValueError(
-                "compile_layers must be false with parallel = 'shard', whose layers gather their "
-                "weights on the way, got true; leave one of them out"
             )
         if self.freeze and self.lora_rank:
             raise ValueError(
@@ -233,5 +211,33 @@ class TrainSettings(Settings):
             raise ValueError(
                 "domain_weights must not name the domain replay, whose share is replay_share, got "
                 f"{sorted(self.domain_weights)}; leave one of them out"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _can_be_in_shards(self) -> Self:
+        if self.offload == "cpu" and self.parallel != "shard":
+            raise ValueError(
+                f"offload must be 'none' with parallel = {self.parallel!r}, got 'cpu': it is "
+                "shards that are taken to the host's memory; set train.parallel to 'shard', which "
+                "a single worker can have too"
+            )
+        if self.parallel != "shard":
+            return self
+        if self.reduction == "strict":
+            raise ValueError(
+                "reduction must be 'fast' with parallel = 'shard', got 'strict': to add the "
+                "gradients of micro-batches in a fixed order every worker would have to hold them "
+                "whole; set train.reduction to 'fast', or train.parallel to 'replicate'"
+            )
+        if self.precision == "auto":
+            raise ValueError(
+                "precision must be 'fp32' or 'bf16' with parallel = 'shard', got 'auto', which "
+                "tries the first batch on the whole model; name one"
+            )
+        if self.compile_layers:
+            raise ValueError(
+                "compile_layers must be false with parallel = 'shard', whose layers gather their "
+                "weights on the way, got true; leave one of them out"
             )
         return self

@@ -2,8 +2,6 @@
 
 import contextlib
 import dataclasses
-import gc
-import logging
 import math
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -11,10 +9,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from lrmc_ray.config import TrainSettings
-from lrmc_ray.errors import ConfigError
 from lrmc_ray.files.artifacts import PARTIAL
 from lrmc_ray.files.names import ADAPTER
 from lrmc_ray.method.baselines.l2_sp import StartingPoint
@@ -23,32 +20,19 @@ from lrmc_ray.method.head import OutputHead
 from lrmc_ray.method.losses import LanguageModel, LossSettings
 from lrmc_ray.method.microbatch import MicroBatch
 from lrmc_ray.method.moclip import MoClip
-from lrmc_ray.method.names import NEED_BASE
 from lrmc_ray.method.optimizers import make_optimizer
 from lrmc_ray.method.shards import Shard
 from lrmc_ray.method.workers import WorkerGroup
-from lrmc_ray.models import (
-    attention_cost,
-    batch_hidden_states,
-    copy_tokenizer,
-    described_head,
-    head_of,
-    load_model,
-    save_model,
-)
+from lrmc_ray.models import copy_tokenizer, save_model
 from lrmc_ray.train.compiled import compile_layers
-from lrmc_ray.train.recompute import BrokenOffError, Recomputation
+from lrmc_ray.train.loaded_model import LoadedModel, autocast_type, frozen_base
 from lrmc_ray.train.routers import Routers
 from lrmc_ray.train.samples import TrainingSamples
 from lrmc_ray.train.sharded_export import gathered, write_model
-from lrmc_ray.train.sharded_load import NotByRowsError, model_to_fill
 from lrmc_ray.train.sharded_state import ShardedState
-from lrmc_ray.train.sharding import Sharding, check_shardable, shard_model
+from lrmc_ray.train.sharding import Sharding
 from lrmc_ray.train.split_forward import SplitModel, can_split, may_share
-from lrmc_ray.train.trainable import TrainableModel
 from lrmc_ray.train.vocabulary import Vocabulary
-
-_log = logging.getLogger(__name__)
 
 
 class Learner:
@@ -79,12 +63,12 @@ class Learner:
         self.settings = settings
         self.model_directory = model_directory
         self.group = group or WorkerGroup()
-        self.autocast = torch.bfloat16 if settings.precision == "bf16" else None
-        self.sharding: Sharding | None = None
-        self._load(device)
+        self.autocast = autocast_type(settings)
+        loaded = LoadedModel(settings, model_directory, device, self.group)
+        self.model, self.trainable, self.head = loaded.model, loaded.trainable, loaded.head
+        self.recomputation, self.attention_cost = loaded.recomputation, loaded.attention_cost
+        self.sharding = loaded.sharding
         keep_freed_memory()
-        if self.sharding is not None:
-            samples = None
         self.loss = LossSettings(
             loss=settings.loss,
             tail_samples=settings.tail_samples,
@@ -98,24 +82,16 @@ class Learner:
             {} if self.sharding else self.trainable.parameters,
             settings,
             self.loss.activity,
-            samples,
+            None if self.sharding else samples,
         )
         parameters = list(self.trainable.parameters.values())
         self.optimizer = _optimizer(settings, parameters, self._over_shards())
-        if self.sharding is not None and isinstance(self.optimizer, MoClip):
-            self.optimizer.first_elements = [
-                s.first_element for s in self._trained_shards().values()
-            ]
-        self.sharded_state: ShardedState | None = None
-        if self.sharding is not None:
-            self.sharded_state = ShardedState(
-                self._trained_shards(), self.optimizer, self.sharding.model.mesh, self.group
-            )
+        self.sharded_state = self._sharded_state()
         # Before a checkpoint is loaded: these are the base's weights.
         self.penalty = None
         if settings.l2_sp_weight:
             self.penalty = StartingPoint(parameters, settings.l2_sp_weight)
-        self.base = _frozen_base(settings, model_directory, device, self.group)
+        self.base = frozen_base(settings, model_directory, device, self.group)
         self.routers = Routers(self.model, settings.router_loss)
         if settings.compile_layers:
             compile_layers(self.model)
@@ -154,114 +130,17 @@ class Learner:
         rows_XD = self.sharding.model.vocabulary.output.rows_XD
         return dataclasses.replace(self.head, weight_VD=rows_XD)
 
-    def _load(self, device: torch.device) -> None:
-        """Load the model, and leave this worker's rows of it where it is in shards."""
-        if self.settings.parallel == "shard":
-            try:
-                self._load_by_rows(device)
-                return
-            except (NotByRowsError, BrokenOffError) as reason:
-                self.sharding = None
-                if self.group.rank == 0:
-                    _log.warning("every worker loads the whole model at first: %s", reason)
-        # Layers go to the device one by one as they are sharded, if it is to hold none for long.
-        home = torch.device("cpu") if self.settings.offload == "cpu" else device
-        self._take(load_model(self.model_directory).to(home))
-        self.head = head_of(self.model)
-        self.attention_cost = attention_cost(self.model) if self.settings.packing else math.inf
-        if self.settings.parallel == "shard":
-            self.recomputation.try_out()  # later, a worker alone could not prove it
-            self._shard(device)
-
-    def _take(self, model: Any) -> None:
-        """Train ``model``; some of it is on the meta device perhaps."""
-        settings = self.settings
-        self.trainable = TrainableModel(model, settings)
-        self.model = self.trainable.model
-        which = False if settings.compile_layers else settings.gradient_checkpointing
-        self.recomputation = Recomputation(self.model, which)
-
-    def _load_by_rows(self, device: torch.device) -> None:
-        """Read of every weight what this worker holds.
-
-        Raises:
-            NotByRowsError: that cannot be.
-            BrokenOffError: a trial of the model left it unusable.
-        """
-        if self.autocast is not None:
-            self._try_in_float32(device)
-        model, rows = model_to_fill(self.model_directory)
-        check_shardable(model)
-        rows.check_tied(self.group)
-        try:
-            self._take(model)
-        except (RuntimeError, ConfigError) as error:
-            if not self.settings.lora_rank:
-                raise
-            raise NotByRowsError(f"adapters must be tried with its values ({error})") from error
-        drawn = {n: p.detach() for n, p in self.model.named_parameters() if not p.is_meta}
-        rows.make_buffers(device)
-        self.head = described_head(self.model)
-        sharding = self._shard(device)
-        rows.fill(sharding.shards, drawn)
-        if self.autocast is None:
-            self._try(self.model, sharding)
-        with (
-            sharding.model.vocabulary.whole(),
-            torch.autocast(device.type, self.autocast, self.autocast is not None),
-        ):
-            self.recomputation.try_out(sharding.model)
-
-    def _try(self, model: Any, sharding: Sharding) -> None:
-        """Look whether the head is as described, and whether sequences may be packed."""
-        with sharding.model.vocabulary.whole() as head:
-            layer = model.get_output_embeddings()
-            empty, layer.weight = layer.weight, nn.Parameter(head.weight_VD, requires_grad=False)
-            head_of(model)
-            layer.weight = empty
-            self.attention_cost = math.inf
-            if self.settings.packing:
-                self.attention_cost = max(self.group.gather(attention_cost(model)))
-
-    def _try_in_float32(self, device: torch.device) -> None:
-        """The same by shards of its own: in what is rounded to bf16 a difference would not show.
-
-        Raises:
-            NotByRowsError: the weights cannot be read a part at a time.
-        """
-        model, rows = model_to_fill(self.model_directory)
-        check_shardable(model)
-        rows.make_buffers(device)
-        sharding = shard_model(
-            model,
-            described_head(model),
-            self.group,
-            device,
-            offload=self.settings.offload == "cpu",
-        )
-        rows.fill(sharding.shards, {})
-        self._try(model, sharding)
-        del model, rows, sharding
-        gc.collect()  # a model is full of circles
-
-    def _shard(self, device: torch.device) -> Sharding:
-        """Leave this worker's rows of the model in place of all."""
-        sharding = self.sharding = shard_model(
-            self.model,
-            self.head,
-            self.group,
-            device,
-            under_autocast=self.autocast is not None,
-            offload=self.settings.offload == "cpu",
-        )
-        self.head = sharding.head
-        trained = self.trainable.parameters
-        for name in trained:
-            trained[name] = sharding.shards[name].own
-        return sharding
-
     def _over_shards(self) -> Callable[[Tensor], object] | None:
         return None if self.sharding is None else self.group.sum_
+
+    def _sharded_state(self) -> ShardedState | None:
+        """Of the optimizer, which is told what it has a part of."""
+        if self.sharding is None:
+            return None
+        shards = self._trained_shards()
+        if isinstance(self.optimizer, MoClip):
+            self.optimizer.first_elements = [shard.first_element for shard in shards.values()]
+        return ShardedState(shards, self.optimizer, self.sharding.model.mesh, self.group)
 
     def _trained_shards(self) -> dict[str, Shard]:
         assert self.sharding is not None
@@ -346,53 +225,6 @@ def _optimizer(
         reduce_sums=reduce_sums,
         **_optimizer_options(settings),
     )
-
-
-def _frozen_base(
-    settings: TrainSettings, model_directory: Path, device: torch.device, group: WorkerGroup
-) -> LanguageModel | None:
-    """The base model beside the one that is trained, for the loss that compares the two."""
-    if settings.loss not in NEED_BASE:
-        return None
-    if settings.parallel == "shard":
-        base, sharding = _base_in_shards(
-            model_directory,
-            device,
-            group,
-            under_autocast=settings.precision == "bf16",
-            offload=settings.offload == "cpu",
-        )
-        head, shards = sharding.head, sharding.model
-    else:
-        base = load_model(model_directory).to(device).requires_grad_(False)
-        head, shards = head_of(base), None
-    return LanguageModel(lambda batch: batch_hidden_states(base, batch), head, shards=shards)
-
-
-def _base_in_shards(
-    model_directory: Path, device: torch.device, group: WorkerGroup, **options: bool
-) -> tuple[Any, Sharding]:
-    """The frozen base of which this worker has its rows; all workers load it together.
-
-    Args:
-        model_directory: the base model.
-        device: where to compute.
-        group: this worker and the others.
-        options: of ``shard_model``.
-    """
-    try:
-        base, rows = model_to_fill(model_directory)
-        rows.check_tied(group)
-        rows.make_buffers(device)
-    except NotByRowsError:  # as the model that is trained, which gave the reason
-        base = load_model(model_directory).requires_grad_(False)
-        if not options["offload"]:
-            base = base.to(device)
-        return base, shard_model(base, head_of(base), group, device, **options)
-    head = described_head(base)
-    sharding = shard_model(base.requires_grad_(False), head, group, device, **options)
-    rows.fill(sharding.shards, {})
-    return base, sharding
 
 
 def _optimizer_options(settings: TrainSettings) -> dict[str, Any]:

@@ -98,10 +98,34 @@ def shard_model(
     vocabulary = ShardedVocabulary(
         model.get_input_embeddings(), head, group, device, offload=offload
     )
-    rows_of = {
-        id(model.get_input_embeddings().weight): vocabulary.embedding,
-        id(head.weight_VD): vocabulary.output,
-    }
+    shards, empty = _leave_vocabulary(model, vocabulary, device)
+    head = dataclasses.replace(head, weight_VD=model.get_output_embeddings().weight)
+    sharded = ShardedModel(
+        body_of(model),
+        layers,
+        vocabulary,
+        group,
+        device=device,
+        ignored=empty,
+        short=multiplied(layers) if under_autocast else (),
+        offload=offload,
+    )
+    for name, parameter in model.named_parameters():
+        if name not in shards:
+            shards[name] = sharded.shard_of(parameter)
+    return Sharding(sharded, head, shards, units)
+
+
+def _leave_vocabulary(
+    model: Any, vocabulary: ShardedVocabulary, device: torch.device
+) -> tuple[dict[str, Shard], list[nn.Parameter]]:
+    """Leave shapes without memory in place of embedding and head.
+
+    Returns:
+        What this worker holds of both, by name, and what is in their places.
+    """
+    embedding, output = model.get_input_embeddings(), model.get_output_embeddings()
+    rows_of = {id(embedding.weight): vocabulary.embedding, id(output.weight): vocabulary.output}
     shards: dict[str, Shard] = {}
     empty: dict[int, nn.Parameter] = {}
     for name, weight in model.named_parameters():
@@ -110,23 +134,9 @@ def shard_model(
             # Code of the model may look at its shape, type and device.
             shape_alone = torch.zeros(1, dtype=weight.dtype, device=device).expand(weight.shape)
             empty[id(weight)] = nn.Parameter(shape_alone, requires_grad=False)
-    head = dataclasses.replace(head, weight_VD=empty[id(head.weight_VD)])
-    for module in (model.get_input_embeddings(), model.get_output_embeddings()):
+    for module in (embedding, output):
         module.weight = empty[id(module.weight)]
-    sharded = ShardedModel(
-        body_of(model),
-        layers,
-        vocabulary,
-        group,
-        device=device,
-        ignored=empty.values(),
-        short=multiplied(layers) if under_autocast else (),
-        offload=offload,
-    )
-    for name, parameter in model.named_parameters():
-        if name not in shards:
-            shards[name] = sharded.shard_of(parameter)
-    return Sharding(sharded, head, shards, units)
+    return shards, list(empty.values())
 
 
 def multiplied(layers: Iterable[nn.Module]) -> list[nn.Parameter]:

@@ -17,6 +17,7 @@ from lrmc_ray.config import TrainSettings
 from lrmc_ray.method.workers import WorkerGroup
 from lrmc_ray.models import head_of, load_model
 from lrmc_ray.train import learner as learner_module
+from lrmc_ray.train import loaded_model
 from lrmc_ray.train.learner import Learner
 from lrmc_ray.train.sharding import Sharding, shard_model
 
@@ -42,12 +43,12 @@ def both(directory: Path, group: WorkerGroup) -> dict[str, Any]:
     """What a learner holds that read its rows alone, and what is cut out of the whole model."""
     model = load_model(directory)
     cut = shard_model(model, head_of(model), group, CPU)
-    kept = learner_module.load_model
-    learner_module.load_model = None  # type: ignore[assignment]
+    kept = loaded_model.load_model
+    loaded_model.load_model = None  # type: ignore[assignment]
     try:
         learner = Learner(settings_of(), directory, CPU, group=group)
     finally:
-        learner_module.load_model = kept
+        loaded_model.load_model = kept
     assert learner.sharding is not None
     return {
         "read": held(learner.sharding),
@@ -64,25 +65,25 @@ def both(directory: Path, group: WorkerGroup) -> dict[str, Any]:
 def adapted(directory: Path, group: WorkerGroup) -> dict[str, Any]:
     """The same with adapters, drawn on the whole model and on one without values."""
     settings = settings_of(lora_rank=2)
-    load = learner_module.load_model
-    learner_module.load_model = None  # type: ignore[assignment]
+    load = loaded_model.load_model
+    loaded_model.load_model = None  # type: ignore[assignment]
     try:
         read = Learner(settings, directory, CPU, group=group)
     finally:
-        learner_module.load_model = load
-    kept = learner_module.model_to_fill
-    learner_module.model_to_fill = _never
+        loaded_model.load_model = load
+    kept = loaded_model.model_to_fill
+    loaded_model.model_to_fill = _never
     try:
         cut = Learner(settings, directory, CPU, group=group)
     finally:
-        learner_module.model_to_fill = kept
+        loaded_model.model_to_fill = kept
     assert read.sharding is not None
     assert cut.sharding is not None
     return {"read": held(read.sharding), "cut": held(cut.sharding)}
 
 
 def _never(directory: Path) -> Any:
-    raise learner_module.NotByRowsError(f"{directory} is not to be")
+    raise loaded_model.NotByRowsError(f"{directory} is not to be")
 
 
 def anonymous_bytes() -> int:

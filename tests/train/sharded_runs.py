@@ -12,7 +12,7 @@ import torch.multiprocessing
 
 from lrmc_ray.files.names import CHECKPOINTS
 from lrmc_ray.method.workers import WorkerGroup
-from lrmc_ray.train import learner, sharded_export
+from lrmc_ray.train import loaded_model, sharded_export
 from lrmc_ray.train.checkpoints import SHARDS, checkpoint_path
 from lrmc_ray.train.loop import TrainingRun
 from lrmc_ray.train.run_files import LocalRun
@@ -74,7 +74,7 @@ def never(directory: Path, **_: Any) -> Any:
 def worker(rank: int, directory: Path, record: Path, model: Path) -> None:
     """The part of worker ``rank`` in all runs."""
     torch.set_num_threads(1)
-    learner.load_model = never
+    loaded_model.load_model = never
     attempts = 0
 
     def attempt(name: str, world_size: int, dies_behind: int | None = None) -> None:

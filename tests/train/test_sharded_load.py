@@ -217,7 +217,7 @@ def test_a_learner_says_that_it_loads_the_whole_model(copied, caplog, monkeypatc
     def never(_):
         raise NotByRowsError(reason)
 
-    monkeypatch.setattr("lrmc_ray.train.learner.model_to_fill", never)
+    monkeypatch.setattr("lrmc_ray.train.loaded_model.model_to_fill", never)
     settings = validate(type(settings_of()), settings_of().model_dump(), "train")
     learner = Learner(settings, directory, CPU)
     assert learner.sharding is not None
