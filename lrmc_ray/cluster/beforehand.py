@@ -40,6 +40,7 @@ def check_beforehand(
     address: str,
     data: bool = True,
     tasks: bool = True,
+    workers: bool = True,
     lora: bool = False,
 ) -> None:
     """Refuse what this machine cannot do.
@@ -50,12 +51,13 @@ def check_beforehand(
         address: of Ray; what a cluster has is asked when it is joined.
         data: whether the training data are read.
         tasks: whether tasks are asked.
+        workers: whether more is done than to record.
         lora: whether adapters are trained, see :func:`trains_lora`.
 
     Raises:
         DiskError: ``output`` cannot be made or written.
         IncompleteArtifactError: a package is missing that is not part of every installation.
-        ResourceError: this machine has no room for a single worker.
+        ResourceError: this machine has no room for the fewest workers or actors.
     """
     check_output(output)
     scored = settings.evaluate
@@ -65,7 +67,7 @@ def check_beforehand(
         lora=lora,
     )
     if address == "local" and not _ray_runs():
-        check_machine(settings.resources, actors=data)
+        check_machine(settings.resources, workers=workers, actors=data)
 
 
 def _ray_runs() -> bool:
@@ -131,12 +133,13 @@ def _is_installed(package: str) -> bool:
         return False
 
 
-def check_machine(resources: ResourceSettings, *, actors: bool) -> None:
-    """Refuse workers of which not one fits on this machine.
+def check_machine(resources: ResourceSettings, *, workers: bool, actors: bool) -> None:
+    """Refuse workers and actors of which fewer fit on this machine than are asked for.
 
     Args:
         resources: what a worker and an actor need.
-        actors: whether actors may be needed that need other GPUs than workers.
+        workers: whether workers are needed.
+        actors: whether actors may be.
 
     Raises:
         ResourceError: says what is missing.
@@ -146,10 +149,13 @@ def check_machine(resources: ResourceSettings, *, actors: bool) -> None:
         import torch
 
         has["GPU"] = float(torch.cuda.device_count())
-    least = max((low for low, _ in filter(None, (resources.workers, resources.actors))), default=1)
-    check_slots([Node(has)], resources, least, "worker", of="this machine")
-    if actors and resources.gpus_per_actor is not None:
-        check_slots([Node(has)], resources.of_actors(), 1, ACTOR, of="this machine")
+    here = [Node(has)]
+    if workers:
+        least, _ = resources.workers or (1, 1)
+        check_slots(here, resources, least, "worker", of="this machine")
+    if actors:
+        least, _ = resources.actors or (1, 1)
+        check_slots(here, resources.of_actors(), least, ACTOR, of="this machine")
 
 
 def trains_lora(settings: RunSettings, changes: Iterable[Mapping[str, object]] = ()) -> bool:

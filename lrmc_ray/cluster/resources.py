@@ -104,7 +104,8 @@ def _totals(nodes: Iterable[Node], resources: ResourceSettings) -> str:
 
 def _remedy(resources: ResourceSettings, slots: int, what: str) -> str:
     if slots:
-        return "lower the first number of resources.workers or resources.actors, or add nodes"
+        setting = "resources.actors" if what == ACTOR else "resources.workers"
+        return f"lower the first number of {setting}, or add nodes"
     named = ["resources.cpus_per_worker"]
     is_apart = what == ACTOR and resources.gpus_per_actor is not None
     gpus = "resources.gpus_per_actor" if is_apart else "resources.gpus_per_worker"
@@ -156,7 +157,8 @@ def worker_slots(resources: ResourceSettings, *, least: int = 1, what: str = "wo
     """
     nodes = cluster_nodes()
     gpus = sum(node.count * node.resources.get("GPU", 0.0) for node in nodes)
-    if gpus and not resources.gpus_per_worker:
+    is_wanted = what == ACTOR and resources.gpus_per_actor == 0
+    if gpus and not resources.gpus_per_worker and not is_wanted:
         _say_unused(gpus)
     return check_slots(nodes, resources, least, what)
 

@@ -1,5 +1,6 @@
 """Settings of the model, the data, recording, scoring, and of what the machines give."""
 
+import math
 from typing import Annotated, Any, Literal, Self
 from urllib.parse import urlsplit
 
@@ -178,13 +179,13 @@ class ResourceSettings(Settings):
                 "gpus_per_worker must be at most 1, since a worker uses one GPU, got "
                 f"{self.gpus_per_worker:g}, whose others would be held and not used; train a model "
                 "that one does not hold with train.parallel = 'shard' and more workers, and record "
-                f"it with resources.gpus_per_actor = {self.gpus_per_worker:g} or record.precision "
-                "= 'bf16'"
+                f"it with resources.gpus_per_actor = {math.ceil(self.gpus_per_worker)} or "
+                "record.precision = 'bf16'"
             )
         if (self.gpus_per_actor or 0) > 1 and self.gpus_per_actor % 1:  # type: ignore[operator]
             raise ValueError(
-                "gpus_per_actor must be a whole number above 1, since an actor of several GPUs has "
-                f"them for itself, got {self.gpus_per_actor:g}; round it"
+                "gpus_per_actor must be a whole number where it is above 1, since an actor of "
+                f"several GPUs has them for itself, got {self.gpus_per_actor:g}; round it"
             )
         if reserved := {"CPU", "GPU", "memory", "lrmc_trial"} & self.custom.keys():
             raise ValueError(

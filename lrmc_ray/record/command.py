@@ -33,7 +33,9 @@ def main(argv: Sequence[str]) -> int:
     setup_logging(arguments.verbose, quiet=arguments.quiet)
     settings = settings_from(arguments)
     uri = settings.resources.storage
-    check_beforehand(settings, arguments.output, address=arguments.address, tasks=False)
+    check_beforehand(
+        settings, arguments.output, address=arguments.address, tasks=False, workers=False
+    )
     place = place_of(uri)
     place.check()
     allow_addresses(uri)

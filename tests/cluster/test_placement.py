@@ -6,7 +6,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lrmc_ray.cluster.resources import Node, check_slots, count_slots, slots_on
+from lrmc_ray.cluster.beforehand import check_machine
+from lrmc_ray.cluster.resources import ACTOR, Node, check_slots, count_slots, slots_on
 from lrmc_ray.config import ResourceSettings
 from lrmc_ray.errors import ResourceError
 
@@ -74,8 +75,7 @@ def test_labels_choose_the_nodes():
             {"cpus_per_worker": 4},
             3,
             "3 actors of 4 CPU each must fit, 2 do: the cluster has 8 CPU (at most 4 on a node) on "
-            "2 nodes; lower the first number of resources.workers or resources.actors, or add "
-            "nodes",
+            "2 nodes; lower the first number of resources.workers, or add nodes",
         ),
         (
             {"labels": {"zone": "c"}},
@@ -91,6 +91,44 @@ def test_the_answer_says_what_is_missing_and_what_to_do(resources, least, said):
     with pytest.raises(ResourceError, match=f"^{re.escape(said)}$") as caught:
         check_slots(nodes, ResourceSettings(**resources), least, "actor")
     assert caught.value.exit_code == 6
+
+
+@pytest.mark.parametrize(
+    ("resources", "workers", "said"),
+    [
+        # Four actors without a GPU, then one worker that has the only one.
+        ({"gpus_per_worker": 1, "gpus_per_actor": 0, "actors": (4, 4)}, True, None),
+        (
+            {"gpus_per_actor": 1, "actors": (2, 2)},
+            True,
+            f"2 {ACTOR}s of 1 CPU, 1 GPU each must fit, 1 does: this machine has 8 CPU, 1 GPU; "
+            "lower the first number of resources.actors, or join a cluster (--address)",
+        ),
+        (
+            {"gpus_per_worker": 1, "gpus_per_actor": 0, "workers": (2, 2)},
+            True,
+            "2 workers of 1 CPU, 1 GPU each must fit, 1 does: this machine has 8 CPU, 1 GPU; "
+            "lower the first number of resources.workers, or join a cluster (--address)",
+        ),
+        ({"gpus_per_worker": 1, "gpus_per_actor": 0, "workers": (2, 2)}, False, None),
+        (
+            {"gpus_per_worker": 1, "gpus_per_actor": 2},
+            False,
+            f"1 {ACTOR} of 1 CPU, 2 GPU each must fit, 0 do: this machine has 8 CPU, 1 GPU; lower "
+            "resources.cpus_per_worker or resources.gpus_per_actor, or join a cluster (--address)",
+        ),
+    ],
+)
+def test_workers_and_actors_are_looked_at_apart(resources, workers, said, monkeypatch):
+    """On a machine of eight cores and one GPU; recording alone needs no workers."""
+    monkeypatch.setattr("os.sched_getaffinity", lambda _: set(range(8)))
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 1)
+    given = ResourceSettings(**resources)
+    if said is None:
+        check_machine(given, workers=workers, actors=True)
+        return
+    with pytest.raises(ResourceError, match=f"^{re.escape(said)}$"):
+        check_machine(given, workers=workers, actors=True)
 
 
 def test_what_fits_is_counted():
