@@ -10,7 +10,7 @@ from lrmc_ray.config import ResourceSettings
 from lrmc_ray.errors import EvaluationError, LrmcError
 from lrmc_ray.evaluate.harness import score
 from lrmc_ray.evaluate.request import ScoreRequest, ScoreResult
-from lrmc_ray.evaluate.waiting import Watched, results_of
+from lrmc_ray.evaluate.waiting import Watched, check_wanted, results_of
 from lrmc_ray.files.place import LocalPlace, Place
 from lrmc_ray.models import send_model
 
@@ -81,6 +81,7 @@ def score_in_tasks(
     """
     import ray
 
+    check_wanted(is_wanted)  # else Ray, which may be shut down by now, would be started again
     remote = ray.remote(score_part).options(**task_options(resources))
     threads = resources.cpus_per_worker
     work = str(directory.resolve())

@@ -37,6 +37,7 @@ from lrmc_ray.evaluate.task_files import (
     task_label,
 )
 from lrmc_ray.evaluate.vocabulary import check_vocabulary, vocabulary_of
+from lrmc_ray.evaluate.waiting import check_wanted
 from lrmc_ray.files.artifacts import (
     PARTIAL,
     fingerprint,
@@ -81,7 +82,7 @@ def evaluate(
             caller; a Ray task would be started again. The scores are the same.
         stored_as: name of the model in the storage. One that is not there is brought there, if
             Ray tasks on nodes without a shared disk are to score it.
-        is_wanted: asked about once a second while Ray tasks score; they are ended when it says no.
+        is_wanted: asked again and again while Ray tasks score; when it says no they are ended.
 
     Raises:
         EvaluationError: scoring failed; the message has the cause.
@@ -100,9 +101,8 @@ def evaluate(
             start = time.monotonic()
             place = place_of(settings.resources.storage)
             model = ScoredModel(model_directory, place, base is None, stored_as)
-            known = _Known(base, general_from)
             options = _Options(parallel, here, is_wanted)
-            drift = _score(settings, model, partial, split, known, options)
+            drift = _score(settings, model, partial, split, _Known(base, general_from), options)
             manifest = {
                 "kind": "scores",
                 "identity": identity,
@@ -208,6 +208,7 @@ def _score(
     ]
     if known.general is None:
         tasks += [(located(name), "general") for name in expand(chosen.general_tasks)]
+    check_wanted(options.is_wanted)
     worker_slots(resources, what="evaluation task")
     model.place.either(
         lambda: check_model_shared(model.directory) if model.is_base else None,

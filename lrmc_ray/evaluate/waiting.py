@@ -144,8 +144,7 @@ def results_of(
                 ray.get(reference)  # one that failed ends the others' wait
                 watch.forget(waiting.pop(reference))
                 beat()
-            if not is_wanted():
-                raise EvaluationError("scoring was given up by the command that had asked for it")
+            check_wanted(is_wanted)
             if time.monotonic() - looked < every:
                 continue
             looked = time.monotonic()
@@ -157,6 +156,16 @@ def results_of(
         stopper.stop_and_wait(list(waiting))
         for task in tasks:
             task.forget()
+
+
+def check_wanted(is_wanted: Callable[[], bool]) -> None:
+    """Refuse to go on with scores that nobody wants any more.
+
+    Raises:
+        EvaluationError: nobody does.
+    """
+    if not is_wanted():
+        raise EvaluationError("scoring was given up by the command that had asked for it")
 
 
 class _Watch:

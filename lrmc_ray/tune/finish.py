@@ -37,7 +37,7 @@ class Finalist:
 def finalists(description: Description) -> dict[str, Finalist]:
     """``base``, and ``best`` and ``yardstick`` where there is such a trial with its model."""
     study, directory = description.file, description.directory
-    assert study.base_scores is not None, "the base is scored before the trials"
+    assert study.base_scores is not None, "the base is scored before the finalists"
     found = {
         "base": Finalist(local_directory(description.settings.model), study.base_scores),
     }

@@ -76,6 +76,8 @@ class RunWatch:
         self._starts: dict[Path, int] = {}
         """Of every run, how often it had begun when it was handed out here."""
         self._began: dict[Path, float] = {}
+        self._metrics: dict[Path, int] = {}
+        """Of every run, the bytes of its metrics when it was handed out here."""
 
     @property
     def directories(self) -> list[Path]:
@@ -84,12 +86,18 @@ class RunWatch:
 
     def begin(self, directory: Path) -> None:
         """The run in ``directory`` is handed out; it may still wait for its turn."""
+        self._metrics[directory] = _size(directory / "training" / METRICS)
         self._starts[directory] = count_starts(directory)
+
+    def has_stepped(self, directory: Path) -> bool:
+        """Whether the run in ``directory`` has made a step since it was handed out."""
+        return _size(directory / "training" / METRICS) != self._metrics.get(directory)
 
     def end(self, directory: Path) -> None:
         """The run in ``directory`` has ended."""
         self._starts.pop(directory, None)
         self._began.pop(directory, None)
+        self._metrics.pop(directory, None)
         self._pauses.forget(directory)
 
     def look(self, limit: float, is_waiting: Callable[[Path], bool] = lambda _: False) -> None:

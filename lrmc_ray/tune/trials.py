@@ -212,7 +212,10 @@ class Trials:
         """Show the trials until the last has ended, and stop those that take too long."""
 
         def is_waiting(directory: Path) -> bool:
-            return not base.are_there and is_finished(directory / "training")
+            """For the base's scores, or for cores: those who score the base may hold them."""
+            if base.are_there:
+                return False
+            return is_finished(directory / "training") or not self.running.has_stepped(directory)
 
         def is_running() -> bool:
             base.look()

@@ -99,7 +99,7 @@ def touch(directory: Path, name: str) -> None:
 # A search
 
 
-def search(output: Path, **options: Any) -> None:
+def search(output: Path, *, trial_timeout_seconds: float | None = None, **options: Any) -> None:
     with pytest.MonkeyPatch.context() as patch:
         log = output.with_suffix(".trained")
 
@@ -107,7 +107,8 @@ def search(output: Path, **options: Any) -> None:
             with log.open("a") as file:
                 file.write(f"{number}\n")
 
-        fake = install(patch, FakeSearch(settings_of(TRIALS), output, on_train=note, **options))
+        settings = settings_of(TRIALS, trial_timeout_seconds=trial_timeout_seconds)
+        fake = install(patch, FakeSearch(settings, output, on_train=note, **options))
         finish = "lrmc_ray.tune.finish"
         patch.setattr(f"{finish}.load_study", lambda path: path)
         patch.setattr(f"{finish}.write_study_report", lambda path: touch(path, "report.html"))
@@ -331,6 +332,29 @@ def test_the_first_trial_trains_while_the_base_is_scored(left_alone, tmp_path):
     assert said.index("scoring the base model beside the first trial, on 1 of 2 slots") < (
         said.index("the base model is scored, after ")
     )
+
+
+def test_a_trial_that_waits_for_cores_beside_the_scoring_is_not_overdue(left_alone, tmp_path):
+    """Nor one that waits for the scores: the limit is for what it does itself."""
+    output = tmp_path / "runs"
+    output.mkdir()
+    limit = 2.0
+
+    def wait(number: int) -> None:
+        if number == 0:
+            time.sleep(2 * limit)
+
+    def score(path: Path) -> None:
+        when_trained(path)
+        time.sleep(2 * limit)
+
+    options = {"on_start": wait, "on_score": lambda: score(output)}
+    code, said = ended(
+        lambda path: search(path, trial_timeout_seconds=limit, **options), output, None
+    )
+    assert code == 0, said
+    assert search_result(output) == left_alone["tune"]
+    assert "is ended" not in said
 
 
 def test_with_one_slot_the_base_is_scored_first_and_the_result_is_the_same(left_alone, tmp_path):

@@ -39,6 +39,7 @@ class FakeSearch:
         settings: of the search.
         output: of the search.
         contents: what it is trained and scored on.
+        on_start: called with the number of every trial that has a process, and trains next.
         on_train: called with the number of every trial that has been trained.
         on_score: called before the base is scored.
         slots: workers that fit side by side.
@@ -47,6 +48,7 @@ class FakeSearch:
     settings: RunSettings
     output: Path
     contents: dict[str, str] = field(default_factory=dict)
+    on_start: Callable[[int], None] = lambda _: None
     on_train: Callable[[int], None] = lambda _: None
     on_score: Callable[[], None] = lambda: None
     slots: int = 2
@@ -152,6 +154,7 @@ def _train_and_score(fake: FakeSearch, run: RunSettings, directory: Path, base: 
     train = run.train.model_dump(mode="json")
     training = directory / "training"
     if not is_finished(training):
+        fake.on_start(int(directory.name))
         (training / MODEL).mkdir(parents=True, exist_ok=True)
         (training / MODEL / "config.json").write_text(json.dumps({"trial": directory.name}))
         lines = [

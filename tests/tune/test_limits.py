@@ -120,6 +120,19 @@ def test_the_time_for_which_a_trial_waits_for_the_base_is_not_its_own(tmp_path):
     assert runs.killed == [other, waiting, silent]
 
 
+def test_a_run_that_goes_on_has_stepped_when_its_metrics_have_grown(tmp_path):
+    runs = Runs(tmp_path)
+    fresh = runs.begin(0)
+    assert not runs.watch.has_stepped(fresh)
+    runs.step(fresh)
+    assert runs.watch.has_stepped(fresh)
+    runs.watch.end(fresh)
+    runs.begin(0)  # with the steps of before
+    assert not runs.watch.has_stepped(fresh)
+    runs.step(fresh)
+    assert runs.watch.has_stepped(fresh)
+
+
 @pytest.mark.parametrize("name", [STACKS, FAILURE])
 def test_what_cannot_be_written_does_not_keep_a_run_alive(tmp_path, name):
     """In place of a full disk: a directory has the name of the file."""
