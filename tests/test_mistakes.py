@@ -89,6 +89,7 @@ def given(**changes: str) -> list[str]:
 
 
 GPU = "resources.gpus_per_worker=1"
+OFFLOAD = ("train.parallel=shard", "train.reduction=fast", "train.offload=cpu")
 MISTAKES = {
     "a field that no item has": (
         "tune",
@@ -115,6 +116,8 @@ MISTAKES = {
     "a GPU, evaluate": ("evaluate", [*given(), GPU], 6, "this machine has"),
     "a GPU, compare": ("compare", [*given(), GPU, "--explain"], 6, "this machine has"),
     "a GPU, explained": ("tune", [*given(), GPU, "--explain"], 6, "this machine has"),
+    "offload, train": ("train", [*given(), *OFFLOAD], 2, "train.offload must be 'none' where"),
+    "offload, compare": ("compare", [*given(), *OFFLOAD], 2, "train.offload must be 'none' where"),
     "cores": ("tune", [*given(), "resources.cpus_per_worker=4096"], 6, "4096 CPU"),
     "an output that is a file": ("tune", given(output="good.jsonl"), 7, "--output"),
     "an output below a file": ("tune", given(output="good.jsonl/x"), 7, "Not a directory"),

@@ -52,7 +52,7 @@ def main(argv: Sequence[str]) -> int:
     if arguments.explain:
         look(run_settings, model_here(space.model))
         if model_here(space.model) is not None:
-            check_training(space.model, trains)
+            check_training(space.model, trains, space.resources)
     if arguments.explain and not description.has_begun:
         print(explain(description))
         return 0
@@ -64,7 +64,7 @@ def main(argv: Sequence[str]) -> int:
     # What is wrong with the data is found before Ray starts and a comparison is begun.
     is_new = not (arguments.report_only or description.has_begun)
     if is_new:
-        check_training(space.model, trains)
+        check_training(space.model, trains, space.resources)
         prepare(run_settings, arguments.output)
         tasks = [*space.evaluate.domain_tasks, *space.evaluate.general_tasks]
         allow_python(tasks)
@@ -78,7 +78,7 @@ def main(argv: Sequence[str]) -> int:
             print("This comparison has finished; nothing was done again.", file=sys.stderr)
         elif not arguments.report_only:
             if not is_new:
-                check_training(space.model, trains)
+                check_training(space.model, trains, space.resources)
                 prepare(run_settings, arguments.output)
             comparing.run(arguments.address, verbose=arguments.verbose)
         _report(comparing, as_json=arguments.json)

@@ -1,13 +1,19 @@
 """Settings that a model cannot fulfil, found before anything is recorded."""
 
 import logging
-from collections.abc import Iterable
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
 import psutil
 
-from lrmc_ray.config import ModelSettings, RunSettings, TrainSettings, trial_settings
+from lrmc_ray.config import (
+    ModelSettings,
+    ResourceSettings,
+    RunSettings,
+    TrainSettings,
+    trial_settings,
+)
 from lrmc_ray.errors import ConfigError
 from lrmc_ray.models import empty_model, load_model, local_directory
 
@@ -20,11 +26,7 @@ _MEMORY_SHARE = 0.6
 
 
 def check_settings(settings: RunSettings) -> None:
-    """Look at the settings of a run, or of every trial of a search; see :func:`check_training`.
-
-    Raises:
-        ConfigError: also where what is offloaded would be on no GPU otherwise.
-    """
+    """Look at the settings of a run, or of every trial of a search; see :func:`check_training`."""
     trials = [settings.train]
     for name in _SEARCHED:
         if (searched := settings.parameters.get(name)) is not None:
@@ -35,17 +37,14 @@ def check_settings(settings: RunSettings) -> None:
                 if value is not None
             ]
     offload = settings.parameters.get("offload")
-    offloads = "cpu" in (settings.train.offload, *((offload and offload.choices) or ()))
-    if offloads and not settings.resources.gpus_per_worker:
-        raise ConfigError(
-            "train.offload must be 'none' where workers have no GPU, got 'cpu': all is in the "
-            "host's memory there; leave it out, or set resources.gpus_per_worker to 1"
-        )
-    check_training(settings.model, trials)
+    _check_offload(settings.resources, (offload and offload.choices) or ())
+    check_training(settings.model, trials, settings.resources)
 
 
-def check_training(model: ModelSettings, trials: Iterable[TrainSettings]) -> None:
-    """Refuse adapters, a way of computing activations again or a router loss that cannot be.
+def check_training(
+    model: ModelSettings, trials: Collection[TrainSettings], resources: ResourceSettings
+) -> None:
+    """Refuse adapters, recomputation, a router loss, shards or offload that cannot be.
 
     Adapters and the ways are tried on a few tokens with the model's own weights, since some models
     only show there what they do not stand. A model that does not fit into the free memory is tried
@@ -54,11 +53,13 @@ def check_training(model: ModelSettings, trials: Iterable[TrainSettings]) -> Non
     Args:
         model: the base model.
         trials: the settings with which it will be trained.
+        resources: of a worker.
 
     Raises:
-        ConfigError: a setting asks for what the model cannot have.
+        ConfigError: a setting asks for what the model or a worker cannot have.
         DataError: transformers cannot make the model.
     """
+    _check_offload(resources, [train.offload for train in trials])
     asked = list({_asked(train): train for train in trials if _asks(train)}.values())
     if not asked:
         return
@@ -82,6 +83,14 @@ def check_training(model: ModelSettings, trials: Iterable[TrainSettings]) -> Non
         return
     for train in tried:
         _try_out(directory, train)
+
+
+def _check_offload(resources: ResourceSettings, asked: Collection[object]) -> None:
+    if "cpu" in asked and not resources.gpus_per_worker:
+        raise ConfigError(
+            "train.offload must be 'none' where workers have no GPU, got 'cpu': all is in the "
+            "host's memory there; leave it out, or set resources.gpus_per_worker to 1"
+        )
 
 
 def _asks(train: TrainSettings) -> bool:

@@ -55,6 +55,11 @@ def test_nothing_is_offloaded_where_there_is_no_gpu(tiny_model):
         check_settings(settings)
     resources = settings.resources.model_copy(update={"gpus_per_worker": 1})
     check_settings(settings.model_copy(update={"resources": resources}))
+    searched = settings_for(
+        tiny_model, parallel="shard", reduction="fast", parameters={"offload": {"choices": ["cpu"]}}
+    )
+    with pytest.raises(ConfigError, match=r"train\.offload must be 'none'"):
+        check_settings(searched)
 
 
 def test_a_router_loss_without_routers(tiny_model, saved):
