@@ -9,6 +9,7 @@ seconds of the process that it is in. The command is ended behind its first part
 import argparse
 import json
 import os
+import shutil
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -88,6 +89,7 @@ def main() -> None:
             stamp("driver: the first part is there")
             stamp.show()
             ray.shutdown()
+            shutil.rmtree(directory)
             os._exit(0)
 
         setattr(actors, "Recorder", timed_recorder(stamp))  # noqa: B010

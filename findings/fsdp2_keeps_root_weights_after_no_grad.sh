@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # torch 2.13.0, FSDP2: behind a forward pass without gradients, such as an evaluation, not all new
-# weights reach the next pass. Write into the parameters that an optimizer holds: the layers have the
-# new values, the outermost module computes with its old ones. Loading a state dict fails.
+# weights reach the next pass. Write into the parameters that an optimizer holds: the layers have
+# the new values, the outermost module computes with its old ones. Loading a state dict fails.
 #
 # Input: two linear layers of unit matrices on two gloo workers, "layer" wrapped by fully_shard, and
 # the whole; a pass without gradients; all weights become ten times as large; another pass of ones.

@@ -11,7 +11,7 @@ How many trials of a search fit side by side on that cluster, and the hours that
 
     lrmc plan --memory --model Qwen/Qwen3-4B --max-length 2048 --lora-rank 16
 
-The memory that a training worker takes, from the model's ``config.json`` alone.
+The memory that training and recording take, from the model's ``config.json`` alone.
 """
 
 import argparse
@@ -53,6 +53,7 @@ from lrmc_ray.tune.plan_memory import has_no_weights, plan_memory, show_memory
 if TYPE_CHECKING:
     from lrmc_ray.method.microbatch import Sample
     from lrmc_ray.method.subsets import CandidateSets
+    from lrmc_ray.record.candidates import CandidateRecorder
 
 
 TAUS = (0.8, 0.9, 0.95, 0.99)
@@ -134,18 +135,14 @@ def measure(prepared: Preparation, *, sample_tokens: int, seed: int) -> dict[str
 
 def _recorded(prepared: Preparation, rows: list[dict[str, Any]]) -> tuple[list["Sample"], float]:
     """The rows recorded by the real model, and the seconds that this took."""
-    from lrmc_ray.record.candidates import CandidateRecorder, batches, own_devices
+    from lrmc_ray.record.candidates import batches
 
-    settings = prepared.settings
-    recorder = CandidateRecorder(
-        prepared.model_directory,
-        tau=max(*TAUS, settings.recorded_tau()),
-        k_min=settings.record.k_min,
-        k_max=settings.record.k_max,
-        prompt_k_max=settings.record.prompt_k_max,
-        precision=settings.record.precision,
-        devices=own_devices(settings.resources.whole_gpus_of_actor()),
-        threads=settings.resources.cpus_per_worker,
+    record = prepared.settings.record
+    recorder = _recorder(
+        prepared,
+        tau=max(*TAUS, prepared.settings.recorded_tau()),
+        k_max=record.k_max,
+        prompt_k_max=record.prompt_k_max,
     )
     recorder.record(rows[:1])  # the first forward pass sets up a lot
     num_tokens = sum(len(row["input_ids"]) for row in rows)
@@ -160,25 +157,38 @@ def _recorded(prepared: Preparation, rows: list[dict[str, Any]]) -> tuple[list["
     return samples, seconds
 
 
+def _recorder(
+    prepared: Preparation, *, tau: float, k_max: int, prompt_k_max: int
+) -> "CandidateRecorder":
+    """What an actor records with; on the processor where this machine has no GPU."""
+    import torch
+
+    from lrmc_ray.record.candidates import CandidateRecorder, own_devices
+
+    record, resources = prepared.settings.record, prepared.settings.resources
+    gpus = resources.whole_gpus_of_actor() if torch.cuda.is_available() else 1
+    return CandidateRecorder(
+        prepared.model_directory,
+        tau=tau,
+        k_min=record.k_min,
+        k_max=k_max,
+        prompt_k_max=prompt_k_max,
+        precision=record.precision,
+        devices=own_devices(gpus),
+        threads=resources.cpus_per_worker,
+    )
+
+
 def _needed_k_max(prepared: Preparation, rows: Sequence[Mapping[str, Any]]) -> int:
     """Candidates that are enough for all but ``MOST_CAPPED`` of the learned positions.
 
     Measured without a cap on some of the rows, since a set may then be as large as the vocabulary.
     """
     from lrmc_ray.method.subsets import CandidateSets
-    from lrmc_ray.record.candidates import CandidateRecorder, own_devices
 
-    settings = prepared.settings
     vocabulary = vocabulary_size(prepared.model_directory)
-    recorder = CandidateRecorder(
-        prepared.model_directory,
-        tau=settings.recorded_tau(),
-        k_min=settings.record.k_min,
-        k_max=vocabulary,
-        prompt_k_max=0,
-        precision=settings.record.precision,
-        devices=own_devices(settings.resources.whole_gpus_of_actor()),
-        threads=settings.resources.cpus_per_worker,
+    recorder = _recorder(
+        prepared, tau=prepared.settings.recorded_tau(), k_max=vocabulary, prompt_k_max=0
     )
     most = max(1, UNCAPPED_CANDIDATES // vocabulary)
     found: list[CandidateSets] = []
@@ -391,8 +401,8 @@ def _parser() -> CommandParser:
     parser.add_argument(
         "--memory",
         action="store_true",
-        help="plan the memory of a training worker instead, from the model's config.json alone; "
-        "the same where a directory has no weights",
+        help="plan the memory of a training worker and of a recording actor instead, from the "
+        "model's config.json alone; the same where a directory has no weights",
     )
     parser.add_argument(
         "--cluster",

@@ -145,7 +145,7 @@ def show_memory(planned: Mapping[str, Any]) -> None:
     if first["host"]:
         print(f"{'host':>14}{first['host'] / 1e9:>9.2f} GB  of the host's memory, beside that")
     print()
-    print(f"{'GPUs of':>12}" + "".join(f"{card:>5} GB" for card in CARDS_GB))
+    print(_HEADER)
     for row in planned["ways"]:
         named = " ".join(f"train.{name}={value}" for name, value in row["settings"].items())
         fits = "".join(f"{row['devices'][str(card)] or '-':>8}" for card in CARDS_GB)
@@ -160,22 +160,25 @@ def show_memory(planned: Mapping[str, Any]) -> None:
 
 
 def _show_recording(recording: Mapping[str, Any]) -> None:
-    """What an actor takes, below what a worker does."""
+    """What an actor takes, as text on stdout."""
     print()
     _print_wrapped(
         f"Recording with record.precision={recording['precision']} takes "
-        f"{recording['total'] / 1e9:.2f} GB, {recording['activations'] / 1e9:.2f} of it "
-        "activations on every GPU. An actor needs so many GPUs (resources.gpus_per_actor):"
+        f"{recording['total'] / 1e9:.2f} GB, of which {recording['activations'] / 1e9:.2f} are "
+        "activations, which each GPU of an actor has. So many GPUs of a size an actor needs "
+        "(resources.gpus_per_actor); -: its layers cannot be divided that far."
     )
     fits = "".join(f"{number or '-':>8}" for number in recording["devices"].values())
-    print(f"{'':>12}{fits}\n")
+    print(f"{_HEADER}\n{'':>12}{fits}\n")
 
 
+_HEADER = f"{'GPUs of':>12}" + "".join(f"{card:>5} GB" for card in CARDS_GB)
 _EXPLAINED = (
     "1: each worker has one such GPU. -: it does not fit. Every worker holds the whole model; "
     "train.parallel=shard divides weights, gradients and moments by the number of workers.",
     "How many such GPUs the model is divided over, one for each worker. -: 64 are too few. There "
-    "are never more workers than train.micro_batches.",
+    "are at most train.micro_batches workers, unless the first number of resources.workers is "
+    "larger.",
 )
 
 

@@ -7,13 +7,14 @@ most that is alive in one forward pass of a batch, on tensors that have a shape 
 are counted whole on every GPU, since each runs whole layers.
 """
 
+import contextlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 
-from lrmc_ray.errors import DataError
+from lrmc_ray.errors import ConfigError, DataError
 from lrmc_ray.models import body_of, empty_model, layers_of, unweighted_model
 from lrmc_ray.record.candidates import BATCH_TOKENS
 from lrmc_ray.record.spread import spread_model
@@ -28,7 +29,7 @@ def recording_memory(
     cards_gb: Sequence[float],
     usable: float,
 ) -> dict[str, Any]:
-    """Bytes of one GPU that holds all, and how many of each size it takes.
+    """Bytes of one GPU that holds all, and how many of each size it takes; None: none do.
 
     Args:
         directory: has the ``config.json`` of the model.
@@ -39,7 +40,6 @@ def recording_memory(
 
     Raises:
         DataError: transformers does not know the model, or its pass needs the values of tensors.
-        ConfigError: the layers of the model share weights.
     """
     activations = activation_bytes(directory, precision, length)
     model = empty_model(directory)
@@ -48,9 +48,10 @@ def recording_memory(
 
     def loads() -> Iterator[int]:
         yield from fullest
-        for number in numbers[len(fullest) :]:
-            fullest.append(max(spread_model(model, range(number), precision).loads))
-            yield fullest[-1]
+        with contextlib.suppress(ConfigError):  # it cannot be divided
+            for number in numbers[len(fullest) :]:
+                fullest.append(max(spread_model(model, range(number), precision).loads))
+                yield fullest[-1]
 
     devices = {}
     for card in cards_gb:

@@ -63,6 +63,9 @@ class Case:
     offload: bool = False
     is_short: bool = False
     """The forward pass is under autocast of bf16."""
+    is_alone_in_shards: bool = False
+    """What it is compared with is in shards, too, all of them one worker's: experts are gathered in
+    bf16, and autocast over the whole model leaves them in float32."""
     steps: int = STEPS
     is_small: bool = False
     """One layer, and a vocabulary of two tokens: fewer of each than there are workers."""
@@ -131,6 +134,14 @@ CASES = {
     "llama in bf16": Case(dtype=torch.float32, is_short=True, steps=1),
     "gemma3 in bf16, idle worker": Case(
         "gemma3_text", dtype=torch.float32, is_short=True, steps=1, num_samples=2
+    ),
+    "mixture in bf16": Case(
+        "qwen3_moe",
+        tied=False,
+        dtype=torch.float32,
+        is_short=True,
+        is_alone_in_shards=True,
+        steps=1,
     ),
     "kl_to_base in bf16": Case(
         loss=dataclasses.replace(PAPER, loss="kl_to_base"),
@@ -213,14 +224,9 @@ def _run(case: Case, group: WorkerGroup, *, shard: bool) -> Outcome:
         ]
     trained = [parameter for parameter in parameters.values() if parameter.requires_grad]
     penalty = StartingPoint(trained, case.l2_sp_weight)
-    optimizer = make_optimizer(
-        case.optimizer,
-        trained,
-        lr=LR,
-        weight_decay=0.1,
-        reduce_sums=group.sum_ if shard else None,
-        **case.options,
-    )
+    reduce_sums = group.sum_ if shard else None
+    options = {"lr": LR, "weight_decay": 0.1, "reduce_sums": reduce_sums, **case.options}
+    optimizer = make_optimizer(case.optimizer, trained, **options)
     if isinstance(optimizer, MoClip):
         optimizer.first_elements = first_elements
     results = list(

@@ -30,7 +30,7 @@ FEW = [
     *MODELS,
     *("llama in float32", "mixture in float32", "cautious, global", "rotate, global"),
     *("bf16 moments", "adamw", "mofo", "l2_sp", "paper, by rows", "idle worker"),
-    *("llama in bf16", "offloaded, by rows"),
+    *("llama in bf16", "mixture in bf16", "offloaded, by rows"),
     "more workers than layers, tokens and micro-batches",
     *("full", "frozen_tail, idle worker", "kl_to_base", "frozen layer"),
 ]
@@ -52,7 +52,8 @@ def outcomes(tmp_path_factory, names):
 @pytest.fixture(scope="module")
 def alone(names):
     """The same with the whole model on one worker."""
-    return {name: run(CASES[name], WorkerGroup(), shard=False) for name in names}
+    cases = {name: CASES[name] for name in names}
+    return {n: run(case, WorkerGroup(), shard=case.is_alone_in_shards) for n, case in cases.items()}
 
 
 def difference(found, expected):

@@ -7,6 +7,7 @@ import pytest
 from benchmarks.tiny_models import make_config
 from lrmc_ray.config import TrainSettings
 from lrmc_ray.console import run_command
+from lrmc_ray.errors import ConfigError
 from lrmc_ray.record.spread import spread
 from lrmc_ray.train.memory import training_memory
 from lrmc_ray.tune.plan import main
@@ -160,3 +161,14 @@ def test_recording_is_forecast_for_every_card(tmp_path, precision, capsys):
     settings = [f"record.precision={precision}"]
     assert run_command(main, ["--model", str(tmp_path), "--max-length", "64", *settings]) == 0
     assert f"record.precision={precision} takes" in " ".join(capsys.readouterr().out.split())
+
+
+def test_a_model_whose_layers_cannot_be_divided_fits_one_gpu_or_none(tmp_path):
+    """Nobody has asked for several; Zamba's layers share a weight."""
+    make_config("zamba2").save_pretrained(tmp_path)
+    with pytest.raises(ConfigError, match="some layers share a weight"):
+        spread(tmp_path, range(2), "fp32")
+    need = max(spread(tmp_path, range(1), "fp32").loads) + activation_bytes(tmp_path, "fp32", 64)
+    cards = [0.9 * need / 1e9, 1.1 * need / 1e9]
+    found = recording_memory(tmp_path, "fp32", length=64, cards_gb=cards, usable=1.0)
+    assert list(found["devices"].values()) == [None, 1]
