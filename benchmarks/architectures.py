@@ -40,8 +40,10 @@ from lrmc_ray.method.layout import pad
 from lrmc_ray.method.microbatch import Sample
 from lrmc_ray.method.training_loop import StepOptions, compute_gradients
 from lrmc_ray.method.workers import WorkerGroup
-from lrmc_ray.model_borders import longest_packed
-from lrmc_ray.models import batch_hidden_states, head_of, hidden_states, load_model
+from lrmc_ray.models.borders import longest_packed
+from lrmc_ray.models.forward import batch_hidden_states, hidden_states
+from lrmc_ray.models.head import head_of
+from lrmc_ray.models.loading import load_model
 from lrmc_ray.record.candidates import CandidateRecorder
 from lrmc_ray.train import recompute
 from lrmc_ray.train.learner import Learner

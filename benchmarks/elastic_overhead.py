@@ -50,7 +50,7 @@ def main() -> None:
     from lrmc_ray.cluster.session import ray_session
     from lrmc_ray.config import load_settings
     from lrmc_ray.method.workers import WorkerGroup
-    from lrmc_ray.models import local_directory
+    from lrmc_ray.models.directory import local_directory
     from lrmc_ray.record.run import record
     from lrmc_ray.train.driver import train
     from lrmc_ray.train.loop import TrainingRun

@@ -140,7 +140,7 @@ def main() -> None:
     sys.path.insert(0, str(ROOT))
     from lrmc_ray.config import ModelSettings
     from lrmc_ray.files.artifacts import cache_directory
-    from lrmc_ray.models import local_directory
+    from lrmc_ray.models.directory import local_directory
     from lrmc_ray.tasks.demo.files import demo_files
 
     model = local_directory(ModelSettings())

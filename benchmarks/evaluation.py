@@ -30,7 +30,8 @@ def measure(args: argparse.Namespace) -> dict[str, object]:
     from lrmc_ray.evaluate.item_rows import task_rows
     from lrmc_ray.evaluate.prefix_lm import PrefixLM
     from lrmc_ray.evaluate.task_files import task_manager
-    from lrmc_ray.models import load_model, load_tokenizer, local_directory
+    from lrmc_ray.models.directory import local_directory
+    from lrmc_ray.models.loading import load_model, load_tokenizer
 
     directory = local_directory(ModelSettings(name=args.model))
     model, tokenizer = load_model(directory), load_tokenizer(directory)

@@ -31,7 +31,8 @@ from lrmc_ray.evaluate.prefix_lm import PrefixLM
 from lrmc_ray.evaluate.statistics import paired_bootstrap
 from lrmc_ray.evaluate.task_files import task_manager
 from lrmc_ray.files.artifacts import cache_directory
-from lrmc_ray.models import load_model, load_tokenizer, local_directory
+from lrmc_ray.models.directory import local_directory
+from lrmc_ray.models.loading import load_model, load_tokenizer
 from lrmc_ray.record.encode import encode_row
 from lrmc_ray.record.rows import Row
 from lrmc_ray.tasks.demo.files import demo_files

@@ -21,7 +21,8 @@ import torch
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
 from lrmc_ray.config import ModelSettings
-from lrmc_ray.models import load_model, load_tokenizer, local_directory
+from lrmc_ray.models.directory import local_directory
+from lrmc_ray.models.loading import load_model, load_tokenizer
 from lrmc_ray.record.candidates import CandidateRecorder, batches
 
 SHAPES: dict[str, Any] = {

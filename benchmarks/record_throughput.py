@@ -50,8 +50,8 @@ def forward_loop(model: Any, rows: Sequence[Mapping[str, Any]]) -> tuple[float, 
 
 def shares(recorder: Any, rows: Sequence[Mapping[str, Any]], directory: Path) -> dict[str, float]:
     """What the time of an actor goes into, as shares; ``tokens_per_second`` beside them."""
-    from lrmc_ray import models
     from lrmc_ray.method import head, subsets
+    from lrmc_ray.models import forward
     from lrmc_ray.record.describe import describe
     from lrmc_ray.record.schema import write_part
 
@@ -67,7 +67,7 @@ def shares(recorder: Any, rows: Sequence[Mapping[str, Any]], directory: Path) ->
         return run
 
     places = (
-        ("forward", models, "batch_hidden_states"),
+        ("forward", forward, "batch_hidden_states"),
         ("logits", head, "head_logits"),
         ("selection", subsets, "select_candidates"),
     )

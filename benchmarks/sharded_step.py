@@ -77,7 +77,7 @@ def ours(args: argparse.Namespace, way: str, rank: int, directory: Path) -> Call
     from lrmc_ray.config import TrainSettings
     from lrmc_ray.method.training_loop import StepOptions, train
     from lrmc_ray.method.workers import WorkerGroup
-    from lrmc_ray.model_borders import longest_packed
+    from lrmc_ray.models.borders import longest_packed
     from lrmc_ray.train.learner import Learner
     from lrmc_ray.train.measures import Probe
 

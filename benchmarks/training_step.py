@@ -91,7 +91,8 @@ def make_samples(args: argparse.Namespace) -> list[Any]:
     from lrmc_ray.files.artifacts import cache_directory
     from lrmc_ray.method.microbatch import Sample
     from lrmc_ray.method.subsets import select_candidates
-    from lrmc_ray.models import load_model, load_tokenizer, local_directory
+    from lrmc_ray.models.directory import local_directory
+    from lrmc_ray.models.loading import load_model, load_tokenizer
     from lrmc_ray.record.encode import encode_row
     from lrmc_ray.record.rows import Row
     from lrmc_ray.tasks.built import ct_radio_files
@@ -139,8 +140,11 @@ def run_ours(args: argparse.Namespace, samples: Sequence[Any], name: str) -> lis
     from lrmc_ray.method.training_loop import StepOptions, train
     from lrmc_ray.method.vocabulary_rows import EmbeddingLookup, HeadRows
     from lrmc_ray.method.workers import WorkerGroup
-    from lrmc_ray.model_borders import longest_packed
-    from lrmc_ray.models import attention_cost, head_of, load_model, local_directory
+    from lrmc_ray.models.borders import longest_packed
+    from lrmc_ray.models.directory import local_directory
+    from lrmc_ray.models.head import head_of
+    from lrmc_ray.models.loading import load_model
+    from lrmc_ray.models.packing import attention_cost
     from lrmc_ray.train.compiled import LENGTHS, compile_layers
     from lrmc_ray.train.recompute import Recomputation
     from lrmc_ray.train.split_forward import SplitModel, can_split
@@ -230,7 +234,8 @@ def run_theirs(args: argparse.Namespace, samples: Sequence[Any], name: str) -> l
     from transformers import Trainer, TrainerCallback, TrainingArguments
 
     from lrmc_ray.config import ModelSettings
-    from lrmc_ray.models import load_model, load_tokenizer, local_directory
+    from lrmc_ray.models.directory import local_directory
+    from lrmc_ray.models.loading import load_model, load_tokenizer
 
     directory = local_directory(ModelSettings(name=args.model))
     model, tokenizer = load_model(directory), load_tokenizer(directory)

@@ -23,7 +23,10 @@ from lrmc_ray.method.head import OutputHead, head_logits
 from lrmc_ray.method.moclip import MoClip
 from lrmc_ray.method.restricted_loss import anchor_kl, draw_tail, restricted_cross_entropy
 from lrmc_ray.method.subsets import select_candidates
-from lrmc_ray.models import head_of, hidden_states, load_model, load_tokenizer, local_directory
+from lrmc_ray.models.directory import local_directory
+from lrmc_ray.models.forward import hidden_states
+from lrmc_ray.models.head import head_of
+from lrmc_ray.models.loading import load_model, load_tokenizer
 from lrmc_ray.tasks.demo.files import demo_files
 
 

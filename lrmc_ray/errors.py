@@ -62,3 +62,8 @@ class DivergedError(LrmcError):
 
 class ObjectiveError(LrmcError):
     """A trial's score is not a finite number, so it has failed and must not be compared."""
+
+
+def first_line(error: Exception) -> str:
+    """The first line of an error's message; its class where there is none."""
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)

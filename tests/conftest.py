@@ -1,4 +1,5 @@
 import os
+import shutil
 from pathlib import Path
 
 import pytest
@@ -26,6 +27,12 @@ def tiny_model(tmp_path_factory) -> Path:
     from tests.support.tiny import make_model
 
     return make_model(tmp_path_factory.mktemp("tiny_model"))
+
+
+@pytest.fixture
+def copy_of_model(tiny_model, tmp_path) -> Path:
+    """A copy of the small model that a test may damage."""
+    return shutil.copytree(tiny_model, tmp_path / "copy")
 
 
 @pytest.fixture(scope="session")

@@ -19,8 +19,8 @@ STAGES = {"record", "train", "evaluate", "tune", "compare", "report"}
 FLOORS = [
     {"errors", "command_line", "method"},
     {"console", "config"},
-    {"files", "chat", "model_borders"},
-    {"tasks", "model_checks"},
+    {"files", "chat"},
+    {"tasks"},
     {"models"},
     {"cluster"},
     {"record", "evaluate"},

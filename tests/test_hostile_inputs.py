@@ -1,7 +1,8 @@
 """Files that others made: none runs code, leads out of the output, or brings a secret to light.
 
 The canaries are harmless: code that would make a file, and made-up secrets that are looked for.
-Ports are in tests/test_security.py; models with code of their own in tests/test_models.py.
+Ports are in tests/test_security.py; models with code of their own in
+tests/models/test_loading.py.
 """
 
 import json

@@ -20,7 +20,7 @@ from lrmc_ray.errors import DataError, TrainingError
 from lrmc_ray.files.artifacts import read_manifest
 from lrmc_ray.files.names import MODEL
 from lrmc_ray.method.subsets import select_candidates
-from lrmc_ray.models import load_model, load_tokenizer
+from lrmc_ray.models.loading import load_model, load_tokenizer
 from lrmc_ray.record.reader import Records
 from lrmc_ray.record.run import record
 from lrmc_ray.train.driver import train

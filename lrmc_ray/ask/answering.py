@@ -13,7 +13,7 @@ from lrmc_ray.chat.spoken import AnswerForm, Spoken
 from lrmc_ray.chat.template import special_tokens
 from lrmc_ray.chat.tokens import bare_ids
 from lrmc_ray.cluster.resources import local_cpus
-from lrmc_ray.models import load_model, load_tokenizer
+from lrmc_ray.models.loading import load_model, load_tokenizer
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -44,7 +44,7 @@ def main(argv: Sequence[str]) -> int:
     system = _system(arguments, origin)
 
     from lrmc_ray.ask.answering import Answerer, Generation
-    from lrmc_ray.models import local_directory
+    from lrmc_ray.models.directory import local_directory
 
     generation = Generation(
         arguments.max_new_tokens, arguments.temperature, arguments.top_p, arguments.seed

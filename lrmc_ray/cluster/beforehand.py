@@ -12,9 +12,9 @@ from pathlib import Path
 
 from lrmc_ray.cluster.resources import ACTOR, Node, check_slots, local_cpus
 from lrmc_ray.config import DEMO, GEMMA, ModelSettings, ResourceSettings, RunSettings
-from lrmc_ray.errors import DiskError, IncompleteArtifactError
+from lrmc_ray.errors import DiskError, IncompleteArtifactError, first_line
 from lrmc_ray.files.artifacts import cache_directory
-from lrmc_ray.models import check_files, check_name
+from lrmc_ray.models.directory import check_files, check_name
 from lrmc_ray.tasks.child_process import INSTALL
 from lrmc_ray.tasks.demo import base_model, gemma_model
 from lrmc_ray.tasks.pcap_child import load_library
@@ -186,10 +186,10 @@ def check_model(model: ModelSettings) -> None:
             return
         HfApi().model_info(model.name, revision=model.revision, timeout=ANSWER_SECONDS)
     except Exception as error:  # of names and of the network, in several classes
-        why = next(iter(str(error).strip().splitlines()), type(error).__name__)
         raise IncompleteArtifactError(
             f"model {model.name} is neither a directory nor to be had from the Hugging Face Hub "
-            f"({why}); check the name, log in with `hf auth login`, or give a directory"
+            f"({first_line(error)}); check the name, log in with `hf auth login`, or give a "
+            "directory"
         ) from None
 
 

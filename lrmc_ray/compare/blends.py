@@ -15,7 +15,9 @@ from lrmc_ray.evaluate.run import evaluate
 from lrmc_ray.files.artifacts import PARTIAL, write_json
 from lrmc_ray.files.names import MODEL
 from lrmc_ray.method.names import Blend
-from lrmc_ray.models import load_model, local_directory, save_model
+from lrmc_ray.models.directory import local_directory
+from lrmc_ray.models.loading import load_model
+from lrmc_ray.models.saving import save_model
 
 BLENDS_FILE = "blends.json"
 

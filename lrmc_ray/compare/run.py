@@ -34,7 +34,7 @@ from lrmc_ray.files.fault_points import passed
 from lrmc_ray.files.full_disk import full_disk
 from lrmc_ray.files.names import SETTINGS_FILE
 from lrmc_ray.files.place import place_of
-from lrmc_ray.models import local_directory
+from lrmc_ray.models.directory import local_directory
 from lrmc_ray.record.names import MADE_BY as RECORD
 from lrmc_ray.record.run import record
 from lrmc_ray.tune.forecast import divide, forecast

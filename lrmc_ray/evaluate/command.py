@@ -15,7 +15,7 @@ from lrmc_ray.errors import ConfigError
 from lrmc_ray.files.allowed_addresses import allow_addresses, check_addresses
 from lrmc_ray.files.origin import ORIGIN_FILE, Origin, check_tuned, read_origin
 from lrmc_ray.files.place import place_of
-from lrmc_ray.models import local_directory
+from lrmc_ray.models.directory import local_directory
 
 _CHOSEN_BY_NOTHING = {"evaluate": {"test_share": 0}}
 """No search has chosen by any item, so that all are asked."""

@@ -27,7 +27,7 @@ from lrmc_ray.evaluate.task_files import (
     task_manager,
 )
 from lrmc_ray.files.beats import beat_with
-from lrmc_ray.models import load_model, load_tokenizer
+from lrmc_ray.models.loading import load_model, load_tokenizer
 from lrmc_ray.tasks.registry import OURS
 
 

@@ -43,9 +43,9 @@ from lrmc_ray.evaluate.prefix_model import PrefixModel
 from lrmc_ray.evaluate.prefix_scores import ContinuationScores, last_logprobs, plain_last_logprobs
 from lrmc_ray.evaluate.prefix_sharing import Sharing, generates_in_batches
 from lrmc_ray.method.head import OutputHead
-from lrmc_ray.model_borders import text_config
-from lrmc_ray.model_checks import check_causal
-from lrmc_ray.models import head_of
+from lrmc_ray.models.borders import text_config
+from lrmc_ray.models.causal import check_causal
+from lrmc_ray.models.head import head_of
 
 _log = logging.getLogger(__name__)
 

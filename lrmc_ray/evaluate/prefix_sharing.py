@@ -14,9 +14,9 @@ from typing import Any
 
 import torch
 
-from lrmc_ray.model_borders import attention_borders, text_config
-from lrmc_ray.model_checks import differs
-from lrmc_ray.models import body_of
+from lrmc_ray.models.borders import attention_borders, text_config
+from lrmc_ray.models.causal import differs
+from lrmc_ray.models.parts import body_of
 
 _log = logging.getLogger(__name__)
 

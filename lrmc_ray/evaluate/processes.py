@@ -12,7 +12,7 @@ from lrmc_ray.evaluate.harness import score
 from lrmc_ray.evaluate.request import ScoreRequest, ScoreResult
 from lrmc_ray.evaluate.waiting import Watched, check_wanted, results_of
 from lrmc_ray.files.place import LocalPlace, Place
-from lrmc_ray.models import send_model
+from lrmc_ray.models.directory import send_model
 
 
 @dataclass(frozen=True)

@@ -48,7 +48,7 @@ from lrmc_ray.files.artifacts import (
     write_atomically,
 )
 from lrmc_ray.files.place import place_of
-from lrmc_ray.models import model_fingerprint, tokenizer_fingerprint
+from lrmc_ray.models.identity import model_fingerprint, tokenizer_fingerprint
 from lrmc_ray.tasks.registry import VERSION, expand
 
 

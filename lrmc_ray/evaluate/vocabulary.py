@@ -7,7 +7,8 @@ from typing import Any
 from lrmc_ray.errors import DataError
 from lrmc_ray.evaluate.names import MADE_BY
 from lrmc_ray.files.artifacts import fingerprint, read_manifest
-from lrmc_ray.models import tokenizer_fingerprint, vocabulary_size
+from lrmc_ray.models.identity import tokenizer_fingerprint
+from lrmc_ray.models.loading import vocabulary_size
 
 
 def vocabulary_of(model_directory: Path) -> dict[str, Any]:

@@ -23,7 +23,7 @@ from lrmc_ray.files.blend import BLENDS, BlendPoint, read_blend, write_blend
 from lrmc_ray.files.fault_points import passed
 from lrmc_ray.files.study import StudyFile, TrialEntry
 from lrmc_ray.method.names import Blend
-from lrmc_ray.models import local_directory
+from lrmc_ray.models.directory import local_directory
 
 
 def curve_trials(study: StudyFile, numbers: Sequence[int] | None) -> list[TrialEntry]:

@@ -27,7 +27,8 @@ from lrmc_ray.files.fault_points import passed
 from lrmc_ray.files.origin import origin_of, write_origin
 from lrmc_ray.files.study import StudyFile, read_study
 from lrmc_ray.method.names import Blend
-from lrmc_ray.models import local_directory, model_fingerprint
+from lrmc_ray.models.directory import local_directory
+from lrmc_ray.models.identity import model_fingerprint
 from lrmc_ray.report.model_card import write_model_card
 
 _log = logging.getLogger(__name__)

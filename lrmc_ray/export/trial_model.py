@@ -13,7 +13,7 @@ from lrmc_ray.files.allowed_addresses import check_addresses
 from lrmc_ray.files.artifacts import lock_directory, read_manifest
 from lrmc_ray.files.names import BEST_MODEL, MODEL, SETTINGS_FILE
 from lrmc_ray.files.study import StudyFile, TrialEntry, trial_directory
-from lrmc_ray.models import model_fingerprint
+from lrmc_ray.models.identity import model_fingerprint
 from lrmc_ray.record.prepare import record_name
 from lrmc_ray.record.run import record
 from lrmc_ray.train.driver import MADE_BY as TRAIN

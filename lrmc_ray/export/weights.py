@@ -9,7 +9,9 @@ from lrmc_ray.errors import DataError
 from lrmc_ray.files.names import ADAPTER, MODEL_CARD
 from lrmc_ray.files.origin import ORIGIN_FILE
 from lrmc_ray.method.names import Blend
-from lrmc_ray.models import WEIGHT_SUFFIX, hide_bars, load_model, save_model
+from lrmc_ray.models.loading import hide_bars, load_model
+from lrmc_ray.models.names import WEIGHT_SUFFIX
+from lrmc_ray.models.saving import save_model
 
 if TYPE_CHECKING:
     import torch

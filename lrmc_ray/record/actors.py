@@ -12,7 +12,7 @@ from lrmc_ray.config import RunSettings
 from lrmc_ray.errors import DataError
 from lrmc_ray.files.fault_points import passed
 from lrmc_ray.files.place import Place
-from lrmc_ray.models import send_model
+from lrmc_ray.models.directory import send_model
 from lrmc_ray.record.describe import describe
 from lrmc_ray.record.examples import read_examples
 from lrmc_ray.record.names import PLAN

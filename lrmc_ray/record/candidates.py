@@ -17,8 +17,11 @@ from lrmc_ray.method.fast.packing import lay_out
 from lrmc_ray.method.head import OutputHead, head_logits
 from lrmc_ray.method.microbatch import NO_CANDIDATES, Sample
 from lrmc_ray.method.subsets import CandidateSets, select_candidates
-from lrmc_ray.model_borders import longest_packed
-from lrmc_ray.models import attention_cost, batch_hidden_states, head_of, load_model
+from lrmc_ray.models.borders import longest_packed
+from lrmc_ray.models.forward import batch_hidden_states
+from lrmc_ray.models.head import head_of
+from lrmc_ray.models.loading import load_model
+from lrmc_ray.models.packing import attention_cost
 from lrmc_ray.record.spread import LOGITS_ELEMENTS, Device, spread
 
 BATCH_TOKENS = 2048

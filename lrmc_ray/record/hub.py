@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lrmc_ray.errors import IncompleteArtifactError
+from lrmc_ray.errors import IncompleteArtifactError, first_line
 from lrmc_ray.files.artifacts import cache_directory, fingerprint, write_json
 from lrmc_ray.files.hub_calls import limit_hub_calls
 
@@ -75,11 +75,10 @@ def hub_files(name: str) -> tuple[Path, ...]:
             for file in found.files
         )
     except Exception as error:  # of the network, the Hub, and the data set's description
-        told = next(iter(str(error).strip().splitlines()), "") or type(error).__name__
         raise IncompleteArtifactError(
             f"training data {name} is neither a file nor to be had from the Hugging Face Hub "
-            f"({told.rstrip('.')}); check the name ({FORM}), the network and `hf auth login`, or "
-            "give a file"
+            f"({first_line(error).rstrip('.')}); check the name ({FORM}), the network and "
+            "`hf auth login`, or give a file"
         ) from None
 
 

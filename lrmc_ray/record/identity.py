@@ -13,7 +13,8 @@ from lrmc_ray.files.artifacts import (
     fingerprint,
     read_manifest,
 )
-from lrmc_ray.models import model_fingerprint, template_fingerprint, tokenizer_fingerprint
+from lrmc_ray.models.identity import model_fingerprint, tokenizer_fingerprint
+from lrmc_ray.models.template import template_fingerprint
 from lrmc_ray.record.names import MADE_BY
 from lrmc_ray.record.schema import SCHEMA_VERSION
 from lrmc_ray.record.sources import Source, training_sources

@@ -16,7 +16,9 @@ from lrmc_ray.console import harmless, plain_console, progress
 from lrmc_ray.errors import ConfigError, DataError, IncompleteArtifactError, LrmcError
 from lrmc_ray.files.artifacts import MANIFEST, PARTIAL, is_finished
 from lrmc_ray.method.microbatch import Sample
-from lrmc_ray.models import load_tokenizer, local_directory, tokenizer_fingerprint
+from lrmc_ray.models.directory import local_directory
+from lrmc_ray.models.identity import tokenizer_fingerprint
+from lrmc_ray.models.loading import load_tokenizer
 from lrmc_ray.record.describe import print_summary
 from lrmc_ray.record.identity import SAMPLES
 from lrmc_ray.record.names import MADE_BY

@@ -12,7 +12,8 @@ from rich.text import Text
 from lrmc_ray.chat.answers import Chat
 from lrmc_ray.config import ModelSettings
 from lrmc_ray.console import harmless
-from lrmc_ray.models import load_tokenizer, tokenizer_directory
+from lrmc_ray.models.directory import tokenizer_directory
+from lrmc_ray.models.loading import load_tokenizer
 from lrmc_ray.record.encode import BATCH_ROWS, Example, encode_batch
 from lrmc_ray.record.rows import Rejects, Row, read_rows
 from lrmc_ray.record.sources import find_sources

@@ -26,7 +26,8 @@ from lrmc_ray.files.artifacts import (
 )
 from lrmc_ray.files.fault_points import passed
 from lrmc_ray.files.place import Place, place_of
-from lrmc_ray.models import differing_text, load_tokenizer, local_directory, vocabulary_size
+from lrmc_ray.models.directory import local_directory
+from lrmc_ray.models.loading import differing_text, load_tokenizer, vocabulary_size
 from lrmc_ray.record.encode import EncodingSummary, encode_rows
 from lrmc_ray.record.examples import ExamplesWriter, read_domains
 from lrmc_ray.record.identity import SAMPLES, identify, why_again

@@ -13,7 +13,8 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 from lrmc_ray.errors import ConfigError
-from lrmc_ray.models import empty_model, layers_of
+from lrmc_ray.models.loading import empty_model
+from lrmc_ray.models.parts import layers_of
 
 Device = int | str
 

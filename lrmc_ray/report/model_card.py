@@ -12,7 +12,7 @@ from lrmc_ray.evaluate.statistics import Interval
 from lrmc_ray.files.artifacts import write_atomically
 from lrmc_ray.files.names import MODEL_CARD
 from lrmc_ray.files.origin import read_origin
-from lrmc_ray.models import has_chat_template
+from lrmc_ray.models.template import has_chat_template
 from lrmc_ray.record.taught_system import taught_system
 from lrmc_ray.report.card_recipes import recipes
 from lrmc_ray.report.card_subject import subject_of

@@ -25,7 +25,8 @@ from torch.utils._python_dispatch import _disable_current_modes
 
 from lrmc_ray.config import TrainSettings
 from lrmc_ray.errors import ConfigError, TrainingError
-from lrmc_ray.models import body_of, one_sequence_a_row
+from lrmc_ray.models.forward import one_sequence_a_row
+from lrmc_ray.models.parts import body_of
 
 _KERNEL_LAYERS = ("x_proj", "dt_proj", "out_proj")
 """Of a Mamba mixer; its kernels on GPUs take their weights, past the layers."""

@@ -15,7 +15,8 @@ from lrmc_ray.config import (
     trial_settings,
 )
 from lrmc_ray.errors import ConfigError
-from lrmc_ray.models import empty_model, load_model, local_directory
+from lrmc_ray.models.directory import local_directory
+from lrmc_ray.models.loading import empty_model, load_model
 
 _log = logging.getLogger(__name__)
 

@@ -13,8 +13,9 @@ from torch import nn
 
 from lrmc_ray.errors import ConfigError
 from lrmc_ray.method.layout import pad
-from lrmc_ray.model_borders import attention_borders
-from lrmc_ray.models import batch_hidden_states, body_of
+from lrmc_ray.models.borders import attention_borders
+from lrmc_ray.models.forward import batch_hidden_states
+from lrmc_ray.models.parts import body_of
 from lrmc_ray.train.routers import routers_of
 
 LENGTHS = 64

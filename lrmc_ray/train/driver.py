@@ -33,7 +33,7 @@ from lrmc_ray.files.beats import PROGRESS, beat
 from lrmc_ray.files.full_disk import full_disk
 from lrmc_ray.files.names import CHECKPOINTS, LEDGER
 from lrmc_ray.files.place import place_of
-from lrmc_ray.models import local_directory, send_model
+from lrmc_ray.models.directory import local_directory, send_model
 from lrmc_ray.record.identity import check_fits
 from lrmc_ray.train.divergence import Divergence
 from lrmc_ray.train.failures import cause_text, is_worker_loss, telling_cause

@@ -33,7 +33,7 @@ from lrmc_ray.evaluate.task_files import located
 from lrmc_ray.files.artifacts import write_json
 from lrmc_ray.files.names import RUNG
 from lrmc_ray.files.place import Place
-from lrmc_ray.models import load_tokenizer
+from lrmc_ray.models.loading import load_tokenizer
 from lrmc_ray.tasks.registry import expand
 from lrmc_ray.train.run_files import RunFiles
 

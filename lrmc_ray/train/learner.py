@@ -23,7 +23,7 @@ from lrmc_ray.method.moclip import MoClip
 from lrmc_ray.method.optimizers import make_optimizer
 from lrmc_ray.method.shards import Shard
 from lrmc_ray.method.workers import WorkerGroup
-from lrmc_ray.models import copy_tokenizer, save_model
+from lrmc_ray.models.saving import copy_tokenizer, save_model
 from lrmc_ray.train.compiled import compile_layers
 from lrmc_ray.train.loaded_model import LoadedModel, autocast_type, frozen_base
 from lrmc_ray.train.routers import Routers

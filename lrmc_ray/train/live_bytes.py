@@ -16,7 +16,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
-from lrmc_ray.models import one_sequence_a_row
+from lrmc_ray.errors import DataError, first_line
+from lrmc_ray.models.forward import one_sequence_a_row
 
 
 class LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]
@@ -75,6 +76,27 @@ def _grouped_product(one: Tensor, other: Tensor, ends: Tensor | None = None, **_
     if one.ndim == 2 or other.ndim == 2:
         return one.new_empty(one.shape[-2], other.shape[-1])
     return one.new_empty(one.shape[0], one.shape[1], other.shape[2])
+
+
+@contextlib.contextmanager
+def without_values(model: Any, *, whose: str, instead: str) -> Iterator[None]:
+    """Refuse a model whose passes inside need the values of tensors, which fake ones have not.
+
+    Args:
+        model: that runs.
+        whose: what the message says needs no values, with its verb.
+        instead: the remedy that the message ends with.
+
+    Raises:
+        DataError: a pass failed.
+    """
+    try:
+        yield
+    except (RuntimeError, TypeError, ValueError, AttributeError, NotImplementedError) as error:
+        raise DataError(
+            f"{model.config.model_type} must be a type whose {whose} no values of tensors for its "
+            f"memory to be forecast, got {first_line(error)}; {instead}"
+        ) from error
 
 
 @contextlib.contextmanager

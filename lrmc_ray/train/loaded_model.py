@@ -14,13 +14,10 @@ from lrmc_ray.errors import ConfigError
 from lrmc_ray.method.losses import LanguageModel
 from lrmc_ray.method.names import NEED_BASE
 from lrmc_ray.method.workers import WorkerGroup
-from lrmc_ray.models import (
-    attention_cost,
-    batch_hidden_states,
-    described_head,
-    head_of,
-    load_model,
-)
+from lrmc_ray.models.forward import batch_hidden_states
+from lrmc_ray.models.head import described_head, head_of
+from lrmc_ray.models.loading import load_model
+from lrmc_ray.models.packing import attention_cost
 from lrmc_ray.train.recompute import BrokenOffError, Recomputation
 from lrmc_ray.train.sharded_load import NotByRowsError, model_to_fill
 from lrmc_ray.train.sharding import Sharding, check_shardable, shard_model
@@ -42,7 +39,7 @@ class LoadedModel:
         trainable: what of it is trained.
         recomputation: what its backward pass computes again.
         head: its output head.
-        attention_cost: see :func:`lrmc_ray.models.attention_cost`; infinity without packing.
+        attention_cost: see :func:`lrmc_ray.models.packing.attention_cost`; infinity without packing.
         sharding: this worker's rows, where the model is in shards.
     """
 

@@ -30,8 +30,8 @@ from lrmc_ray.method.step_result import StepResult
 from lrmc_ray.method.training_loop import StepOptions
 from lrmc_ray.method.training_loop import train as training_steps
 from lrmc_ray.method.workers import WorkerGroup
-from lrmc_ray.model_borders import longest_packed
-from lrmc_ray.models import dropped_parts
+from lrmc_ray.models.borders import longest_packed
+from lrmc_ray.models.loading import dropped_parts
 from lrmc_ray.record.reader import Records
 from lrmc_ray.train.compiled import LENGTHS
 from lrmc_ray.train.divergence import LossWatch

@@ -43,11 +43,11 @@ import torch
 from torch import Tensor
 
 from lrmc_ray.config import TrainSettings
-from lrmc_ray.errors import DataError
 from lrmc_ray.method.baselines.vocabulary_loss import CHUNK_ELEMENTS
 from lrmc_ray.method.names import NEED_BASE
-from lrmc_ray.models import body_of, layers_of, unweighted_model
-from lrmc_ray.train.live_bytes import LiveBytes, counting
+from lrmc_ray.models.loading import unweighted_model
+from lrmc_ray.models.parts import body_of, layers_of
+from lrmc_ray.train.live_bytes import LiveBytes, counting, without_values
 from lrmc_ray.train.recompute import recomputes_layers, way_for
 from lrmc_ray.train.sharding import check_shardable, multiplied
 from lrmc_ray.train.trainable import TrainableModel
@@ -286,14 +286,8 @@ def _passes(
     live.begin()
     before = live.now
     ids_BT = torch.ones(rows, length, dtype=torch.long)
-    try:
-        with torch.autocast("cpu", torch.bfloat16, enabled=in_bf16):
-            hidden_BTD = body_of(model)(input_ids=ids_BT, use_cache=False).last_hidden_state
+    refusing = without_values(model, whose="passes need", instead="train it for one step and look")
+    with refusing, torch.autocast("cpu", torch.bfloat16, enabled=in_bf16):
+        hidden_BTD = body_of(model)(input_ids=ids_BT, use_cache=False).last_hidden_state
         hidden_BTD.backward(torch.ones_like(hidden_BTD))
-    except (RuntimeError, TypeError, ValueError, AttributeError, NotImplementedError) as error:
-        text = next(iter(str(error).strip().splitlines()), type(error).__name__)
-        raise DataError(
-            f"{model.config.model_type} must be a type whose passes need no values of tensors for "
-            f"its memory to be forecast, got {text}; train it for one step and look"
-        ) from error
     return live.most - before

@@ -21,7 +21,7 @@ from lrmc_ray.config import RunSettings, TrainSettings
 from lrmc_ray.errors import LrmcError, TrainingError
 from lrmc_ray.files.place import Place, place_of
 from lrmc_ray.files.study import FoundPrecision
-from lrmc_ray.models import local_directory, send_model
+from lrmc_ray.models.directory import local_directory, send_model
 from lrmc_ray.record.stored import record_here
 
 if TYPE_CHECKING:
@@ -162,7 +162,7 @@ def distances(
 
     from lrmc_ray.method.training_loop import StepOptions, compute_gradients
     from lrmc_ray.method.workers import WorkerGroup
-    from lrmc_ray.model_borders import longest_packed
+    from lrmc_ray.models.borders import longest_packed
     from lrmc_ray.record.reader import Records
     from lrmc_ray.train.learner import Learner
     from lrmc_ray.train.samples import TrainingSamples

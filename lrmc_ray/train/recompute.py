@@ -30,12 +30,12 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint_contexts
 
-from lrmc_ray.errors import ConfigError
+from lrmc_ray.errors import ConfigError, first_line
 from lrmc_ray.method.fast.packing import lay_out
 from lrmc_ray.method.layout import Layout, pad
 from lrmc_ray.method.microbatch import MicroBatch
 from lrmc_ray.method.shards import ShardedModel
-from lrmc_ray.models import batch_hidden_states
+from lrmc_ray.models.forward import batch_hidden_states
 
 if TYPE_CHECKING:
     from torch._ops import OpOverload
@@ -166,8 +166,8 @@ class Recomputation:
                 found = self._gradients(layout, parameters, shards)
             except (RuntimeError, ValueError, TypeError, AssertionError) as error:
                 if shards is not None:
-                    raise BrokenOffError(f"{way}: {_first_line(error)}") from error
-                reasons.append(f"{way}: {_first_line(error)}")
+                    raise BrokenOffError(f"{way}: {first_line(error)}") from error
+                reasons.append(f"{way}: {first_line(error)}")
                 continue
             difference = _difference(expected, found)
             if shards is not None:
@@ -300,7 +300,3 @@ def _difference(expected: Sequence[Tensor | None], found: Sequence[Tensor | None
         if error != error:  # not a number
             return float("inf")
     return largest
-
-
-def _first_line(error: Exception) -> str:
-    return next(iter(str(error).strip().splitlines()), type(error).__name__)

@@ -9,7 +9,7 @@ from lrmc_ray.errors import ConfigError
 from lrmc_ray.method.load_balance import balance_loss, busiest_load, expert_counts
 from lrmc_ray.method.microbatch import MicroBatch
 from lrmc_ray.method.workers import WorkerGroup
-from lrmc_ray.models import body_of
+from lrmc_ray.models.parts import body_of
 
 
 class Routers:

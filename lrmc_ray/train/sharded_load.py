@@ -24,7 +24,7 @@ from torch import Tensor
 from lrmc_ray.method.sharded_rows import bounds_of
 from lrmc_ray.method.shards import Shard
 from lrmc_ray.method.workers import WorkerGroup
-from lrmc_ray.models import empty_model
+from lrmc_ray.models.loading import empty_model
 
 _ONE_FILE = "model.safetensors"
 _INDEX = "model.safetensors.index.json"
@@ -104,7 +104,7 @@ class RowsOfFiles:
         """Find out where every parameter and every saved buffer is; nothing is read.
 
         Args:
-            model: as :func:`lrmc_ray.models.empty_model` gives it, without adapters.
+            model: as :func:`lrmc_ray.models.loading.empty_model` gives it, without adapters.
             directory: it is from there.
 
         Raises:

@@ -12,8 +12,8 @@ from lrmc_ray.method.head import OutputHead
 from lrmc_ray.method.sharded_rows import ShardedVocabulary
 from lrmc_ray.method.shards import Shard, ShardedModel
 from lrmc_ray.method.workers import WorkerGroup
-from lrmc_ray.model_borders import attention_borders
-from lrmc_ray.models import body_of, layers_of
+from lrmc_ray.models.borders import attention_borders
+from lrmc_ray.models.parts import body_of, layers_of
 
 
 def check_shardable(model: Any) -> None:

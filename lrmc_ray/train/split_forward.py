@@ -17,8 +17,10 @@ from lrmc_ray.method.fast.packing import pack
 from lrmc_ray.method.layout import Layout
 from lrmc_ray.method.microbatch import MicroBatch
 from lrmc_ray.method.names import NEED_BASE
-from lrmc_ray.model_borders import longest_packed
-from lrmc_ray.models import added_mask, batch_hidden_states, body_of
+from lrmc_ray.models.borders import longest_packed
+from lrmc_ray.models.forward import batch_hidden_states
+from lrmc_ray.models.masks import added_mask
+from lrmc_ray.models.parts import body_of
 
 _log = logging.getLogger(__name__)
 
@@ -88,7 +90,7 @@ def may_share(settings: TrainSettings, *, on_cpu: bool, is_mixture: bool) -> boo
 def can_split(model: Any) -> bool:
     """Whether both parts together give the hidden states of one pass over a packed row.
 
-    For models that can be packed, see :func:`lrmc_ray.models.attention_cost`.
+    For models that can be packed, see :func:`lrmc_ray.models.packing.attention_cost`.
     """
     config = model.config.get_text_config()
     length = int(min(longest_packed(config), _TRIED_TOKENS))

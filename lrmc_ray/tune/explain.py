@@ -11,7 +11,7 @@ from lrmc_ray.config import DEMO, ModelSettings, ParameterRange, RunSettings
 from lrmc_ray.console import format_seconds, plain_console
 from lrmc_ray.evaluate.item_parts import is_divided
 from lrmc_ray.evaluate.task_files import task_label
-from lrmc_ray.models import has_chat_template
+from lrmc_ray.models.template import has_chat_template
 from lrmc_ray.record.sources import training_files
 from lrmc_ray.tasks.demo.base_model import HUB_ID
 from lrmc_ray.tasks.registry import expand

@@ -14,7 +14,7 @@ from lrmc_ray.files.fault_points import passed
 from lrmc_ray.files.names import BEST_MODEL, SETTINGS_FILE
 from lrmc_ray.files.origin import Origin, origin_of, read_origin, write_origin
 from lrmc_ray.files.study import STUDY_FILE, Artifact, TrialEntry
-from lrmc_ray.models import local_directory
+from lrmc_ray.models.directory import local_directory
 from lrmc_ray.report.figures_png import FIGURE_FILE
 from lrmc_ray.report.mlflow import StudyTracker, best_model_of
 from lrmc_ray.report.mlflow_note import study_note, study_scores

@@ -42,7 +42,7 @@ from lrmc_ray.config.arguments import (
 from lrmc_ray.console import format_seconds, progress, setup_logging
 from lrmc_ray.errors import ConfigError
 from lrmc_ray.files.artifacts import is_finished
-from lrmc_ray.models import vocabulary_size
+from lrmc_ray.models.loading import vocabulary_size
 from lrmc_ray.record.capped import MOST_CAPPED, capped_text
 from lrmc_ray.record.examples import SORT_WINDOW, read_examples
 from lrmc_ray.record.names import EXAMPLES, PLAN

@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 from lrmc_ray.config import ModelSettings, RunSettings, TrainSettings, trial_settings
 from lrmc_ray.console import plain_console, progress
-from lrmc_ray.models import WEIGHT_SUFFIX, config_directory
+from lrmc_ray.models.directory import config_directory
+from lrmc_ray.models.names import WEIGHT_SUFFIX
 
 if TYPE_CHECKING:
     from lrmc_ray.train.memory import MemoryForecast

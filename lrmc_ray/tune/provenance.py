@@ -15,7 +15,7 @@ from lrmc_ray.evaluate.run import scoring_code
 from lrmc_ray.evaluate.task_files import task_fingerprints
 from lrmc_ray.files.artifacts import content_digest, fingerprint
 from lrmc_ray.files.study import TrainingFile
-from lrmc_ray.models import local_directory
+from lrmc_ray.models.directory import local_directory
 from lrmc_ray.record.identity import identify
 from lrmc_ray.record.sources import training_files, training_sources
 from lrmc_ray.tasks.registry import expand

@@ -14,11 +14,12 @@ from typing import Any, Literal
 
 import torch
 
-from lrmc_ray.errors import ConfigError, DataError
-from lrmc_ray.models import body_of, empty_model, layers_of, unweighted_model
+from lrmc_ray.errors import ConfigError
+from lrmc_ray.models.loading import empty_model, unweighted_model
+from lrmc_ray.models.parts import body_of, layers_of
 from lrmc_ray.record.candidates import BATCH_TOKENS
 from lrmc_ray.record.spread import spread_model
-from lrmc_ray.train.live_bytes import counting
+from lrmc_ray.train.live_bytes import counting, without_values
 
 
 def recording_memory(
@@ -82,12 +83,7 @@ def activation_bytes(directory: Path, precision: Literal["fp32", "bf16"], length
         live.begin()
         before = live.now
         ids_BT = torch.ones(rows, length, dtype=torch.long)
-        try:
+        instead = "record some samples and look"
+        with without_values(model, whose="forward pass needs", instead=instead):
             body_of(model)(input_ids=ids_BT, use_cache=False)
-        except (RuntimeError, TypeError, ValueError, AttributeError, NotImplementedError) as error:
-            text = next(iter(str(error).strip().splitlines()), type(error).__name__)
-            raise DataError(
-                f"{model.config.model_type} must be a type whose forward pass needs no values of "
-                f"tensors for its memory to be forecast, got {text}; record some samples and look"
-            ) from error
         return live.most - before

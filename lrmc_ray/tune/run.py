@@ -25,7 +25,7 @@ from lrmc_ray.files.artifacts import read_manifest, relative_path, write_json
 from lrmc_ray.files.fault_points import passed
 from lrmc_ray.files.names import SETTINGS_FILE, default_tracking_uri
 from lrmc_ray.files.place import place_of
-from lrmc_ray.models import local_directory
+from lrmc_ray.models.directory import local_directory
 from lrmc_ray.record.run import record
 from lrmc_ray.report.mlflow import StudyTracker
 from lrmc_ray.report.mlflow_mirror import catch_up_command

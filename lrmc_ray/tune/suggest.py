@@ -37,7 +37,7 @@ from lrmc_ray.console import plain_console, progress, setup_logging
 from lrmc_ray.errors import DataError
 from lrmc_ray.files.place import place_of
 from lrmc_ray.files.study import FoundRange
-from lrmc_ray.models import local_directory
+from lrmc_ray.models.directory import local_directory
 from lrmc_ray.record.capped import MOST_CAPPED
 from lrmc_ray.record.prepare import prepare
 from lrmc_ray.record.run import record

@@ -23,8 +23,9 @@ from lrmc_ray.method.microbatch import Activity, Sample
 from lrmc_ray.method.step_result import token_slots
 from lrmc_ray.method.subsets import CandidateSets
 from lrmc_ray.method.training_loop import StepOptions
-from lrmc_ray.model_borders import longest_packed
-from lrmc_ray.models import empty_model, load_tokenizer, may_be_packed, price_of_attention
+from lrmc_ray.models.borders import longest_packed
+from lrmc_ray.models.loading import empty_model, load_tokenizer
+from lrmc_ray.models.packing import may_be_packed, price_of_attention
 from lrmc_ray.record.encode import Example, encode_row
 from lrmc_ray.record.rows import Rejects, read_rows
 from lrmc_ray.record.sources import Source

@@ -23,7 +23,8 @@ from lrmc_ray.console import run_command
 from lrmc_ray.errors import DataError, IncompleteArtifactError
 from lrmc_ray.files import fault_points
 from lrmc_ray.files.origin import origin_of, write_origin
-from lrmc_ray.models import hidden_states, load_model, load_tokenizer
+from lrmc_ray.models.forward import hidden_states
+from lrmc_ray.models.loading import load_model, load_tokenizer
 from tests.support.tiny import make_model
 
 QUESTION = "What is <b>2</b> | 3?"

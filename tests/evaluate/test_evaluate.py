@@ -22,7 +22,8 @@ from lrmc_ray.evaluate.request import ScoreRequest
 from lrmc_ray.evaluate.run import evaluate
 from lrmc_ray.evaluate.task_files import task_fingerprints, task_manager
 from lrmc_ray.files.artifacts import read_manifest
-from lrmc_ray.models import load_model, load_tokenizer, save_model
+from lrmc_ray.models.loading import load_model, load_tokenizer
+from lrmc_ray.models.saving import save_model
 from lrmc_ray.tasks.registry import expand
 from tests.support.tiny import make_model
 

@@ -17,7 +17,7 @@ from lrmc_ray.evaluate.questions import (
     write_questions,
 )
 from lrmc_ray.evaluate.request import ScoreRequest
-from lrmc_ray.models import load_model, load_tokenizer
+from lrmc_ray.models.loading import load_model, load_tokenizer
 
 CHOICE = {
     "task": "pick",

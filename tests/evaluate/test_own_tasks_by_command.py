@@ -13,7 +13,7 @@ from lm_eval.tasks import TaskManager
 from lrmc_ray.console import run_command
 from lrmc_ray.evaluate.command import main as evaluate
 from lrmc_ray.evaluate.questions import read_questions
-from lrmc_ray.models import load_model, load_tokenizer
+from lrmc_ray.models.loading import load_model, load_tokenizer
 from tests.support.own_tasks import GENERATED, write
 
 pytestmark = [pytest.mark.slow, pytest.mark.ray, pytest.mark.timeout(600)]

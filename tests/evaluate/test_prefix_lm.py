@@ -12,7 +12,7 @@ from lrmc_ray.errors import DataError
 from lrmc_ray.evaluate.prefix_batches import MIN_SHARED_TOKENS, ContextRow, prefix_families
 from lrmc_ray.evaluate.prefix_lm import PrefixLM
 from lrmc_ray.evaluate.prefix_sharing import Sharing
-from lrmc_ray.models import load_model, load_tokenizer
+from lrmc_ray.models.loading import load_model, load_tokenizer
 
 TOLERANCE = {"rel": 2e-5, "abs": 2e-4}
 """Of a log-likelihood in float32, a sum over up to some hundred tokens."""

@@ -15,8 +15,8 @@ from benchmarks.tiny_models import (
 from lrmc_ray.evaluate import prefix_sharing
 from lrmc_ray.evaluate.prefix_lm import PrefixLM
 from lrmc_ray.evaluate.prefix_sharing import Sharing
-from lrmc_ray.model_borders import Borders
-from lrmc_ray.models import load_model
+from lrmc_ray.models.borders import Borders
+from lrmc_ray.models.loading import load_model
 from tests.support import scoring
 from tests.support.scoring import choices, instances, sentence
 

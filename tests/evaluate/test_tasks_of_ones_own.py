@@ -27,7 +27,7 @@ from lrmc_ray.evaluate.task_checks import SCORED
 from lrmc_ray.evaluate.task_files import check_tasks, own_files, task_fingerprints, task_manager
 from lrmc_ray.evaluate.vocabulary import vocabulary_of
 from lrmc_ray.files.artifacts import write_manifest
-from lrmc_ray.models import load_model, load_tokenizer
+from lrmc_ray.models.loading import load_model, load_tokenizer
 from tests.support.own_tasks import GENERATED, write
 
 CHOICES = {"metric_list": [{"metric": name} for name in SCORED["multiple_choice"]]}

@@ -26,7 +26,8 @@ from lrmc_ray.export.weights import blend_into, lost_by_rounding
 from lrmc_ray.files import fault_points
 from lrmc_ray.files.artifacts import file_digest
 from lrmc_ray.files.origin import read_origin
-from lrmc_ray.models import load_model, model_fingerprint
+from lrmc_ray.models.identity import model_fingerprint
+from lrmc_ray.models.loading import load_model
 from lrmc_ray.tune.choice import model_of
 from tests.support.study_with_models import add_blend, make_study_with_models
 from tests.support.synthetic_study import SEED, item_rows

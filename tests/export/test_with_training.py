@@ -24,7 +24,9 @@ from lrmc_ray.files.blend import read_blend
 from lrmc_ray.files.names import MODEL
 from lrmc_ray.files.origin import origin_of, read_origin, write_origin
 from lrmc_ray.files.study import StudyFile, TrialEntry, read_study, trial_directory, write_study
-from lrmc_ray.models import load_model, model_fingerprint, save_model
+from lrmc_ray.models.identity import model_fingerprint
+from lrmc_ray.models.loading import load_model
+from lrmc_ray.models.saving import save_model
 from lrmc_ray.record.run import record
 from lrmc_ray.tune.choice import model_of
 from lrmc_ray.tune.trial import train_and_score

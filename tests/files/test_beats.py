@@ -6,7 +6,7 @@ import torch
 
 from lrmc_ray.files import beats
 from lrmc_ray.files.beats import PROGRESS, Pauses, beat, beat_with, beating, file_writer
-from lrmc_ray.models import load_model
+from lrmc_ray.models.loading import load_model
 
 
 def test_signs_differ_and_are_not_written_more_often_than_asked(monkeypatch):

@@ -24,7 +24,8 @@ from lrmc_ray.method.step_result import StepResult
 from lrmc_ray.method.training_loop import StepOptions, train
 from lrmc_ray.method.vocabulary_rows import TrainedRows
 from lrmc_ray.method.workers import WorkerGroup
-from lrmc_ray.models import batch_hidden_states, head_of
+from lrmc_ray.models.forward import batch_hidden_states
+from lrmc_ray.models.head import head_of
 from lrmc_ray.train.split_forward import SplitModel
 from tests.support.plain_training import (
     base_llama,

@@ -21,7 +21,8 @@ from lrmc_ray.method.restricted_loss import draw_tail, restricted_cross_entropy
 from lrmc_ray.method.subsets import CandidateSets, select_candidates
 from lrmc_ray.method.training_loop import StepOptions, compute_gradients, train
 from lrmc_ray.method.workers import WorkerGroup
-from lrmc_ray.models import batch_hidden_states, head_of
+from lrmc_ray.models.forward import batch_hidden_states
+from lrmc_ray.models.head import head_of
 from lrmc_ray.record.candidates import CandidateRecorder
 from tests.support.plain_training import (
     branching_samples,

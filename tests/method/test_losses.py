@@ -15,7 +15,7 @@ from lrmc_ray.method.restricted_loss import draw_tail
 from lrmc_ray.method.subsets import select_candidates
 from lrmc_ray.method.training_loop import StepOptions, compute_gradients
 from lrmc_ray.method.workers import WorkerGroup
-from lrmc_ray.models import hidden_states
+from lrmc_ray.models.forward import hidden_states
 from tests.support.method_training import LOSSES, PAPER, base_of, bytes_of, gradients_of, run
 from tests.support.plain_training import (
     VOCABULARY,

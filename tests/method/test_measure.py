@@ -15,7 +15,8 @@ from lrmc_ray.method.measure import held_out_batches, held_out_nll, outside_mass
 from lrmc_ray.method.moclip import MoClip
 from lrmc_ray.method.subsets import select_candidates
 from lrmc_ray.method.workers import WorkerGroup
-from lrmc_ray.models import batch_hidden_states, head_of
+from lrmc_ray.models.forward import batch_hidden_states
+from lrmc_ray.models.head import head_of
 from tests.support.method_inputs import inside, leaves, logits_problem, rng
 from tests.support.moclip_paths import CAPS, random, train
 from tests.support.plain_training import random_samples, tiny_llama

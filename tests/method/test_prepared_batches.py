@@ -22,7 +22,8 @@ from lrmc_ray.method.vocabulary_rows import (
     distinct_padded,
 )
 from lrmc_ray.method.workers import WorkerGroup
-from lrmc_ray.models import batch_hidden_states, head_of
+from lrmc_ray.models.forward import batch_hidden_states
+from lrmc_ray.models.head import head_of
 from tests.support.operators import NoHostSync
 from tests.support.plain_training import random_samples, tiny_llama
 

@@ -15,7 +15,8 @@ from lrmc_ray.method.shared_prefix import FEWEST_TOKENS, share_prefix
 from lrmc_ray.method.step_result import summarize
 from lrmc_ray.method.training_loop import StepOptions, compute_gradients
 from lrmc_ray.method.workers import WorkerGroup
-from lrmc_ray.models import batch_hidden_states, head_of
+from lrmc_ray.models.forward import batch_hidden_states
+from lrmc_ray.models.head import head_of
 from lrmc_ray.train.split_forward import SplitModel, can_split
 from tests.support.method_training import LOSSES
 from tests.support.plain_training import (

@@ -13,7 +13,8 @@ from lrmc_ray.method.microbatch import collate
 from lrmc_ray.method.moclip import MoClip
 from lrmc_ray.method.training_loop import StepOptions, compute_gradients, micro_batch_seed
 from lrmc_ray.method.workers import WorkerGroup
-from lrmc_ray.models import head_of, hidden_states
+from lrmc_ray.models.forward import hidden_states
+from lrmc_ray.models.head import head_of
 from tests.support.method_training import (
     LOSSES,
     PAPER,

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from lrmc_ray.chat.answers import Chat
 from lrmc_ray.errors import DataError, IncompleteArtifactError
-from lrmc_ray.models import load_tokenizer
+from lrmc_ray.models.loading import load_tokenizer
 from lrmc_ray.record.encode import EncodingSummary, Example, encode_row, encode_rows
 from lrmc_ray.record.formats import conversation_of
 from lrmc_ray.record.rows import Rejects, Row, read_rows, sample_id_of

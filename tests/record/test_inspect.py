@@ -13,7 +13,7 @@ import torch
 from lrmc_ray.config import load_settings
 from lrmc_ray.console import run_command
 from lrmc_ray.files.artifacts import MANIFEST, file_digest, read_manifest, write_manifest
-from lrmc_ray.models import load_model, load_tokenizer
+from lrmc_ray.models.loading import load_model, load_tokenizer
 from lrmc_ray.record import prepare as prepare_module
 from lrmc_ray.record import run as record_run
 from lrmc_ray.record.actors import Recorder, recorder_options

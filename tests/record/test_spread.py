@@ -14,7 +14,9 @@ from lrmc_ray.config import ResourceSettings, load_settings
 from lrmc_ray.errors import ConfigError, DataError, ResourceError
 from lrmc_ray.method.fast.packing import pack
 from lrmc_ray.method.layout import pad
-from lrmc_ray.models import batch_hidden_states, empty_model, layers_of
+from lrmc_ray.models.forward import batch_hidden_states
+from lrmc_ray.models.loading import empty_model
+from lrmc_ray.models.parts import layers_of
 from lrmc_ray.record.candidates import CandidateRecorder, own_devices
 from lrmc_ray.record.prepare import prepare
 from lrmc_ray.record.spread import LOGITS_ELEMENTS, SELECTION, divide, spread, spread_model

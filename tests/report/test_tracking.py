@@ -28,7 +28,7 @@ from lrmc_ray.errors import DataError, IncompleteArtifactError, ResourceError
 from lrmc_ray.files.metrics_log import MetricsLog, StepMetrics, read_metrics, read_new_lines
 from lrmc_ray.files.names import default_tracking_uri
 from lrmc_ray.files.study import TrainingFile
-from lrmc_ray.models import load_model, load_tokenizer
+from lrmc_ray.models.loading import load_model, load_tokenizer
 from lrmc_ray.report import mlflow_mirror as tracking
 from lrmc_ray.report.mlflow import StudyTracker
 from lrmc_ray.report.mlflow_mirror import metric_name, mlflow_status

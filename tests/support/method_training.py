@@ -10,7 +10,8 @@ from lrmc_ray.method.microbatch import divide
 from lrmc_ray.method.names import NEED_BASE
 from lrmc_ray.method.training_loop import StepOptions, compute_gradients, train
 from lrmc_ray.method.workers import WorkerGroup
-from lrmc_ray.models import batch_hidden_states, head_of, hidden_states
+from lrmc_ray.models.forward import batch_hidden_states, hidden_states
+from lrmc_ray.models.head import head_of
 from tests.support.plain_training import VOCABULARY, base_llama
 
 PAPER = LossSettings("restricted", tail_samples=0, anchor_weight=0.0, seed=3)

@@ -7,7 +7,7 @@ from typing import Any
 from lrmc_ray.config import RunSettings
 from lrmc_ray.files.artifacts import write_json, write_manifest
 from lrmc_ray.files.names import SETTINGS_FILE
-from lrmc_ray.models import model_fingerprint
+from lrmc_ray.models.identity import model_fingerprint
 from lrmc_ray.tune.choice import model_of
 from tests.support.synthetic_study import TRAIN, edit, make_study, save_scores
 from tests.support.tiny import make_model

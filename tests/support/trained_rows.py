@@ -9,7 +9,7 @@ from lrmc_ray.method.losses import LossSettings
 from lrmc_ray.method.microbatch import Sample
 from lrmc_ray.method.restricted_loss import draw_tail
 from lrmc_ray.method.vocabulary_rows import EmbeddingLookup, HeadRows, TrainedRows, tokens_of
-from lrmc_ray.models import head_of
+from lrmc_ray.models.head import head_of
 
 
 def train_rows(

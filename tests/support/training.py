@@ -14,7 +14,7 @@ from lrmc_ray.files.names import MODEL
 from lrmc_ray.method.microbatch import Sample
 from lrmc_ray.method.subsets import select_candidates
 from lrmc_ray.method.workers import WorkerGroup
-from lrmc_ray.models import load_model, load_tokenizer
+from lrmc_ray.models.loading import load_model, load_tokenizer
 from lrmc_ray.record.encode import encode_row
 from lrmc_ray.record.rows import Row
 from lrmc_ray.record.schema import write_part

@@ -218,7 +218,7 @@ def test_the_task_scores_texts_and_letters(split, built, tiny_model, monkeypatch
     # By hand: what the model says after the chat prompt, without a space before the answer.
     import torch
 
-    from lrmc_ray.models import load_model, load_tokenizer
+    from lrmc_ray.models.loading import load_model, load_tokenizer
 
     model, tokenizer = load_model(tiny_model), load_tokenizer(tiny_model)
     item = items[0]

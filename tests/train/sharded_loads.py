@@ -15,7 +15,8 @@ from torch import Tensor
 
 from lrmc_ray.config import TrainSettings
 from lrmc_ray.method.workers import WorkerGroup
-from lrmc_ray.models import head_of, load_model
+from lrmc_ray.models.head import head_of
+from lrmc_ray.models.loading import load_model
 from lrmc_ray.train import learner as learner_module
 from lrmc_ray.train import loaded_model
 from lrmc_ray.train.learner import Learner

@@ -28,7 +28,8 @@ from lrmc_ray.method.step_result import StepResult
 from lrmc_ray.method.subsets import CandidateSets
 from lrmc_ray.method.training_loop import StepOptions, train
 from lrmc_ray.method.workers import WorkerGroup
-from lrmc_ray.models import batch_hidden_states, head_of
+from lrmc_ray.models.forward import batch_hidden_states
+from lrmc_ray.models.head import head_of
 from lrmc_ray.train.sharding import shard_model
 from tests.support.all_double import AllDouble
 from tests.support.plain_training import VOCABULARY, random_samples

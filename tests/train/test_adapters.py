@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 from benchmarks.tiny_models import causal_types, make
 from lrmc_ray.config import TrainSettings
 from lrmc_ray.errors import ConfigError, TrainingError
-from lrmc_ray.models import load_model
+from lrmc_ray.models.loading import load_model
 from lrmc_ray.train.learner import Learner
 from lrmc_ray.train.trainable import TrainableModel
 

@@ -10,8 +10,8 @@ from benchmarks.architectures import Subject, records
 from benchmarks.tiny_models import make, short_borders
 from lrmc_ray.method.training_loop import StepOptions, compute_gradients, train
 from lrmc_ray.method.workers import WorkerGroup
-from lrmc_ray.model_borders import longest_packed
-from lrmc_ray.models import load_model
+from lrmc_ray.models.borders import longest_packed
+from lrmc_ray.models.loading import load_model
 
 torch.set_num_threads(1)
 

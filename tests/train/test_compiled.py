@@ -14,7 +14,8 @@ from lrmc_ray.method.losses import LanguageModel, LossSettings
 from lrmc_ray.method.moclip import MoClip
 from lrmc_ray.method.training_loop import StepOptions, train
 from lrmc_ray.method.workers import WorkerGroup
-from lrmc_ray.models import batch_hidden_states, head_of
+from lrmc_ray.models.forward import batch_hidden_states
+from lrmc_ray.models.head import head_of
 from lrmc_ray.train import compiled
 from lrmc_ray.train.compiled import LENGTHS, compile_layers
 from tests.support.plain_training import random_samples, tiny_llama

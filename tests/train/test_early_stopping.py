@@ -89,7 +89,7 @@ def test_answers_are_not_generated_and_score_as_in_the_whole_evaluation(tiny_mod
     from lrmc_ray.evaluate.harness import score, slice_rows
     from lrmc_ray.evaluate.prefix_lm import PrefixLM
     from lrmc_ray.evaluate.request import ScoreRequest
-    from lrmc_ray.models import load_model, load_tokenizer
+    from lrmc_ray.models.loading import load_model, load_tokenizer
 
     request = ScoreRequest(
         tasks=(("nl2sql", "domain"),), batch_tokens=512, precision="fp32", limit=2, split="dev",

@@ -9,7 +9,7 @@ import torch
 from benchmarks.tiny_models import make, make_config
 from lrmc_ray.config import TrainSettings
 from lrmc_ray.errors import DataError
-from lrmc_ray.models import body_of
+from lrmc_ray.models.parts import body_of
 from lrmc_ray.train.live_bytes import LiveBytes, counting
 from lrmc_ray.train.memory import TrainingMemory, loss_bytes, training_memory
 from lrmc_ray.train.recompute import recomputes_layers

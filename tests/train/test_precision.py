@@ -10,7 +10,7 @@ from lrmc_ray.cluster.session import ray_session
 from lrmc_ray.config import ModelSettings, RunSettings
 from lrmc_ray.errors import LrmcError
 from lrmc_ray.files.study import FoundPrecision
-from lrmc_ray.models import load_model
+from lrmc_ray.models.loading import load_model
 from lrmc_ray.record.reader import Records
 from lrmc_ray.train import precision as precision_module
 from lrmc_ray.train.precision import (

@@ -11,7 +11,7 @@ from lrmc_ray.method.microbatch import Sample, divide
 from lrmc_ray.method.subsets import CandidateSets
 from lrmc_ray.method.training_loop import StepOptions, compute_gradients
 from lrmc_ray.method.workers import WorkerGroup
-from lrmc_ray.models import head_of
+from lrmc_ray.models.head import head_of
 from lrmc_ray.train.recompute import Recomputation
 from lrmc_ray.train.routers import Routers
 

@@ -12,7 +12,7 @@ from benchmarks.tiny_models import make
 from lrmc_ray.config import validate
 from lrmc_ray.method.sharded_rows import bounds_of
 from lrmc_ray.method.workers import WorkerGroup
-from lrmc_ray.models import load_model
+from lrmc_ray.models.loading import load_model
 from lrmc_ray.train.learner import Learner
 from lrmc_ray.train.sharded_load import NotByRowsError, model_to_fill
 from tests.train.sharded_loads import CPU, outcomes, settings_of

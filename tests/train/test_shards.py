@@ -12,7 +12,7 @@ from lrmc_ray.method import shards as shards_module
 from lrmc_ray.method.sharded_rows import ShardedRows
 from lrmc_ray.method.shards import Shard
 from lrmc_ray.method.workers import WorkerGroup
-from lrmc_ray.models import head_of
+from lrmc_ray.models.head import head_of
 from lrmc_ray.train.sharding import shard_model
 from tests.support.all_double import AllDouble
 from tests.support.cases import asked_for, rest_is_slow

@@ -16,7 +16,7 @@ from lrmc_ray.files.metrics_log import read_metrics
 from lrmc_ray.files.names import CHECKPOINT_NOW, CHECKPOINTS, LEDGER, METRICS, MODEL
 from lrmc_ray.method.measure import outside_mass
 from lrmc_ray.method.subsets import CandidateSets, select_candidates
-from lrmc_ray.models import load_model
+from lrmc_ray.models.loading import load_model
 from lrmc_ray.record.reader import Records
 from lrmc_ray.train import recompute
 from lrmc_ray.train.checkpoints import list_checkpoints

@@ -132,7 +132,7 @@ def test_a_search_over_other_tasks_is_no_measure(settings, tmp_path):
 
 
 def test_the_rough_estimate_follows_the_models_size(settings, tmp_path, tiny_model):
-    from lrmc_ray.models import load_model
+    from lrmc_ray.models.loading import load_model
 
     parameters = sum(p.numel() for p in load_model(tiny_model).parameters())
     assert count_parameters(tiny_model) == parameters
@@ -226,7 +226,7 @@ def test_epochs_are_explained_as_steps(settings, tmp_path):
 def test_epochs_are_those_of_the_record_where_there_is_one(settings, tmp_path):
     """Of which two samples were too long, so 8 are left: 2.5 epochs take 3 steps."""
     from lrmc_ray.files.artifacts import fingerprint
-    from lrmc_ray.models import local_directory
+    from lrmc_ray.models.directory import local_directory
     from lrmc_ray.record.identity import identify
     from lrmc_ray.record.sources import training_sources
     from tests.support.training import record_of

@@ -28,7 +28,7 @@ from lrmc_ray.files.artifacts import read_manifest
 from lrmc_ray.files.names import LEDGER, MODEL, RUNG
 from lrmc_ray.files.place import LocalPlace, StoredPlace
 from lrmc_ray.files.storage import COMMITTED, Storage, files_below
-from lrmc_ray.models import model_fingerprint
+from lrmc_ray.models.identity import model_fingerprint
 from lrmc_ray.train.early_stopping import read_decision, values_of_others
 from lrmc_ray.train.ledger import read_ledger
 from lrmc_ray.train.stored import StoredRun

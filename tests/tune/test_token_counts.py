@@ -10,14 +10,9 @@ from benchmarks.tiny_models import make_config
 from lrmc_ray.chat.answers import Chat
 from lrmc_ray.config import TrainSettings
 from lrmc_ray.errors import DataError
-from lrmc_ray.models import (
-    attention_cost,
-    body_of,
-    empty_model,
-    load_model,
-    load_tokenizer,
-    price_of_attention,
-)
+from lrmc_ray.models.loading import empty_model, load_model, load_tokenizer
+from lrmc_ray.models.packing import attention_cost, price_of_attention
+from lrmc_ray.models.parts import body_of
 from lrmc_ray.record.encode import encode_row
 from lrmc_ray.record.rows import Rejects, read_rows
 from lrmc_ray.record.sources import find_sources

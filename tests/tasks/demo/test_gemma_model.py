@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from benchmarks.tiny_models import make
 from lrmc_ray.config import ModelSettings
 from lrmc_ray.errors import ConfigError, DataError, IncompleteArtifactError
-from lrmc_ray.models import local_directory
+from lrmc_ray.models.directory import local_directory
 from lrmc_ray.tasks.demo import gemma_model
 from lrmc_ray.tasks.demo.gemma_model import ACCEPTED, GGUF_FILE, gemma_base_model
 

@@ -9,7 +9,8 @@ from benchmarks.tiny_models import dynamic_ntk, long_rope, make
 from lrmc_ray.method.layout import pad
 from lrmc_ray.method.microbatch import Activity, Sample, collate
 from lrmc_ray.method.subsets import CandidateSets
-from lrmc_ray.models import batch_hidden_states, load_model
+from lrmc_ray.models.forward import batch_hidden_states
+from lrmc_ray.models.loading import load_model
 
 MODELS = {"phi3": long_rope(32), "llama": dynamic_ntk(32)}
 LENGTHS = [10, 40, 70, 32, 33, 70]

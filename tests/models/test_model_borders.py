@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from benchmarks.tiny_models import dynamic_ntk, long_rope, make, make_config
-from lrmc_ray.model_borders import Borders, attention_borders
+from lrmc_ray.models.borders import Borders, attention_borders
 
 
 @pytest.mark.parametrize(

@@ -5,8 +5,8 @@ import torch
 
 from benchmarks.tiny_models import make
 from lrmc_ray.errors import DataError
-from lrmc_ray.model_checks import check_causal, differs
-from lrmc_ray.models import head_of
+from lrmc_ray.models.causal import check_causal, differs
+from lrmc_ray.models.head import head_of
 
 
 @pytest.mark.parametrize(

@@ -5,7 +5,8 @@ import torch
 
 from lrmc_ray.method.fast import attention_blocks
 from lrmc_ray.method.fast.packing import pack
-from lrmc_ray.models import batch_hidden_states, load_model
+from lrmc_ray.models.forward import batch_hidden_states
+from lrmc_ray.models.loading import load_model
 from lrmc_ray.train.recompute import Recomputation
 from lrmc_ray.train.split_forward import SplitModel
 from tests.support.operators import Counted

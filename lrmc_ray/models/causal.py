@@ -3,7 +3,7 @@
 from typing import Any
 
 from lrmc_ray.errors import DataError
-from lrmc_ray.model_borders import attention_borders
+from lrmc_ray.models.borders import attention_borders
 
 _TOKENS = 24
 _WIDEST_CHUNK = 128
@@ -30,6 +30,11 @@ def differs(model: Any, expected: Any, actual: Any) -> float | None:
     return None if difference <= tolerance else difference
 
 
+def described(model: Any) -> str:
+    """The class and the type of a model, as messages name it."""
+    return f"{type(model).__name__} (model_type {model.config.model_type})"
+
+
 def check_causal(model: Any) -> None:
     """Compare the logits of a sequence with those of its beginning alone.
 
@@ -41,7 +46,7 @@ def check_causal(model: Any) -> None:
     """
     import torch
 
-    name = f"{type(model).__name__} (model_type {model.config.model_type})"
+    name = described(model)
     length, beginning = _TOKENS, 2 * _TOKENS // 3
     chunks = [size for size in attention_borders(model.config).chunks if size <= _WIDEST_CHUNK]
     if chunks:  # what a chunk holds may depend on how many there are
