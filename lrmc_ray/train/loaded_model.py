@@ -39,7 +39,8 @@ class LoadedModel:
         trainable: what of it is trained.
         recomputation: what its backward pass computes again.
         head: its output head.
-        attention_cost: see :func:`lrmc_ray.models.packing.attention_cost`; infinity without packing.
+        attention_cost: see :func:`lrmc_ray.models.packing.attention_cost`; infinity without
+            packing.
         sharding: this worker's rows, where the model is in shards.
     """
 

@@ -186,8 +186,14 @@ def test_the_loss_takes_what_its_positions_need():
 
 
 def test_a_type_that_looks_at_values_is_refused_by_name(directory):
-    with pytest.raises(DataError, match="dbrx must be a type whose passes need no values"):
+    with pytest.raises(DataError) as caught:
         forecast(directory("dbrx"))
+    begin, _, end = str(caught.value).partition(", got ")
+    assert begin == (
+        "dbrx must be a type whose passes need no values of tensors for its memory to be forecast"
+    )
+    assert end.endswith("; train it for one step and look")
+    assert "\n" not in end
 
 
 @pytest.mark.parametrize("workers", [1, 2, 3, 7])

@@ -7,7 +7,7 @@ import pytest
 from benchmarks.tiny_models import make_config
 from lrmc_ray.config import TrainSettings
 from lrmc_ray.console import run_command
-from lrmc_ray.errors import ConfigError
+from lrmc_ray.errors import ConfigError, DataError
 from lrmc_ray.record.spread import spread
 from lrmc_ray.train.memory import training_memory
 from lrmc_ray.tune.plan import main
@@ -172,3 +172,16 @@ def test_a_model_whose_layers_cannot_be_divided_fits_one_gpu_or_none(tmp_path):
     cards = [0.9 * need / 1e9, 1.1 * need / 1e9]
     found = recording_memory(tmp_path, "fp32", length=64, cards_gb=cards, usable=1.0)
     assert list(found["devices"].values()) == [None, 1]
+
+
+def test_a_type_that_looks_at_values_is_refused_with_a_remedy_for_recording(tmp_path):
+    make_config("dbrx").save_pretrained(tmp_path / "dbrx")
+    with pytest.raises(DataError) as caught:
+        activation_bytes(tmp_path / "dbrx", "fp32", 64)
+    begin, _, end = str(caught.value).partition(", got ")
+    assert begin == (
+        "dbrx must be a type whose forward pass needs no values of tensors for its memory to be "
+        "forecast"
+    )
+    assert end.endswith("; record some samples and look")
+    assert "\n" not in end
