@@ -1,11 +1,12 @@
-"""What `lrmc tune` takes, from the command to its first line of metrics.
+"""What `lrmc tune` takes, from the command to its first line of metrics, or to its end.
 
     python benchmarks/start_up.py --repeats 2 --tree . --tree ../old     # two checkouts in turn
+    python benchmarks/start_up.py --to-end --limit 3600                  # the whole demo
 
-Runs the demo, or the command that follows `--`, in a new output directory, and kills it when the
-first step of a trial is written. Processor seconds are those of all of the command's processes,
-which are found by a mark in their environment and looked at twice a second: what a process takes
-in its last half of a second is not counted.
+Runs the demo, or the command that follows `--`, in a new output directory. It is killed when the
+first step of a trial is written, unless `--to-end` lets it end by itself. Processor seconds are
+those of all of the command's processes, which are found by a mark in their environment and looked
+at twice a second: what a process takes in its last half of a second is not counted.
 
 Last line: a JSON object, a list of one object per run for each checkout: processor and clock
 seconds up to each of MILESTONES.
@@ -42,7 +43,8 @@ MILESTONES: dict[str, tuple[str, Callable[[Path], bool]]] = {
     "the base is scored": ("runs/scores/*/manifest.json", Path.is_file),
     "the first step is written": ("runs/*/trials/*/training/metrics.jsonl", _has_lines),
 }
-"""Files by which each is known; the last one ends the run."""
+"""Files by which each is known; the last one ends the run, or the command does."""
+ENDED = "the command has ended"
 
 
 class Processes:
@@ -90,7 +92,9 @@ class Processes:
             time.sleep(0.5)
 
 
-def one_run(tree: Path, arguments: Sequence[str], limit: float) -> dict[str, dict[str, float]]:
+def one_run(
+    tree: Path, arguments: Sequence[str], limit: float, *, to_end: bool
+) -> dict[str, dict[str, float]]:
     """Seconds up to each milestone."""
     processes, found = Processes(), {}
     work = Path(tempfile.mkdtemp(prefix="lrmc_start_"))
@@ -100,15 +104,20 @@ def one_run(tree: Path, arguments: Sequence[str], limit: float) -> dict[str, dic
     with (work / "log").open("wb") as log:
         process = subprocess.Popen(command, cwd=tree, env=environment, stdout=log, stderr=log)
         try:
-            while "the first step is written" not in found:
-                if process.poll() is not None or time.monotonic() - start > limit:
+            while ENDED not in found and (to_end or len(found) < len(MILESTONES)):
+                code = process.poll()
+                clock = time.monotonic() - start
+                if code or (code == 0 and not to_end) or clock > limit:
                     raise SystemExit((work / "log").read_text()[-3000:])
-                time.sleep(LOOK_SECONDS)
+                if code is None:
+                    time.sleep(LOOK_SECONDS)
                 seconds = processes.look()
+                now = {"cpu": round(seconds, 1), "clock": round(clock, 1)}
                 for name, (pattern, holds) in MILESTONES.items():
                     if name not in found and any(map(holds, work.glob(pattern))):
-                        clock = time.monotonic() - start
-                        found[name] = {"cpu": round(seconds, 1), "clock": round(clock, 1)}
+                        found[name] = now
+                if code == 0:
+                    found[ENDED] = now
         finally:
             processes.kill()
             process.wait()
@@ -124,6 +133,7 @@ def main(argv: Sequence[str]) -> None:
     parser.add_argument(
         "--tree", type=Path, action="append", help="a checkout; several are run in turn"
     )
+    parser.add_argument("--to-end", action="store_true", help="let the command end")
     parser.add_argument("--limit", type=float, default=850.0, help="seconds of one run")
     parser.add_argument("rest", nargs="*", help="arguments of `lrmc tune`, behind --")
     arguments = parser.parse_args(argv)
@@ -131,10 +141,10 @@ def main(argv: Sequence[str]) -> None:
     found: dict[str, list[dict[str, dict[str, float]]]] = {tree.name: [] for tree in trees}
     for _ in range(arguments.repeats):
         for tree in trees:
-            run = one_run(tree, arguments.rest, arguments.limit)
+            run = one_run(tree, arguments.rest, arguments.limit, to_end=arguments.to_end)
             found[tree.name].append(run)
-            for name in MILESTONES:
-                cpu, clock = run.get(name, {}).get("cpu", "-"), run.get(name, {}).get("clock", "-")
+            for name, seconds in run.items():
+                cpu, clock = seconds["cpu"], seconds["clock"]
                 print(f"{tree.name:12} {name:28} {cpu:>7} CPU s {clock:>7} s", flush=True)
     print(json.dumps(found))
 
