@@ -284,6 +284,7 @@ def test_a_directory_is_not_used_for_other_settings(one_worker, recorded, make_s
         train(make_settings("train.lr=2e-3"), recorded, one_worker)
 
 
+@pytest.mark.slow
 def test_a_training_that_explodes_fails_once_with_its_cause(recorded, make_settings, tmp_path):
     settings = make_settings(
         "train.optimizer=adamw", "train.lr=0.99", "train.weight_decay=1e30", "train.max_bad_steps=2"

@@ -40,11 +40,12 @@ from lrmc_ray.config import (
 from lrmc_ray.config.compare import CompareSpace
 from lrmc_ray.console import run_command
 from lrmc_ray.errors import ConfigError
-from lrmc_ray.files.artifacts import read_manifest, write_json
+from lrmc_ray.files.artifacts import write_json
 from lrmc_ray.tune import limits
 from lrmc_ray.tune.processes import PROCESSES
 from lrmc_ray.tune.provenance import newest_earlier, why_new
 from lrmc_ray.tune.result import failure_cause
+from tests.support.small_comparison import compare_command
 from tests.support.synthetic_comparison import (
     METHODS,
     RATES,
@@ -53,7 +54,6 @@ from tests.support.synthetic_comparison import (
     write_base,
     write_run,
 )
-from tests.support.tiny import make_data
 
 ROOT = Path(__file__).parents[2]
 MATTER_MOST = ("sft", "defaults", "paper", "c_adamw_anchor", "full_cautious_anchor")
@@ -604,60 +604,6 @@ def test_looking_at_a_comparison_that_has_not_begun_leaves_nothing_behind(tmp_pa
 # With Ray, on a small model
 
 
-def command_of(tmp_path, model, *more):
-    data = tmp_path / "train.jsonl"
-    if not data.is_file():
-        make_data(data)
-    return [
-        *(sys.executable, "-m", "lrmc_ray.compare", "--space", "compare_smoke"),
-        *("--model", str(model), "--train-data", str(data), "--output", str(tmp_path / "runs")),
-        *("--domain-tasks", "capitals", "--general-tasks", "plain_english"),
-        *("evaluate.limit=6", "evaluate.drift_samples=2", *more),
-    ]
-
-
-@pytest.mark.ray
-@pytest.mark.timeout(600)
-def test_a_comparison_runs_to_its_end_with_one_run_that_fails(tmp_path, tiny_model):
-    budget = ["compare.learning_rates=[1e-5]", "compare.seeds=[0]", "train.steps=1"]
-    budget += ["compare.blend_weights=[0.5]", "compare.depth_blend_weights=[0.5]"]
-    command = command_of(tmp_path, tiny_model, "--json", *budget)
-    faults = {"LRMC_TESTING": "1", "LRMC_TRIAL_FAULTS": "lrmc-lr1e-05-seed0:raise"}
-    done = subprocess.run(
-        command, capture_output=True, text=True, check=False, cwd=ROOT, env={**os.environ, **faults}
-    )
-    assert done.returncode == 10, done.stderr[-3000:]
-    told = json.loads(done.stdout.splitlines()[-1])
-    sft, lrmc = told["methods"]
-    assert sft["seeds"] == [0]
-    assert sft["trade"]["domain_gain"]["over_seeds"] is None
-    items = sft["trade"]["domain_gain"]["over_items"]
-    assert items["low"] <= sft["trade"]["domain_gain"]["value"] <= items["high"]
-    assert sft["cost"]["cpu_seconds"] > 0
-    assert sft["cost"]["peak_memory_bytes"] > 1e8
-    assert sft["kl_general"]["value"] >= 0
-    assert lrmc["trade"] is None
-    assert lrmc["problems"] == ["lr 1e-05, seed 0, dev: failed: ValueError: a fault was asked for"]
-    places = [(row["place"]["form"], row["place"]["weight"]) for row in told["curves"]]
-    assert places == [("even", 0.5), ("depth", 0.5), ("even", 1.0)]
-    assert [row["beyond"] is None for row in told["curves"]] == [True, False, True]
-    assert told["curves"][2]["trade"] == sft["trade"]
-    (directory,) = (tmp_path / "runs").glob("compare-smoke-*")
-    scored = [read_manifest(path.parent, made_by="evaluate") for path in
-              directory.glob("runs/sft-*/scores/*/manifest.json")]  # fmt: skip
-    assert len({manifest["identity"]["model"] for manifest in scored}) == 3
-    assert list(directory.glob("runs/*/blend.partial")) == []
-    names = {path.name for path in directory.iterdir()}
-    assert {"compare.html", "compare.md", "compare.csv", "compare.png", "compare.json"} <= names
-    assert list(directory.glob("runs/*/training/model")) == []
-    for training in directory.glob("runs/sft-*/training"):
-        assert read_manifest(training, made_by="train")["steps"] == 1
-    again = subprocess.run(command, capture_output=True, text=True, check=False, cwd=ROOT)
-    assert again.returncode == 10
-    assert "nothing was done again" in again.stderr
-    assert json.loads(again.stdout.splitlines()[-1]) == told
-
-
 @pytest.mark.slow
 @pytest.mark.ray
 @pytest.mark.timeout(1500)
@@ -668,7 +614,7 @@ def test_killed_and_started_again_it_ends_as_one_that_was_left_alone(tmp_path, t
         folder = tmp_path / name
         folder.mkdir()
         budget = ("train.steps=6", "train.checkpoint_every=1", "--methods", "sft")
-        command = command_of(folder, tiny_model, *budget)
+        command = compare_command(folder, tiny_model, *budget)
         if name == "killed":
             log = (folder / "log").open("wb")
             first = subprocess.Popen(command, stderr=log, start_new_session=True, cwd=ROOT)

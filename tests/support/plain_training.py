@@ -9,7 +9,7 @@ Shape suffixes: those of ``lrmc_ray.method``.
 import dataclasses
 import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
@@ -133,6 +133,13 @@ def sample_by_hand(name: str, ids: str, positions: str, supervised: str, sizes: 
     )
 
 
+def _remembered(make: Callable[..., list[Sample]]) -> Callable[..., list[Sample]]:
+    """``make``, which is asked for the same samples again and again; nobody may change them."""
+    kept = functools.cache(make)
+    return lambda *args, **kwargs: list(kept(*args, **kwargs))
+
+
+@_remembered
 def branching_samples(num: int, *, seed: int = 0) -> list[Sample]:
     """Samples that begin as an earlier one does: all the same, then more and more on their own."""
     generator = torch.Generator().manual_seed(seed)
@@ -152,6 +159,7 @@ def branching_samples(num: int, *, seed: int = 0) -> list[Sample]:
     return samples
 
 
+@_remembered
 def samples_with_a_beginning(num: int, *, common: int, seed: int = 0) -> list[Sample]:
     """Samples whose first ``common`` tokens are the same, with 2 to 10 tokens of their own."""
     generator = torch.Generator().manual_seed(seed)
@@ -169,6 +177,7 @@ def samples_with_a_beginning(num: int, *, common: int, seed: int = 0) -> list[Sa
     return samples
 
 
+@_remembered
 def random_samples(num: int, *, seed: int = 0) -> list[Sample]:
     """Samples of unequal lengths; the second has no position with a choice at all."""
     generator = torch.Generator().manual_seed(seed)

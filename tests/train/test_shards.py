@@ -29,7 +29,7 @@ TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-4}
 FEW = [
     *MODELS,
     *("llama in float32", "mixture in float32", "cautious, global", "rotate, global"),
-    *("bf16 moments", "adamw", "mofo", "l2_sp", "paper, by rows", "idle worker"),
+    *("bf16 moments", "adamw", "l2_sp", "paper, by rows", "idle worker"),
     *("llama in bf16", "mixture in bf16", "offloaded, by rows"),
     "more workers than layers, tokens and micro-batches",
     *("full", "frozen_tail, idle worker", "kl_to_base", "frozen layer"),
