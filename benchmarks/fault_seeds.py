@@ -140,6 +140,7 @@ class Record(Stage):
     def damage(self, folder: Path, rng: random.Random) -> str:
         files = sorted(folder.glob("records/*.partial/part-*.parquet"))
         files += sorted(folder.glob("records/*.partial/examples.parquet"))
+        files = [path for path in files if path.stat().st_size]  # a killed writer may leave none
         return flip_a_bit(rng.choice(files), rng) if files else ""
 
     def differences(self, folder: Path, alone: Path, kills: int) -> dict[str, Any]:
