@@ -96,7 +96,8 @@ def one_run(
     tree: Path, arguments: Sequence[str], limit: float, *, to_end: bool
 ) -> dict[str, dict[str, float]]:
     """Seconds up to each milestone."""
-    processes, found = Processes(), {}
+    processes = Processes()
+    found: dict[str, dict[str, float]] = {}
     work = Path(tempfile.mkdtemp(prefix="lrmc_start_"))
     command = [sys.executable, "-m", "lrmc_ray.tune", *arguments, "--output", str(work / "runs")]
     environment = {**os.environ, MARK: processes.mark, "PYTHONPATH": str(tree)}
