@@ -85,9 +85,10 @@ class TrialQueue:
         # One command at a time adds trials, so they are counted here: to list all takes longer with
         # each of them.
         self._num_trials = len(trials)
-        self.num_counted = sum(bool(trial.user_attrs.get("ready")) for trial in trials)
+        ready = [trial for trial in trials if trial.user_attrs.get("ready")]
+        self.num_counted = len(ready)
         """Trials that count towards ``search.trials``."""
-        roles = {trial.user_attrs.get("role") for trial in trials}
+        roles = {trial.user_attrs["role"] for trial in ready}
         if "defaults" not in roles:
             self._waiting.append(self._ask_defaults())
         if settings.search.yardstick_lr is not None and "yardstick" not in roles:
@@ -107,7 +108,10 @@ class TrialQueue:
         """Fail trials that a crash cut off before their settings were complete."""
         for trial in self._study.get_trials(deepcopy=False):
             if trial.state in UNFINISHED and not trial.user_attrs.get("ready"):
-                self._study.tell(trial.number, state=TrialState.FAIL, skip_if_finished=True)
+                # What was put in the queue can be told of once it is out of it.
+                is_queued = trial.state == TrialState.WAITING
+                number = self._study.ask().number if is_queued else trial.number
+                self._study.tell(number, state=TrialState.FAIL, skip_if_finished=True)
 
     def _ask_defaults(self) -> FrozenTrial:
         defaults = self._settings.train.model_dump()

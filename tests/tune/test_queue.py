@@ -1,11 +1,14 @@
 """The study's queue: which trial comes next, and that none stays RUNNING."""
 
+import contextlib
+import itertools
 import math
 
 import optuna
 import pytest
 from optuna.trial import TrialState
 from ray.tune.search import Searcher
+from sqlalchemy.orm import Session
 
 from lrmc_ray.config import RunSettings
 from lrmc_ray.tune.queue import (
@@ -123,6 +126,53 @@ def test_a_trial_cut_off_before_its_settings_were_complete_is_failed_and_replace
     assert study.trials[0].state == TrialState.FAIL
     assert [trial.number for trial in drain(queue)] == [1, 2, 3, 4, 5]
     assert queue.is_finished
+
+
+class Killed(BaseException):
+    """What stands for kill -9."""
+
+
+@contextlib.contextmanager
+def killed_behind(transaction=0):
+    """End what is done within behind its ``transaction``-th commit; yields what counts them."""
+    count, commit = itertools.count(1), Session.commit
+
+    def commit_and_die(session):
+        commit(session)
+        if next(count) == transaction:
+            raise Killed
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Session, "commit", commit_and_die)
+        yield count
+
+
+def test_killed_behind_any_transaction_the_same_trials_come(tmp_path):
+    settings = make_settings(trials=3)
+
+    def asked(path):
+        queue = TrialQueue(open_study(path, "s"), settings)
+        assert queue.is_finished
+        trials = queue.ready_trials()
+        assert {trial.state for trial in trials} == {TrialState.COMPLETE}
+        return [(trial.user_attrs["role"], trial.params) for trial in trials]
+
+    study = open_study(tmp_path / "alone.db", "s")
+    with killed_behind() as count:
+        drain(TrialQueue(study, settings))
+    alone = asked(tmp_path / "alone.db")
+    num_transactions = next(count) - 1
+    assert [role for role, _ in alone] == ["defaults", "yardstick", "search"]
+    assert num_transactions > 20
+    for transaction in range(1, num_transactions + 1):
+        path = tmp_path / f"{transaction}.db"
+        study = open_study(path, "s")
+        with pytest.raises(Killed), killed_behind(transaction):
+            drain(TrialQueue(study, settings))
+        drain(TrialQueue(open_study(path, "s"), settings))
+        found = asked(path)
+        assert found[:2] == alone[:2], transaction
+        assert [role for role, _ in found[2:]] == ["search"], transaction
 
 
 def test_more_trials_may_be_asked_for_later(tmp_path):
